@@ -1,0 +1,249 @@
+"""What one layer executes during one segment: block lists, anchor rows and the order of the work.
+
+This is the seam of the project: the compiler lowers into it, the file stores it, the runtime executes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from calibatt.plans.errors import ScheduleError
+from calibatt.plans.schema import Blocks, TokenGrid
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+UInt16 = npt.NDArray[np.uint16]
+Bool = npt.NDArray[np.bool_]
+
+DENSE = -1
+"""In `head_list`: the head keeps every key block, nothing is listed."""
+NO_ANCHORS = -1
+"""In `head_anchor`: every query of the head is computed."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSchedule:
+    """The lowered schedules of all heads of one layer in one segment.
+
+    A head computes its *packed queries*: all N tokens, or, with anchor rows, ``text_before`` tokens, the tokens of
+    the anchor rows in raster order, ``text_after`` tokens. Packed queries are cut into *tiles* of ``block_q``
+    (the last may be partial). Tile t of head h attends to the key blocks of block list ``head_list[h] + t``, or to
+    all key blocks where ``head_list[h]`` is `DENSE`. Heads may share lists. Rows that are no anchors receive a
+    copy of the output of their group's anchor.
+
+    Args:
+        grid: The token sequence.
+        blocks: Block sizes.
+        row_ptr: int32 ``(lists + 1,)``; list i is ``col_idx[row_ptr[i]:row_ptr[i + 1]]``; starts at 0, never falls.
+        col_idx: uint16 ``(kept,)``; key blocks, strictly ascending within a list, at least one a list.
+        head_list: int32 ``(heads,)``; first list of each head, or `DENSE`.
+        head_anchor: int32 ``(heads,)``; anchor pattern of each head, or `NO_ANCHORS`.
+        anchor_ptr: int32 ``(patterns + 1,)``; pattern p owns groups ``anchor_ptr[p]:anchor_ptr[p + 1]``.
+        group_start: int32 ``(groups,)``; first row of each group; groups tile all rows and never leave a frame.
+        anchor_row: int32 ``(groups,)``; the anchor row, inside its group.
+        tile_order: int32 ``(tiles,)``; a permutation of tile ids, in execution order; tile t of head h has id
+            ``head_tile_ptr[h] + t``.
+
+    The class only holds; `check` proves the promises above once, at load, so that kernels need not.
+    """
+
+    grid: TokenGrid
+    blocks: Blocks
+    row_ptr: Int32
+    col_idx: UInt16
+    head_list: Int32
+    head_anchor: Int32
+    anchor_ptr: Int32
+    group_start: Int32
+    anchor_row: Int32
+    tile_order: Int32
+
+    @property
+    def heads(self) -> int:
+        return len(self.head_list)
+
+    @property
+    def k_blocks(self) -> int:
+        return self.blocks.k_blocks(self.grid.tokens)
+
+    @property
+    def q_blocks(self) -> int:
+        """Query blocks of a head that computes every query."""
+        return self.blocks.q_blocks(self.grid.tokens)
+
+    def groups(self, pattern: int) -> tuple[Int32, Int32]:
+        """First rows and anchor rows of an anchor pattern's groups, both int32 ``(groups,)``."""
+        part = slice(int(self.anchor_ptr[pattern]), int(self.anchor_ptr[pattern + 1]))
+        return self.group_start[part], self.anchor_row[part]
+
+    def packed_tokens(self, head: int) -> int:
+        """Queries that the head computes."""
+        pattern = int(self.head_anchor[head])
+        if pattern == NO_ANCHORS:
+            return self.grid.tokens
+        anchors = int(self.anchor_ptr[pattern + 1] - self.anchor_ptr[pattern])
+        return self.grid.text_before + anchors * self.grid.width + self.grid.text_after
+
+    def packed_queries(self, head: int) -> Int64:
+        """Token index of each query that the head computes, int64 ``(packed_tokens,)``, ascending."""
+        pattern = int(self.head_anchor[head])
+        tokens = np.arange(self.grid.tokens, dtype=np.int64)
+        if pattern == NO_ANCHORS:
+            return tokens
+        before, width = self.grid.text_before, self.grid.width
+        video_end = before + self.grid.video_tokens
+        rows = self.groups(pattern)[1].astype(np.int64)
+        video = (before + rows[:, None] * width + np.arange(width)).reshape(-1)
+        return np.concatenate([tokens[:before], video, tokens[video_end:]])
+
+    def row_source(self, head: int) -> Int64:
+        """For each row, the anchor row that is computed in its place, int64 ``(rows,)``."""
+        pattern = int(self.head_anchor[head])
+        if pattern == NO_ANCHORS:
+            return np.arange(self.grid.rows, dtype=np.int64)
+        start, anchor = self.groups(pattern)
+        sizes = np.diff(np.append(start, self.grid.rows))
+        return np.repeat(anchor.astype(np.int64), sizes)
+
+    @cached_property
+    def head_tile_ptr(self) -> Int64:
+        """int64 ``(heads + 1,)``; tiles of head h have ids ``head_tile_ptr[h]:head_tile_ptr[h + 1]``."""
+        block_q = self.blocks.block_q
+        tiles = [-(-self.packed_tokens(head) // block_q) for head in range(self.heads)]
+        return np.concatenate([[0], np.cumsum(tiles)]).astype(np.int64)
+
+    def tiles(self, head: int) -> int:
+        return int(self.head_tile_ptr[head + 1] - self.head_tile_ptr[head])
+
+    def columns(self, head: int, tile: int) -> npt.NDArray[np.integer]:
+        """Key blocks of one tile, ascending."""
+        first = int(self.head_list[head])
+        if first == DENSE:
+            return np.arange(self.k_blocks, dtype=np.uint16)
+        return self.col_idx[self.row_ptr[first + tile] : self.row_ptr[first + tile + 1]]
+
+    def computed_blocks(self, head: int) -> int:
+        """Key blocks that the head computes over all its tiles."""
+        first, tiles = int(self.head_list[head]), self.tiles(head)
+        if first == DENSE:
+            return tiles * self.k_blocks
+        return int(self.row_ptr[first + tiles]) - int(self.row_ptr[first])
+
+    def head_density(self, head: int) -> float:
+        """Blocks computed / blocks of dense attention; copied rows count as not computed."""
+        return self.computed_blocks(head) / (self.q_blocks * self.k_blocks)
+
+    @property
+    def density(self) -> float:
+        """Mean of `head_density` over the heads."""
+        return sum(self.head_density(head) for head in range(self.heads)) / self.heads
+
+    def tile_keep(self, head: int) -> Bool:
+        """bool ``(tiles, k_blocks)``: the head's block mask over its packed tiles."""
+        keep = np.zeros((self.tiles(head), self.k_blocks), dtype=np.bool_)
+        for tile in range(len(keep)):
+            keep[tile, self.columns(head, tile)] = True
+        return keep
+
+    def dense(self, head: int) -> tuple[Int64, Bool]:
+        """The oracle's view of a head.
+
+        Returns:
+            source: int64 ``(N,)``; the token whose query is computed in place of token i.
+            keep: bool ``(N, k_blocks)``; the key blocks that query attends to.
+        """
+        grid = self.grid
+        packed = self.packed_queries(head)
+        position = np.full(grid.tokens, -1, dtype=np.int64)
+        position[packed] = np.arange(len(packed))
+        source = np.arange(grid.tokens, dtype=np.int64)
+        rows = self.row_source(head)
+        video = grid.text_before + rows[:, None] * grid.width + np.arange(grid.width)
+        source[grid.text_before : grid.text_before + grid.video_tokens] = video.reshape(-1)
+        keep = self.tile_keep(head)[position[source] // self.blocks.block_q]
+        return source, keep
+
+    def check(self) -> None:
+        """Proves every promise of the class docstring.
+
+        Raises:
+            ScheduleError: The first broken promise: which array, the rule, the offending value.
+        """
+        _check_types(self)
+        _check_lists(self)
+        _check_anchors(self)
+        _check_heads(self)
+
+
+def _fail(array: str, rule: str, value: object) -> None:
+    raise ScheduleError(f"{array} must {rule}, got {value}")
+
+
+def _check_types(s: LayerSchedule) -> None:
+    for name in ("row_ptr", "head_list", "head_anchor", "anchor_ptr", "group_start", "anchor_row", "tile_order"):
+        array = getattr(s, name)
+        if array.dtype != np.int32 or array.ndim != 1:
+            _fail(name, "be a one-dimensional int32 array", f"{array.dtype} of shape {array.shape}")
+    if s.col_idx.dtype != np.uint16 or s.col_idx.ndim != 1:
+        _fail("col_idx", "be a one-dimensional uint16 array", f"{s.col_idx.dtype} of shape {s.col_idx.shape}")
+    if s.heads == 0 or len(s.head_anchor) != s.heads:
+        _fail("head_anchor", f"have one entry for each of {s.heads} heads (at least 1)", len(s.head_anchor))
+
+
+def _check_lists(s: LayerSchedule) -> None:
+    ptr, col = s.row_ptr, s.col_idx
+    if len(ptr) == 0 or ptr[0] != 0 or ptr[-1] != len(col):
+        _fail("row_ptr", f"start at 0 and end at {len(col)}", ptr[[0, -1]].tolist() if len(ptr) else "nothing")
+    short = np.flatnonzero(np.diff(ptr) < 1)
+    if len(short):
+        at = int(short[0])
+        _fail("row_ptr", "rise by at least one block a list", f"{ptr[at]}, {ptr[at + 1]} at list {at}")
+    if len(col) and int(col.max()) >= s.k_blocks:
+        _fail("col_idx", f"be below {s.k_blocks} key blocks", int(col.max()))
+    rising = np.diff(col.astype(np.int32)) > 0
+    rising[ptr[1:-1] - 1] = True  # from one list to the next anything goes
+    if not rising.all():
+        at = int(np.flatnonzero(~rising)[0])
+        _fail("col_idx", "rise strictly within a list", f"{col[at]}, {col[at + 1]} at position {at}")
+
+
+def _check_anchors(s: LayerSchedule) -> None:
+    rows, height = s.grid.rows, s.grid.height
+    ptr = s.anchor_ptr
+    if len(ptr) == 0 or ptr[0] != 0 or ptr[-1] != len(s.group_start) or (np.diff(ptr) < 1).any():
+        _fail("anchor_ptr", f"rise from 0 to {len(s.group_start)} groups", ptr.tolist()[:8])
+    if len(s.anchor_row) != len(s.group_start):
+        _fail("anchor_row", f"have one entry for each of {len(s.group_start)} groups", len(s.anchor_row))
+    for pattern in range(len(ptr) - 1):
+        start, anchor = s.groups(pattern)
+        stop = np.append(start[1:], rows)
+        if start[0] != 0 or (stop <= start).any():
+            _fail("group_start", f"rise from 0 and stay below {rows} rows", f"{start.tolist()[:8]} in pattern {pattern}")
+        crossing = np.flatnonzero(start // height != (stop - 1) // height)
+        if len(crossing):
+            at = int(crossing[0])
+            _fail("group_start", f"keep a group in its frame of {height} rows", f"rows {start[at]}..{stop[at] - 1}")
+        outside = np.flatnonzero((anchor < start) | (anchor >= stop))
+        if len(outside):
+            at = int(outside[0])
+            _fail("anchor_row", f"lie in its group {start[at]}..{stop[at] - 1}", int(anchor[at]))
+
+
+def _check_heads(s: LayerSchedule) -> None:
+    patterns, lists = len(s.anchor_ptr) - 1, len(s.row_ptr) - 1
+    bad = np.flatnonzero((s.head_anchor < NO_ANCHORS) | (s.head_anchor >= patterns))
+    if len(bad):
+        _fail("head_anchor", f"be -1 or below {patterns} patterns", f"{s.head_anchor[bad[0]]} for head {bad[0]}")
+    tiles = np.diff(s.head_tile_ptr)
+    last = s.head_list.astype(np.int64) + tiles
+    bad = np.flatnonzero((s.head_list != DENSE) & ((s.head_list < 0) | (last > lists)))
+    if len(bad):
+        at = int(bad[0])
+        _fail("head_list", f"leave {tiles[at]} lists of {lists} for the head's tiles", f"{s.head_list[at]} for head {at}")
+    total = int(s.head_tile_ptr[-1])
+    if len(s.tile_order) != total or not np.array_equal(np.sort(s.tile_order), np.arange(total)):
+        _fail("tile_order", f"be a permutation of {total} tiles", f"{len(s.tile_order)} entries")

@@ -1,0 +1,144 @@
+"""The vocabulary of a plan: what model, what tokens, what blocks, what times.
+
+Everything here is a small frozen value that checks itself when it is made, so whoever holds one may trust it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from calibatt.plans.errors import SchemaError
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+MAX_BLOCKS = 1 << 16
+"""Block columns are stored as uint16."""
+
+
+def _require(ok: bool, what: str, rule: str, value: object) -> None:
+    if not ok:
+        raise SchemaError(f"{what} must be {rule}, got {value!r}")
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """The token sequence: text, then video in raster order (frame, y, x), then text.
+
+    Args:
+        frames: Latent frames after patching.
+        height: Spatial rows of tokens in a frame.
+        width: Tokens in a row.
+        text_before: Text tokens that precede the video tokens.
+        text_after: Text tokens that follow the video tokens.
+
+    Raises:
+        SchemaError: A size is not a positive integer (text: not a non-negative one).
+    """
+
+    frames: int
+    height: int
+    width: int
+    text_before: int = 0
+    text_after: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width"):
+            value = getattr(self, name)
+            _require(_is_int(value, 1), f"grid.{name}", "a positive integer", value)
+        for name in ("text_before", "text_after"):
+            value = getattr(self, name)
+            _require(_is_int(value, 0), f"grid.{name}", "a non-negative integer", value)
+
+    @property
+    def rows(self) -> int:
+        """Spatial rows over all frames; row r is row ``r % height`` of frame ``r // height``."""
+        return self.frames * self.height
+
+    @property
+    def video_tokens(self) -> int:
+        return self.rows * self.width
+
+    @property
+    def tokens(self) -> int:
+        """Length N of the attention sequence."""
+        return self.text_before + self.video_tokens + self.text_after
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tokens per query block and per key block; powers of two from 16 to 256.
+
+    Raises:
+        SchemaError: A size is not one of `BLOCK_SIZES`.
+    """
+
+    block_q: int = 128
+    block_k: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "block_k"):
+            value = getattr(self, name)
+            _require(value in BLOCK_SIZES, f"blocks.{name}", f"one of {BLOCK_SIZES}", value)
+
+    def q_blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_q)
+
+    def k_blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_k)
+
+
+@dataclass(frozen=True)
+class ModelSignature:
+    """What a plan was calibrated on, and what it may be attached to.
+
+    Args:
+        architecture: Class name of the transformer, for example ``WanTransformer3DModel``.
+        layers: Self-attention layers, in execution order.
+        heads: Attention heads per layer.
+        head_dim: Channels per head.
+        weights_digest: Optional digest of the weights; compared only where both sides have one.
+    """
+
+    architecture: str
+    layers: int
+    heads: int
+    head_dim: int
+    weights_digest: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            isinstance(self.architecture, str) and bool(self.architecture),
+            "model.architecture",
+            "a non-empty string",
+            self.architecture,
+        )
+        for name in ("layers", "heads", "head_dim"):
+            value = getattr(self, name)
+            _require(_is_int(value, 1), f"model.{name}", "a positive integer", value)
+        _require(
+            self.weights_digest is None or isinstance(self.weights_digest, str),
+            "model.weights_digest",
+            "a string or absent",
+            self.weights_digest,
+        )
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A half-open range [start, stop) of denoising time; the segment that stops at 1 includes 1.
+
+    Time 1 is pure noise. `time` is the calibrated time that the segment stands for.
+    """
+
+    start: float
+    stop: float
+    time: float
+
+    def __post_init__(self) -> None:
+        ordered = 0.0 <= self.start < self.stop <= 1.0
+        _require(ordered, "segment", "0 <= start < stop <= 1", (self.start, self.stop))
+        inside = self.start <= self.time <= self.stop
+        _require(inside, "segment.time", "inside its segment", (self.start, self.time, self.stop))
