@@ -222,7 +222,9 @@ def _check_anchors(s: LayerSchedule) -> None:
         start, anchor = s.groups(pattern)
         stop = np.append(start[1:], rows)
         if start[0] != 0 or (stop <= start).any():
-            _fail("group_start", f"rise from 0 and stay below {rows} rows", f"{start.tolist()[:8]} in pattern {pattern}")
+            _fail(
+                "group_start", f"rise from 0 and stay below {rows} rows", f"{start.tolist()[:8]} in pattern {pattern}"
+            )
         crossing = np.flatnonzero(start // height != (stop - 1) // height)
         if len(crossing):
             at = int(crossing[0])
@@ -243,7 +245,9 @@ def _check_heads(s: LayerSchedule) -> None:
     bad = np.flatnonzero((s.head_list != DENSE) & ((s.head_list < 0) | (last > lists)))
     if len(bad):
         at = int(bad[0])
-        _fail("head_list", f"leave {tiles[at]} lists of {lists} for the head's tiles", f"{s.head_list[at]} for head {at}")
+        _fail(
+            "head_list", f"leave {tiles[at]} lists of {lists} for the head's tiles", f"{s.head_list[at]} for head {at}"
+        )
     total = int(s.head_tile_ptr[-1])
     if len(s.tile_order) != total or not np.array_equal(np.sort(s.tile_order), np.arange(total)):
         _fail("tile_order", f"be a permutation of {total} tiles", f"{len(s.tile_order)} entries")
