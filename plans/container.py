@@ -106,7 +106,7 @@ def write_container(
         OSError: The file cannot be written; no temporary file is left behind.
     """
     target = Path(path)
-    arrays = {name: _stored(target, name, sections[name]) for name in sorted(sections)}
+    arrays = {name: _stored(target, name, sections[name]) for name in sorted(sections, key=str)}
     entries, end = [], 0
     for name, array in arrays.items():
         offset = _align(end)
@@ -383,7 +383,7 @@ def _bytes_of(array: Array) -> memoryview:
 
 def _stored(path: Path, name: str, array: Array) -> Array:
     """The array as the file holds it: contiguous, little-endian."""
-    if not isinstance(name, str) or not 0 < len(name.encode()) <= MAX_NAME_BYTES:
+    if not isinstance(name, str) or not 0 < len(name.encode(errors="surrogatepass")) <= MAX_NAME_BYTES:
         raise SectionError(f"{path}: a section must have a name of 1 to {MAX_NAME_BYTES} bytes, got {name!r}")
     if not isinstance(array, np.ndarray) or array.dtype.name not in DTYPES or array.ndim > MAX_DIMENSIONS:
         got = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__

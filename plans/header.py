@@ -45,17 +45,29 @@ def unpack_header(packed: bytes) -> dict[str, Any]:
 def _plain(value: Any, where: str, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise HeaderError(f"header must be nested at most {MAX_DEPTH} deep, got more at {where[:80]}")
-    if isinstance(value, Mapping | list | tuple) and len(value) > MAX_ITEMS:
+    is_list = type(value) in (list, tuple)
+    if (is_list or isinstance(value, Mapping)) and len(value) > MAX_ITEMS:
         raise HeaderError(f"{where} must have at most {MAX_ITEMS} entries, got {len(value)}")
     if isinstance(value, Mapping):
         strange = [key for key in value if not isinstance(key, str)]
         if strange:
             raise HeaderError(f"{where} must have string keys, got {strange[0]!r}")
+        for key in value:
+            _check_text(key, where)
         return {key: _plain(value[key], f"{where}.{key}", depth + 1) for key in sorted(value)}
-    if isinstance(value, list | tuple):
+    if is_list:
         return [_plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
         raise HeaderError(f"{where} must be an integer of 64 bits, got one of {value.bit_length()}")
     if value is not None and type(value) not in (bool, int, float, str, bytes):
         raise HeaderError(f"{where} must be a plain value, got {type(value).__name__}")
+    if isinstance(value, str):
+        _check_text(value, where)
     return value
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise HeaderError(f"{where} must be text that UTF-8 can hold, got {text!r}") from None
