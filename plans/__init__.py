@@ -1,1 +1,26 @@
-"""."""
+"""The plan file: what is in it, what it promises, and the one way to read and write it."""
+
+from calibatt.plans.container import Container, write_container
+from calibatt.plans.errors import PlanError, ScheduleError, SchemaError
+from calibatt.plans.plan import PlanFile, write_plan
+from calibatt.plans.schedule import DENSE, NO_ANCHORS, LayerSchedule
+from calibatt.plans.schema import BLOCK_SIZES, MAX_BLOCKS, Blocks, ModelSignature, Segment, TokenGrid
+
+__all__ = [
+    "BLOCK_SIZES",
+    "DENSE",
+    "MAX_BLOCKS",
+    "NO_ANCHORS",
+    "Blocks",
+    "Container",
+    "LayerSchedule",
+    "ModelSignature",
+    "PlanError",
+    "PlanFile",
+    "ScheduleError",
+    "SchemaError",
+    "Segment",
+    "TokenGrid",
+    "write_container",
+    "write_plan",
+]

@@ -7,6 +7,54 @@ class PlanError(Exception):
     """A plan, or a file in the plan container, breaks a promise of FORMAT.md."""
 
 
+class BadMagic(PlanError):
+    """The file does not begin with the magic of the kind that was asked for."""
+
+
+class UnsupportedVersion(PlanError):
+    """The file's major version is not the one this code reads."""
+
+
+class Truncated(PlanError):
+    """The file ends before something that it promises."""
+
+
+class TrailingBytes(PlanError):
+    """The file goes on after its last section."""
+
+
+class HeaderTooLarge(PlanError):
+    """The header is larger than a reader has to accept."""
+
+
+class HeaderError(PlanError):
+    """The header is not the one canonical encoding of a map of plain values."""
+
+
+class SectionError(PlanError):
+    """A section's entry breaks a rule: its name, dtype, shape, length or checksum field, or its order."""
+
+
+class LayoutError(PlanError):
+    """Sections overlap, leave a hole, or do not begin where alignment puts them."""
+
+
+class PaddingError(PlanError):
+    """A byte between two parts of the file is not zero."""
+
+
+class ChecksumError(PlanError):
+    """Bytes differ from those that were written."""
+
+
+class UnknownCodec(PlanError):
+    """A section is stored in a way this code cannot decode."""
+
+
+class MissingSection(PlanError):
+    """A section that is needed is not in the file."""
+
+
 class SchemaError(PlanError):
     """A value of the header is missing, of the wrong kind or out of its range."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calibatt.plans.errors import ScheduleError
-from calibatt.plans.schema import Blocks, TokenGrid
+from calibatt.plans.schema import MAX_BLOCKS, Blocks, TokenGrid
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -112,9 +112,10 @@ class LayerSchedule:
     @cached_property
     def head_tile_ptr(self) -> Int64:
         """int64 ``(heads + 1,)``; tiles of head h have ids ``head_tile_ptr[h]:head_tile_ptr[h + 1]``."""
-        block_q = self.blocks.block_q
-        tiles = [-(-self.packed_tokens(head) // block_q) for head in range(self.heads)]
-        return np.concatenate([[0], np.cumsum(tiles)]).astype(np.int64)
+        grid = self.grid
+        computed_rows = np.append(np.diff(self.anchor_ptr), grid.rows).astype(np.int64)  # NO_ANCHORS takes the last
+        packed_tokens = grid.text_before + computed_rows[self.head_anchor] * grid.width + grid.text_after
+        return np.concatenate([[0], np.cumsum(-(-packed_tokens // self.blocks.block_q))]).astype(np.int64)
 
     def tiles(self, head: int) -> int:
         return int(self.head_tile_ptr[head + 1] - self.head_tile_ptr[head])
@@ -184,6 +185,8 @@ def _fail(array: str, rule: str, value: object) -> None:
 
 
 def _check_types(s: LayerSchedule) -> None:
+    if s.k_blocks > MAX_BLOCKS:
+        _fail("grid", f"have at most {MAX_BLOCKS} key blocks", s.k_blocks)
     for name in ("row_ptr", "head_list", "head_anchor", "anchor_ptr", "group_start", "anchor_row", "tile_order"):
         array = getattr(s, name)
         if array.dtype != np.int32 or array.ndim != 1:
@@ -198,13 +201,13 @@ def _check_lists(s: LayerSchedule) -> None:
     ptr, col = s.row_ptr, s.col_idx
     if len(ptr) == 0 or ptr[0] != 0 or ptr[-1] != len(col):
         _fail("row_ptr", f"start at 0 and end at {len(col)}", ptr[[0, -1]].tolist() if len(ptr) else "nothing")
-    short = np.flatnonzero(np.diff(ptr) < 1)
+    short = np.flatnonzero(ptr[1:] <= ptr[:-1])  # a difference could wrap
     if len(short):
         at = int(short[0])
         _fail("row_ptr", "rise by at least one block a list", f"{ptr[at]}, {ptr[at + 1]} at list {at}")
     if len(col) and int(col.max()) >= s.k_blocks:
         _fail("col_idx", f"be below {s.k_blocks} key blocks", int(col.max()))
-    rising = np.diff(col.astype(np.int32)) > 0
+    rising = col[1:] > col[:-1]
     rising[ptr[1:-1] - 1] = True  # from one list to the next anything goes
     if not rising.all():
         at = int(np.flatnonzero(~rising)[0])
@@ -213,24 +216,28 @@ def _check_lists(s: LayerSchedule) -> None:
 
 def _check_anchors(s: LayerSchedule) -> None:
     rows, height = s.grid.rows, s.grid.height
-    ptr = s.anchor_ptr
-    if len(ptr) == 0 or ptr[0] != 0 or ptr[-1] != len(s.group_start) or (np.diff(ptr) < 1).any():
-        _fail("anchor_ptr", f"rise from 0 to {len(s.group_start)} groups", ptr.tolist()[:8])
-    if len(s.anchor_row) != len(s.group_start):
-        _fail("anchor_row", f"have one entry for each of {len(s.group_start)} groups", len(s.anchor_row))
-    for pattern in range(len(ptr) - 1):
-        start, anchor = s.groups(pattern)
-        stop = np.append(start[1:], rows)
-        if start[0] != 0 or (stop <= start).any():
-            _fail("group_start", f"rise from 0 and stay below {rows} rows", f"{start.tolist()[:8]} in pattern {pattern}")
-        crossing = np.flatnonzero(start // height != (stop - 1) // height)
-        if len(crossing):
-            at = int(crossing[0])
-            _fail("group_start", f"keep a group in its frame of {height} rows", f"rows {start[at]}..{stop[at] - 1}")
-        outside = np.flatnonzero((anchor < start) | (anchor >= stop))
-        if len(outside):
-            at = int(outside[0])
-            _fail("anchor_row", f"lie in its group {start[at]}..{stop[at] - 1}", int(anchor[at]))
+    ptr, start, anchor = s.anchor_ptr, s.group_start, s.anchor_row
+    if len(ptr) == 0 or ptr[0] != 0 or ptr[-1] != len(start) or (ptr[1:] <= ptr[:-1]).any():
+        _fail("anchor_ptr", f"rise from 0 to {len(start)} groups", ptr[:8].tolist())
+    if len(anchor) != len(start):
+        _fail("anchor_row", f"have one entry for each of {len(start)} groups", len(anchor))
+    stop = np.append(start[1:], rows)[: len(start)]
+    stop[ptr[1:] - 1] = rows
+    bad = np.flatnonzero(start[ptr[:-1]])
+    if len(bad):
+        _fail("group_start", "start at row 0 in each pattern", f"{start[ptr[bad[0]]]} in pattern {bad[0]}")
+    bad = np.flatnonzero((stop <= start) | (stop > rows))
+    if len(bad):
+        at = int(bad[0])
+        _fail("group_start", f"rise and stay below {rows} rows", f"rows {start[at]}..{stop[at] - 1} for group {at}")
+    bad = np.flatnonzero(start // height != (stop - 1) // height)
+    if len(bad):
+        at = int(bad[0])
+        _fail("group_start", f"keep a group in its frame of {height} rows", f"rows {start[at]}..{stop[at] - 1}")
+    bad = np.flatnonzero((anchor < start) | (anchor >= stop))
+    if len(bad):
+        at = int(bad[0])
+        _fail("anchor_row", f"lie in its group {start[at]}..{stop[at] - 1}", int(anchor[at]))
 
 
 def _check_heads(s: LayerSchedule) -> None:
@@ -243,7 +250,15 @@ def _check_heads(s: LayerSchedule) -> None:
     bad = np.flatnonzero((s.head_list != DENSE) & ((s.head_list < 0) | (last > lists)))
     if len(bad):
         at = int(bad[0])
-        _fail("head_list", f"leave {tiles[at]} lists of {lists} for the head's tiles", f"{s.head_list[at]} for head {at}")
-    total = int(s.head_tile_ptr[-1])
-    if len(s.tile_order) != total or not np.array_equal(np.sort(s.tile_order), np.arange(total)):
-        _fail("tile_order", f"be a permutation of {total} tiles", f"{len(s.tile_order)} entries")
+        rule = f"leave {tiles[at]} lists of {lists} for the head's tiles"
+        _fail("head_list", rule, f"{s.head_list[at]} for head {at}")
+    total, order = int(s.head_tile_ptr[-1]), s.tile_order
+    if len(order) != total:
+        _fail("tile_order", f"have one entry for each of {total} tiles", len(order))
+    bad = np.flatnonzero((order < 0) | (order >= total))
+    if len(bad):
+        _fail("tile_order", f"hold tile ids below {total}", int(order[bad[0]]))
+    seen = np.zeros(total, dtype=np.bool_)
+    seen[order] = True
+    if not seen.all():
+        _fail("tile_order", "hold every tile once", f"none of tile {int(np.argmin(seen))}")

@@ -81,7 +81,7 @@ class Blocks:
     def __post_init__(self) -> None:
         for name in ("block_q", "block_k"):
             value = getattr(self, name)
-            _require(value in BLOCK_SIZES, f"blocks.{name}", f"one of {BLOCK_SIZES}", value)
+            _require(_is_int(value, 1) and value in BLOCK_SIZES, f"blocks.{name}", f"one of {BLOCK_SIZES}", value)
 
     def q_blocks(self, tokens: int) -> int:
         return -(-tokens // self.block_q)

@@ -1,0 +1,279 @@
+"""A whole plan: header values, segments of time and the schedules of every layer in each, in one file."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+import numpy as np
+
+from calibatt.plans.container import Container, FilePath, write_container
+from calibatt.plans.errors import ScheduleError, SchemaError, SectionError
+from calibatt.plans.schedule import Int64, LayerSchedule
+from calibatt.plans.schema import Blocks, ModelSignature, Segment, TokenGrid
+
+MAGIC = b"CALIBPLN"
+VERSION = (1, 0)
+ARRAYS = (
+    "row_ptr",
+    "col_idx",
+    "head_list",
+    "head_anchor",
+    "anchor_ptr",
+    "group_start",
+    "anchor_row",
+    "tile_order",
+)
+"""The arrays of a `LayerSchedule`, in the order of the columns of ``s/layers``."""
+
+Value = TypeVar("Value", ModelSignature, TokenGrid, Blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class PlanFile:
+    """Everything a plan file says, checked when it is made: who holds one need check nothing.
+
+    Args:
+        signature: The model the plan is for.
+        grid: The token sequence it is for.
+        blocks: Its block sizes.
+        segments: Ascending, covering [0, 1] without gap or overlap.
+        schedules: ``schedules[segment][layer]``; all of the plan's grid, blocks and heads.
+        passes: The pass string that compiled it.
+        scheduler_hint: What is known of the sampler it was calibrated with, or None.
+        provenance: Where it comes from: samples, digest of the prompts, versions of the tools; plain values.
+        predicted: Predicted cost; plain values. ``planned_ms`` and ``dense_ms``, where present, are lists over the
+            segments of lists over the layers: milliseconds of one attention call.
+        license: License of the plan.
+        notes: Anything else a reader should know.
+        digest: Of the file it was read from, 32 hexadecimal digits; empty for a plan that was not read.
+
+    Raises:
+        SchemaError: A header value is wrong, segments do not cover [0, 1], or schedules are missing.
+        ScheduleError: A schedule breaks a promise of `LayerSchedule`; the message names segment and layer.
+    """
+
+    signature: ModelSignature
+    grid: TokenGrid
+    blocks: Blocks
+    segments: tuple[Segment, ...]
+    schedules: tuple[tuple[LayerSchedule, ...], ...]
+    passes: str = ""
+    scheduler_hint: Mapping[str, Any] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    predicted: Mapping[str, Any] = field(default_factory=dict)
+    license: str = ""
+    notes: str = ""
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("passes", "license", "notes"):
+            _require_kind(name, getattr(self, name), str)
+        for name in ("provenance", "predicted"):
+            _require_kind(name, getattr(self, name), Mapping)
+        if self.scheduler_hint is not None:
+            _require_kind("scheduler_hint", self.scheduler_hint, Mapping)
+        _check_segments(self.segments)
+        if len(self.schedules) != len(self.segments):
+            raise SchemaError(f"schedules must be {len(self.segments)}, one a segment, got {len(self.schedules)}")
+        for index, layers in enumerate(self.schedules):
+            if len(layers) != self.signature.layers:
+                raise SchemaError(
+                    f"segment {index} must have {self.signature.layers} schedules, one a layer, got {len(layers)}"
+                )
+            for layer, schedule in enumerate(layers):
+                self._check_schedule(f"segment {index}, layer {layer}", schedule)
+
+    def _check_schedule(self, where: str, schedule: LayerSchedule) -> None:
+        if (schedule.grid, schedule.blocks) != (self.grid, self.blocks):
+            raise ScheduleError(f"{where}: grid and blocks must be the plan's, got {schedule.grid}, {schedule.blocks}")
+        try:
+            schedule.check()
+        except ScheduleError as error:
+            raise ScheduleError(f"{where}: {error}") from None
+        if schedule.heads != self.signature.heads:
+            raise ScheduleError(f"{where}: head_list must have {self.signature.heads} heads, got {schedule.heads}")
+
+    @classmethod
+    def read(cls, path: FilePath) -> PlanFile:
+        """Maps a plan file and proves all of it: bytes, header and schedules. The arrays stay in the mapped file.
+
+        Raises:
+            PlanError: The first broken promise of FORMAT.md; the message names file, rule and value.
+            OSError: The file cannot be read.
+        """
+        container = Container.open(path, magic=MAGIC, version=VERSION)
+        container.verify()
+        try:
+            return _parse(container)
+        except (SchemaError, ScheduleError) as error:
+            raise type(error)(f"{container.path}: {error}") from None
+
+    def segment_index(self, time: float) -> int:
+        """The segment that holds a denoising time.
+
+        Raises:
+            ValueError: `time` is not in [0, 1].
+        """
+        if not 0.0 <= time <= 1.0:
+            raise ValueError(f"time must be a denoising time in [0, 1], got {time}")
+        return bisect_right(self.segments, time, key=lambda segment: segment.start) - 1
+
+    def schedule(self, time: float, layer: int) -> LayerSchedule:
+        """What a layer executes at a denoising time.
+
+        Raises:
+            ValueError: `time` is not in [0, 1], or the model has no such layer.
+        """
+        if not 0 <= layer < self.signature.layers:
+            raise ValueError(f"layer must be 0 to {self.signature.layers - 1}, got {layer}")
+        return self.schedules[self.segment_index(time)][layer]
+
+    def density(self, segment: int, layer: int) -> float:
+        """Blocks computed / blocks of dense attention, mean over the heads."""
+        return self.schedules[segment][layer].density
+
+    def section_bytes(self) -> dict[str, int]:
+        """Bytes of every kind of section over all segments."""
+        every = [schedule for layers in self.schedules for schedule in layers]
+        sizes = {name: sum(getattr(schedule, name).nbytes for schedule in every) for name in ARRAYS}
+        return sizes | {"layers": len(self.segments) * (self.signature.layers + 1) * len(ARRAYS) * 8}
+
+
+def write_plan(path: FilePath, plan: PlanFile) -> int:
+    """Writes a plan: the same plan always gives the same bytes, whole or not at all.
+
+    Args:
+        path: Where to; an existing file is replaced.
+        plan: What to write; its `digest` is not written.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        HeaderError: `provenance`, `predicted` or `scheduler_hint` hold other than plain values.
+        OSError: The file cannot be written.
+    """
+    header = {
+        "model": asdict(plan.signature),
+        "grid": asdict(plan.grid),
+        "blocks": asdict(plan.blocks),
+        "segments": [{key: float(value) + 0.0 for key, value in asdict(part).items()} for part in plan.segments],
+        "passes": plan.passes,
+        "scheduler_hint": plan.scheduler_hint,
+        "provenance": plan.provenance,
+        "predicted": plan.predicted,
+        "license": plan.license,
+        "notes": plan.notes,
+    }
+    sections = {}
+    for index, layers in enumerate(plan.schedules):
+        starts = np.zeros((len(layers) + 1, len(ARRAYS)), dtype=np.int64)
+        for column, name in enumerate(ARRAYS):
+            parts = [getattr(schedule, name) for schedule in layers]
+            starts[1:, column] = np.cumsum([len(part) for part in parts])
+            sections[f"{index}/{name}"] = np.concatenate(parts)
+        sections[f"{index}/layers"] = starts
+    return write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections)
+
+
+def _parse(container: Container) -> PlanFile:
+    header = _known("header", container.header, _HEADER_KEYS, container.newer)
+    signature = _value(ModelSignature, "model", header, container.newer)
+    grid = _value(TokenGrid, "grid", header, container.newer)
+    blocks = _value(Blocks, "blocks", header, container.newer)
+    _require_kind("segments", header["segments"], list)
+    segments = tuple(
+        _segment(f"segments[{index}]", value, container.newer) for index, value in enumerate(header["segments"])
+    )
+    _check_segments(segments)
+    expected = {f"{index}/{name}" for index in range(len(segments)) for name in (*ARRAYS, "layers")}
+    unknown = sorted(set(container.names) - expected)
+    if unknown and not container.newer:
+        rule = f"have only the sections of its {len(segments)} segments"
+        raise SectionError(f"{container.path}: the plan must {rule}, got {unknown[0]!r}")
+    return PlanFile(
+        signature=signature,
+        grid=grid,
+        blocks=blocks,
+        segments=segments,
+        schedules=tuple(_layers(container, index, signature, grid, blocks) for index in range(len(segments))),
+        digest=container.digest,
+        **{key: header[key] for key in _FREE_KEYS},
+    )
+
+
+_FREE_KEYS = ("passes", "scheduler_hint", "provenance", "predicted", "license", "notes")
+_HEADER_KEYS = ("model", "grid", "blocks", "segments", *_FREE_KEYS)
+
+
+def _layers(
+    container: Container, index: int, signature: ModelSignature, grid: TokenGrid, blocks: Blocks
+) -> tuple[LayerSchedule, ...]:
+    arrays = {name: container.section(f"{index}/{name}") for name in ARRAYS}
+    name = f"{index}/layers"
+    starts: Int64 = container.section(name)
+    shape = (signature.layers + 1, len(ARRAYS))
+    if starts.dtype != np.int64 or starts.shape != shape:
+        found = f"{starts.dtype} of {starts.shape}"
+        raise SectionError(f"{container.path}: section {name!r} must be int64 of shape {shape}, got {found}")
+    for column, array in enumerate(arrays.values()):
+        ptr = starts[:, column]
+        if array.ndim != 1 or ptr[0] != 0 or ptr[-1] != array.size or (ptr[1:] < ptr[:-1]).any():
+            rule = f"rise from 0 to the length of section '{index}/{ARRAYS[column]}', {array.shape}"
+            found = f"{ptr[:4].tolist()}..{ptr[-1]}"
+            raise SectionError(f"{container.path}: column {column} of section {name!r} must {rule}, got {found}")
+    return tuple(
+        LayerSchedule(
+            grid,
+            blocks,
+            **{
+                array_name: array[starts[layer, column] : starts[layer + 1, column]]
+                for column, (array_name, array) in enumerate(arrays.items())
+            },
+        )
+        for layer in range(signature.layers)
+    )
+
+
+def _check_segments(segments: tuple[Segment, ...]) -> None:
+    edge = 0.0
+    for index, segment in enumerate(segments):
+        if segment.start != edge:
+            raise SchemaError(
+                f"segments[{index}].start must be {edge}, where the one before stops, got {segment.start}"
+            )
+        edge = segment.stop
+    if edge != 1.0:
+        raise SchemaError(f"segments must cover [0, 1], got {len(segments)} that stop at {edge}")
+
+
+def _segment(where: str, value: object, newer: bool) -> Segment:
+    found = _known(where, value, ("start", "stop", "time"), newer)
+    for key, number in found.items():
+        _require_kind(f"{where}.{key}", number, float)
+    return Segment(**found)
+
+
+def _value(kind: type[Value], key: str, header: dict[str, Any], newer: bool) -> Value:
+    return kind(**_known(key, header[key], tuple(item.name for item in fields(kind)), newer))
+
+
+def _known(where: str, value: object, keys: tuple[str, ...], newer: bool) -> dict[str, Any]:
+    """The known keys of a map, all of them; an unknown key is an error unless the file is newer."""
+    _require_kind(where, value, dict)
+    assert isinstance(value, dict)
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise SchemaError(f"{where} must have the key {missing[0]!r}, got none")
+    unknown = sorted(set(value) - set(keys))
+    if unknown and not newer:
+        raise SchemaError(f"{where} must have only the keys {', '.join(keys)}, got {unknown[0]!r}")
+    return {key: value[key] for key in keys}
+
+
+def _require_kind(where: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise SchemaError(f"{where} must be of type {kind.__name__.lower()}, got {type(value).__name__}")

@@ -1,0 +1,137 @@
+"""A schedule's promises: what is valid passes, each broken promise is named, and `dense` is what the words say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from support.schedules import layer_schedules, random_schedule
+
+from calibatt.plans import NO_ANCHORS, Blocks, LayerSchedule, ScheduleError, TokenGrid
+
+GRID = TokenGrid(frames=2, height=3, width=10, text_before=4, text_after=5)
+BLOCKS = Blocks(16, 16)
+
+
+def example() -> LayerSchedule:
+    """Heads: listed, dense, sharing the first one's lists, anchored; 5 query and key blocks of 16 tokens."""
+    rng = np.random.default_rng(1)
+    made = random_schedule(
+        rng, GRID, BLOCKS, 4, 0.4, dense_heads=[1], shared_heads=[2], anchored_heads=[3], anchors="frame"
+    )
+    assert made.head_list.tolist() == [0, -1, 0, 5]
+    assert made.head_tile_ptr.tolist() == [0, 5, 10, 15, 17]
+    return made
+
+
+@given(layer_schedules())
+def test_random_schedules_are_valid(schedule: LayerSchedule) -> None:
+    schedule.check()
+
+
+@given(layer_schedules())
+def test_dense_is_what_the_vocabulary_says(schedule: LayerSchedule) -> None:
+    """`dense` against a reading of the definitions one token at a time."""
+    grid, block_q = schedule.grid, schedule.blocks.block_q
+    for head in range(schedule.heads):
+        source, keep = schedule.dense(head)
+        pattern = int(schedule.head_anchor[head])
+        packed: list[int] = []
+        expected_source = []
+        for token in range(grid.tokens):
+            row, column = divmod(token - grid.text_before, grid.width)
+            is_video = 0 <= row < grid.rows
+            if pattern == NO_ANCHORS or not is_video:
+                expected_source.append(token)
+            else:
+                starts, anchors = schedule.groups(pattern)
+                group = max(index for index, start in enumerate(starts) if start <= row)
+                expected_source.append(grid.text_before + int(anchors[group]) * grid.width + column)
+            if expected_source[-1] == token:
+                packed.append(token)
+        assert source.tolist() == expected_source
+        assert schedule.packed_tokens(head) == len(packed)
+        assert schedule.packed_queries(head).tolist() == packed
+        for token in range(grid.tokens):
+            tile = packed.index(expected_source[token]) // block_q
+            assert np.flatnonzero(keep[token]).tolist() == schedule.columns(head, tile).tolist()
+        computed = sum(len(schedule.columns(head, tile)) for tile in range(schedule.tiles(head)))
+        assert schedule.computed_blocks(head) == computed == schedule.tile_keep(head).sum()
+        assert 0.0 < schedule.head_density(head) <= 1.0
+
+
+def changed(name: str, **entries: Any) -> LayerSchedule:
+    """The example with entries of one array replaced, by position."""
+    schedule = example()
+    array = getattr(schedule, name).copy()
+    for position, value in entries.items():
+        array[int(position[1:])] = value
+    return replace(schedule, **{name: array})
+
+
+def wrapping() -> LayerSchedule:
+    """Differences of these pointers are all positive in 32 bits."""
+    schedule = example()
+    pointers = np.zeros(len(schedule.row_ptr), dtype=np.int32)
+    pointers[1:4] = (2**31 - 1, -2, len(schedule.col_idx))
+    return replace(schedule, row_ptr=pointers[:4])
+
+
+def without_last(name: str) -> LayerSchedule:
+    schedule = example()
+    return replace(schedule, **{name: getattr(schedule, name)[:-1]})
+
+
+BROKEN = {
+    "row_ptr of int64": (lambda: replace(example(), row_ptr=example().row_ptr.astype(np.int64)), "int32 array"),
+    "col_idx of int32": (lambda: replace(example(), col_idx=example().col_idx.astype(np.int32)), "uint16 array"),
+    "col_idx of two dimensions": (lambda: replace(example(), col_idx=example().col_idx[None]), "of shape (1, "),
+    "no heads": (lambda: replace(example(), head_list=np.zeros(0, np.int32)), "head_anchor must have one entry"),
+    "head_anchor short": (lambda: without_last("head_anchor"), "one entry for each of 4 heads"),
+    "row_ptr empty": (lambda: replace(example(), row_ptr=np.zeros(0, np.int32)), "row_ptr must start at 0"),
+    "row_ptr from 1": (lambda: changed("row_ptr", _0=1), "row_ptr must start at 0"),
+    "row_ptr short": (lambda: without_last("row_ptr"), "row_ptr must start at 0 and end at"),
+    "row_ptr falls": (lambda: changed("row_ptr", _2=0), "row_ptr must rise by at least one block a list"),
+    "row_ptr wraps": (wrapping, "row_ptr must rise"),
+    "column beyond": (lambda: changed("col_idx", _0=5), "col_idx must be below 5 key blocks, got 5"),
+    "columns not sorted": (lambda: unsorted(), "col_idx must rise strictly within a list"),
+    "anchor_ptr from 1": (lambda: changed("anchor_ptr", _0=1), "anchor_ptr must rise from 0 to 2 groups"),
+    "anchor_ptr beyond": (lambda: changed("anchor_ptr", _1=3), "anchor_ptr must rise from 0 to 2 groups"),
+    "anchor_row short": (lambda: without_last("anchor_row"), "anchor_row must have one entry for each of 2 groups"),
+    "group from row 1": (lambda: changed("group_start", _0=1), "group_start must start at row 0 in each pattern"),
+    "groups fall": (lambda: changed("group_start", _1=0), "group_start must rise and stay below 6 rows"),
+    "group beyond": (lambda: changed("group_start", _1=6), "group_start must rise and stay below 6 rows"),
+    "group leaves its frame": (lambda: changed("group_start", _1=4), "keep a group in its frame of 3 rows"),
+    "anchor outside": (lambda: changed("anchor_row", _0=3), "anchor_row must lie in its group 0..2, got 3"),
+    "anchor negative": (lambda: changed("anchor_row", _0=-1), "anchor_row must lie in its group 0..2, got -1"),
+    "pattern beyond": (lambda: changed("head_anchor", _0=1), "head_anchor must be -1 or below 1 patterns"),
+    "pattern negative": (lambda: changed("head_anchor", _3=-2), "got -2 for head 3"),
+    "list beyond": (lambda: changed("head_list", _0=3), "head_list must leave 5 lists of 7"),
+    "list negative": (lambda: changed("head_list", _0=-2), "got -2 for head 0"),
+    "tile missing": (lambda: without_last("tile_order"), "one entry for each of 17 tiles, got 16"),
+    "tile twice": (lambda: changed("tile_order", _0=example().tile_order[1]), "hold every tile once"),
+    "tile beyond": (lambda: changed("tile_order", _0=17), "hold tile ids below 17, got 17"),
+    "tile negative": (lambda: changed("tile_order", _0=-1), "hold tile ids below 17, got -1"),
+    "grid too long": (
+        lambda: replace(example(), grid=TokenGrid(2**20, 2**20, 2**20)),
+        "grid must have at most 65536 key blocks",
+    ),
+}
+
+
+def unsorted() -> LayerSchedule:
+    schedule = example()
+    first = int(np.flatnonzero(np.diff(schedule.row_ptr) > 1)[0])
+    position = int(schedule.row_ptr[first])
+    return changed("col_idx", **{f"_{position}": schedule.col_idx[position + 1]})
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_names_the_broken_promise(case: str) -> None:
+    make, words = BROKEN[case]
+    with pytest.raises(ScheduleError) as caught:
+        make().check()
+    assert words in str(caught.value)

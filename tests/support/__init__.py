@@ -1,0 +1,1 @@
+"""What several test modules use: factories and strategies. Import as ``support.<module>`` (pytest's pythonpath)."""

@@ -1,0 +1,137 @@
+"""Random valid schedules, as a plain function of a generator and as a hypothesis strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import strategies as st
+
+from calibatt.plans import DENSE, NO_ANCHORS, Blocks, LayerSchedule, TokenGrid
+
+ANCHORS = ("random", "every", "frame")
+"""Groups of random length, every row an anchor, one anchor a frame."""
+
+
+def random_groups(rng: np.random.Generator, grid: TokenGrid, anchors: str = "random") -> tuple[np.ndarray, np.ndarray]:
+    """First rows and anchor rows of the groups of one pattern, both int32 ``(groups,)``."""
+    rows = np.arange(grid.rows)
+    starts_frame = rows % grid.height == 0
+    chosen = {"random": rng.random(grid.rows) < 0.4, "every": True, "frame": False}[anchors]
+    start = rows[starts_frame | chosen]
+    stop = np.append(start[1:], grid.rows)
+    return start.astype(np.int32), rng.integers(start, stop).astype(np.int32)
+
+
+def random_schedule(
+    rng: np.random.Generator,
+    grid: TokenGrid,
+    blocks: Blocks,
+    heads: int,
+    density: float = 0.3,
+    *,
+    dense_heads: Sequence[int] = (),
+    shared_heads: Sequence[int] = (),
+    anchored_heads: Sequence[int] = (),
+    anchors: str = "random",
+    patterns: int | None = None,
+) -> LayerSchedule:
+    """A valid schedule: every tile of a listed head keeps each key block with probability `density`, and at least one.
+
+    Args:
+        rng: Source of everything random.
+        grid: The token sequence.
+        blocks: Block sizes.
+        heads: Number of heads.
+        density: 0 leaves one block a tile, 1 leaves all of them (listed, unlike a dense head).
+        dense_heads: Heads that list nothing and keep every key block.
+        shared_heads: Heads that take the lists of an earlier head that has at least as many tiles, if there is one.
+        anchored_heads: Heads that compute anchor rows only. May overlap with the two above.
+        anchors: One of `ANCHORS`.
+        patterns: Anchor patterns that the anchored heads share in turn; by default each has its own.
+    """
+    tokens, block_q = grid.tokens, blocks.block_q
+    k_blocks = blocks.k_blocks(tokens)
+    patterns = len(anchored_heads) if patterns is None else min(patterns, len(anchored_heads))
+    groups = [random_groups(rng, grid, anchors) for _ in range(patterns)]
+    head_anchor = np.full(heads, NO_ANCHORS, dtype=np.int32)
+    for index, head in enumerate(anchored_heads):
+        head_anchor[head] = index % patterns
+    head_list = np.full(heads, DENSE, dtype=np.int32)
+    tiles = []
+    lists: list[np.ndarray] = []
+    owners: list[int] = []
+    for head, pattern in enumerate(head_anchor):
+        rows = grid.rows if pattern == NO_ANCHORS else len(groups[pattern][0])
+        tiles.append(-(-(grid.text_before + rows * grid.width + grid.text_after) // block_q))
+        if head in dense_heads:
+            continue
+        shared = [owner for owner in owners if tiles[owner] >= tiles[head]] if head in shared_heads else []
+        if shared:
+            head_list[head] = head_list[shared[0]]
+            continue
+        owners.append(head)
+        head_list[head] = len(lists)
+        keep = rng.random((tiles[head], k_blocks)) < density
+        keep[np.arange(tiles[head]), rng.integers(k_blocks, size=tiles[head])] = True
+        lists += [np.flatnonzero(row) for row in keep]
+    return LayerSchedule(
+        grid=grid,
+        blocks=blocks,
+        row_ptr=np.cumsum([0, *map(len, lists)]).astype(np.int32),
+        col_idx=np.concatenate([*lists, []]).astype(np.uint16),
+        head_list=head_list,
+        head_anchor=head_anchor,
+        anchor_ptr=np.cumsum([0, *(len(start) for start, _ in groups)]).astype(np.int32),
+        group_start=np.concatenate([*(start for start, _ in groups), []]).astype(np.int32),
+        anchor_row=np.concatenate([*(anchor for _, anchor in groups), []]).astype(np.int32),
+        tile_order=rng.permutation(sum(tiles)).astype(np.int32),
+    )
+
+
+@st.composite
+def grids(draw: st.DrawFn, max_frames: int = 3, max_height: int = 5, max_width: int = 40) -> TokenGrid:
+    """Small grids; rows seldom divide blocks, and the whole may be shorter than a block."""
+    text = st.sampled_from((0, 0, 1, 7, 16, 33))
+    return TokenGrid(
+        frames=draw(st.integers(1, max_frames)),
+        height=draw(st.integers(1, max_height)),
+        width=draw(st.integers(1, max_width)),
+        text_before=draw(text),
+        text_after=draw(text),
+    )
+
+
+def all_blocks(sizes: Sequence[int] = (16, 32, 64, 128)) -> st.SearchStrategy[Blocks]:
+    """Every pair of the given block sizes."""
+    return st.builds(Blocks, st.sampled_from(sizes), st.sampled_from(sizes))
+
+
+@st.composite
+def layer_schedules(
+    draw: st.DrawFn,
+    grid: st.SearchStrategy[TokenGrid] | None = None,
+    blocks: st.SearchStrategy[Blocks] | None = None,
+    heads: st.SearchStrategy[int] | None = None,
+) -> LayerSchedule:
+    """Valid schedules of any kind: dense, listed, shared and anchored heads, in every mixture.
+
+    Args:
+        grid: Strategy of the grid; `grids()` by default.
+        blocks: Strategy of the block sizes; `all_blocks()` by default.
+        heads: Strategy of the number of heads; 1 to 4 by default.
+    """
+    count = draw(heads if heads is not None else st.integers(1, 4))
+    some_heads = st.sets(st.integers(0, count - 1)).map(sorted)
+    return random_schedule(
+        np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
+        draw(grid if grid is not None else grids()),
+        draw(blocks if blocks is not None else all_blocks()),
+        count,
+        draw(st.sampled_from((0.0, 0.1, 0.3, 0.7, 1.0))),
+        dense_heads=draw(some_heads),
+        shared_heads=draw(some_heads),
+        anchored_heads=draw(some_heads),
+        anchors=draw(st.sampled_from(ANCHORS)),
+        patterns=draw(st.sampled_from((None, 1))),
+    )
