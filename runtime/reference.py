@@ -1,0 +1,53 @@
+"""The oracle: what planned attention means, in plain torch. Slow on purpose: it skips nothing and masks everything."""
+
+from __future__ import annotations
+
+import torch
+
+from calibatt.runtime.schedule import LayerSchedule
+
+CHUNK_SCORES = 1 << 24
+"""Scores held at a time: 64 MiB in fp32."""
+
+
+def reference_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: LayerSchedule,
+    *,
+    scale: float | None = None,
+    queries: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out[b, h, i] = softmax over keys j in blocks keep[i] of (q[b, h, source[i]] . k[b, h, j]) * scale, times v.
+
+    Args:
+        q: ``(B, H, N, D)``, any floating dtype; the computation is in this dtype.
+        k: As q.
+        v: As q.
+        schedule: Gives source and keep of each head.
+        scale: Factor of the scores; ``D ** -0.5`` if absent.
+        queries: int64 ``(M,)``; compute these tokens only (default: all N).
+
+    Returns:
+        out: ``(B, H, M, D)``, dtype of q.
+        lse: ``(B, H, M)``; natural log of the sum of exponentials of the scaled scores that were kept.
+    """
+    batch, heads, tokens, head_dim = q.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    queries = torch.arange(tokens) if queries is None else queries.cpu()
+    out = q.new_empty(batch, heads, len(queries), head_dim)
+    lse = q.new_empty(batch, heads, len(queries))
+    block_of_key = torch.arange(tokens) // schedule.blocks.block_k
+    chunk = max(1, CHUNK_SCORES // (batch * tokens))
+    for head in range(heads):
+        source, keep = schedule.dense(head)
+        for start in range(0, len(queries), chunk):
+            part = slice(start, start + chunk)
+            rows = queries[part]
+            dropped = ~keep[rows][:, block_of_key].to(q.device)
+            scores = q[:, head, source[rows].to(q.device)] @ k[:, head].transpose(-1, -2) * scale
+            scores.masked_fill_(dropped, -torch.inf)
+            out[:, head, part] = scores.softmax(-1) @ v[:, head]
+            lse[:, head, part] = scores.logsumexp(-1)
+    return out, lse

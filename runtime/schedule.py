@@ -1,0 +1,167 @@
+"""What one layer executes during one segment, as the runtime sees it: torch views, and index arrays on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from calibatt.plans.schedule import DENSE, NO_ANCHORS
+from calibatt.plans.schedule import LayerSchedule as CoreSchedule
+from calibatt.plans.schema import Blocks, TokenGrid
+
+T = TypeVar("T")
+
+
+class LayerSchedule:
+    """The schedule of all heads of one layer in one segment; immutable.
+
+    Args:
+        core: The schedule as the plan file stores it. It is trusted: `core.check()` has passed.
+    """
+
+    def __init__(self, core: CoreSchedule) -> None:
+        self.core = core
+        self._bound: dict[torch.device, DeviceSchedule] = {}
+
+    @property
+    def grid(self) -> TokenGrid:
+        return self.core.grid
+
+    @property
+    def blocks(self) -> Blocks:
+        return self.core.blocks
+
+    @property
+    def heads(self) -> int:
+        return self.core.heads
+
+    @property
+    def density(self) -> float:
+        """Blocks computed / blocks of dense attention, mean over the heads."""
+        return self.core.density
+
+    def __repr__(self) -> str:
+        grid, blocks = self.grid, self.blocks
+        return (
+            f"LayerSchedule({self.heads} heads, {grid.tokens} tokens, blocks {blocks.block_q}x{blocks.block_k}, "
+            f"density {self.density:.3f})"
+        )
+
+    def dense(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The oracle's view of a head.
+
+        Returns:
+            source: int64 ``(N,)``; the token whose query is computed in place of token i.
+            keep: bool ``(N, k_blocks)``; the key blocks that query attends to.
+        """
+        source, keep = self.core.dense(head)
+        return torch.from_numpy(source), torch.from_numpy(keep)
+
+    def bind(self, device: torch.device | str) -> DeviceSchedule:
+        """Index arrays of this schedule on `device`, made at the first call for that device and kept until `unbind`.
+
+        The first call copies on the current stream without waiting; a later one does nothing.
+        """
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        bound = self._bound.get(device)
+        if bound is None:
+            bound = self._bound[device] = _bind(self.core, device)
+        return bound
+
+    def unbind(self) -> None:
+        """Lets go of the arrays on every device; the next `bind` makes them again."""
+        self._bound.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceSchedule:
+    """Index arrays of one schedule on one device: all that a kernel needs besides q, k and v.
+
+    Args:
+        core: The schedule, on the host.
+        device: Where the arrays are.
+        tiles: int32 ``(tiles, 4)``, in execution order: head, tile within the head's packed queries, start and stop of
+            its key blocks in `columns`. `stop` exceeds `start`.
+        columns: uint16 ``(kept + k_blocks,)``: `col_idx`, then 0, 1, ... ``k_blocks - 1``, the list of dense heads.
+        heads: int32 ``(heads, 2)``: packed queries of the head, and where they start in the three arrays below, or -1
+            if the head computes every query (packed query p is then token p, and is written once).
+        query_token: int32 ``(packed,)``; the token of each packed query, anchor patterns one after the other.
+        query_first: int32 ``(packed,)``; the first token that receives the query's output.
+        query_copies: int32 ``(packed,)``; how many receive it, ``grid.width`` tokens apart.
+    """
+
+    core: CoreSchedule
+    device: torch.device
+    tiles: torch.Tensor
+    columns: torch.Tensor
+    heads: torch.Tensor
+    query_token: torch.Tensor
+    query_first: torch.Tensor
+    query_copies: torch.Tensor
+    _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def anchored(self) -> bool:
+        """Whether some head computes anchor rows only."""
+        return len(self.query_token) > 0
+
+    def derived(self, make: Callable[[DeviceSchedule], T]) -> T:
+        """What a backend derives from the schedule: ``make(self)``, called once and kept."""
+        if make not in self._derived:
+            self._derived[make] = make(self)
+        return self._derived[make]
+
+
+def _bind(core: CoreSchedule, device: torch.device) -> DeviceSchedule:
+    token, first, copies, pattern_start = _anchor_queries(core)
+    heads = np.empty((core.heads, 2), dtype=np.int32)
+    for head in range(core.heads):
+        pattern = int(core.head_anchor[head])
+        heads[head] = core.packed_tokens(head), -1 if pattern == NO_ANCHORS else pattern_start[pattern]
+    columns = np.concatenate([core.col_idx, np.arange(core.k_blocks, dtype=np.uint16)])
+
+    def move(array: np.ndarray[Any, Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    return DeviceSchedule(
+        core, device, move(_tiles(core)), move(columns), move(heads), move(token), move(first), move(copies)
+    )
+
+
+def _tiles(core: CoreSchedule) -> np.ndarray[Any, Any]:
+    """`DeviceSchedule.tiles`, on the host."""
+    counts = np.diff(core.head_tile_ptr)
+    head = np.repeat(np.arange(core.heads), counts)
+    tile = np.arange(len(head)) - np.repeat(core.head_tile_ptr[:-1], counts)
+    listed = core.head_list[head] != DENSE
+    kept = len(core.col_idx)
+    start = np.full(len(head), kept)
+    stop = np.full(len(head), kept + core.k_blocks)
+    lists = (core.head_list[head] + tile)[listed]
+    start[listed] = core.row_ptr[lists]
+    stop[listed] = core.row_ptr[lists + 1]
+    return np.stack([head, tile, start, stop], axis=1).astype(np.int32)[core.tile_order]
+
+
+def _anchor_queries(core: CoreSchedule) -> tuple[Any, Any, Any, list[int]]:
+    """`query_token`, `query_first` and `query_copies` on the host, and where each anchor pattern starts in them."""
+    grid = core.grid
+    columns = np.arange(grid.width)
+    before = np.arange(grid.text_before)
+    after = np.arange(grid.tokens - grid.text_after, grid.tokens)
+    token, first, copies, starts = [], [], [], [0]
+    for pattern in range(len(core.anchor_ptr) - 1):
+        group_start, anchor = core.groups(pattern)
+        size = np.diff(np.append(group_start, grid.rows))
+        for parts, rows in ((token, anchor), (first, group_start)):
+            video = grid.text_before + rows.astype(np.int64)[:, None] * grid.width + columns
+            parts += [before, video.reshape(-1), after]
+        copies += [np.ones_like(before), np.repeat(size, grid.width), np.ones_like(after)]
+        starts.append(starts[-1] + len(before) + len(anchor) * grid.width + len(after))
+    return *(np.concatenate([np.zeros(0), *parts]).astype(np.int32) for parts in (token, first, copies)), starts
