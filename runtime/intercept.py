@@ -145,7 +145,7 @@ class Interception:
             _reject(options)
             return self._attend(query, key, value, self._site, self._context)
 
-        # Compiled code looks a global up through the module that __name__ names, where it would find the stock function.
+        # Compiled code looks globals up through the module that __name__ names: there it would find the stock function.
         names = {key: value for key, value in original.__globals__.items() if key != "__name__"} | {name: dispatch}
         rebound = types.FunctionType(
             original.__code__, names, original.__name__, original.__defaults__, original.__closure__
