@@ -37,12 +37,12 @@ def open_session(session: Session) -> int:
 @torch.library.custom_op("calibatt::resolve_segment", mutates_args=())
 def resolve_segment(time: torch.Tensor, grid: Sequence[int], session: int) -> torch.Tensor:
     """`Session.resolve` of a float ``()`` time; int64 ``()`` on the CPU."""
-    return torch.tensor(_sessions[session].resolve(time.item(), tuple(grid)))
+    return torch.tensor(_sessions[session].resolve(time.item(), tuple(grid)), device="cpu")
 
 
 @resolve_segment.register_fake
 def _(time: torch.Tensor, grid: Sequence[int], session: int) -> torch.Tensor:
-    return torch.empty((), dtype=torch.int64)
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("calibatt::attend", mutates_args=())

@@ -32,7 +32,7 @@ class InterceptedSite:
 
     def __init__(self, site: Site, stock: Callable[..., torch.Tensor]) -> None:
         self.layer = site.layer
-        self.index = torch.tensor(site.layer)
+        self.index = torch.tensor(site.layer, device="cpu")
         self.name = site.name
         self.attention = site.attention
         self.block = site.block
@@ -47,7 +47,7 @@ class Interception:
     """Sends every self-attention call of a model through `attend`, from now until `detach`.
 
     Interceptions of one model stack: the newest is called, the others wait, and they may be detached in any order.
-    One forward of a model at a time.
+    One forward of a model at a time. Compiled forwards do not `verify`: let `begin` do it in an op of its own.
 
     Args:
         model: The transformer, compiled or not.
@@ -170,8 +170,9 @@ class Interception:
 def _reject(options: dict[str, Any]) -> None:
     """What no row's self-attention asks for today, and what would be wrong to ignore."""
     for option in ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "parallel_config"):
-        if options.get(option):
-            raise NotImplementedError(f"self-attention must be called without {option}, got {options[option]!r}")
+        value = options.get(option)
+        if isinstance(value, torch.Tensor) or value:
+            raise NotImplementedError(f"self-attention must be called without {option}, got {type(value).__name__}")
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:
@@ -182,7 +183,8 @@ def _watch(site: InterceptedSite, enter_block: Callable[[InterceptedSite, Argume
     names = _parameters(site.block)
 
     def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        enter_block(site, dict(zip(names, args, strict=False)) | kwargs)
+        if site.attention.processor.site is site:
+            enter_block(site, dict(zip(names, args, strict=False)) | kwargs)
 
     return site.block.register_forward_pre_hook(hook, with_kwargs=True)
 

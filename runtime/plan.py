@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from os import PathLike
 from types import TracebackType
@@ -137,7 +138,7 @@ class Attachment:
         plan = self.plan
         lines = [f"{plan.signature.architecture}, {plan.grid}, blocks {plan.blocks.block_q}x{plan.blocks.block_k}"]
         for (device, dtype), chosen in self._session.backends.items():
-            counts = {name: sum(layers.count(name) for layers in chosen) for layers in chosen for name in layers}
+            counts = Counter(name for layers in chosen for name in layers)
             named = ", ".join(f"{name} ({count} schedules)" for name, count in sorted(counts.items()))
             lines.append(f"backend on {device}, {str(dtype).removeprefix('torch.')}: {named}")
         lines.append("density (share of dense work) by segment, layers 0 to last:")
@@ -186,8 +187,8 @@ class _Session:
                 for segment in range(len(self.plan.segments))
             ]
             self.backends[device, dtype] = chosen
-            self.device = device
-            self._bind(len(chosen) - 1)
+            self._bind(len(chosen) - 1, device)
+        self.device = device
         return chosen
 
     def _choose(self, segment: int, layer: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -200,9 +201,9 @@ class _Session:
             )
         return self.backend
 
-    def _bind(self, segment: int) -> None:
+    def _bind(self, segment: int, device: torch.device) -> None:
         for schedule in self.plan.layers(segment):
-            schedule.bind(self.device)
+            schedule.bind(device)
 
     def resolve(self, time: float, grid: tuple[int, ...]) -> int:
         self.interception.verify()
@@ -216,7 +217,7 @@ class _Session:
                 warnings.warn(f"{message}; such forwards run the model's own attention", stacklevel=2)
             return STOCK
         segment = self.plan.file.segment_index(time)
-        self._bind(segment)
+        self._bind(segment, self.device)
         return segment
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: int, layer: int) -> torch.Tensor:
