@@ -6,6 +6,7 @@ function that computes attention from q, k and v.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -74,12 +75,13 @@ class Interception:
         self._attend = attend
         self._begin = begin
         self._context: Any = None
-        self._site: InterceptedSite | None = None
-        self._classes: dict[type, type] = {}
+        self._above = 0
         sites = adapter.sites(self.model)
         self._processors = [self._processor(site) for site in sites]
-        for site, processor in zip(sites, self._processors, strict=True):
-            site.attention.processor = processor
+        for processor in self._processors:
+            processor.site.attention.processor = processor
+        for interception in self._beneath():
+            interception._above += 1
         self._parameters = _parameters(self.model)
         self._hooks = [self.model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)]
         if enter_block is not None:
@@ -109,6 +111,8 @@ class Interception:
         """
         for hook in self._hooks:
             hook.remove()
+        for interception in self._beneath():
+            interception._above -= 1
         for mine in self._processors:
             above = None
             for processor in _stack(mine.site.attention):
@@ -120,51 +124,64 @@ class Interception:
                 above = processor
         self._hooks = []
         self._processors = []
-        self._context = self._site = None
+        self._context = None
 
     def _processor(self, site: Site) -> Any:
         """A copy of the site's processor whose attention comes here."""
         beneath = site.attention.processor
         stock = getattr(beneath, "stock_class", type(beneath))
-        if stock not in self._classes:
-            self._classes[stock] = self._class(stock)
-        processor = object.__new__(self._classes[stock])
+        processor = object.__new__(_intercepted(stock, self.adapter.dispatch))
         processor.__dict__.update(beneath.__dict__)
+        processor.interception = self
         processor.site = InterceptedSite(site, stock.__call__.__globals__[self.adapter.dispatch])
         processor.beneath = beneath
+        processor.inner = object.__new__(stock)
+        processor.inner.__dict__.update(beneath.__dict__)
+        processor.inner._attention_backend = processor
         return processor
 
-    def _class(self, stock: type) -> type:
-        """One class for all layers, so that compiled blocks of different layers are one graph."""
-        name = self.adapter.dispatch
-        original = stock.__call__
-        if name not in original.__code__.co_names:
-            raise ValueError(f"adapter.dispatch must name a function that {stock.__name__} calls, got {name!r}")
-
-        def dispatch(query: Any, key: Any, value: Any, **options: Any) -> Any:
-            _reject(options)
-            return self._attend(query, key, value, self._site, self._context)
-
-        # Compiled code looks globals up through the module that __name__ names: there it would find the stock function.
-        names = {key: value for key, value in original.__globals__.items() if key != "__name__"} | {name: dispatch}
-        rebound = types.FunctionType(
-            original.__code__, names, original.__name__, original.__defaults__, original.__closure__
-        )
-        rebound.__kwdefaults__ = original.__kwdefaults__
-
-        def call(processor: Any, *args: Any, **kwargs: Any) -> Any:
-            self._site = processor.site
-            return rebound(processor, *args, **kwargs)
-
-        call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-        return type(f"Intercepted{stock.__name__}", (stock,), {"__call__": call, "stock_class": stock})
+    def _beneath(self) -> list[Interception]:
+        """The interceptions that wait until this one is detached."""
+        stack = _stack(self._processors[0].site.attention) if self._processors else []
+        interceptions = [processor.interception for processor in stack]
+        return interceptions[interceptions.index(self) + 1 :] if self in interceptions else []
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
             self.verify()
-        first = self._processors[0]
-        if self._begin is not None and first.site.attention.processor is first:
+        if self._begin is not None and not self._above:
             self._context = self._begin(dict(zip(self._parameters, args, strict=False)) | kwargs)
+
+
+@functools.cache
+def _intercepted(stock: type, name: str) -> type:
+    """The processor class `stock`, its calls of the global function `name` sent to the processor's interception.
+
+    One class for all layers, models and interceptions, so that what is compiled for one serves all. The stock code
+    runs on `inner` and passes its ``_attention_backend`` on to the function: that is the way back to the processor.
+    """
+    original = stock.__call__
+    missing = {name, "_attention_backend"} - set(original.__code__.co_names)
+    if missing:
+        raise ValueError(f"{stock.__name__} must pass its _attention_backend to {name}, got code without {missing}")
+
+    def dispatch(query: Any, key: Any, value: Any, *, backend: Any, **options: Any) -> Any:
+        _reject(options | {"parallel_config": getattr(backend, "_parallel_config", None)})
+        interception = backend.interception
+        return interception._attend(query, key, value, backend.site, interception._context)
+
+    # Compiled code looks globals up through the module that __name__ names: there it would find the stock function.
+    names = {key: value for key, value in original.__globals__.items() if key != "__name__"} | {name: dispatch}
+    rebound = types.FunctionType(
+        original.__code__, names, original.__name__, original.__defaults__, original.__closure__
+    )
+    rebound.__kwdefaults__ = original.__kwdefaults__
+
+    def call(processor: Any, *args: Any, **kwargs: Any) -> Any:
+        return rebound(processor.inner, *args, **kwargs)
+
+    call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return type(f"Intercepted{stock.__name__}", (stock,), {"__call__": call, "stock_class": stock})
 
 
 def _reject(options: dict[str, Any]) -> None:

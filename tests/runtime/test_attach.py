@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from typing import Any
@@ -22,6 +23,7 @@ from calibatt.runtime import (
     load_plan,
     ops,
 )
+from calibatt.runtime import schedule as runtime_schedule
 from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.intercept import Interception
 
@@ -186,6 +188,19 @@ def test_compiled_model_takes_every_time_in_one_graph(calls: list[Any]) -> None:
     assert {call[1:] for call in calls} == {((2, HEADS, GRID.tokens, HEAD_DIM), GRID.tokens)}
 
 
+def test_changing_plans_recompiles_nothing() -> None:
+    model, plans = make_model(), [make_plan(seed=1), make_plan(seed=2)]
+    expected = [masked(model, plan) for plan in plans]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    graphs = []
+    for index in (0, 1, 0, 1):
+        with plans[index].attach(model):
+            torch.testing.assert_close(run(compiled), expected[index], rtol=0, atol=5e-6)
+        graphs.append(counter.frame_count)
+    assert graphs == graphs[:1] * 4
+
+
 def test_attach_after_compile_and_detach() -> None:
     model, plan = make_model(), make_plan()
     expected, stock = masked(model, plan), run(model)
@@ -334,6 +349,20 @@ def test_the_model_stays_what_it_was() -> None:
         assert all(torch.equal(during[name], value) for name, value in before.items())
 
 
+def test_index_arrays_are_made_once_and_before_their_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    bind = runtime_schedule._bind
+    monkeypatch.setattr(runtime_schedule, "_bind", lambda core, device: made.append(core) or bind(core, device))
+    model, plan = make_model(), make_plan()
+    low, middle, high = plan.file.schedules
+    with plan.attach(model):
+        assert made == [*high]
+        for timestep, expected in ((999, middle), (998, ()), (700, low), (100, ()), (999, ())):
+            made.clear()
+            run(model, timestep=timestep)
+            assert made == [*expected]
+
+
 def test_a_deleted_model_is_freed_and_a_forgotten_attachment_works_on(calls: list[Any]) -> None:
     model, plan = make_model(), make_plan()
     plan.attach(model)
@@ -357,8 +386,21 @@ def test_bfloat16() -> None:
         torch.testing.assert_close(got, model(**values)[0], rtol=0, atol=0.05)
 
 
+def test_context_parallelism_is_refused_not_ignored() -> None:
+    model = make_model()
+    with make_plan().attach(model):
+        model.blocks[0].attn1.processor._parallel_config = object()
+        with pytest.raises(
+            NotImplementedError, match="self-attention must be called without parallel_config, got object"
+        ):
+            run(model)
+
+
 def test_options_are_checked() -> None:
     model = make_model()
+    row = dataclasses.replace(adapter_for(model), dispatch="sdpa")
+    with pytest.raises(ValueError, match=r"WanAttnProcessor must pass its _attention_backend to sdpa"):
+        make_plan().attach(model, adapter=row)
     with pytest.raises(ValueError, match="on_mismatch must be 'error' or 'dense', got 'ignore'"):
         make_plan().attach(model, on_mismatch="ignore")
     with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*, got 'magic'"):
