@@ -6,6 +6,7 @@ function that computes attention from q, k and v.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import types
@@ -58,7 +59,7 @@ class Interception:
         enter_block: ``enter_block(site, arguments)``, called with a block's arguments before the block does anything.
 
     Raises:
-        ValueError: A processor's code does not call the function that the adapter names.
+        ValueError: A processor's code does not pass its ``_attention_backend`` to the function that the adapter names.
     """
 
     def __init__(
@@ -129,14 +130,14 @@ class Interception:
     def _processor(self, site: Site) -> Any:
         """A copy of the site's processor whose attention comes here."""
         beneath = site.attention.processor
-        stock = getattr(beneath, "stock_class", type(beneath))
-        processor = object.__new__(_intercepted(stock, self.adapter.dispatch))
+        stack = _stack(site.attention)
+        stock = stack[-1].beneath if stack else beneath
+        processor = object.__new__(_intercepted(type(stock), self.adapter.dispatch))
         processor.__dict__.update(beneath.__dict__)
         processor.interception = self
-        processor.site = InterceptedSite(site, stock.__call__.__globals__[self.adapter.dispatch])
+        processor.site = InterceptedSite(site, type(stock).__call__.__globals__[self.adapter.dispatch])
         processor.beneath = beneath
-        processor.inner = object.__new__(stock)
-        processor.inner.__dict__.update(beneath.__dict__)
+        processor.inner = copy.copy(stock)
         processor.inner._attention_backend = processor
         return processor
 
@@ -181,7 +182,7 @@ def _intercepted(stock: type, name: str) -> type:
         return rebound(processor.inner, *args, **kwargs)
 
     call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    return type(f"Intercepted{stock.__name__}", (stock,), {"__call__": call, "stock_class": stock})
+    return type(f"Intercepted{stock.__name__}", (stock,), {"__call__": call})
 
 
 def _reject(options: dict[str, Any]) -> None:
