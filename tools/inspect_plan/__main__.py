@@ -1,0 +1,105 @@
+"""The command line of the plan inspector."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from calibatt.plans import PlanError, PlanFile
+from calibatt.tools.inspect_plan import summary
+
+NAME = "calibatt-inspect"
+
+
+@click.command(name=NAME, epilog="Exit codes: 0 all is well; 2 the file is no good plan, or the call is wrong.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON instead.")
+@click.option("--layer", type=click.IntRange(0), help="Layer of the mask to draw, from 0.")
+@click.option("--head", type=click.IntRange(0), help="Head of the mask to draw, from 0.")
+@click.option(
+    "--time",
+    type=click.FloatRange(0, 1),
+    help="Denoising time of the mask to draw: 1 is pure noise, 0 the finished video.  [default: 0.5]",
+)
+@click.option("--png", type=click.Path(path_type=Path), help="Draw the mask of --layer and --head into this file.")
+@click.option(
+    "--overview-png",
+    type=click.Path(path_type=Path),
+    help="Draw the density of every head, layer and time into this file.",
+)
+def main(
+    file: Path,
+    as_json: bool,
+    layer: int | None,
+    head: int | None,
+    time: float | None,
+    png: Path | None,
+    overview_png: Path | None,
+) -> None:
+    """Checks a plan FILE and shows what is in it.
+
+    A plan says, for each layer, head and denoising time, which blocks of attention are computed. Its density is the
+    share of dense attention that is left. A head is dense (computes all), sparse (computes the blocks it lists) or
+    anchored (computes some rows of the video, which stand for their neighbours).
+
+    \b
+    See all of it at a glance:
+      calibatt-inspect wan.plan
+    Draw one mask, late in the denoising:
+      calibatt-inspect wan.plan --layer 12 --head 3 --time 0.2 --png mask.png
+    Draw every head's density:
+      calibatt-inspect wan.plan --overview-png overview.png
+    Ask a script's question:
+      calibatt-inspect wan.plan --json | jq .density
+
+    The whole file is checked first, byte by byte; what is wrong is said in one line. FORMAT.md has the rules.
+    """
+    if png is None and not (layer is head is time is None):
+        raise click.UsageError("--layer, --head and --time say what --png draws, and there is no --png")
+    if png is not None and (layer is None or head is None):
+        raise click.UsageError("--png draws one mask and needs --layer and --head")
+    if (png or overview_png) and find_spec("matplotlib") is None:
+        _fail("pictures need matplotlib: pip install 'calibatt[tools]'")
+    try:
+        plan = PlanFile.read(file)
+        for option, value, count in (("--layer", layer, plan.signature.layers), ("--head", head, plan.signature.heads)):
+            if value is not None and value >= count:
+                raise click.UsageError(f"{option} must be 0 to {count - 1} in this plan, got {value}")
+        if as_json:
+            click.echo(json.dumps(summary.summarise(plan, file), indent=2, default=bytes.hex))
+        elif png is None and overview_png is None:
+            summary.show(plan, file)
+        if png is not None and layer is not None and head is not None:
+            _draw(plan, file, layer, head, 0.5 if time is None else time, png)
+        if overview_png is not None:
+            _draw_overview(plan, file, overview_png)
+    except PlanError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+
+
+def _draw(plan: PlanFile, file: Path, layer: int, head: int, time: float, png: Path) -> None:
+    from calibatt.tools.inspect_plan import drawing
+
+    drawing.save(drawing.mask_figure(plan, layer, head, time, file.name), png)
+
+
+def _draw_overview(plan: PlanFile, file: Path, png: Path) -> None:
+    from calibatt.tools.inspect_plan import drawing
+
+    drawing.save(drawing.overview_figure(plan, file.name), png)
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"{NAME}: {summary.printable(message)}", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(prog_name=NAME)
