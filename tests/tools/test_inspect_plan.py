@@ -187,6 +187,15 @@ def test_a_plan_cannot_command_the_terminal(tmp_path: Path) -> None:
     assert "\x07" not in output
 
 
+def test_a_missing_matplotlib_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "calibatt.tools.inspect_plan.drawing")
+    monkeypatch.delattr("calibatt.tools.inspect_plan.drawing")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = inspect(GOLDEN, "--overview-png", tmp_path / "x.png")
+    assert result.exit_code == 2
+    assert "a picture needs matplotlib: pip install 'calibatt[tools]'" in result.output
+
+
 def test_help_teaches() -> None:
     text = inspect("--help").output
     for words in ("dense", "sparse", "anchored", "density", "--layer 12 --head 3", "Exit codes"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import click
@@ -63,41 +63,39 @@ def main(
         raise click.UsageError("--layer, --head and --time say what --png draws, and there is no --png")
     if png is not None and (layer is None or head is None):
         raise click.UsageError("--png draws one mask and needs --layer and --head")
-    if (png or overview_png) and find_spec("matplotlib") is None:
-        _fail("pictures need matplotlib: pip install 'calibatt[tools]'")
     try:
         plan = PlanFile.read(file)
-        for option, value, count in (("--layer", layer, plan.signature.layers), ("--head", head, plan.signature.heads)):
-            if value is not None and value >= count:
-                raise click.UsageError(f"{option} must be 0 to {count - 1} in this plan, got {value}")
-        if as_json:
-            click.echo(json.dumps(summary.summarise(plan, file), indent=2, default=bytes.hex))
-        elif png is None and overview_png is None:
-            summary.show(plan, file)
+    except (PlanError, OSError) as error:
+        _fail(error)
+    for option, value, count in (("--layer", layer, plan.signature.layers), ("--head", head, plan.signature.heads)):
+        if value is not None and value >= count:
+            raise click.UsageError(f"{option} must be 0 to {count - 1} in this plan, got {value}")
+    if as_json:
+        click.echo(json.dumps(summary.summarise(plan, file), indent=2, default=bytes.hex))
+    elif png is None and overview_png is None:
+        summary.show(plan, file)
+    try:
         if png is not None and layer is not None and head is not None:
-            _draw(plan, file, layer, head, 0.5 if time is None else time, png)
+            _drawing().draw_mask(plan, layer, head, 0.5 if time is None else time, file.name, png)
         if overview_png is not None:
-            _draw_overview(plan, file, overview_png)
-    except PlanError as error:
-        _fail(str(error))
+            _drawing().draw_overview(plan, file.name, overview_png)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        _fail(error)
 
 
-def _draw(plan: PlanFile, file: Path, layer: int, head: int, time: float, png: Path) -> None:
-    from calibatt.tools.inspect_plan import drawing
-
-    drawing.save(drawing.mask_figure(plan, layer, head, time, file.name), png)
-
-
-def _draw_overview(plan: PlanFile, file: Path, png: Path) -> None:
-    from calibatt.tools.inspect_plan import drawing
-
-    drawing.save(drawing.overview_figure(plan, file.name), png)
+def _drawing() -> ModuleType:
+    """The drawing module, which needs matplotlib: loaded only where a picture is wanted."""
+    try:
+        from calibatt.tools.inspect_plan import drawing
+    except ModuleNotFoundError as error:
+        _fail(f"a picture needs {error.name}: pip install 'calibatt[tools]'")
+    return drawing
 
 
-def _fail(message: str) -> NoReturn:
-    click.echo(f"{NAME}: {summary.printable(message)}", err=True)
+def _fail(reason: Exception | str) -> NoReturn:
+    if isinstance(reason, OSError) and reason.filename:
+        reason = f"{reason.filename}: {reason.strerror}"
+    click.echo(f"{NAME}: {summary.printable(str(reason))}", err=True)
     sys.exit(2)
 
 

@@ -41,8 +41,17 @@ STYLE = {
 }
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG, whatever the name."""
+def draw_mask(plan: PlanFile, layer: int, head: int, time: float, name: str, path: Path) -> None:
+    """Writes `mask_figure` as PNG."""
+    _save(mask_figure(plan, layer, head, time, name), path)
+
+
+def draw_overview(plan: PlanFile, name: str, path: Path) -> None:
+    """Writes `overview_figure` as PNG."""
+    _save(overview_figure(plan, name), path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=200, facecolor="white", format="png")
 
