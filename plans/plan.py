@@ -242,9 +242,8 @@ def _check_segments(segments: tuple[Segment, ...]) -> None:
     edge = 0.0
     for index, segment in enumerate(segments):
         if segment.start != edge:
-            raise SchemaError(
-                f"segments[{index}].start must be {edge}, where the one before stops, got {segment.start}"
-            )
+            rule = f"start at {edge}, where the one before stops"
+            raise SchemaError(f"segments[{index}] must {rule}, got {segment.start}")
         edge = segment.stop
     if edge != 1.0:
         raise SchemaError(f"segments must cover [0, 1], got {len(segments)} that stop at {edge}")

@@ -1,0 +1,299 @@
+"""A whole plan: what is written is read, and a file that contradicts itself is refused by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.plans import tiny_plan, tiny_schedule
+from support.schedules import all_blocks, grids, layer_schedules
+
+from calibatt.plans import (
+    Blocks,
+    Container,
+    LayerSchedule,
+    ModelSignature,
+    PlanFile,
+    Segment,
+    TokenGrid,
+    errors,
+    write_container,
+    write_plan,
+)
+from calibatt.plans.plan import ARRAYS, MAGIC, VERSION
+
+GOLDEN = Path(__file__).parent / "golden" / "tiny.plan"
+HEADER = (
+    *("signature", "grid", "blocks", "segments", "passes", "scheduler_hint", "provenance", "predicted", "license"),
+    "notes",
+)
+
+
+def assert_same(found: PlanFile, expected: PlanFile) -> None:
+    for name in HEADER:
+        assert getattr(found, name) == getattr(expected, name)
+    assert [len(layers) for layers in found.schedules] == [len(layers) for layers in expected.schedules]
+    for found_layers, expected_layers in zip(found.schedules, expected.schedules, strict=True):
+        for one, other in zip(found_layers, expected_layers, strict=True):
+            assert (one.grid, one.blocks) == (other.grid, other.blocks)
+            for name in ARRAYS:
+                assert getattr(one, name).dtype == getattr(other, name).dtype
+                np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_writing_gives_the_golden_bytes(tmp_path: Path) -> None:
+    """To renew on purpose: write_plan("tests/plans/golden/tiny.plan", tiny_plan()), and a new format version."""
+    assert write_plan(tmp_path / "tiny.plan", tiny_plan()) == GOLDEN.stat().st_size
+    assert (tmp_path / "tiny.plan").read_bytes() == GOLDEN.read_bytes()
+
+
+def test_the_golden_bytes_give_the_values() -> None:
+    plan = PlanFile.read(GOLDEN)
+    assert_same(plan, tiny_plan())
+    assert plan.signature == ModelSignature("TinyTransformer", 2, 4, 8, "00ff")
+    assert plan.grid == TokenGrid(2, 3, 10, 4, 5)
+    assert plan.digest == GOLDEN.read_bytes()[16:32].hex()
+    first = plan.schedules[0][0]
+    assert first.head_list.tolist() == [0, -1, 0, 5]
+    assert first.head_anchor.tolist() == [-1, -1, -1, 0]
+    assert first.row_ptr.tolist() == [0, 2, 4, 6, 7, 9, 11, 13, 14, 16]
+    assert first.col_idx.tolist() == [0, 2, 1, 4, 1, 2, 3, 0, 4, 1, 4, 1, 2, 3, 0, 4]
+    assert first.group_start.tolist() == [0, 2, 3, 4]
+    assert first.anchor_row.tolist() == [1, 2, 3, 4]
+    assert first.tile_order.tolist() == [17, 18, *range(17)]
+
+
+def test_finds_the_schedule_of_a_time() -> None:
+    plan = tiny_plan()
+    assert [plan.segment_index(at) for at in (0, 0.2, 0.37499, 0.375, 0.9, 1)] == [0, 0, 0, 1, 1, 1]
+    assert plan.schedule(0.375, 1) is plan.schedules[1][1]
+    assert plan.density(1, 0) == plan.schedules[1][0].density
+    for outside in (-1e-9, 1.0001, float("nan")):
+        with pytest.raises(ValueError, match="time must be"):
+            plan.segment_index(outside)
+    for outside in (-1, 2):
+        with pytest.raises(ValueError, match="layer must be 0 to 1"):
+            plan.schedule(0.5, outside)
+
+
+def test_accounts_for_its_bytes(tmp_path: Path) -> None:
+    plan = tiny_plan()
+    write_plan(tmp_path / "tiny.plan", plan)
+    stored = Container.open(tmp_path / "tiny.plan", magic=MAGIC, version=VERSION).section_bytes()
+    for kind, size in plan.section_bytes().items():
+        assert size == sum(size for name, size in stored.items() if name.endswith(f"/{kind}"))
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> PlanFile:
+    grid, blocks = draw(grids(max_width=12)), draw(all_blocks())
+    layers, heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    edges = [0.0, *sorted(draw(st.sets(st.floats(0.01, 0.99), max_size=2))), 1.0]
+    segments = tuple(Segment(start, stop, stop) for start, stop in pairwise(edges))
+    schedule = layer_schedules(st.just(grid), st.just(blocks), st.just(heads))
+    return PlanFile(
+        signature=ModelSignature("Any", layers, heads, 64),
+        grid=grid,
+        blocks=blocks,
+        segments=segments,
+        schedules=tuple(tuple(draw(schedule) for _ in range(layers)) for _ in segments),
+    )
+
+
+@given(plans())
+def test_round_trip(tmp_path_factory: Any, plan: PlanFile) -> None:
+    path = tmp_path_factory.getbasetemp() / "round_trip.plan"
+    write_plan(path, plan)
+    assert_same(PlanFile.read(path), plan)
+
+
+SEGMENTS: dict[str, tuple[tuple[Segment, ...], str]] = {
+    "none": ((), r"must cover \[0, 1\], got 0"),
+    "late": ((Segment(0.1, 1.0, 0.5),), r"segments\[0\] must start at 0.0, where .*, got 0.1"),
+    "early": ((Segment(0.0, 0.9, 0.5),), r"must cover \[0, 1\], got 1 that stop at 0.9"),
+    "gap": ((Segment(0.0, 0.4, 0.2), Segment(0.5, 1.0, 0.7)), r"segments\[1\] must start"),
+    "overlap": ((Segment(0.0, 0.5, 0.2), Segment(0.4, 1.0, 0.7)), r"segments\[1\] must start"),
+    "descending": ((Segment(0.5, 1.0, 0.7), Segment(0.0, 0.5, 0.2)), r"segments\[0\] must start"),
+}
+
+
+@pytest.mark.parametrize("case", SEGMENTS)
+def test_segments_cover_time(case: str) -> None:
+    segments, words = SEGMENTS[case]
+    schedules = tuple((tiny_schedule(1), tiny_schedule(2)) for _ in segments)
+    with pytest.raises(errors.SchemaError, match=words):
+        tiny_plan(segments=segments, schedules=schedules)
+
+
+def test_schedules_are_those_of_the_plan() -> None:
+    good = tiny_plan().schedules
+    with pytest.raises(errors.SchemaError, match="schedules must be 2, one a segment, got 1"):
+        tiny_plan(schedules=good[:1])
+    with pytest.raises(errors.SchemaError, match="segment 1 must have 2 schedules, one a layer, got 1"):
+        tiny_plan(schedules=(good[0], good[1][:1]))
+    with pytest.raises(errors.ScheduleError, match="segment 0, layer 0: grid and blocks must be the plan's"):
+        tiny_plan(blocks=Blocks(16, 32))
+    with pytest.raises(errors.ScheduleError, match="segment 0, layer 0: head_list must have 3 heads, got 4"):
+        tiny_plan(signature=ModelSignature("T", 2, 3, 8))
+    broken = replace(good[1][0], head_list=good[1][0].head_list - 2)
+    with pytest.raises(errors.ScheduleError, match="segment 1, layer 0: head_list must leave"):
+        tiny_plan(schedules=(good[0], (broken, good[1][1])))
+    with pytest.raises(errors.SchemaError, match="provenance must be of type mapping, got list"):
+        tiny_plan(provenance=[])
+    with pytest.raises(errors.SchemaError, match="notes must be of type str, got int"):
+        tiny_plan(notes=1)
+
+
+def parts(path: Path = GOLDEN) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    container = Container.open(path, magic=MAGIC, version=VERSION)
+    return container.header, {name: container.section(name) for name in container.names}
+
+
+def set_header(key: str, value: object) -> Callable[[dict[str, Any], dict[str, np.ndarray]], None]:
+    *outer, last = key.split("/")
+
+    def change(header: dict[str, Any], _: dict[str, np.ndarray]) -> None:
+        for name in outer:
+            header = header[name]
+        header[last] = value
+
+    return change
+
+
+def set_section(name: str, value: np.ndarray) -> Callable[[dict[str, Any], dict[str, np.ndarray]], None]:
+    return lambda _, sections: sections.update({name: value})
+
+
+def set_table(row: int, column: int, value: int) -> Callable[[dict[str, Any], dict[str, np.ndarray]], None]:
+    def change(_: dict[str, Any], sections: dict[str, np.ndarray]) -> None:
+        table = sections["1/layers"].copy()
+        table[row, column] = value
+        sections["1/layers"] = table
+
+    return change
+
+
+INT32 = np.zeros(4, np.int32)
+BAD_FILES: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], object], type[Exception], str]] = {
+    "no model": (lambda header, _: header.pop("model"), errors.SchemaError, "header must have the key 'model'"),
+    "unknown key": (set_header("extra", 1), errors.SchemaError, "header must have only the keys"),
+    "grid a list": (set_header("grid", [1]), errors.SchemaError, "grid must be of type dict, got list"),
+    "frames 0": (set_header("grid/frames", 0), errors.SchemaError, "grid.frames must be a positive integer, got 0"),
+    "frames text": (set_header("grid/frames", "2"), errors.SchemaError, "grid.frames must be"),
+    "block 24": (set_header("blocks/block_q", 24), errors.SchemaError, "blocks.block_q must be one of"),
+    "block 16.0": (set_header("blocks/block_q", 16.0), errors.SchemaError, "blocks.block_q must be one of"),
+    "heads true": (set_header("model/heads", True), errors.SchemaError, "model.heads must be"),
+    "unknown model key": (set_header("model/x", 1), errors.SchemaError, "model must have only the keys"),
+    "segments a map": (set_header("segments", {}), errors.SchemaError, "segments must be of type list"),
+    "no segments": (set_header("segments", []), errors.SchemaError, "segments must cover"),
+    "segment a number": (set_header("segments", [1]), errors.SchemaError, "segments[0] must be of type dict"),
+    "segment of text": (
+        set_header("segments", [{"start": "0", "stop": 1.0, "time": 0.5}]),
+        errors.SchemaError,
+        "segments[0].start must be of type float, got str",
+    ),
+    "segment not a number": (
+        set_header("segments", [{"start": float("nan"), "stop": 1.0, "time": 0.5}]),
+        errors.SchemaError,
+        "segment must be 0 <= start < stop <= 1",
+    ),
+    "passes a list": (set_header("passes", []), errors.SchemaError, "passes must be of type str"),
+    "hint a number": (set_header("scheduler_hint", 3), errors.SchemaError, "scheduler_hint must be of type mapping"),
+    "2**60 layers": (set_header("model/layers", 2**60), errors.SectionError, "must be int64 of shape"),
+    "2**60 heads": (set_header("model/heads", 2**60), errors.ScheduleError, "must have 1152921504606846976 heads"),
+    "2**60 frames": (set_header("grid/frames", 2**60), errors.ScheduleError, "at most 65536 key blocks"),
+    "missing section": (lambda _, sections: sections.pop("1/col_idx"), errors.MissingSection, "'1/col_idx'"),
+    "missing table": (lambda _, sections: sections.pop("0/layers"), errors.MissingSection, "'0/layers'"),
+    "unknown section": (set_section("2/row_ptr", INT32), errors.SectionError, "got '2/row_ptr'"),
+    "table of int32": (set_section("0/layers", np.zeros((3, 8), np.int32)), errors.SectionError, "must be int64"),
+    "table flat": (
+        set_section("0/layers", np.zeros(24, np.int64)),
+        errors.SectionError,
+        "must be int64 of shape (3, 8)",
+    ),
+    "table from 1": (set_table(0, 2, 1), errors.SectionError, "column 2 of section '1/layers' must rise from 0"),
+    "table falls": (set_table(1, 1, 2**62), errors.SectionError, "column 1 of section '1/layers' must rise from 0"),
+    "table negative": (set_table(1, 7, -1), errors.SectionError, "column 7 of section '1/layers' must rise from 0"),
+    "table short": (set_table(2, 7, 3), errors.SectionError, "section '1/tile_order'"),
+    "array of two dimensions": (
+        lambda _, sections: sections.update({"0/head_list": sections["0/head_list"][:, None]}),
+        errors.SectionError,
+        "column 2 of section '0/layers'",
+    ),
+    "array of int64": (
+        lambda _, sections: sections.update({"0/row_ptr": sections["0/row_ptr"].astype(np.int64)}),
+        errors.ScheduleError,
+        "segment 0, layer 0: row_ptr must be a one-dimensional int32 array",
+    ),
+    "layers cut elsewhere": (set_table(1, 0, 3), errors.ScheduleError, "segment 1, layer 0: row_ptr must"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_refuses_a_file_that_contradicts_itself(tmp_path: Path, case: str) -> None:
+    change, kind, words = BAD_FILES[case]
+    header, sections = parts()
+    change(header, sections)
+    path = tmp_path / "bad.plan"
+    write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections)
+    with pytest.raises(errors.PlanError) as caught:
+        PlanFile.read(path)
+    assert type(caught.value) is kind
+    assert words in str(caught.value)
+    assert str(caught.value).count(str(path)) == 1
+
+
+def test_a_newer_minor_version_may_say_more(tmp_path: Path) -> None:
+    header, sections = parts()
+    for place in (header, header["model"], header["segments"][0]):
+        place["new"] = 1
+    sections["0/more"] = INT32
+    path = tmp_path / "newer.plan"
+    write_container(path, magic=MAGIC, version=(1, 1), header=header, sections=sections)
+    assert_same(PlanFile.read(path), tiny_plan())
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    good = GOLDEN.read_bytes()
+    path = tmp_path / "bad.plan"
+    for position in range(0, len(good), 3):
+        bad = bytearray(good)
+        bad[position] ^= 1 << (position % 8)
+        path.write_bytes(bad)
+        with pytest.raises(errors.PlanError):
+            PlanFile.read(path)
+
+
+def test_a_plan_of_full_size_is_ready_soon(tmp_path: Path) -> None:
+    """A tenth of the budget of 300 MB and 2 s; in processor time, with room for a slow machine."""
+    grid, blocks, heads = TokenGrid(21, 45, 80), Blocks(), 40
+    lists, kept = 2 * 591, 177
+    rng = np.random.default_rng(0)
+    columns = np.sort(np.stack([rng.permutation(591)[:kept] for _ in range(lists)]), axis=1)
+    none = np.zeros(0, np.int32)
+    schedule = LayerSchedule(
+        grid=grid,
+        blocks=blocks,
+        row_ptr=np.arange(lists + 1, dtype=np.int32) * kept,
+        col_idx=columns.reshape(-1).astype(np.uint16),
+        head_list=(np.arange(heads) % 2 * 591).astype(np.int32),
+        head_anchor=np.full(heads, -1, dtype=np.int32),
+        anchor_ptr=np.zeros(1, np.int32),
+        group_start=none,
+        anchor_row=none,
+        tile_order=rng.permutation(heads * 591).astype(np.int32),
+    )
+    plan = PlanFile(ModelSignature("Wan", 56, heads, 128), grid, blocks, (Segment(0.0, 1.0, 0.5),), ((schedule,) * 56,))
+    size = write_plan(tmp_path / "large.plan", plan)
+    assert size > 28e6
+    start = time.process_time()
+    PlanFile.read(tmp_path / "large.plan")
+    assert time.process_time() - start < 0.6

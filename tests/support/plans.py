@@ -1,0 +1,51 @@
+"""Small whole plans for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from calibatt.plans import DENSE, NO_ANCHORS, Blocks, LayerSchedule, ModelSignature, PlanFile, Segment, TokenGrid
+
+GRID = TokenGrid(frames=2, height=3, width=10, text_before=4, text_after=5)
+BLOCKS = Blocks(16, 16)
+
+
+def tiny_schedule(variant: int) -> LayerSchedule:
+    """Four heads over 5 key blocks: listed, dense, sharing the first one's lists, anchored; the same on any machine."""
+    lists = [sorted({tile, (2 * tile + variant) % 5}) for tile in (0, 1, 2, 3, 4, 1, 2, 3, 4)]
+    return LayerSchedule(
+        grid=GRID,
+        blocks=BLOCKS,
+        row_ptr=np.cumsum([0, *map(len, lists)]).astype(np.int32),
+        col_idx=np.concatenate(lists).astype(np.uint16),
+        head_list=np.array([0, DENSE, 0, 5], dtype=np.int32),
+        head_anchor=np.array([NO_ANCHORS, NO_ANCHORS, NO_ANCHORS, 0], dtype=np.int32),
+        anchor_ptr=np.array([0, 4], dtype=np.int32),
+        group_start=np.array([0, 2, 3, 4], dtype=np.int32),
+        anchor_row=np.array([1, 2, 3, 4 + variant % 2], dtype=np.int32),
+        tile_order=np.roll(np.arange(5 + 5 + 5 + 4, dtype=np.int32), variant),
+    )
+
+
+def tiny_plan(**changes: Any) -> PlanFile:
+    """Two segments and two layers of `tiny_schedule`, every header value set; `changes` replace fields."""
+    values: dict[str, Any] = {
+        "signature": ModelSignature("TinyTransformer", layers=2, heads=4, head_dim=8, weights_digest="00ff"),
+        "grid": GRID,
+        "blocks": BLOCKS,
+        "segments": (Segment(0.0, 0.375, 0.25), Segment(0.375, 1.0, 0.75)),
+        "schedules": tuple(tuple(tiny_schedule(2 * segment + layer) for layer in (0, 1)) for segment in (1, 2)),
+        "passes": "vote{agreement=0.5},select{max-error=0.02},lower",
+        "scheduler_hint": {"class": "UniPCMultistepScheduler", "flow_shift": 5.0},
+        "provenance": {"samples": 3, "prompts_digest": "abcd", "versions": {"calibatt": "0.1.0"}},
+        "predicted": {
+            "device": "a test",
+            "planned_ms": [[0.5, 0.625], [0.75, 0.875]],
+            "dense_ms": [[1.0, 1.0], [1.0, 1.0]],
+        },
+        "license": "CC0-1.0",
+        "notes": "Lists out of thin air: no model will like it.",
+    }
+    return PlanFile(**(values | changes))
