@@ -109,6 +109,15 @@ class LayerSchedule:
         sizes = np.diff(np.append(start, self.grid.rows))
         return np.repeat(anchor.astype(np.int64), sizes)
 
+    def token_source(self, head: int) -> Int64:
+        """For each token, the token whose query is computed in its place, int64 ``(N,)``."""
+        grid = self.grid
+        source = np.arange(grid.tokens, dtype=np.int64)
+        rows = self.row_source(head)
+        video = grid.text_before + rows[:, None] * grid.width + np.arange(grid.width)
+        source[grid.text_before : grid.text_before + grid.video_tokens] = video.reshape(-1)
+        return source
+
     @cached_property
     def head_tile_ptr(self) -> Int64:
         """int64 ``(heads + 1,)``; tiles of head h have ids ``head_tile_ptr[h]:head_tile_ptr[h + 1]``."""
@@ -157,14 +166,10 @@ class LayerSchedule:
             source: int64 ``(N,)``; the token whose query is computed in place of token i.
             keep: bool ``(N, k_blocks)``; the key blocks that query attends to.
         """
-        grid = self.grid
         packed = self.packed_queries(head)
-        position = np.full(grid.tokens, -1, dtype=np.int64)
+        position = np.full(self.grid.tokens, -1, dtype=np.int64)
         position[packed] = np.arange(len(packed))
-        source = np.arange(grid.tokens, dtype=np.int64)
-        rows = self.row_source(head)
-        video = grid.text_before + rows[:, None] * grid.width + np.arange(grid.width)
-        source[grid.text_before : grid.text_before + grid.video_tokens] = video.reshape(-1)
+        source = self.token_source(head)
         keep = self.tile_keep(head)[position[source] // self.blocks.block_q]
         return source, keep
 

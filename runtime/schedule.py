@@ -151,7 +151,7 @@ def _tiles(core: CoreSchedule) -> np.ndarray[Any, Any]:
 
 
 def _anchor_queries(core: CoreSchedule) -> tuple[Any, Any, Any, list[int]]:
-    """`query_token`, `query_first` and `query_copies` on the host, and where each pattern, then all N, start in them."""
+    """`query_token`, `query_first` and `query_copies` on the host, and where each pattern and then all N start."""
     if (core.head_anchor == NO_ANCHORS).all():
         return *(np.zeros(0, dtype=np.int32),) * 3, [0] * len(core.anchor_ptr)
     grid = core.grid

@@ -1,0 +1,194 @@
+"""The torch backend: gathers the keys and values that a tile keeps and hands them to scaled_dot_product_attention.
+
+Any device, any dtype. Tiles that keep equally many keys form batches, whatever their heads. Outputs pile up in the
+order of the work; one last gather puts every one in its place and copies anchor rows to their groups.
+
+On a CPU the work is shared by Python threads whose torch operators run on one core each: a tile's keys and values stay
+in that core's cache, and no core waits for another until the end. Operators that each use every core need a barrier
+after every few tiles, which costs more than it gains as soon as one core is busy with something else.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from calibatt.plans.schedule import DENSE
+from calibatt.plans.schedule import LayerSchedule as CoreSchedule
+from calibatt.runtime.schedule import DeviceSchedule
+
+CPU_GATHER_BYTES = 1 << 20
+"""Keys and values gathered at a time on a CPU, at least one tile's: what the cache of one core holds."""
+DEVICE_GATHER_BYTES = 1 << 28
+"""The same on other devices: enough tiles to fill them."""
+CPU_DENSE_QUERIES = 768
+"""Queries of a dense head that one core takes at a time; from here on torch's kernel cuts them its widest way."""
+LSE_SCORES = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Tiles that keep equally many keys.
+
+    Args:
+        first_row: The first of the ``tiles * block_q`` computed rows.
+        blocks: int64 ``(tiles, kept)``; key blocks, numbered through all heads: ``head * k_blocks + block``.
+        keys: Keys of each tile; fewer than ``kept * block_k`` where the last block is partial.
+    """
+
+    first_row: int
+    blocks: torch.Tensor
+    keys: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """A schedule in the order of its execution: the tiles of the batches, then the dense heads.
+
+    Args:
+        batches: The batches, most keys first.
+        dense: Head, first computed row and end of its rows, of each dense head.
+        queries: int64; the query ``head * N + token`` of each computed row. A partial tile repeats its last query.
+        position: int64 ``(H * N,)``; the computed row that is the output of query ``head * N + token``.
+    """
+
+    batches: list[_Batch]
+    dense: list[tuple[int, int, int]]
+    queries: torch.Tensor
+    position: torch.Tensor
+
+
+def supports(core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """This backend executes every schedule on every device."""
+    return []
+
+
+def run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bound: DeviceSchedule, scale: float, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `runtime.backends`."""
+    work = bound.derived(_plan)
+    outs, lses = zip(
+        *(_run_one(*qkv, bound.core, work, scale, return_lse) for qkv in zip(q, k, v, strict=True)), strict=True
+    )
+    return torch.stack(outs), torch.stack(lses) if return_lse else None
+
+
+def _run_one(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, core: CoreSchedule, work: _Work, scale: float, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`run` for one element of the batch: q, k, v and out ``(H, N, D)``."""
+    heads, tokens, head_dim = q.shape
+    block_q, block_k = core.blocks.block_q, core.blocks.block_k
+    on_cpu = q.device.type == "cpu"
+    rows = q.reshape(heads * tokens, head_dim).index_select(0, work.queries)
+    k_blocks, v_blocks = (_as_blocks(x, block_k) for x in (k, v))
+    out = torch.empty_like(rows)
+    lse = rows.new_empty(len(rows), dtype=torch.promote_types(q.dtype, torch.float32)) if return_lse else None
+
+    def attend(first: int, stop: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        queries = rows[first:stop].view(len(k), 1, -1, head_dim)
+        out[first:stop] = F.scaled_dot_product_attention(queries, k, v, scale=scale).reshape(-1, head_dim)
+        if lse is not None:
+            lse[first:stop] = _lse(queries, k, scale).reshape(-1)
+
+    def attend_tiles(first: int, blocks: torch.Tensor, keys: int) -> None:
+        kept = (x.index_select(0, blocks.view(-1)).view(len(blocks), 1, -1, head_dim) for x in (k_blocks, v_blocks))
+        attend(first, first + len(blocks) * block_q, *(x[:, :, :keys] for x in kept))
+
+    tasks: list[Callable[[], None]] = []
+    for head, first, stop in work.dense:
+        step = CPU_DENSE_QUERIES if on_cpu else stop - first
+        for start in range(first, stop, step):
+            tasks.append(partial(attend, start, min(start + step, stop), k[None, None, head], v[None, None, head]))
+    gather_bytes = CPU_GATHER_BYTES if on_cpu else DEVICE_GATHER_BYTES
+    for batch in work.batches:
+        tile_bytes = 2 * batch.blocks.shape[1] * block_k * head_dim * q.element_size()
+        step = max(1, gather_bytes // tile_bytes)
+        for start in range(0, len(batch.blocks), step):
+            first = batch.first_row + start * block_q
+            tasks.append(partial(attend_tiles, first, batch.blocks[start : start + step], batch.keys))
+    _run_all(tasks, torch.get_num_threads() if on_cpu else 1)
+    out = out.index_select(0, work.position).view(heads, tokens, head_dim)
+    return out, lse.index_select(0, work.position).view(heads, tokens) if lse is not None else None
+
+
+def _as_blocks(x: torch.Tensor, block_k: int) -> torch.Tensor:
+    """``(H, N, D)`` -> ``(H * k_blocks, block_k * D)``; what fills up a partial block is never attended to."""
+    heads, tokens, head_dim = x.shape
+    k_blocks = -(-tokens // block_k)
+    if not (x.is_contiguous() and tokens == k_blocks * block_k):
+        padded = x.new_empty(heads, k_blocks * block_k, head_dim)
+        padded[:, :tokens] = x
+        x = padded
+    return x.view(heads * k_blocks, block_k * head_dim)
+
+
+def _run_all(tasks: list[Callable[[], None]], threads: int) -> None:
+    """Calls every task, in order; by so many threads, on one core each, where that is more than one."""
+    if threads == 1:
+        for task in tasks:
+            task()
+        return
+    waiting = iter(tasks)  # shared: each task goes to the thread that asks next
+    inference = torch.is_inference_mode_enabled()
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        with torch.inference_mode(inference), torch.no_grad():
+            for task in waiting:
+                task()
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for worker in [pool.submit(work) for _ in range(threads)]:
+                worker.result()
+    finally:
+        torch.set_num_threads(threads)  # a thread sets its own number and the one that later threads start with
+
+
+def _lse(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """Log of the sum of exponentials of the scaled scores: ``(B, 1, M, D)``, ``(B, 1, L, D)`` -> ``(B, 1, M)``."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k = k.to(dtype).transpose(-1, -2)
+    step = max(1, LSE_SCORES // (len(q) * k.shape[-1]))
+    return torch.cat([(part.to(dtype) @ k * scale).logsumexp(-1) for part in q.split(step, dim=2)], dim=2)
+
+
+def _plan(bound: DeviceSchedule) -> _Work:
+    core = bound.core
+    tokens, block_q, block_k, k_blocks = core.grid.tokens, core.blocks.block_q, core.blocks.block_k, core.k_blocks
+    missing = k_blocks * block_k - tokens
+    packed = [head * tokens + core.packed_queries(head) for head in range(core.heads)]
+    by_keys: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for head in range(core.heads):
+        for tile in range(core.tiles(head) if core.head_list[head] != DENSE else 0):
+            columns = core.columns(head, tile)
+            by_keys[len(columns) * block_k - missing * bool(columns[-1] == k_blocks - 1)].append((head, tile))
+
+    batches, dense, queries, rows = [], [], [], 0
+    for keys, tiles in sorted(by_keys.items(), reverse=True):
+        blocks = np.stack([head * k_blocks + core.columns(head, tile).astype(np.int64) for head, tile in tiles])
+        batches.append(_Batch(rows, torch.from_numpy(blocks).to(bound.device), keys))
+        rows += len(tiles) * block_q
+        for head, tile in tiles:
+            row = np.minimum(np.arange(tile * block_q, (tile + 1) * block_q), len(packed[head]) - 1)
+            queries.append(packed[head][row])
+    for head in np.flatnonzero(core.head_list == DENSE):
+        dense.append((int(head), rows, rows + len(packed[head])))
+        rows += len(packed[head])
+        queries.append(packed[head])
+    computed = np.concatenate(queries)
+    row_of_query = np.empty(core.heads * tokens, dtype=np.int64)
+    row_of_query[computed] = np.arange(len(computed))
+    position = row_of_query[np.concatenate([head * tokens + core.token_source(head) for head in range(core.heads)])]
+    return _Work(
+        batches, dense, torch.from_numpy(computed).to(bound.device), torch.from_numpy(position).to(bound.device)
+    )
