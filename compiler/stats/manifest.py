@@ -44,6 +44,7 @@ class Manifest:
         thresholds: Mass that each keep plane reaches, floats in (0, 1], ascending.
         windows: The parametric masks of the menu, after the planes.
         row_radius: Row offsets -radius..-1, 1..radius are measured; 0 for none.
+        query_stride: Block mass and block error are means over every `query_stride`-th query of a block; planes too.
         has_mass: Units hold the block mass.
         has_block_error: Units hold the block error.
         versions: What wrote it: tool or library name to version.
@@ -60,6 +61,7 @@ class Manifest:
     thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
     windows: tuple[Window, ...] = ()
     row_radius: int = 0
+    query_stride: int = 1
     has_mass: bool = False
     has_block_error: bool = True
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -77,6 +79,8 @@ class Manifest:
         _require(windows and len(set(self.windows)) == len(self.windows), "windows", "distinct Windows", self.windows)
         radius = type(self.row_radius) is int and 0 <= self.row_radius < self.grid.height
         _require(radius, "row_radius", f"an integer from 0 to {self.grid.height - 1}", self.row_radius)
+        stride = type(self.query_stride) is int and 1 <= self.query_stride <= self.blocks.block_q
+        _require(stride, "query_stride", f"an integer from 1 to {self.blocks.block_q}", self.query_stride)
         for name in ("has_mass", "has_block_error"):
             _require(type(getattr(self, name)) is bool, name, "true or false", getattr(self, name))
         versions = isinstance(self.versions, Mapping) and all(

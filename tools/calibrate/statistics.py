@@ -61,23 +61,29 @@ def unit_statistics(
     mass, error = measure(q, k, projected, blocks, stride)
     error /= residual_square
     planes = keep_planes(mass, manifest.thresholds)
-    windows = [torch.from_numpy(window_keep(w, grid, blocks)).to(q.device) for w in manifest.windows]
+    windows = [torch.tensor(window_keep(w, grid, blocks), device=q.device) for w in manifest.windows]
     menu = torch.cat([planes, torch.stack(windows)[:, None].expand(-1, heads, -1, -1)]) if windows else planes
     menu_error, menu_residual = menu_errors(q, k, v, menu, factor, blocks, stride, seed)
     row_error, row_residual = row_errors(out, factor, grid, manifest.row_radius)
     size = (out.float() @ factor).square().sum((1, 2)) / grid.tokens
-    peak = error.amax((1, 2))
     return UnitStatistics(
         planes=np.packbits(planes.cpu().numpy(), axis=-1, bitorder="little"),
-        block_mass=quantise(mass.cpu().numpy(), 1.0) if manifest.has_mass else None,
-        block_error=quantise(error.cpu().numpy(), peak.cpu().numpy()[:, None, None]),
-        block_error_peak=peak.cpu().numpy(),
+        block_mass=quantise(mass.clamp(max=1).cpu().numpy(), 1.0) if manifest.has_mass else None,
+        **_block_error(error, manifest),
         menu_error=menu_error.cpu().numpy(),
         menu_residual_error=(menu_residual / residual_square).cpu().numpy(),
         output_size=(size / residual_square).cpu().numpy(),
         row_error=row_error.cpu().numpy(),
         row_residual_error=(row_residual / residual_square).cpu().numpy(),
     )
+
+
+def _block_error(error: Tensor, manifest: Manifest) -> dict[str, np.ndarray]:
+    if not manifest.has_block_error:
+        return {}
+    peak = error.amax((1, 2))
+    codes = quantise(error.cpu().numpy(), peak.cpu().numpy()[:, None, None])
+    return {"block_error": codes, "block_error_peak": peak.cpu().numpy()}
 
 
 def projection_factor(projection: Tensor, heads: int, head_dim: int) -> Tensor:
