@@ -20,6 +20,7 @@ from calibatt.runtime import (
     Plan,
     PlanMismatchError,
     UnknownModelError,
+    UnsupportedBackendError,
     load_plan,
     ops,
 )
@@ -142,6 +143,18 @@ def test_a_sparse_plan_is_masked_attention(timestep: float, batch: int) -> None:
     with plan.attach(model):
         got = run(model, timestep=timestep, batch=batch)
     torch.testing.assert_close(got, expected, rtol=0, atol=5e-6)
+
+
+def test_backends_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model, plan = make_model(), make_plan()
+    expected = masked(model, plan)
+    for backend, chosen in (("auto", "torch"), ("torch", "torch"), ("reference", "reference")):
+        with plan.attach(model, backend=backend) as attachment:
+            torch.testing.assert_close(run(model), expected, rtol=0, atol=5e-6)
+            assert f"backend on cpu, float32: {chosen} (9 schedules)" in attachment.explain()
+    with pytest.raises(UnsupportedBackendError, match=r"'triton' cannot execute segment 0, layer 0: .*float32"):
+        plan.attach(model, backend="triton")
 
 
 def test_the_noisiest_token_decides() -> None:
@@ -422,7 +435,6 @@ def test_load_and_explain(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"layer must be 0 to 2, got -1"):
         loaded.schedule(0.5, -1)
     model = make_model()
-    with loaded.attach(model, backend="reference") as attachment:
+    with loaded.attach(model) as attachment:
         text = attachment.explain()
-    assert "backend on cpu, float32: reference (9 schedules)" in text
     assert f"time 0.9370 to 1.0000: mean {np.mean([s.density for s in loaded.layers(2)]):.3f}; " in text
