@@ -31,7 +31,7 @@ def planned_attention(
         v: As q, same shape, dtype and device.
         schedule: What to compute; H and N are the schedule's.
         backend: ``auto``, or the name of the backend that must execute.
-        scale: Factor of the scores; ``D ** -0.5`` if absent.
+        scale: Factor of the scores, positive; ``D ** -0.5`` if absent.
         return_lse: Also return the natural log of the sum of exponentials of the kept, scaled scores.
 
     Returns:
@@ -42,6 +42,8 @@ def planned_attention(
         UnsupportedBackendError: The named backend cannot execute this schedule here.
     """
     _validate(q, k, v, schedule)
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     if backend == "auto":
         backend = choose_backend(schedule, q.device, q.dtype, q.shape[-1])
     elif reasons := supports(schedule, q.device, q.dtype, q.shape[-1], backend):

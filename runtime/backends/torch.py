@@ -74,30 +74,38 @@ def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bound: DeviceSchedule, scale: float, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `runtime.backends`."""
-    work = bound.derived(_plan)
-    outs, lses = zip(
-        *(_run_one(*qkv, bound.core, work, scale, return_lse) for qkv in zip(q, k, v, strict=True)), strict=True
-    )
-    return torch.stack(outs), torch.stack(lses) if return_lse else None
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)) if return_lse else None
+    for batch in range(len(q)):
+        one = q[batch], k[batch], v[batch], out[batch], lse[batch] if lse is not None else None
+        _run_one(*one, bound.core, bound.derived(_plan), scale)
+    return out, lse
 
 
 def _run_one(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, core: CoreSchedule, work: _Work, scale: float, return_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`run` for one element of the batch: q, k, v and out ``(H, N, D)``."""
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    core: CoreSchedule,
+    work: _Work,
+    scale: float,
+) -> None:
+    """`run` for one element of the batch; writes out ``(H, N, D)`` and lse ``(H, N)``."""
     heads, tokens, head_dim = q.shape
     block_q, block_k = core.blocks.block_q, core.blocks.block_k
     on_cpu = q.device.type == "cpu"
     rows = q.reshape(heads * tokens, head_dim).index_select(0, work.queries)
     k_blocks, v_blocks = (_as_blocks(x, block_k) for x in (k, v))
-    out = torch.empty_like(rows)
-    lse = rows.new_empty(len(rows), dtype=torch.promote_types(q.dtype, torch.float32)) if return_lse else None
+    row_out = torch.empty_like(rows)
+    row_lse = lse.new_empty(len(rows)) if lse is not None else None
 
     def attend(first: int, stop: int, k: torch.Tensor, v: torch.Tensor) -> None:
         queries = rows[first:stop].view(len(k), 1, -1, head_dim)
-        out[first:stop] = F.scaled_dot_product_attention(queries, k, v, scale=scale).reshape(-1, head_dim)
-        if lse is not None:
-            lse[first:stop] = _lse(queries, k, scale).reshape(-1)
+        row_out[first:stop] = F.scaled_dot_product_attention(queries, k, v, scale=scale).reshape(-1, head_dim)
+        if row_lse is not None:
+            row_lse[first:stop] = _lse(queries, k, scale).reshape(-1)
 
     def attend_tiles(first: int, blocks: torch.Tensor, keys: int) -> None:
         kept = (x.index_select(0, blocks.view(-1)).view(len(blocks), 1, -1, head_dim) for x in (k_blocks, v_blocks))
@@ -116,8 +124,9 @@ def _run_one(
             first = batch.first_row + start * block_q
             tasks.append(partial(attend_tiles, first, batch.blocks[start : start + step], batch.keys))
     _run_all(tasks, torch.get_num_threads() if on_cpu else 1)
-    out = out.index_select(0, work.position).view(heads, tokens, head_dim)
-    return out, lse.index_select(0, work.position).view(heads, tokens) if lse is not None else None
+    out.copy_(row_out.index_select(0, work.position).view(heads, tokens, head_dim))
+    if lse is not None and row_lse is not None:
+        lse.copy_(row_lse.index_select(0, work.position).view(heads, tokens))
 
 
 def _as_blocks(x: torch.Tensor, block_k: int) -> torch.Tensor:

@@ -7,6 +7,9 @@ import torch
 from calibatt.runtime.reference import reference_attention
 from calibatt.runtime.schedule import LayerSchedule
 
+EXP_ULPS = 20
+"""torch's CPU kernel of scaled_dot_product_attention takes exponentials to 20 units in the last place of fp32."""
+
 
 def check_against_oracle(
     out: torch.Tensor,
@@ -21,10 +24,10 @@ def check_against_oracle(
 ) -> None:
     """Asserts that `out` and `lse` are as good as plain torch operators in the same precision, up to a factor of 2.
 
-    The truth is the oracle in fp64; the yardstick is the oracle in the dtype of q (for lse, which is fp32, in at least
-    fp32). Per head, the largest error and the root mean square error stay below twice the yardstick's, plus what
-    rounding the truth alone may cost: for out one unit roundoff of the largest value; for lse one for each of the
-    scaled score, the change of base, the logarithm and the sum.
+    The truth is the oracle in fp64; the yardstick is the oracle in the dtype of q, which is narrower (for lse, which is
+    fp32, in fp32). Per head, the largest error and the root mean square error stay below twice the yardstick's, plus
+    what no implementation can avoid or torch's own dense attention takes as well. For out: rounding its largest value,
+    and weights `EXP_ULPS` off. For lse: rounding the scaled score, the change of base, the logarithm and the sum.
 
     Args:
         out: ``(B, H, N, D)``; with `queries` only these tokens, ``(B, H, M, D)``.
@@ -32,16 +35,18 @@ def check_against_oracle(
         lse: ``(B, H, N)``, or ``(B, H, M)``.
         queries: int64 ``(M,)``; the tokens that are compared (default: all).
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
     truth, true_lse = _oracle(q, k, v, schedule, scale, queries, torch.float64)
-    yardstick, yardstick_lse = _oracle(q, k, v, schedule, scale, queries, q.dtype)
+    yardstick, _ = _oracle(q, k, v, schedule, scale, queries, q.dtype)
+    fp32_eps = torch.finfo(torch.float32).eps
     assert out.dtype == q.dtype
-    _check("out", out, truth, yardstick, torch.finfo(q.dtype).eps)
+    rounding = torch.finfo(q.dtype).eps * truth.abs().amax((2, 3)) + EXP_ULPS * fp32_eps * v.abs().amax((2, 3))
+    _check("out", out, truth, yardstick, rounding)
     if lse is not None:
-        if wide != q.dtype:
-            yardstick_lse = _oracle(q, k, v, schedule, scale, queries, wide)[1]
-        assert lse.dtype == wide
-        _check("lse", lse[..., None], true_lse[..., None], yardstick_lse[..., None], 4 * torch.finfo(wide).eps)
+        assert lse.dtype == torch.float32
+        _, yardstick_lse = _oracle(q, k, v, schedule, scale, queries, torch.float32)
+        _check(
+            "lse", lse[..., None], true_lse[..., None], yardstick_lse[..., None], 4 * fp32_eps * true_lse.abs().amax(2)
+        )
 
 
 def _oracle(
@@ -56,16 +61,13 @@ def _oracle(
     return reference_attention(q.to(dtype), k.to(dtype), v.to(dtype), schedule, scale=scale, queries=queries)
 
 
-def _check(
-    name: str, actual: torch.Tensor, truth: torch.Tensor, yardstick: torch.Tensor, relative_floor: float
-) -> None:
+def _check(name: str, actual: torch.Tensor, truth: torch.Tensor, yardstick: torch.Tensor, floor: torch.Tensor) -> None:
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(truth.shape)}"
-    floor = relative_floor * truth.abs().amax((2, 3))
     for kind in ("largest", "root mean square"):
         error, allowed = (_error(kind, x.double() - truth) for x in (actual, yardstick))
         excess = error - (2 * allowed + floor)
         worst = int(excess.argmax())
-        assert excess.max() <= 0 and error.isfinite().all(), (
+        assert excess.max() <= 0, (  # false for NaN, too
             f"{name}: {kind} error {error.flatten()[worst]:.3g} of (batch, head) number {worst} exceeds twice the "
             f"yardstick's {allowed.flatten()[worst]:.3g} plus {floor.flatten()[worst]:.3g}"
         )

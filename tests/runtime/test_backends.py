@@ -1,0 +1,167 @@
+"""Every backend against the oracle, on schedules of any kind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.budget import check_against_oracle
+from support.schedules import grids, layer_schedules, random_schedule
+
+from calibatt.plans import Blocks, TokenGrid
+from calibatt.plans import LayerSchedule as CoreSchedule
+from calibatt.runtime.ops import planned_attention
+from calibatt.runtime.schedule import LayerSchedule
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TORCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
+LAYOUTS = ("BHND", "BNHD", "packed qkv", "broadcast batch")
+
+
+def inputs(
+    core: CoreSchedule,
+    dtype: torch.dtype,
+    *,
+    head_dim: int = 32,
+    batch: int = 1,
+    layout: str = "BHND",
+    device: str = "cpu",
+) -> list[torch.Tensor]:
+    """q, k and v, normally distributed, ``(batch, H, N, head_dim)`` with the strides that the layout implies."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, batch, core.grid.tokens, core.heads, head_dim)
+    x = torch.randn(shape, generator=generator).to(device, dtype)
+    if layout == "packed qkv":
+        x = x.permute(1, 2, 0, 3, 4).contiguous().permute(2, 0, 1, 3, 4)
+    if layout == "broadcast batch":
+        x = x[:, :1].expand(shape)
+    x = x.transpose(2, 3)
+    return list(x.contiguous() if layout == "BHND" else x)
+
+
+def check(
+    core: CoreSchedule, backend: str, dtype: torch.dtype, *, scale: float | None = None, **options: object
+) -> None:
+    """Executes the schedule and holds out and lse against the oracle."""
+    core.check()
+    schedule = LayerSchedule(core)
+    q, k, v = inputs(core, dtype, device=DEVICE if backend == "triton" else "cpu", **options)
+    out, lse = planned_attention(q, k, v, schedule, backend=backend, scale=scale, return_lse=True)
+    check_against_oracle(out, q, k, v, schedule, lse=lse, scale=scale)
+    assert torch.equal(planned_attention(q, k, v, schedule, backend=backend, scale=scale), out)
+
+
+@settings(max_examples=40)
+@given(
+    layer_schedules(),
+    st.sampled_from(TORCH_DTYPES),
+    st.sampled_from(LAYOUTS),
+    st.integers(1, 2),
+    st.sampled_from((8, 32)),
+)
+def test_torch(core: CoreSchedule, dtype: torch.dtype, layout: str, batch: int, head_dim: int) -> None:
+    check(core, "torch", dtype, layout=layout, batch=batch, head_dim=head_dim)
+
+
+@settings(max_examples=20)
+@given(
+    layer_schedules(grid=grids(max_frames=2, max_height=3), heads=st.integers(1, 3)),
+    st.sampled_from(TRITON_DTYPES),
+    st.sampled_from(LAYOUTS),
+    st.integers(1, 2),
+    st.sampled_from((16, 64)),
+)
+def test_triton(core: CoreSchedule, dtype: torch.dtype, layout: str, batch: int, head_dim: int) -> None:
+    check(core, "triton", dtype, layout=layout, batch=batch, head_dim=head_dim)
+
+
+BACKENDS = pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.float32), ("triton", torch.float16)])
+NARROW = TokenGrid(frames=1, height=2, width=3)
+"""Six tokens: shorter than any block."""
+WIDE = TokenGrid(frames=2, height=4, width=26, text_before=7, text_after=33)
+"""248 tokens; rows straddle blocks, text on both sides."""
+
+
+def schedule(grid: TokenGrid, blocks: Blocks, **options: object) -> CoreSchedule:
+    return random_schedule(np.random.default_rng(5), grid, blocks, 3, **options)
+
+
+@BACKENDS
+@pytest.mark.parametrize("block", [16, 64, 128, 256])
+@pytest.mark.parametrize("grid", [NARROW, WIDE], ids=["narrow", "wide"])
+def test_every_block_size(backend: str, dtype: torch.dtype, grid: TokenGrid, block: int) -> None:
+    check(schedule(grid, Blocks(block, block), dense_heads=[1], anchored_heads=[2]), backend, dtype)
+
+
+@BACKENDS
+def test_one_block_a_tile(backend: str, dtype: torch.dtype) -> None:
+    check(schedule(WIDE, Blocks(32, 16), density=0.0), backend, dtype)
+
+
+@BACKENDS
+@pytest.mark.parametrize("anchors", ["every", "frame", "random"])
+def test_only_anchored_heads(backend: str, dtype: torch.dtype, anchors: str) -> None:
+    check(schedule(WIDE, Blocks(16, 32), anchored_heads=[0, 1, 2], dense_heads=[1], anchors=anchors), backend, dtype)
+
+
+@BACKENDS
+def test_only_dense_heads(backend: str, dtype: torch.dtype) -> None:
+    check(schedule(WIDE, Blocks(64, 64), dense_heads=[0, 1, 2]), backend, dtype, batch=2, layout="BNHD")
+
+
+@BACKENDS
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 4.0])
+def test_scale(backend: str, dtype: torch.dtype, scale: float) -> None:
+    """At 4 the softmax is almost an argmax: the running maximum matters."""
+    check(schedule(WIDE, Blocks(64, 32), density=0.5), backend, dtype, scale=scale)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_triton_head_sizes_of_real_models(head_dim: int) -> None:
+    check(schedule(WIDE, Blocks(128, 128), density=0.5), "triton", torch.float16, head_dim=head_dim)
+
+
+@BACKENDS
+def test_output_is_laid_out_as_q(backend: str, dtype: torch.dtype) -> None:
+    """So that a model's view of (B, N, H * D) needs no copy."""
+    core = schedule(WIDE, Blocks(64, 64))
+    q, k, v = inputs(core, dtype, layout="BNHD", device=DEVICE if backend == "triton" else "cpu")
+    assert planned_attention(q, k, v, LayerSchedule(core), backend=backend).stride() == q.stride()
+
+
+def test_torch_in_double_precision() -> None:
+    core = schedule(WIDE, Blocks(16, 16), anchored_heads=[1])
+    q, k, v = inputs(core, torch.float64)
+    out, lse = planned_attention(q, k, v, LayerSchedule(core), backend="torch", return_lse=True)
+    truth, true_lse = planned_attention(q, k, v, LayerSchedule(core), backend="reference", return_lse=True)
+    torch.testing.assert_close(out, truth)
+    torch.testing.assert_close(lse, true_lse)
+
+
+def test_torch_backend_leaves_torch_as_it_was() -> None:
+    core = schedule(WIDE, Blocks(16, 16))
+    threads = torch.get_num_threads()
+    with torch.inference_mode():
+        q, k, v = inputs(core, torch.float32)
+        assert planned_attention(q, k, v, LayerSchedule(core), backend="torch").is_inference()
+    assert torch.get_num_threads() == threads
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.functional.scaled_dot_product_attention", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            planned_attention(q, k, v, LayerSchedule(core), backend="torch")
+    assert torch.get_num_threads() == threads
+
+
+def test_one_thread_gives_the_same_bits() -> None:
+    core = schedule(WIDE, Blocks(16, 16), dense_heads=[0], anchored_heads=[1])
+    q, k, v = inputs(core, torch.float32)
+    threads = torch.get_num_threads()
+    many = planned_attention(q, k, v, LayerSchedule(core), backend="torch")
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(planned_attention(q, k, v, LayerSchedule(core), backend="torch"), many)
+    finally:
+        torch.set_num_threads(threads)

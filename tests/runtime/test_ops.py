@@ -1,0 +1,86 @@
+"""What planned_attention refuses, and whom it chooses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.schedules import random_schedule
+
+from calibatt.plans import Blocks, TokenGrid
+from calibatt.runtime import ops
+from calibatt.runtime.backends import BACKENDS, UnsupportedBackendError, load_backend
+from calibatt.runtime.schedule import LayerSchedule
+
+SHAPE = (1, 2, 24, 16)
+
+
+@pytest.fixture
+def schedule() -> LayerSchedule:
+    return LayerSchedule(random_schedule(np.random.default_rng(0), TokenGrid(2, 3, 4), Blocks(16, 16), 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 24, 16)}, r"q must have shape \(batch, heads, tokens, head_dim\), got \(2, 24, 16\)"),
+        ({"q": torch.zeros(1, 3, 24, 16)}, "q must have the schedule's 2 heads, got 3"),
+        ({"q": torch.zeros(1, 2, 25, 16)}, "q must have the schedule's 24 tokens, got 25"),
+        ({"q": torch.zeros(SHAPE, dtype=torch.int32)}, "q must be floating point, got torch.int32"),
+        ({"k": torch.zeros(2, 2, 24, 16)}, r"k must have the shape of q, \(1, 2, 24, 16\), got \(2, 2, 24, 16\)"),
+        ({"v": torch.zeros(1, 2, 24, 8)}, r"v must have the shape of q, \(1, 2, 24, 16\), got \(1, 2, 24, 8\)"),
+        ({"v": torch.zeros(SHAPE).half()}, "v must have q's dtype and device, torch.float32 on cpu, got torch.float16"),
+        (
+            {"k": torch.zeros(SHAPE, device="meta")},
+            "k must have q's dtype and device, torch.float32 on cpu, .* on meta",
+        ),
+        ({"k": torch.zeros(1, 2, 16, 24).mT}, "k must have contiguous channels"),
+        ({"v": torch.zeros(SHAPE, requires_grad=True)}, "v must not require grad"),
+        ({"scale": 0.0}, "scale must be positive, got 0.0"),
+        ({"backend": "cuda"}, r"backend must be 'auto' or one of \['reference', 'torch', 'triton'\], got 'cuda'"),
+    ],
+)
+def test_bad_arguments_are_named(schedule: LayerSchedule, change: dict[str, object], message: str) -> None:
+    good = {"q": torch.zeros(SHAPE), "k": torch.zeros(SHAPE), "v": torch.zeros(SHAPE)}
+    with pytest.raises(ValueError, match=message):
+        ops.planned_attention(**{**good, "schedule": schedule, **change})
+
+
+def test_an_explicit_backend_never_falls_back(schedule: LayerSchedule) -> None:
+    x = torch.zeros(1, 2, 24, 20)
+    with pytest.raises(UnsupportedBackendError, match=r"'triton' cannot execute .*float32; head_dim must be .* got 20"):
+        ops.planned_attention(x, x, x, schedule, backend="triton")
+
+
+def test_auto_on_a_cpu_is_torch(schedule: LayerSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    assert ops.supports(schedule, "cpu", torch.float16, 64, "triton") != []
+    assert ops.choose_backend(schedule, "cpu", torch.float16, 64) == "torch"
+
+
+def test_auto_names_every_refusal(schedule: LayerSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "AUTO", ("triton",))
+    with pytest.raises(UnsupportedBackendError, match=r"no backend .*triton: .*float64"):
+        ops.choose_backend(schedule, "cpu", torch.float64, 64)
+
+
+def test_a_backend_that_cannot_be_imported_has_a_reason(
+    schedule: LayerSchedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKENDS, "triton", "calibatt.runtime.backends.missing")
+    (reason,) = ops.supports(schedule, "cpu", torch.float16, 64, "triton")
+    assert "cannot be imported" in reason
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_has_the_two_functions(name: str) -> None:
+    module = load_backend(name)
+    assert callable(module.supports)
+    assert callable(module.run)
+
+
+def test_attend_is_planned_attention_without_checks(schedule: LayerSchedule) -> None:
+    q, k, v = torch.randn(3, *SHAPE)
+    expected = ops.planned_attention(q, k, v, schedule, backend="torch", return_lse=True)
+    for got, want in zip(ops.attend(q, k, v, schedule, "torch", return_lse=True), expected, strict=True):
+        assert torch.equal(got, want)

@@ -1,0 +1,74 @@
+"""The index arrays on a device say what the schedule says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from support.schedules import layer_schedules, random_schedule
+
+from calibatt.plans import Blocks, TokenGrid
+from calibatt.plans import LayerSchedule as CoreSchedule
+from calibatt.runtime.schedule import LayerSchedule
+
+
+@pytest.fixture
+def core() -> CoreSchedule:
+    grid = TokenGrid(frames=2, height=3, width=10, text_before=4, text_after=5)
+    return random_schedule(np.random.default_rng(1), grid, Blocks(16, 32), 3, dense_heads=[1], anchored_heads=[2])
+
+
+@given(layer_schedules())
+def test_executing_the_arrays_is_executing_the_schedule(core: CoreSchedule) -> None:
+    """Every token is written once, for the source and the key blocks that `dense` says, in the order of the tiles."""
+    bound = LayerSchedule(core).bind("cpu")
+    tokens, block_q = core.grid.tokens, core.blocks.block_q
+    columns = bound.columns.numpy()
+    source = np.full((core.heads, tokens), -1)
+    keep = np.zeros((core.heads, tokens, core.k_blocks), dtype=np.bool_)
+    order = []
+    for head, tile, start, stop in bound.tiles.tolist():
+        order.append(core.head_tile_ptr[head] + tile)
+        packed_tokens, packed_start = bound.heads[head].tolist()
+        for query in range(tile * block_q, min((tile + 1) * block_q, packed_tokens)):
+            token, first, copies = query, query, 1
+            if bound.anchored:
+                arrays = bound.query_token, bound.query_first, bound.query_copies
+                token, first, copies = (int(array[packed_start + query]) for array in arrays)
+            for target in range(first, first + copies * core.grid.width, core.grid.width):
+                assert source[head, target] == -1
+                source[head, target] = token
+                keep[head, target, columns[start:stop]] = True
+    assert order == core.tile_order.tolist()
+    for head in range(core.heads):
+        expected_source, expected_keep = core.dense(head)
+        assert np.array_equal(source[head], expected_source)
+        assert np.array_equal(keep[head], expected_keep)
+
+
+def test_properties_and_dense_are_those_of_the_core(core: CoreSchedule) -> None:
+    schedule = LayerSchedule(core)
+    assert (schedule.grid, schedule.blocks, schedule.heads) == (core.grid, core.blocks, core.heads)
+    assert schedule.density == core.density
+    source, keep = schedule.dense(2)
+    assert source.dtype == torch.int64
+    assert keep.dtype == torch.bool
+    assert np.array_equal(source.numpy(), core.dense(2)[0])
+    assert np.array_equal(keep.numpy(), core.dense(2)[1])
+
+
+def test_bind_is_kept_until_unbind(core: CoreSchedule) -> None:
+    schedule = LayerSchedule(core)
+    bound = schedule.bind("cpu")
+    assert schedule.bind(torch.device("cpu")) is bound
+    schedule.unbind()
+    assert schedule.bind("cpu") is not bound
+
+
+def test_derived_is_made_once(core: CoreSchedule) -> None:
+    bound = LayerSchedule(core).bind("cpu")
+    calls = []
+    for _ in range(2):
+        bound.derived(calls.append)
+    assert calls == [bound]
