@@ -44,6 +44,8 @@ FilePath = str | os.PathLike[str]
 ALIGNMENT_BYTES = 64
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 1 << 59
+"""Product of a shape in which 0 counts as 1: no array library overflows on it."""
 MAX_NAME_BYTES = 255
 DIGEST_BYTES = 16
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -56,7 +58,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """What a section may hold; always little-endian in the file."""
 
 _PREFIX = struct.Struct("<8sHHI16s")
-_MAX_ARRAY_BYTES = 1 << 62
 _ENTRY_KEYS = ("checksum", "codec", "dtype", "length", "name", "offset", "shape")
 
 
@@ -66,7 +67,7 @@ class _Entry:
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: list[int]
     offset: int
     length: int
     codec: str
@@ -308,9 +309,9 @@ class Container:
             self._fail(SectionError, what, "be named once, in ascending order", f"it after {last!r}")
         if len(entry.checksum) != DIGEST_BYTES:
             self._fail(SectionError, f"the checksum of {what}", f"have {DIGEST_BYTES} bytes", len(entry.checksum))
-        sizes_ok = all(type(size) is int and 0 <= size <= _MAX_ARRAY_BYTES for size in entry.shape)
-        if len(entry.shape) > MAX_DIMENSIONS or not sizes_ok:
-            rule = f"be up to {MAX_DIMENSIONS} sizes of 0 to 2**62"
+        sizes_ok = len(entry.shape) <= MAX_DIMENSIONS and all(type(size) is int and size >= 0 for size in entry.shape)
+        if not sizes_ok or math.prod(max(size, 1) for size in entry.shape) > MAX_ELEMENTS:
+            rule = f"be up to {MAX_DIMENSIONS} sizes of at most {MAX_ELEMENTS} elements"
             self._fail(SectionError, f"the shape of {what}", rule, str(entry.shape)[:80])
         if min(entry.offset, entry.length) < 0:
             rule = "not be negative"
@@ -324,8 +325,8 @@ class Container:
             self._fail(SectionError, f"the dtype of {what}", f"be one of {', '.join(DTYPES)}", repr(entry.dtype))
         dtype: np.dtype[Any] = DTYPES[entry.dtype]
         needed = math.prod(entry.shape) * dtype.itemsize
-        if entry.length != needed or math.prod(max(size, 1) for size in entry.shape) > _MAX_ARRAY_BYTES // 8:
-            shape = f"{entry.dtype} of shape {list(entry.shape)}"
+        if entry.length != needed:
+            shape = f"{entry.dtype} of shape {entry.shape}"
             self._fail(SectionError, f"the length of {what}", f"be that of {shape}", entry.length)
         return dtype
 

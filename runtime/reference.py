@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.plans.schedule import LayerSchedule as CoreSchedule
+from calibatt.runtime.schedule import DeviceSchedule, LayerSchedule
 
 CHUNK_SCORES = 1 << 24
 """Scores held at a time: 64 MiB in fp32."""
@@ -51,3 +52,16 @@ def reference_attention(
             out[:, head, part] = scores.softmax(-1) @ v[:, head]
             lse[:, head, part] = scores.logsumexp(-1)
     return out, lse
+
+
+def supports(core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """As a backend, the oracle executes every schedule everywhere."""
+    return []
+
+
+def run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bound: DeviceSchedule, scale: float, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `runtime.backends`."""
+    out, lse = reference_attention(q, k, v, LayerSchedule(bound.core), scale=scale)
+    return out, lse.to(torch.promote_types(lse.dtype, torch.float32)) if return_lse else None

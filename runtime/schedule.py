@@ -89,9 +89,10 @@ class DeviceSchedule:
         tiles: int32 ``(tiles, 4)``, in execution order: head, tile within the head's packed queries, start and stop of
             its key blocks in `columns`. `stop` exceeds `start`.
         columns: uint16 ``(kept + k_blocks,)``: `col_idx`, then 0, 1, ... ``k_blocks - 1``, the list of dense heads.
-        heads: int32 ``(heads, 2)``: packed queries of the head, and where they start in the three arrays below, or -1
-            if the head computes every query (packed query p is then token p, and is written once).
-        query_token: int32 ``(packed,)``; the token of each packed query, anchor patterns one after the other.
+        heads: int32 ``(heads, 2)``: packed queries of the head, and where they start in the three arrays below.
+        query_token: int32 ``(packed,)``; the token of each packed query: the queries of the anchor patterns one after
+            the other, then all N. Empty, like the two below, if every head computes every query: packed query p is
+            then token p, written once.
         query_first: int32 ``(packed,)``; the first token that receives the query's output.
         query_copies: int32 ``(packed,)``; how many receive it, ``grid.width`` tokens apart.
     """
@@ -120,10 +121,10 @@ class DeviceSchedule:
 
 def _bind(core: CoreSchedule, device: torch.device) -> DeviceSchedule:
     token, first, copies, pattern_start = _anchor_queries(core)
-    heads = np.empty((core.heads, 2), dtype=np.int32)
-    for head in range(core.heads):
-        pattern = int(core.head_anchor[head])
-        heads[head] = core.packed_tokens(head), -1 if pattern == NO_ANCHORS else pattern_start[pattern]
+    heads = np.array(
+        [(core.packed_tokens(head), pattern_start[core.head_anchor[head]]) for head in range(core.heads)],
+        dtype=np.int32,
+    )  # head_anchor is -1 where every query is computed: the last start
     columns = np.concatenate([core.col_idx, np.arange(core.k_blocks, dtype=np.uint16)])
 
     def move(array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -150,7 +151,9 @@ def _tiles(core: CoreSchedule) -> np.ndarray[Any, Any]:
 
 
 def _anchor_queries(core: CoreSchedule) -> tuple[Any, Any, Any, list[int]]:
-    """`query_token`, `query_first` and `query_copies` on the host, and where each anchor pattern starts in them."""
+    """`query_token`, `query_first` and `query_copies` on the host, and where each pattern, then all N, start in them."""
+    if (core.head_anchor == NO_ANCHORS).all():
+        return *(np.zeros(0, dtype=np.int32),) * 3, [0] * len(core.anchor_ptr)
     grid = core.grid
     columns = np.arange(grid.width)
     before = np.arange(grid.text_before)
@@ -164,4 +167,6 @@ def _anchor_queries(core: CoreSchedule) -> tuple[Any, Any, Any, list[int]]:
             parts += [before, video.reshape(-1), after]
         copies += [np.ones_like(before), np.repeat(size, grid.width), np.ones_like(after)]
         starts.append(starts[-1] + len(before) + len(anchor) * grid.width + len(after))
-    return *(np.concatenate([np.zeros(0), *parts]).astype(np.int32) for parts in (token, first, copies)), starts
+    every = np.arange(grid.tokens)
+    parts = [*token, every], [*first, every], [*copies, np.ones_like(every)]
+    return *(np.concatenate(part).astype(np.int32) for part in parts), starts

@@ -1,1 +1,54 @@
-"""."""
+"""The backends: who can execute a schedule, and where. A backend is a module with `supports` and `run`.
+
+    supports(core, device, dtype, head_dim) -> list[str]       reasons why not; empty: it can
+    run(q, k, v, bound, scale, return_lse) -> (out, lse)       arguments are trusted; lse is None unless asked for
+
+A module is imported when it is first asked, so that the torch backend works where triton is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+from calibatt.plans.schedule import LayerSchedule as CoreSchedule
+
+BACKENDS = {
+    "reference": "calibatt.runtime.reference",
+    "torch": "calibatt.runtime.backends.torch",
+    "triton": "calibatt.runtime.backends.triton",
+}
+AUTO = ("triton", "torch")
+"""What `auto` tries, best first."""
+
+
+class UnsupportedBackendError(RuntimeError):
+    """A backend was asked for that cannot execute this schedule here; says every reason."""
+
+
+def load_backend(name: str) -> ModuleType:
+    """The module of a backend.
+
+    Raises:
+        ValueError: No backend has this name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
+    return importlib.import_module(BACKENDS[name])
+
+
+def backend_reasons(
+    name: str, core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> list[str]:
+    """Why the backend cannot execute this schedule here; empty if it can.
+
+    Raises:
+        ValueError: No backend has this name.
+    """
+    try:
+        backend = load_backend(name)
+    except ImportError as error:
+        return [f"cannot be imported: {error}"]
+    return backend.supports(core, device, dtype, head_dim)

@@ -44,7 +44,13 @@ def test_every_limit_is_specified() -> None:
     version = f"version {VERSION[0]}.{VERSION[1]}"
     assert version in FORMAT.splitlines()[0]
     assert MAGIC.decode() in WORDS
-    for value in (container.MAX_HEADER_BYTES, header.MAX_ITEMS, header.MAX_DEPTH, schema.MAX_BLOCKS):
+    for value in (
+        container.MAX_HEADER_BYTES,
+        container.MAX_ELEMENTS,
+        header.MAX_ITEMS,
+        header.MAX_DEPTH,
+        schema.MAX_BLOCKS,
+    ):
         assert re.search(rf"at most {value}\b", FORMAT)
     assert ", ".join(container.DTYPES) in FORMAT
     assert f"1 to {container.MAX_NAME_BYTES} bytes" in FORMAT

@@ -273,7 +273,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_plan_of_full_size_is_ready_soon(tmp_path: Path) -> None:
-    """A tenth of the budget: 30 MB in far less than a fifth of two seconds, times three for a busy machine."""
+    """A tenth of the budget of 300 MB and 2 s; in processor time, with room for a slow machine."""
     grid, blocks, heads = TokenGrid(21, 45, 80), Blocks(), 40
     lists, kept = 2 * 591, 177
     rng = np.random.default_rng(0)
@@ -294,6 +294,6 @@ def test_a_plan_of_full_size_is_ready_soon(tmp_path: Path) -> None:
     plan = PlanFile(ModelSignature("Wan", 56, heads, 128), grid, blocks, (Segment(0.0, 1.0, 0.5),), ((schedule,) * 56,))
     size = write_plan(tmp_path / "large.plan", plan)
     assert size > 28e6
-    start = time.perf_counter()
+    start = time.process_time()
     PlanFile.read(tmp_path / "large.plan")
-    assert time.perf_counter() - start < 0.6
+    assert time.process_time() - start < 0.6

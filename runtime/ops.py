@@ -1,0 +1,116 @@
+"""Planned attention as a function: validate, choose who executes, execute."""
+
+from __future__ import annotations
+
+import torch
+
+from calibatt.runtime.backends import AUTO, UnsupportedBackendError, backend_reasons, load_backend
+from calibatt.runtime.schedule import LayerSchedule
+
+Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def planned_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: LayerSchedule,
+    *,
+    backend: str = "auto",
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Result:
+    """Self-attention over the key blocks that a schedule keeps; anchor rows computed once and copied to their groups.
+
+    For every backend, with ``source, keep = schedule.dense(h)``: out[b, h, i] = softmax over the keys in blocks keep[i]
+    of (q[b, h, source[i]] . k) * scale, times v. Forward only.
+
+    Args:
+        q: ``(B, H, N, D)``, floating point; any strides, but D contiguous.
+        k: As q, same shape, dtype and device.
+        v: As q, same shape, dtype and device.
+        schedule: What to compute; H and N are the schedule's.
+        backend: ``auto``, or the name of the backend that must execute.
+        scale: Factor of the scores; ``D ** -0.5`` if absent.
+        return_lse: Also return the natural log of the sum of exponentials of the kept, scaled scores.
+
+    Returns:
+        out ``(B, H, N, D)``, dtype of q; with `return_lse` also lse ``(B, H, N)``, fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: An argument contradicts the schedule or another argument.
+        UnsupportedBackendError: The named backend cannot execute this schedule here.
+    """
+    _validate(q, k, v, schedule)
+    if backend == "auto":
+        backend = choose_backend(schedule, q.device, q.dtype, q.shape[-1])
+    elif reasons := supports(schedule, q.device, q.dtype, q.shape[-1], backend):
+        raise UnsupportedBackendError(f"backend {backend!r} cannot execute this schedule: {'; '.join(reasons)}")
+    return attend(q, k, v, schedule, backend, scale=scale, return_lse=return_lse)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: LayerSchedule,
+    backend: str,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Result:
+    """`planned_attention` without its checks, for callers that have made them once (shapes, devices, `supports`)."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = load_backend(backend).run(q, k, v, schedule.bind(q.device), scale, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def supports(
+    schedule: LayerSchedule, device: torch.device | str, dtype: torch.dtype, head_dim: int, backend: str
+) -> list[str]:
+    """Why `backend` cannot execute `schedule` on `device` for this dtype and head size; empty if it can.
+
+    Raises:
+        ValueError: No backend has this name.
+    """
+    return backend_reasons(backend, schedule.core, torch.device(device), dtype, head_dim)
+
+
+def choose_backend(schedule: LayerSchedule, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that ``auto`` stands for: the first of `AUTO` that can execute the schedule.
+
+    Raises:
+        UnsupportedBackendError: None can; says why for each.
+    """
+    refused = []
+    for name in AUTO:
+        reasons = supports(schedule, device, dtype, head_dim, name)
+        if not reasons:
+            return name
+        refused.append(f"{name}: {'; '.join(reasons)}")
+    raise UnsupportedBackendError(f"no backend can execute this schedule ({' | '.join(refused)})")
+
+
+def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: LayerSchedule) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q must have shape (batch, heads, tokens, head_dim), got {tuple(q.shape)}")
+    if q.shape[1] != schedule.heads:
+        raise ValueError(f"q must have the schedule's {schedule.heads} heads, got {q.shape[1]} in {tuple(q.shape)}")
+    if q.shape[2] != schedule.grid.tokens:
+        raise ValueError(
+            f"q must have the schedule's {schedule.grid.tokens} tokens, got {q.shape[2]} of {schedule.grid}"
+        )
+    if not q.is_floating_point():
+        raise ValueError(f"q must be floating point, got {q.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape:
+            raise ValueError(f"{name} must have the shape of q, {tuple(q.shape)}, got {tuple(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must have q's dtype and device, {q.dtype} on {q.device}, got {x.dtype} on {x.device}"
+            )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{name} must have contiguous channels (last stride 1), got strides {x.stride()}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require grad: planned attention has no backward (use torch.no_grad())")

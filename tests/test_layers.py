@@ -1,0 +1,77 @@
+"""Imports go down only: the fences of docs/design.md, section 2, read from every import statement."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"torch", "triton"}
+FORBIDDEN = {
+    "plans": {"calibatt.compiler", "calibatt.runtime", "calibatt.tools"},
+    "compiler": {"calibatt.runtime", "calibatt.tools", *HEAVY},
+    "runtime": {"calibatt.compiler", "calibatt.tools", "scipy", "networkx"},
+    "tools/inspect_plan": {"calibatt.compiler", "calibatt.runtime", *HEAVY},
+}
+"""What may not be imported below each folder, anywhere in a file."""
+OURS = {"plans", "compiler", "runtime", "tools"}
+
+
+def imports(source: str) -> set[str]:
+    """Every module that a file imports by statement, at any depth; ``from a import b`` counts as a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            found |= {base} | {f"{base}.{name.name}" for name in node.names}
+    return found
+
+
+def crossed(modules: set[str], fence: set[str]) -> set[str]:
+    return {module for module in modules if any(f"{module}.".startswith(f"{name}.") for name in fence)}
+
+
+def files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_no_import_crosses_a_fence(folder: str) -> None:
+    assert files(folder)
+    for path in files(folder):
+        assert not crossed(imports(path.read_text("utf-8")), FORBIDDEN[folder]), path
+
+
+def test_plans_import_numpy_and_msgpack_only() -> None:
+    allowed = {"calibatt", "numpy", "msgpack", *sys.stdlib_module_names}
+    for path in files("plans"):
+        assert {module.split(".")[0] for module in imports(path.read_text("utf-8"))} <= allowed, path
+
+
+def test_our_own_modules_are_imported_absolutely() -> None:
+    for folder in OURS:
+        for path in files(folder):
+            for module in imports(path.read_text("utf-8")):
+                assert not module.startswith("."), f"{path} imports {module}"
+                assert module.split(".")[0] not in OURS, f"{path} imports {module}"
+
+
+def test_the_walk_sees_every_form_of_import() -> None:
+    source = "import a.b\ndef f():\n    from c.d import e\nif 1:\n    from . import g\nfrom .h import i\n"
+    assert imports(source) == {"a.b", "c.d", "c.d.e", ".", "..g", ".h", ".h.i"}
+    assert crossed({"torch.nn", "torchvision", "calibatt.compiler"}, {"torch", "calibatt.compiler"}) == {
+        "torch.nn",
+        "calibatt.compiler",
+    }
+
+
+def test_plans_load_without_torch() -> None:
+    """In a fresh interpreter in which torch, triton and scipy cannot be imported."""
+    code = "import sys; sys.modules.update(torch=None, triton=None, scipy=None); import calibatt.plans"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,202 @@
+"""The inspector tells the truth about a plan, and says what is wrong with a bad file in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from rich.console import Console
+from support.plans import tiny_plan, tiny_schedule
+from support.schedules import layer_schedules
+
+from calibatt.plans import LayerSchedule, PlanFile, Segment, write_plan
+from calibatt.tools.inspect_plan import drawing, summary
+from calibatt.tools.inspect_plan.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "plans" / "golden" / "tiny.plan"
+
+
+def inspect(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_json_holds_the_values() -> None:
+    result = inspect(GOLDEN, "--json")
+    assert result.exit_code == 0
+    values = json.loads(result.output)
+    plan = tiny_plan()
+    assert values["model"]["architecture"] == "TinyTransformer"
+    assert values["grid"]["tokens"] == 69
+    assert values["blocks"] == {"block_q": 16, "block_k": 16, "q_blocks": 5, "k_blocks": 5}
+    assert values["heads"] == {"dense": 4, "sparse": 8, "anchored": 4, "sharing_lists": 8}
+    assert values["layer_density"] == [[pytest.approx(plan.density(s, layer)) for layer in (0, 1)] for s in (0, 1)]
+    means = [np.mean([plan.density(segment, layer) for layer in (0, 1)]) for segment in (0, 1)]
+    assert values["density"] == pytest.approx(0.375 * means[0] + 0.625 * means[1])
+    assert values["segments"][1]["start"] == 0.375
+    assert values["segments"][1]["heads"] == {"dense": 2, "sparse": 4, "anchored": 2}
+    assert values["section_bytes"] == plan.section_bytes()
+    assert values["predicted_forward_ms"] == {"planned": 0.375 * 1.125 + 0.625 * 1.625, "dense": 2.0}
+    assert values["passes"] == plan.passes
+    assert values["digest"] == PlanFile.read(GOLDEN).digest
+    assert values["file_bytes"] == GOLDEN.stat().st_size
+
+
+def test_the_terminal_summary_says_it_all() -> None:
+    result = inspect(GOLDEN)
+    assert result.exit_code == 0
+    for words in (
+        "TinyTransformer: 2 layers x 4 heads x 8 channels",
+        "2 frames x 3 rows x 10 tokens + text 4 before, 5 after = 69 tokens",
+        "4 dense, 8 sparse, 4 anchored",
+        "vote{agreement=0.5},select{max-error=0.02},lower",
+        "flow_shift: 5.0",
+        "samples: 3",
+        "1.4 ms of attention a forward, 2.0 ms dense: 1.39 x",
+        "CC0-1.0",
+        "layer 1",
+        "0.75 0.25",
+    ):
+        assert words in result.output
+
+
+def shown(plan: PlanFile, path: Path, width: int, colours: bool = False) -> str:
+    text = io.StringIO()
+    console = Console(file=text, width=width, force_terminal=colours, color_system="truecolor" if colours else None)
+    summary.show(plan, path, console)
+    return text.getvalue()
+
+
+def test_the_heat_map_is_coloured_and_fits_a_narrow_terminal(tmp_path: Path) -> None:
+    edges = np.linspace(0, 1, 31).tolist()
+    plan = tiny_plan(
+        segments=tuple(Segment(edges[index], edges[index + 1], edges[index]) for index in range(30)),
+        schedules=((tiny_schedule(1), tiny_schedule(2)),) * 30,
+        predicted={"planned_ms": "soon"},
+    )
+    write_plan(tmp_path / "plan", plan)
+    narrow = shown(plan, tmp_path / "plan", 60)
+    assert "layer 0  " + "▒" * 30 in narrow
+    assert max(len(line) for line in narrow.splitlines()) <= 60
+    assert "planned_ms: soon" in narrow
+    red, green, blue = summary.colour(plan.density(0, 0))
+    assert f"48;2;{red};{green};{blue}m" in shown(plan, tmp_path / "plan", 200, colours=True)
+
+
+def test_colours_go_from_end_to_end() -> None:
+    assert summary.colour(0.0) == summary.GRADIENT[0]
+    assert summary.colour(1.0) == summary.GRADIENT[-1]
+    assert summary.colour(0.4) == summary.GRADIENT[2]
+
+
+@settings(max_examples=40)
+@given(layer_schedules())
+def test_a_mask_drawn_token_by_token_is_the_mask(schedule: LayerSchedule) -> None:
+    tokens = schedule.grid.tokens
+    for head in range(schedule.heads):
+        source, keep = schedule.dense(head)
+        kept = keep[:, np.arange(tokens) // schedule.blocks.block_k][..., None]
+        copied = (source != np.arange(tokens))[:, None, None]
+        expected = np.where(kept, np.where(copied, drawing.COPIED, drawing.COMPUTED), drawing.DROPPED)
+        np.testing.assert_allclose(drawing.mask_image(schedule, head, tokens), expected, atol=1e-9)
+
+
+@given(layer_schedules())
+def test_a_small_picture_of_a_mask_keeps_its_mean(schedule: LayerSchedule) -> None:
+    full = drawing.mask_image(schedule, 0, schedule.grid.tokens)
+    small = drawing.mask_image(schedule, 0, 7)
+    np.testing.assert_allclose(small.mean(axis=(0, 1)), full.mean(axis=(0, 1)), atol=1e-9)
+
+
+def test_draws_a_mask_and_the_overview(tmp_path: Path) -> None:
+    mask, overview = tmp_path / "mask.png", tmp_path / "overview.png"
+    options = ("--layer", 1, "--head", 3, "--time", 0.9, "--png", mask, "--overview-png", overview)
+    result = inspect(GOLDEN, *options)
+    assert (result.exit_code, result.output) == (0, "")
+    for path in (mask, overview):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_title_of_a_mask_has_its_density() -> None:
+    plan = tiny_plan()
+    figure = drawing.mask_figure(plan, 1, 3, 0.9, "tiny.plan")
+    texts = [text.get_text() for text in figure.texts]
+    density = plan.schedules[1][1].head_density(3)
+    assert texts[0] == f"layer 1, head 3, time 0.9: density {density:.1%}"
+    assert texts[1] == "tiny.plan · listed blocks · 4 of 6 rows computed · segment 0.375 to 1"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--layer", 0), "there is no --png"),
+        (("--png", "x.png"), "needs --layer and --head"),
+        (("--png", "x.png", "--layer", 2, "--head", 0), "--layer must be 0 to 1 in this plan, got 2"),
+        (("--png", "x.png", "--layer", 0, "--head", 4), "--head must be 0 to 3 in this plan, got 4"),
+        (("--png", "x.png", "--layer", 0, "--head", 0, "--time", 1.5), "--time"),
+        (("--png", "none/x.png", "--layer", 0, "--head", 0), "none/x.png: No such file or directory"),
+    ],
+)
+def test_a_wrong_call_is_told(options: tuple[object, ...], words: str) -> None:
+    result = inspect(GOLDEN, *options)
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+def test_a_bad_file_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    cut = tmp_path / "cut.plan"
+    cut.write_bytes(GOLDEN.read_bytes()[:-1])
+    for path, words in (
+        (cut, "cut.plan: the file must reach byte"),
+        (ROOT / "pyproject.toml", "pyproject.toml: the file must begin with b'CALIBPLN'"),
+        (tmp_path / "none.plan", "none.plan: No such file or directory"),
+        (tmp_path, "Is a directory"),
+    ):
+        for options in ((), ("--json",), ("--overview-png", tmp_path / "x.png")):
+            result = inspect(path, *options)
+            assert result.exit_code == 2
+            assert words in result.output
+            assert len(result.output.splitlines()) == 1
+            assert result.output.startswith("calibatt-inspect: ")
+
+
+def test_runs_as_a_folder_and_without_torch(tmp_path: Path) -> None:
+    """``python tools/inspect_plan FILE``, in a fresh interpreter in which torch and triton cannot be imported."""
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['torch'] = sys.modules['triton'] = None\n"
+        f"sys.argv = ['tools/inspect_plan', {str(GOLDEN)!r}, '--overview-png', {str(tmp_path / 'overview.png')!r}]\n"
+        "runpy.run_path('tools/inspect_plan', run_name='__main__')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert (tmp_path / "overview.png").exists()
+
+
+def test_a_plan_cannot_command_the_terminal(tmp_path: Path) -> None:
+    write_plan(tmp_path / "plan", tiny_plan(notes="\x1b[2Jgone", provenance={"\x07": "\x1b]0;title"}))
+    output = inspect(tmp_path / "plan").output
+    assert "\x1b" not in output
+    assert "\\x1b[2Jgone" in output
+    assert "\x07" not in output
+
+
+def test_a_missing_matplotlib_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "calibatt.tools.inspect_plan.drawing")
+    monkeypatch.delattr("calibatt.tools.inspect_plan.drawing")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = inspect(GOLDEN, "--overview-png", tmp_path / "x.png")
+    assert result.exit_code == 2
+    assert "a picture needs matplotlib: pip install 'calibatt[tools]'" in result.output
+
+
+def test_help_teaches() -> None:
+    text = inspect("--help").output
+    for words in ("dense", "sparse", "anchored", "density", "--layer 12 --head 3", "Exit codes"):
+        assert words in text

@@ -1,0 +1,232 @@
+"""A plan in numbers: as plain values for scripts, and laid out for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from calibatt.plans import DENSE, NO_ANCHORS, PlanFile
+
+GRADIENT = ((27, 38, 79), (38, 92, 140), (38, 148, 150), (122, 198, 120), (250, 214, 90), (240, 120, 60))
+"""Colours (red, green, blue) of densities 0, 0.2, ..., 1: cold is cheap, hot is dense."""
+
+
+def head_densities(plan: PlanFile) -> npt.NDArray[np.float64]:
+    """Density of every head, float64 ``(segments, layers, heads)``."""
+    return np.array(
+        [
+            [[schedule.head_density(head) for head in range(schedule.heads)] for schedule in layers]
+            for layers in plan.schedules
+        ]
+    )
+
+
+def head_kinds(plan: PlanFile) -> npt.NDArray[np.str_]:
+    """The kind of every head, ``(segments, layers, heads)``: dense, sparse, or anchored (whatever it lists)."""
+    return np.array(
+        [
+            [
+                np.where(
+                    schedule.head_anchor != NO_ANCHORS,
+                    "anchored",
+                    np.where(schedule.head_list == DENSE, "dense", "sparse"),
+                )
+                for schedule in layers
+            ]
+            for layers in plan.schedules
+        ]
+    )
+
+
+def over_time(plan: PlanFile, values: npt.NDArray[np.float64]) -> float:
+    """Mean of one value a segment, weighted by the share of denoising time that the segment takes."""
+    return float(sum((part.stop - part.start) * value for part, value in zip(plan.segments, values, strict=True)))
+
+
+def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
+    """Everything `show` shows, and more, as values that JSON can hold (bytes aside).
+
+    Times are denoising times, ``*_bytes`` bytes and ``*_ms`` milliseconds; lists over segments ascend in time.
+    """
+    densities, kinds = head_densities(plan), head_kinds(plan)
+    tokens = plan.grid.tokens
+    return {
+        "file": str(path),
+        "file_bytes": path.stat().st_size,
+        "digest": plan.digest,
+        "model": asdict(plan.signature),
+        "grid": asdict(plan.grid) | {"tokens": tokens},
+        "blocks": asdict(plan.blocks)
+        | {"q_blocks": plan.blocks.q_blocks(tokens), "k_blocks": plan.blocks.k_blocks(tokens)},
+        "density": over_time(plan, densities.mean(axis=(1, 2))),
+        "segments": [
+            asdict(segment) | {"density": float(densities[index].mean()), "heads": _count(kinds[index])}
+            for index, segment in enumerate(plan.segments)
+        ],
+        "layer_density": densities.mean(axis=2).tolist(),
+        "heads": _count(kinds) | {"sharing_lists": _sharing_heads(plan)},
+        "section_bytes": plan.section_bytes(),
+        "predicted": dict(plan.predicted),
+        "predicted_forward_ms": predicted_forward_ms(plan),
+        "passes": plan.passes,
+        "scheduler_hint": plan.scheduler_hint,
+        "provenance": dict(plan.provenance),
+        "license": plan.license,
+        "notes": plan.notes,
+    }
+
+
+def predicted_forward_ms(plan: PlanFile) -> dict[str, float] | None:
+    """Attention of one forward, all layers, mean over time: ``planned`` and ``dense``; None where not predicted."""
+    found = {}
+    for kind in ("planned", "dense"):
+        try:
+            values = np.array(plan.predicted.get(f"{kind}_ms"), dtype=np.float64)
+        except (TypeError, ValueError):
+            return None
+        if values.shape != (len(plan.segments), plan.signature.layers):
+            return None
+        found[kind] = over_time(plan, values.sum(axis=1))
+    return found
+
+
+def _count(kinds: npt.NDArray[np.str_]) -> dict[str, int]:
+    return {kind: int((kinds == kind).sum()) for kind in ("dense", "sparse", "anchored")}
+
+
+def _sharing_heads(plan: PlanFile) -> int:
+    """Heads, over layers and segments, whose lists another head of the layer uses too."""
+    total = 0
+    for layers in plan.schedules:
+        for schedule in layers:
+            _, counts = np.unique(schedule.head_list[schedule.head_list != DENSE], return_counts=True)
+            total += int(counts[counts > 1].sum())
+    return total
+
+
+def show(plan: PlanFile, path: Path, console: Console | None = None) -> None:
+    """Prints the summary and the heat map of densities."""
+    console = console or Console()
+    console.print(_facts(plan, summarise(plan, path)))
+    console.print()
+    _print_heat_map(plan, head_densities(plan).mean(axis=2), console)
+
+
+def _facts(plan: PlanFile, values: Mapping[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in _fact_lines(plan, values):
+        table.add_row(name, Text(printable(text)))
+    return table
+
+
+def printable(text: str) -> str:
+    """One line of text that cannot command a terminal: a plan's strings are anyone's."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    model, grid, blocks, heads = plan.signature, plan.grid, values["blocks"], values["heads"]
+    text = f" + text {grid.text_before} before, {grid.text_after} after" if grid.text_before + grid.text_after else ""
+    total = len(plan.segments) * model.layers * model.heads
+    lines = [
+        ("plan", f"{values['file']}  {_size(values['file_bytes'])}"),
+        ("digest", plan.digest),
+        ("model", f"{model.architecture}: {model.layers} layers x {model.heads} heads x {model.head_dim} channels"),
+        ("grid", f"{grid.frames} frames x {grid.height} rows x {grid.width} tokens{text} = {grid.tokens:,} tokens"),
+        (
+            "blocks",
+            f"{plan.blocks.block_q} queries x {plan.blocks.block_k} keys: "
+            f"{blocks['q_blocks']:,} x {blocks['k_blocks']:,} blocks a head",
+        ),
+        ("density", f"{values['density']:.1%} of dense attention, mean over time"),
+        (
+            "heads",
+            f"{heads['dense']:,} dense, {heads['sparse']:,} sparse, {heads['anchored']:,} anchored; "
+            f"{heads['sharing_lists']:,} share lists (of {total:,}: every layer and segment counts)",
+        ),
+    ]
+    forward = values["predicted_forward_ms"]
+    if forward:
+        gain = forward["dense"] / forward["planned"] if forward["planned"] else float("inf")
+        lines.append(
+            (
+                "predicted",
+                f"{forward['planned']:,.1f} ms of attention a forward, {forward['dense']:,.1f} ms dense: {gain:.2f} x",
+            )
+        )
+    rest = {key: value for key, value in plan.predicted.items() if not forward or not key.endswith("_ms")}
+    lines += [("" if forward else "predicted", line) for line in _map_lines(rest)]
+    sections = sorted(values["section_bytes"].items(), key=lambda item: -item[1])
+    lines.append(("bytes", ", ".join(f"{name} {_size(size)}" for name, size in sections)))
+    lines.append(("passes", plan.passes or "none"))
+    for name, value in (("sampler", plan.scheduler_hint or {}), ("provenance", plan.provenance)):
+        lines += [(name if index == 0 else "", line) for index, line in enumerate(_map_lines(value))]
+    lines += [(name, value) for name, value in (("license", plan.license), ("notes", plan.notes)) if value]
+    return lines
+
+
+def _map_lines(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}: {_brief(value)}" for key, value in sorted(values.items())]
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{key} {_brief(item)}" for key, item in sorted(value.items()))
+    text = str(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def _size(size_bytes: int) -> str:
+    value, unit = float(size_bytes), "B"
+    for larger in ("kB", "MB", "GB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{size_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def colour(density: float) -> tuple[int, int, int]:
+    """The colour of a density in [0, 1]: linear between the colours of `GRADIENT`."""
+    stops = np.linspace(0, 1, len(GRADIENT))
+    red, green, blue = (round(float(np.interp(density, stops, channel))) for channel in zip(*GRADIENT, strict=True))
+    return red, green, blue
+
+
+def _print_heat_map(plan: PlanFile, densities: npt.NDArray[np.float64], console: Console) -> None:
+    """Layers down, segments across in the order in which they run: from noise to video."""
+    order = range(len(plan.segments) - 1, -1, -1)
+    label = len(str(plan.signature.layers - 1)) + 8
+    cell = 5 if label + 5 * len(order) <= console.width else 1
+    console.print(Text("density in % of dense attention, by layer and denoising time (1 is pure noise)", style="bold"))
+    if cell == 5:
+        console.print(Text("time".ljust(label) + "".join(f"{plan.segments[index].time:5.2f}" for index in order)))
+    else:
+        first, last = f"{plan.segments[-1].time:.2f}", f"{plan.segments[0].time:.2f}"
+        console.print(Text("time".ljust(label) + first + last.rjust(max(len(order) - len(first), 5))))
+    for layer in range(plan.signature.layers):
+        line = Text(f"layer {layer}".ljust(label))
+        for index in order:
+            line.append_text(_cell(float(densities[index, layer]), cell))
+        console.print(line, overflow="crop", no_wrap=True)
+    mean = Text("mean".ljust(label), style="bold")
+    for index in order:
+        mean.append_text(_cell(float(densities[index].mean()), cell))
+    console.print(mean, overflow="crop", no_wrap=True)
+
+
+def _cell(density: float, width: int) -> Text:
+    red, green, blue = colour(density)
+    if width == 1:
+        return Text(" ░▒▓█"[min(int(density * 5), 4)], style=f"rgb({red},{green},{blue})")
+    ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else "white"
+    return Text(f"{100 * density:4.0f} ", style=f"{ink} on rgb({red},{green},{blue})")
