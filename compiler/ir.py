@@ -22,11 +22,6 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
-ZERO_CODE = 255
-"""The code of an error of 0; code c below it stands for ``peak * 2 ** (-c / 8)``."""
-CODE_VALUES: Float64 = np.append(2.0 ** (-np.arange(ZERO_CODE) / 8), 0.0)
-"""float64 (256,): what each code stands for at peak 1."""
-
 Groups = tuple[tuple[int, ...], tuple[int, ...]]
 """First rows and anchor rows of the groups of one frame; every frame repeats them."""
 
@@ -38,8 +33,8 @@ class UnitMeans:
     Args:
         samples: How many.
         votes: Of the keep planes, packed masks ``(T, H, Q, ceil(K / 8))``.
-        error_code: uint8 ``(H, Q, K)``, mean block error as codes of `CODE_VALUES`; None if the store has none.
-        error_peak: float64 ``(H,)``, what code 0 stands for: squared output error relative to the residual stream.
+        error_code: uint8 ``(H, Q, K)``, codes of the mean block error (see `stats.quantise`); None if the store has none.
+        error_peak: float32 ``(H,)``, what code 0 stands for: squared output error relative to the residual stream.
         menu_error: float64 ``(M, H)``, measured, relative to the head's output.
         menu_residual_error: float64 ``(M, H)``, measured, relative to the residual stream.
         menu_predicted: float64 ``(M, H)``, the same predicted by summing block errors; None without block error.
@@ -50,7 +45,7 @@ class UnitMeans:
     samples: int
     votes: Votes
     error_code: npt.NDArray[np.uint8] | None
-    error_peak: Float64
+    error_peak: Float32
     menu_error: Float64
     menu_residual_error: Float64
     menu_predicted: Float64 | None
@@ -215,24 +210,6 @@ def tile_sources(grid: TokenGrid, blocks: Blocks, frame_anchors: tuple[int, ...]
     queries = np.concatenate([np.arange(grid.text_before), video, np.arange(after, grid.tokens)])
     tile = np.arange(len(queries)) // blocks.block_q
     return set(zip(tile.tolist(), (queries // blocks.block_q).tolist(), strict=True))
-
-
-def decode(codes: npt.NDArray[np.uint8], peak: npt.NDArray[Any]) -> Float32:
-    """float32 ``(H, Q, K)`` of log-quantised codes and the peak ``(H,)`` of each head."""
-    return CODE_VALUES.astype(np.float32)[codes] * peak.astype(np.float32)[:, None, None]
-
-
-def encode(values: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], Float64]:
-    """Codes uint8 ``(H, Q, K)`` of non-negative values and the peak float64 ``(H,)`` of each head."""
-    peak = values.max(axis=(1, 2)).astype(np.float64)
-    codes = np.full(values.shape, ZERO_CODE, dtype=np.uint8)
-    for head in np.flatnonzero(peak > 0):
-        share = values[head] / peak[head]
-        octave = np.full(share.shape, np.inf)
-        np.log2(share, out=octave, where=share > 0)
-        octave[share > 0] *= -8
-        codes[head] = np.where(octave < ZERO_CODE - 0.5, np.rint(np.minimum(octave, ZERO_CODE)), ZERO_CODE)
-    return codes, peak
 
 
 def query_weights(grid: TokenGrid, blocks: Blocks) -> Float64:
