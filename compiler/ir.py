@@ -6,7 +6,6 @@ R the row radius. Packed masks are uint8 ``(..., ceil(K / 8))``, bits little-end
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,6 +148,7 @@ class Job:
         device: What predicts milliseconds.
         units: ``times * layers`` of them.
         multiplier: The price of a millisecond in weighted error (lambda), once `select` has found it.
+        error_budget: Most error times weight over all units, where that was asked for.
         findings: What each pass has to report: plain values.
     """
 
@@ -159,6 +159,7 @@ class Job:
     device: Device
     units: list[UnitIR]
     multiplier: float | None = None
+    error_budget: float | None = None
     findings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def unit(self, time_index: int, layer: int) -> UnitIR:
@@ -168,6 +169,10 @@ class Job:
         """The units of all layers at one time."""
         layers = self.manifest.model.layers
         return self.units[time_index * layers : (time_index + 1) * layers]
+
+    def total_error(self) -> float:
+        """Predicted error times weight over all units."""
+        return float(sum(unit.error.sum() * unit.weight for unit in self.units))
 
     def unit_ms(self, unit: UnitIR) -> float:
         """Predicted milliseconds of a unit's attention call."""
@@ -232,10 +237,3 @@ def row_required(error_code: npt.NDArray[np.uint8] | None, heads: int, q_blocks:
     keep = np.zeros((heads, q_blocks, k_blocks), dtype=np.bool_)
     np.put_along_axis(keep, column[..., None], True, axis=2)
     return pack(keep)
-
-
-def pairs(job: Job) -> Iterator[tuple[UnitIR, int]]:
-    """Every unit with every one of its heads."""
-    for unit in job.units:
-        for head in range(unit.heads):
-            yield unit, head
