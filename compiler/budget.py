@@ -51,7 +51,8 @@ def choose(loss: Float64, use: Float64, limit: float) -> Choice | None:
         return float(values[rows, pick].sum())
 
     def at(multiplier: float) -> Int64:
-        return (loss + multiplier * use).argmin(1)
+        best: Int64 = (loss + multiplier * use).argmin(1)
+        return best
 
     least_loss = loss.min(1, keepdims=True)
     free = np.where(loss <= least_loss, use, np.inf).argmin(1)
@@ -82,7 +83,7 @@ def _range(most_loss: float, use: Float64) -> tuple[float, float]:
     steps = np.unique(use)
     least = float(np.diff(steps).min()) if len(steps) > 1 else 1.0
     top = 2 * most_loss / max(least, 1e-300) + 1e-300
-    return min(top, 1e-30) * 1e-10, min(top, 1e300)
+    return min(top, 1e-30) * 1e-10, min(top, 1e290)
 
 
 def _spend(loss: Float64, use: Float64, limit: float, pick: Int64, eager: Int64) -> Int64:
@@ -104,11 +105,11 @@ def _spend(loss: Float64, use: Float64, limit: float, pick: Int64, eager: Int64)
             left -= float(use[row, best] - use[row, pick[row]])
             pick[row] = best
     if float(use[rows, pick].sum()) > limit:  # rounding of `left`; only where uses are no integers
-        return _spend_nothing(use, limit, pick, loss)
+        return _repay(use, limit, pick, loss)
     return pick
 
 
-def _spend_nothing(use: npt.NDArray[np.float64], limit: float, pick: Int64, loss: Float64) -> Int64:
+def _repay(use: npt.NDArray[np.float64], limit: float, pick: Int64, loss: Float64) -> Int64:
     """Takes back the cheapest uses until the budget holds."""
     rows = np.arange(len(pick))
     for row in np.argsort(loss[rows, pick], kind="stable"):

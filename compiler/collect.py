@@ -37,9 +37,7 @@ def collect(store: Store, device: Device, progress: Callable[[], None] = lambda:
             unit_means = means.finish()
             required = row_required(unit_means.error_code, manifest.model.heads, manifest.q_blocks, manifest.k_blocks)
             weight = float(weights[time_index])
-            job.units.append(
-                UnitIR(time_index, layer, manifest.grid, manifest.blocks, weight, unit_means, required)
-            )
+            job.units.append(UnitIR(time_index, layer, manifest.grid, manifest.blocks, weight, unit_means, required))
             progress()
     return job
 

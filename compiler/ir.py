@@ -32,7 +32,7 @@ class UnitMeans:
     Args:
         samples: How many.
         votes: Of the keep planes, packed masks ``(T, H, Q, ceil(K / 8))``.
-        error_code: uint8 ``(H, Q, K)``, codes of the mean block error (see `stats.quantise`); None if the store has none.
+        error_code: uint8 ``(H, Q, K)``, codes of the mean block error (`stats.quantise`), or None.
         error_peak: float32 ``(H,)``, what code 0 stands for: squared output error relative to the residual stream.
         menu_error: float64 ``(M, H)``, measured, relative to the head's output.
         menu_residual_error: float64 ``(M, H)``, measured, relative to the residual stream.

@@ -136,7 +136,9 @@ def _head_ms(job: Job, unit: UnitIR) -> Float64:
     """float64 ``(H,)``: milliseconds that fall with the rows computed."""
     tiles, blocks = unit.computed()
     dim = job.manifest.model.head_dim
-    ms = [job.device.predict_ms(t, b, 0, unit.blocks, dim) for t, b in zip(tiles.tolist(), blocks.tolist(), strict=True)]
+    ms = [
+        job.device.predict_ms(t, b, 0, unit.blocks, dim) for t, b in zip(tiles.tolist(), blocks.tolist(), strict=True)
+    ]
     return np.array(ms)
 
 

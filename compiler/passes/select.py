@@ -163,7 +163,8 @@ class _Menu:
 
     def plane(self, unit: UnitIR, index: int) -> Bits:
         assert unit.voted is not None
-        return unit.voted[index] | unit.required
+        keep: Bits = unit.voted[index] | unit.required
+        return keep
 
     def take(self, unit: UnitIR, pick: Int64) -> None:
         """Gives the unit the masks picked, int64 ``(H,)``."""
@@ -211,7 +212,8 @@ def _cuts(unit: UnitIR, head: int, model: HeadErrors, below: Int64) -> tuple[Int
 
 
 def _plane_error(unit: UnitIR, models: list[HeadErrors], keep: Bits, index: int) -> Float64:
-    """float64 ``(H,)``: errors of voted planes by the error model; without block error those measured on each sample."""
+    """float64 ``(H,)``: errors of a voted plane by the model, or, without block error, as measured on each sample."""
     if unit.means.error_code is None:
-        return unit.means.menu_residual_error[index]
+        measured: Float64 = unit.means.menu_residual_error[index]
+        return measured
     return np.array([model.of_mask(unpack(keep[head], unit.k_blocks)) for head, model in enumerate(models)])
