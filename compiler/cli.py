@@ -41,8 +41,10 @@ def with_budget(text: str, target_density: float | None, max_error: float | None
         raise PassSyntaxError("a budget must be given in --passes or on the command line, got both")
     if not any(isinstance(each, Select) for each in passes):
         raise PassSyntaxError(f"a budget must have a select in --passes, got {text!r}")
-    budget = {"target_density": target_density, "max_error": max_error}
-    return tuple(replace(each, **budget) if isinstance(each, Select) else each for each in passes)
+    return tuple(
+        replace(each, target_density=target_density, max_error=max_error) if isinstance(each, Select) else each
+        for each in passes
+    )
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -83,7 +85,7 @@ def command(
             if time_passes:
                 console.print(f"{account.name}: {account.seconds:.3f} s", markup=False, highlight=False)
             if print_after_all:
-                console.print(f"after {account.passes}", markup=False, highlight=False)
+                console.print(f"after {account.passes}", markup=False, highlight=False, soft_wrap=True)
                 for line in report.unit_lines(job):
                     console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 

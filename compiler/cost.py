@@ -17,23 +17,19 @@ class Device:
         source: Where the coefficients come from.
         tflops: Floating-point throughput of computed blocks, 10^12 operations a second; a block of ``bq`` queries and
             ``bk`` keys of ``d`` channels takes ``4 bq bk d`` operations.
-        tile_us: Start and end of one tile, microseconds, over all processors of the device.
-        store_gbps: Bandwidth at which outputs are written, 10^9 bytes a second, 2 bytes a channel.
+        tile_us: Microseconds that each tile adds; 0 where `tflops` was measured over whole calls and has it in it.
+        store_us: Microseconds that each output token of a head adds, computed or copied; 0 likewise.
     """
 
     name: str
     source: str
     tflops: float
     tile_us: float
-    store_gbps: float
+    store_us: float
 
     def block_ms(self, blocks: Blocks, head_dim: int) -> float:
         """Milliseconds of one computed block."""
         return 4.0 * blocks.block_q * blocks.block_k * head_dim / (self.tflops * 1e9)
-
-    def store_ms(self, stored_tokens: float, head_dim: int) -> float:
-        """Milliseconds of writing the outputs of some tokens."""
-        return 2.0 * stored_tokens * head_dim / (self.store_gbps * 1e6)
 
     def predict_ms(self, tiles: float, computed_blocks: float, stored_tokens: float, blocks: Blocks, dim: int) -> float:
         """Predicted milliseconds.
@@ -45,8 +41,9 @@ class Device:
             blocks: Block sizes.
             dim: Channels of a head.
         """
-        work = computed_blocks * self.block_ms(blocks, dim)
-        return work + tiles * self.tile_us * 1e-3 + self.store_ms(stored_tokens, dim)
+        return computed_blocks * self.block_ms(blocks, dim) + 1e-3 * (
+            tiles * self.tile_us + stored_tokens * self.store_us
+        )
 
     def schedule_ms(self, schedule: LayerSchedule, head_dim: int) -> float:
         """Predicted milliseconds of one layer's attention for one video."""
@@ -61,17 +58,17 @@ DEVICES = {
     for device in (
         Device(
             name="h200-triton",
-            source="400 TFLOP/s at 128x128 blocks and 128 channels (KERNEL_NOTES.md, medians); tile and store assumed",
+            source="400 TFLOP/s at 128x128 blocks and 128 channels over whole calls (KERNEL_NOTES.md)",
             tflops=400.0,
-            tile_us=0.02,
-            store_gbps=3000.0,
+            tile_us=0.0,
+            store_us=0.0,
         ),
         Device(
             name="cpu-2core",
             source="provisional: 100 GFLOP/s assumed for two cores, nothing measured",
             tflops=0.1,
-            tile_us=5.0,
-            store_gbps=5.0,
+            tile_us=0.0,
+            store_us=0.0,
         ),
     )
 }

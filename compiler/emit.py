@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from hashlib import blake2b
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 from calibatt.compiler.errors import PassError
@@ -18,7 +19,7 @@ from calibatt.plans import PlanFile, Segment
 
 def segments(times: Sequence[float]) -> tuple[Segment, ...]:
     """Segments that stand for recorded times, ascending; borders lie midway, and all cover [0, 1]."""
-    borders = [0.0, *((a + b) / 2 for a, b in zip(times, times[1:], strict=False)), 1.0]
+    borders = [0.0, *((a + b) / 2 for a, b in pairwise(times)), 1.0]
     return tuple(Segment(*part) for part in zip(borders, borders[1:], times, strict=False))
 
 

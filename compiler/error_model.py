@@ -2,10 +2,10 @@
 
 The only place that turns statistics into a price of a mask; `select` asks it and knows nothing of how it is done.
 
-The raw prediction of a mask is the mean over queries of the sum of the mean block errors it drops. It is off by a factor
-that depends on the head (errors of dropped blocks are not quite orthogonal, and the kept mass is renormalised), so it
-is corrected by what was seen where both are known, on the head's planes and windows: measured / predicted, interpolated
-over the predicted error, both in logarithms, held at the ends.
+The raw prediction of a mask is the mean over queries of the sum of the mean block errors it drops. It is off by a
+factor that depends on the head (errors of dropped blocks are not quite orthogonal, and the kept mass is renormalised),
+so it is corrected by what was seen where both are known, on the head's planes and windows: measured / predicted,
+interpolated over the predicted error, both in logarithms, held at the ends.
 """
 
 from __future__ import annotations

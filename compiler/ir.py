@@ -1,4 +1,4 @@
-"""The compiler's intermediate representation: a `Job` of `UnitIR`s, one per recorded time and layer; passes change them.
+"""The compiler's intermediate representation: a `Job` of `UnitIR`s, one a recorded time and layer; passes change them.
 
 H heads, Q and K query and key blocks, T thresholds, M menu entries (T planes, then the windows), Y rows of a frame,
 R the row radius. Packed masks are uint8 ``(..., ceil(K / 8))``, bits little-endian.
