@@ -155,8 +155,8 @@ class Store:
 
 def _check_same(first: Path, manifest: Manifest, folder: Path) -> None:
     if different := manifest.differences(read_manifest(folder)):
-        listed = "\n  ".join(different)
-        raise ManifestMismatch(f"{first} and {folder} must have one manifest, got:\n  {listed}")
+        listed = "; ".join(different)
+        raise ManifestMismatch(f"{first} and {folder} must have one manifest, got: {listed}")
 
 
 def _check_entries(folder: Path) -> None:

@@ -13,7 +13,7 @@ from calibatt.plans.schema import Blocks, TokenGrid
 
 RADII = {"frames": 1, "rows": 1, "box": 3}
 """Kinds of windows and how many radii each has."""
-_CHUNK = 1 << 22
+_PAIRS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,24 @@ def window_keep(window: Window, grid: TokenGrid, blocks: Blocks) -> npt.NDArray[
         bool (Q, K), read only (it is cached).
     """
     q_blocks, k_blocks = blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens)
-    first, last = grid.text_before, grid.text_before + grid.video_tokens
-    keep = np.zeros((q_blocks, k_blocks), np.bool_)
-    k_starts = np.arange(0, grid.tokens, blocks.block_k)
-    at_once = max(1, _CHUNK // grid.tokens)
-    for start in range(0, q_blocks, at_once):
-        stop = min(start + at_once, q_blocks)
-        near = np.zeros((stop - start, grid.tokens), np.bool_)
-        for row, block in enumerate(range(start, stop)):
-            near[row, block * blocks.block_q : (block + 1) * blocks.block_q] = True
-        video = near[:, first:last].reshape(-1, grid.frames, grid.height, grid.width)
-        for axis, radius in enumerate(window.reach(grid), 1):
-            video = _dilate(video, axis, radius)
-        near[:, first:last] = video.reshape(stop - start, -1)
-        keep[start:stop] = np.logical_or.reduceat(near, k_starts, axis=1)
+    frames, rows, columns = window.reach(grid)
+    block, row, left, right = _row_parts(grid, blocks.block_q)
+    frame, height = np.divmod(np.arange(grid.rows), grid.height)
+    # Every part reaches a run of key blocks in every row that is near: +1 where a run starts, -1 after it stops.
+    edges = np.zeros(q_blocks * (k_blocks + 1), np.int64)
+    at_once = max(1, _PAIRS_AT_ONCE // grid.rows)
+    for start in range(0, len(block), at_once):
+        some = slice(start, start + at_once)
+        near = np.abs(frame[row[some], None] - frame) <= frames
+        near &= np.abs(height[row[some], None] - height) <= rows
+        part, other = np.nonzero(near)
+        first_token = grid.text_before + other * grid.width
+        low = (first_token + np.maximum(left[some][part] - columns, 0)) // blocks.block_k
+        high = (first_token + np.minimum(right[some][part] + columns, grid.width - 1)) // blocks.block_k
+        line = block[some][part] * (k_blocks + 1)
+        edges += np.bincount(line + low, minlength=edges.size)
+        edges -= np.bincount(line + high + 1, minlength=edges.size)
+    keep: npt.NDArray[np.bool_] = edges.reshape(q_blocks, -1).cumsum(1)[:, :-1] > 0
     keep |= _has_text(grid, blocks.block_q)[:, None] | _has_text(grid, blocks.block_k)[None, :]
     keep.setflags(write=False)
     return keep
@@ -93,18 +97,13 @@ def default_windows(grid: TokenGrid) -> tuple[Window, ...]:
     return tuple(reversed(distinct.values()))
 
 
-def _dilate(near: npt.NDArray[np.bool_], axis: int, radius: int) -> npt.NDArray[np.bool_]:
-    """Every place within `radius` of a true one along an axis."""
-    size = near.shape[axis]
-    if radius == 0:
-        return near
-    pad = [(0, 0)] * near.ndim
-    pad[axis] = (1, 0)
-    count = np.pad(np.cumsum(near, axis=axis, dtype=np.int32), pad)
-    places = np.arange(size)
-    above = np.take(count, np.minimum(places + radius + 1, size), axis=axis)
-    found: npt.NDArray[np.bool_] = above > np.take(count, np.maximum(places - radius, 0), axis=axis)
-    return found
+def _row_parts(grid: TokenGrid, size: int) -> tuple[npt.NDArray[np.int64], ...]:
+    """Blocks cut at row ends: block, row, first and last column of every part, each int64 (parts,)."""
+    video = np.arange(grid.video_tokens)
+    block, row, column = (video + grid.text_before) // size, video // grid.width, video % grid.width
+    starts = np.flatnonzero((column == 0) | (np.diff(block, prepend=-1) > 0))
+    stops = np.append(starts[1:], grid.video_tokens) - 1
+    return block[starts], row[starts], column[starts], column[stops]
 
 
 def _has_text(grid: TokenGrid, block: int) -> npt.NDArray[np.bool_]:

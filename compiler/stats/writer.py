@@ -73,9 +73,9 @@ class StoreWriter:
             if (folder / MANIFEST).exists() or entries(folder):
                 found = read_manifest(folder)
                 if different := found.differences(manifest):
-                    listed = "\n  ".join(different)
+                    listed = "; ".join(different)
                     raise ManifestMismatch(
-                        f"{folder} must be continued with its own manifest, got (its, new):\n  {listed}"
+                        f"{folder} must be continued with its own manifest, got (its, new): {listed}"
                     )
             else:
                 write_whole(folder / MANIFEST, manifest.to_json())
