@@ -3,9 +3,9 @@
 Any device, any dtype. Tiles that keep equally many keys form batches, whatever their heads. Outputs pile up in the
 order of the work; one last gather puts every one in its place and copies anchor rows to their groups.
 
-On a CPU the work is shared by Python threads whose torch operators run on one core each: a tile's keys and values stay
-in that core's cache, and no core waits for another until the end. Operators that each use every core need a barrier
-after every few tiles, which costs more than it gains as soon as one core is busy with something else.
+On a CPU, Python threads share the work, and the operators of each run on one core: a tile's keys and values stay in
+that core's cache, and no core waits for another until the end. Operators that use every core meet at a barrier after
+every few tiles, which was measured slower, and many times slower while another process was using one of the cores.
 """
 
 from __future__ import annotations
@@ -76,9 +76,16 @@ def run(
     """See `runtime.backends`."""
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)) if return_lse else None
-    for batch in range(len(q)):
-        one = q[batch], k[batch], v[batch], out[batch], lse[batch] if lse is not None else None
-        _run_one(*one, bound.core, bound.derived(_plan), scale)
+    on_cpu = q.device.type == "cpu"
+    threads = torch.get_num_threads()
+    try:
+        if on_cpu:
+            torch.set_num_threads(1)  # of this thread, and of those that start from now on
+        for batch in range(len(q)):
+            one = q[batch], k[batch], v[batch], out[batch], lse[batch] if lse is not None else None
+            _run_one(*one, bound.core, bound.derived(_plan), scale, threads if on_cpu else 1)
+    finally:
+        torch.set_num_threads(threads)
     return out, lse
 
 
@@ -91,8 +98,9 @@ def _run_one(
     core: CoreSchedule,
     work: _Work,
     scale: float,
+    threads: int,
 ) -> None:
-    """`run` for one element of the batch; writes out ``(H, N, D)`` and lse ``(H, N)``."""
+    """`run` for one element of the batch, by so many threads; writes out ``(H, N, D)`` and lse ``(H, N)``."""
     heads, tokens, head_dim = q.shape
     block_q, block_k = core.blocks.block_q, core.blocks.block_k
     on_cpu = q.device.type == "cpu"
@@ -123,7 +131,7 @@ def _run_one(
         for start in range(0, len(batch.blocks), step):
             first = batch.first_row + start * block_q
             tasks.append(partial(attend_tiles, first, batch.blocks[start : start + step], batch.keys))
-    _run_all(tasks, torch.get_num_threads() if on_cpu else 1)
+    _run_all(tasks, threads)
     out.copy_(row_out.index_select(0, work.position).view(heads, tokens, head_dim))
     if lse is not None and row_lse is not None:
         lse.copy_(row_lse.index_select(0, work.position).view(heads, tokens))
@@ -141,26 +149,24 @@ def _as_blocks(x: torch.Tensor, block_k: int) -> torch.Tensor:
 
 
 def _run_all(tasks: list[Callable[[], None]], threads: int) -> None:
-    """Calls every task, in order; by so many threads, on one core each, where that is more than one."""
-    if threads == 1:
-        for task in tasks:
-            task()
-        return
-    waiting = iter(tasks)  # shared: each task goes to the thread that asks next
+    """Calls every task, in order; each goes to the thread that asks next, and the calling thread is one of them."""
+    waiting = iter(tasks)
     inference = torch.is_inference_mode_enabled()
 
     def work() -> None:
-        torch.set_num_threads(1)
         with torch.inference_mode(inference), torch.no_grad():
             for task in waiting:
                 task()
 
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            for worker in [pool.submit(work) for _ in range(threads)]:
-                worker.result()
-    finally:
-        torch.set_num_threads(threads)  # a thread sets its own number and the one that later threads start with
+    if threads == 1:
+        work()
+        return
+
+    with ThreadPoolExecutor(threads - 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        others = [pool.submit(work) for _ in range(threads - 1)]
+        work()
+        for other in others:
+            other.result()
 
 
 def _lse(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:

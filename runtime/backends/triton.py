@@ -64,8 +64,11 @@ def choose_config(block_q: int, block_k: int, head_dim: int, shared_bytes: int) 
 
 
 @functools.cache
-def _shared_bytes(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 17
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one block may use on the device."""
+    if device.type != "cuda":
+        return 1 << 17  # the interpreter has no limit
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def run(
@@ -85,7 +88,7 @@ def run(
     """
     batch, heads, tokens, head_dim = q.shape
     blocks = bound.core.blocks
-    config = config or choose_config(blocks.block_q, blocks.block_k, head_dim, _shared_bytes(q.device))
+    config = config or choose_config(blocks.block_q, blocks.block_k, head_dim, shared_bytes(q.device))
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if return_lse else None
     grid = (len(bound.tiles) * (blocks.block_q // config.block_m), batch)

@@ -1,7 +1,7 @@
 """Compiles the block-sparse kernel for a GPU that need not be there; prints what each case uses, as JSON.
 
-A program of its own, because the kernels must be defined without TRITON_INTERPRET. Its argument is a JSON list of cases:
-``{"arch": 90, "head_dim": 128, "block_q": 128, "block_k": 128, "dtype": "bf16", "anchored": true}``.
+A program of its own, because the kernels must be defined without TRITON_INTERPRET. Its argument is a JSON list of
+cases: ``{"arch": 90, "head_dim": 128, "block_q": 128, "block_k": 128, "dtype": "bf16", "anchored": true}``.
 """
 
 from __future__ import annotations

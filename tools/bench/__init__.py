@@ -1,0 +1,1 @@
+"""Benchmarks: what a claim of speed rests on."""
