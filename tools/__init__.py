@@ -1,1 +1,1 @@
-"""."""
+"""Commands for people, on top of compiler and runtime."""

@@ -1,1 +1,49 @@
-"""."""
+"""Raw statistics of attention: what a store holds, and the one way to write and read it."""
+
+from calibatt.compiler.stats.errors import (
+    DuplicateSample,
+    ManifestError,
+    ManifestMismatch,
+    MissingUnits,
+    NoSamples,
+    ProbeError,
+    SampleError,
+    SampleExists,
+    StoreBusy,
+    StoreError,
+    UnitError,
+)
+from calibatt.compiler.stats.manifest import DEFAULT_THRESHOLDS, Manifest
+from calibatt.compiler.stats.probes import Probe, TimeWeightInfo
+from calibatt.compiler.stats.store import Store
+from calibatt.compiler.stats.unit import UnitStatistics, dequantise, quantise, unit_shapes
+from calibatt.compiler.stats.windows import Window, default_windows, window_keep
+from calibatt.compiler.stats.writer import SampleWriter, StoreWriter
+
+__all__ = [
+    "DEFAULT_THRESHOLDS",
+    "DuplicateSample",
+    "Manifest",
+    "ManifestError",
+    "ManifestMismatch",
+    "MissingUnits",
+    "NoSamples",
+    "Probe",
+    "ProbeError",
+    "SampleError",
+    "SampleExists",
+    "SampleWriter",
+    "Store",
+    "StoreBusy",
+    "StoreError",
+    "StoreWriter",
+    "TimeWeightInfo",
+    "UnitError",
+    "UnitStatistics",
+    "Window",
+    "default_windows",
+    "dequantise",
+    "quantise",
+    "unit_shapes",
+    "window_keep",
+]

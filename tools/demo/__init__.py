@@ -1,1 +1,1 @@
-"""."""
+"""A small, really trained video model, and the whole chain shown on it."""

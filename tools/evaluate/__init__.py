@@ -1,1 +1,1 @@
-"""."""
+"""Quality of plans on prompts never calibrated on."""

@@ -1,0 +1,86 @@
+"""Predicted milliseconds of attention from what a schedule executes, on a named device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from calibatt.compiler.errors import CompileError
+from calibatt.plans import Blocks, LayerSchedule
+
+
+@dataclass(frozen=True)
+class Device:
+    """What attention costs on one device.
+
+    Args:
+        name: What `--device` calls it.
+        source: Where the coefficients come from.
+        tflops: Floating-point throughput of computed blocks, 10^12 operations a second; a block of ``bq`` queries and
+            ``bk`` keys of ``d`` channels takes ``4 bq bk d`` operations.
+        tile_us: Microseconds that each tile adds; 0 where `tflops` was measured over whole calls and has it in it.
+        store_us: Microseconds that each output token of a head adds, computed or copied; 0 likewise.
+    """
+
+    name: str
+    source: str
+    tflops: float
+    tile_us: float
+    store_us: float
+
+    def block_ms(self, blocks: Blocks, head_dim: int) -> float:
+        """Milliseconds of one computed block."""
+        return 4.0 * blocks.block_q * blocks.block_k * head_dim / (self.tflops * 1e9)
+
+    def predict_ms(self, tiles: float, computed_blocks: float, stored_tokens: float, blocks: Blocks, dim: int) -> float:
+        """Predicted milliseconds.
+
+        Args:
+            tiles: Query tiles executed.
+            computed_blocks: Blocks computed over all of them.
+            stored_tokens: Output tokens written: the computed ones and the copies.
+            blocks: Block sizes.
+            dim: Channels of a head.
+        """
+        return computed_blocks * self.block_ms(blocks, dim) + 1e-3 * (
+            tiles * self.tile_us + stored_tokens * self.store_us
+        )
+
+    def schedule_ms(self, schedule: LayerSchedule, head_dim: int) -> float:
+        """Predicted milliseconds of one layer's attention for one video."""
+        heads = range(schedule.heads)
+        computed = sum(schedule.computed_blocks(head) for head in heads)
+        stored = schedule.heads * schedule.grid.tokens
+        return self.predict_ms(len(schedule.tile_order), computed, stored, schedule.blocks, head_dim)
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device(
+            name="h200-triton",
+            source="400 TFLOP/s at 128x128 blocks and 128 channels over whole calls (KERNEL_NOTES.md)",
+            tflops=400.0,
+            tile_us=0.0,
+            store_us=0.0,
+        ),
+        Device(
+            name="cpu-2core",
+            source="provisional: 100 GFLOP/s assumed for two cores, nothing measured",
+            tflops=0.1,
+            tile_us=0.0,
+            store_us=0.0,
+        ),
+    )
+}
+"""The devices there are coefficients for."""
+
+
+def device_named(name: str) -> Device:
+    """The device of that name.
+
+    Raises:
+        CompileError: There is none.
+    """
+    if name not in DEVICES:
+        raise CompileError(f"device must be one of {', '.join(DEVICES)}, got {name!r}")
+    return DEVICES[name]

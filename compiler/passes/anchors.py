@@ -1,0 +1,153 @@
+"""Rows that are computed once and copied to their neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from calibatt.compiler.ir import Float64, Groups, Int64, Job, UnitIR, packed_keep
+from calibatt.compiler.passes import Pass
+
+
+@dataclass(frozen=True)
+class Anchors(Pass):
+    """Gives heads with repetitive output rows anchor rows, where that is cheaper than computing every row.
+
+    For each head, dynamic programming finds the partition of a frame's rows into groups, and an anchor in each, of
+    least copy error x weight x `safety` + price of the computed rows (a row at its share of the head's predicted
+    milliseconds); every frame has the same groups. The head adopts it only if that is still cheaper when lowered:
+    a packed tile keeps what any of its queries' blocks keeps, so packing rows apart can cost more than it saves.
+
+    Requires: `select`, whose multiplier prices a millisecond.
+    Ensures: no head computes more blocks than before; an error budget still holds.
+
+    Args:
+        safety: Factor on the copy error: copies hurt more than their error says.
+        max_group_rows: Most rows of a group, its anchor included; 1 does nothing.
+
+    Raises:
+        PassError: An option is out of range, or `select` has not been run.
+    """
+
+    name: ClassVar[str] = "anchors"
+    safety: float = 4.0
+    max_group_rows: int = 4
+
+    def __post_init__(self) -> None:
+        self.require(self.safety > 0, "safety", "be positive", self.safety)
+        self.require(self.max_group_rows >= 1, "max-group-rows", "be at least 1", self.max_group_rows)
+
+    def apply(self, job: Job) -> None:
+        multiplier = job.multiplier
+        self.require(multiplier is not None, "select", "come before", "no multiplier")
+        assert multiplier is not None
+        grid, radius = job.manifest.grid, job.manifest.row_radius
+        adopted, copied = 0, 0
+        left = None if job.error_budget is None else job.error_budget - job.total_error()
+        for unit in job.units:
+            unit.anchors = [None] * unit.heads
+            if radius == 0 or self.max_group_rows == 1 or unit.force_dense:
+                continue
+            share = self.safety * grid.frames * grid.width / grid.tokens
+            errors = copy_errors(unit.means.row_residual_error, self.max_group_rows) * share
+            row_ms = _head_ms(job, unit) / grid.height
+            for head, (groups, error) in enumerate(best_groups(errors * unit.weight, multiplier * row_ms)):
+                if len(groups[0]) == grid.height or (left is not None and error > left):
+                    continue
+                saved = _saved_ms(job, unit, head, groups)
+                if multiplier * saved > error:
+                    unit.anchors[head] = groups
+                    unit.error[head] += error / unit.weight
+                    left = None if left is None else left - error
+                    adopted, copied = adopted + 1, copied + grid.height - len(groups[0])
+        heads = len(job.units) * job.manifest.model.heads
+        rows = adopted * grid.height
+        job.findings[self.name] = {
+            "heads_with_anchors": adopted,
+            "heads": heads,
+            "rows_copied_in_them": copied / rows if rows else 0.0,
+        }
+
+
+def copy_errors(row_error: Float64, most_rows: int) -> Float64:
+    """Error of every short group with its best anchor.
+
+    Args:
+        row_error: float64 ``(H, Y, 2 R)``: error of row r + d standing for row r; offsets -R..-1, 1..R.
+        most_rows: Longest group.
+
+    Returns:
+        float64 ``(H, Y, G, G)``: of the group of ``g + 1`` rows from row y with its anchor at ``y + a``, the sum of
+        its rows' errors; infinite where the group leaves the frame or its rows are beyond the radius.
+    """
+    heads, height, offsets = row_error.shape
+    radius = offsets // 2
+    most = min(most_rows, 2 * radius + 1, height)
+    stands = np.full((heads, height, height), np.inf)  # [row, anchor]
+    stands[:, np.arange(height), np.arange(height)] = 0.0
+    for index, offset in enumerate((*range(-radius, 0), *range(1, radius + 1))):
+        rows = np.arange(max(0, -offset), min(height, height - offset))
+        stands[:, rows, rows + offset] = row_error[:, rows, index]
+    errors = np.full((heads, height, most, most), np.inf)
+    for first in range(height):
+        for size in range(1, min(most, height - first) + 1):
+            group = slice(first, first + size)
+            errors[:, first, size - 1, :size] = stands[:, group, group].sum(1)
+    return errors
+
+
+def best_groups(errors: Float64, row_price: Float64) -> list[tuple[Groups, float]]:
+    """The cheapest partition of the rows of a frame for each head: exact, by dynamic programming.
+
+    Args:
+        errors: float64 ``(H, Y, G, G)`` of `copy_errors`, weighted.
+        row_price: float64 ``(H,)``, the price of an anchor row.
+
+    Returns:
+        For each head the groups, and the sum of their errors. Of equals the shortest last group, the first anchor.
+    """
+    heads, height, most, _ = errors.shape
+    anchor = errors.argmin(3)
+    group = errors.min(3)
+    best = np.zeros((heads, height + 1))
+    size_at = np.zeros((heads, height + 1), dtype=np.int64)
+    for stop in range(1, height + 1):
+        sizes = np.arange(1, min(most, stop) + 1)
+        cost = best[:, stop - sizes] + group[:, stop - sizes, sizes - 1] + row_price[:, None]
+        at = cost.argmin(1)
+        best[:, stop], size_at[:, stop] = cost[np.arange(heads), at], sizes[at]
+    return [_trace(size_at[head], anchor[head], group[head]) for head in range(heads)]
+
+
+def _trace(size_at: Int64, anchor: Int64, group: Float64) -> tuple[Groups, float]:
+    starts, rows, error, stop = [], [], 0.0, len(size_at) - 1
+    while stop:
+        size = int(size_at[stop])
+        stop -= size
+        starts.append(stop)
+        rows.append(stop + int(anchor[stop, size - 1]))
+        error += float(group[stop, size - 1])
+    return (tuple(reversed(starts)), tuple(reversed(rows))), error
+
+
+def _head_ms(job: Job, unit: UnitIR) -> Float64:
+    """float64 ``(H,)``: milliseconds that fall with the rows computed."""
+    tiles, blocks = unit.computed()
+    dim = job.manifest.model.head_dim
+    ms = [
+        job.device.predict_ms(t, b, 0, unit.blocks, dim) for t, b in zip(tiles.tolist(), blocks.tolist(), strict=True)
+    ]
+    return np.array(ms)
+
+
+def _saved_ms(job: Job, unit: UnitIR, head: int, groups: Groups) -> float:
+    """Milliseconds that a head saves with these anchors, as lowered; negative if it would compute more blocks."""
+    before = unit.head_keep(head)
+    after = packed_keep(before, unit.grid, unit.blocks, groups[1])
+    if after.sum() > before.sum():
+        return -1.0
+    dim = job.manifest.model.head_dim
+    tiles, blocks = len(before) - len(after), int(before.sum()) - int(after.sum())
+    return job.device.predict_ms(tiles, blocks, 0, unit.blocks, dim)

@@ -1,0 +1,92 @@
+"""Names inside a store, and small files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from pathlib import Path
+
+from calibatt.compiler.stats.errors import ManifestError, SampleError
+from calibatt.compiler.stats.manifest import Manifest
+
+MANIFEST, SAMPLES, PROBES, SAMPLE = "manifest.json", "samples", "probes", "sample.json"
+PARTIAL = ".partial"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def check_name(name: str) -> str:
+    """A sample's name.
+
+    Raises:
+        SampleError: It could not be the name of a directory everywhere, or would be read as an interrupted sample.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith((PARTIAL, ".")):
+        rule = (
+            f"1 to 100 letters, digits, '.', '_' or '-', begin with a letter or digit and not end in '.' or {PARTIAL!r}"
+        )
+        raise SampleError(f"a sample's name must have {rule}, got {name!r}")
+    return name
+
+
+def unit_name(time_index: int, layer: int) -> str:
+    return f"t{time_index:03d}_l{layer:03d}.unit"
+
+
+def unit_names(manifest: Manifest) -> list[str]:
+    """Names of all unit files of a complete sample."""
+    return [unit_name(time, layer) for time in range(len(manifest.times)) for layer in range(manifest.model.layers)]
+
+
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds, by name, without hidden files; empty where there is no folder."""
+    return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a store.
+
+    Raises:
+        ManifestError: There is none, or it breaks a rule; the message names the file.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_text("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ManifestError(f"{folder} must be a store of statistics, got no {MANIFEST} in it") from None
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}: the manifest must be UTF-8, got {error}") from None
+    try:
+        return Manifest.from_json(text)
+    except ManifestError as error:
+        raise ManifestError(f"{path}: {error}") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file that must not exist yet: flushed beside it, then linked under its name.
+
+    Raises:
+        FileExistsError: It exists.
+        OSError: It cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            raise FileExistsError(f"{path} must not exist")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

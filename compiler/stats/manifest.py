@@ -1,0 +1,180 @@
+"""What a store of statistics was measured on and how: one frozen value, one canonical `manifest.json`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import blake2b
+from typing import Any
+
+from calibatt.compiler.stats.errors import ManifestError
+from calibatt.compiler.stats.windows import Window
+from calibatt.plans.errors import SchemaError
+from calibatt.plans.schema import Blocks, ModelSignature, TokenGrid
+
+SCHEMA_VERSION = 1
+DEFAULT_THRESHOLDS = (0.80, 0.90, 0.95, 0.98)
+
+
+def _require(ok: bool, what: str, rule: str, value: object) -> None:
+    if not ok:
+        raise ManifestError(f"{what} must be {rule}, got {value!r}")
+
+
+def _ascending(values: object, low: float, high: float) -> bool:
+    if not isinstance(values, tuple) or not values:
+        return False
+    if not all(type(value) is float and math.isfinite(value) and low <= value <= high for value in values):
+        return False
+    return all(a < b for a, b in itertools.pairwise(values))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that all units of a store share.
+
+    Args:
+        model: The model that was measured.
+        grid: Its token sequence.
+        blocks: Tokens per query and key block.
+        times: Recorded denoising times, floats in [0, 1], ascending; a unit's `time_index` counts in them.
+        thresholds: Mass that each keep plane reaches, floats in (0, 1], ascending.
+        windows: The parametric masks of the menu, after the planes.
+        query_stride: Every `query_stride`-th query of a block was measured; 1 for all.
+        row_radius: Row offsets -radius..-1, 1..radius are measured; 0 for none.
+        query_stride: Block mass and block error are means over every `query_stride`-th query of a block; planes too.
+        has_mass: Units hold the block mass.
+        has_block_error: Units hold the block error.
+        versions: What wrote it: tool or library name to version.
+        schema_version: Version of all of this.
+
+    Raises:
+        ManifestError: A value breaks its rule.
+    """
+
+    model: ModelSignature
+    grid: TokenGrid
+    blocks: Blocks
+    times: tuple[float, ...]
+    thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
+    windows: tuple[Window, ...] = ()
+    query_stride: int = 1
+    row_radius: int = 0
+    query_stride: int = 1
+    has_mass: bool = False
+    has_block_error: bool = True
+    versions: Mapping[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        _require(type(self.schema_version) is int, "schema_version", "an integer", self.schema_version)
+        _require(self.schema_version == SCHEMA_VERSION, "schema_version", str(SCHEMA_VERSION), self.schema_version)
+        for name, kind in (("model", ModelSignature), ("grid", TokenGrid), ("blocks", Blocks)):
+            _require(isinstance(getattr(self, name), kind), name, f"a {kind.__name__}", getattr(self, name))
+        _require(_ascending(self.times, 0.0, 1.0), "times", "ascending floats in [0, 1]", self.times)
+        levels = _ascending(self.thresholds, math.ulp(0.0), 1.0)
+        _require(levels, "thresholds", "ascending floats in (0, 1]", self.thresholds)
+        windows = isinstance(self.windows, tuple) and all(isinstance(window, Window) for window in self.windows)
+        _require(windows and len(set(self.windows)) == len(self.windows), "windows", "distinct Windows", self.windows)
+        stride = type(self.query_stride) is int and 1 <= self.query_stride <= self.blocks.block_q
+        _require(stride, "query_stride", f"an integer from 1 to {self.blocks.block_q}", self.query_stride)
+        radius = type(self.row_radius) is int and 0 <= self.row_radius < self.grid.height
+        _require(radius, "row_radius", f"an integer from 0 to {self.grid.height - 1}", self.row_radius)
+        stride = type(self.query_stride) is int and 1 <= self.query_stride <= self.blocks.block_q
+        _require(stride, "query_stride", f"an integer from 1 to {self.blocks.block_q}", self.query_stride)
+        for name in ("has_mass", "has_block_error"):
+            _require(type(getattr(self, name)) is bool, name, "true or false", getattr(self, name))
+        versions = isinstance(self.versions, Mapping) and all(
+            isinstance(part, str) for pair in self.versions.items() for part in pair
+        )
+        _require(versions, "versions", "a map of strings", self.versions)
+        object.__setattr__(self, "versions", dict(sorted(self.versions.items())))
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    @property
+    def q_blocks(self) -> int:
+        return self.blocks.q_blocks(self.grid.tokens)
+
+    @property
+    def k_blocks(self) -> int:
+        return self.blocks.k_blocks(self.grid.tokens)
+
+    @property
+    def row_offsets(self) -> tuple[int, ...]:
+        """Offsets of the last axis of `row_error`: -radius..-1, 1..radius."""
+        return (*range(-self.row_radius, 0), *range(1, self.row_radius + 1))
+
+    @property
+    def menu(self) -> tuple[float | Window, ...]:
+        """Candidate masks in the order of `menu_error`: the planes' thresholds, then the windows."""
+        return (*self.thresholds, *self.windows)
+
+    @property
+    def digest(self) -> str:
+        """Stands for the whole manifest, 32 hexadecimal digits; every unit carries it."""
+        return blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+
+    def to_json(self) -> str:
+        """The canonical text of `manifest.json`: equal manifests give equal bytes."""
+        return json.dumps(asdict(self), sort_keys=True, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Reads `manifest.json`.
+
+        Raises:
+            ManifestError: It is no JSON, lacks or has unknown fields, or a value breaks its rule.
+        """
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise ManifestError(f"the manifest must be JSON, got {error}") from None
+        known = _fields_of(cls, "the manifest", value)
+        version = known["schema_version"]
+        _require(version == SCHEMA_VERSION, "schema_version", str(SCHEMA_VERSION), version)
+        try:
+            for name, kind in (("model", ModelSignature), ("grid", TokenGrid), ("blocks", Blocks)):
+                known[name] = kind(**_fields_of(kind, name, known[name]))
+            for name in ("times", "thresholds", "windows"):
+                _require(isinstance(known[name], list), name, "a list", known[name])
+                known[name] = tuple(known[name])
+            known["windows"] = tuple(_window(window) for window in known["windows"])
+            return cls(**known)
+        except SchemaError as error:
+            raise ManifestError(str(error)) from None
+
+    def differences(self, other: Manifest) -> list[str]:
+        """One line ``field: ours, theirs`` for every field that differs; empty for equal manifests."""
+        ours, theirs = (_flat("", asdict(each)) for each in (self, other))
+        names = sorted({*ours, *theirs})
+        pairs = [(name, ours.get(name, "absent"), theirs.get(name, "absent")) for name in names]
+        return [f"{name}: {mine!r}, {their!r}" for name, mine, their in pairs if mine != their]
+
+
+def _window(value: object) -> Window:
+    known = _fields_of(Window, "windows", value)
+    _require(isinstance(known["radii"], list), "window.radii", "a list", known["radii"])
+    return Window(known["kind"], tuple(known["radii"]))
+
+
+def _fields_of(kind: type[Any], what: str, value: object) -> dict[str, Any]:
+    """The map's values if its keys are just the dataclass's fields."""
+    names = {each.name for each in fields(kind)}
+    if not isinstance(value, dict):
+        raise ManifestError(f"{what} must be a map, got {value!r}")
+    for rule, wrong in (("have the field", names - set(value)), ("not have the field", set(value) - names)):
+        if wrong:
+            raise ManifestError(f"{what} must {rule} {min(wrong)!r}, got {sorted(value)}")
+    return dict(value)
+
+
+def _flat(prefix: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, part in value.items():
+        flat.update(_flat(f"{prefix}{name}.", part) if isinstance(part, Mapping) else {prefix + name: part})
+    return flat

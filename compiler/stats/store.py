@@ -1,0 +1,200 @@
+"""Reading statistics: one or several stores of one manifest, one unit in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from calibatt.compiler.stats.errors import (
+    DuplicateSample,
+    ManifestMismatch,
+    MissingUnits,
+    NoSamples,
+    ProbeError,
+    SampleError,
+    StoreError,
+    UnitError,
+)
+from calibatt.compiler.stats.files import (
+    MANIFEST,
+    PARTIAL,
+    PROBES,
+    SAMPLE,
+    SAMPLES,
+    check_name,
+    entries,
+    read_manifest,
+    unit_name,
+    unit_names,
+)
+from calibatt.compiler.stats.manifest import Manifest
+from calibatt.compiler.stats.probes import Probe, TimeWeightInfo, time_weight
+from calibatt.compiler.stats.unit import UnitStatistics, read_unit
+
+
+class Store:
+    """Complete samples of one manifest; use `Store.open`."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        folders: dict[str, Path],
+        meta: dict[str, dict[str, Any]],
+        probes: tuple[Probe, ...],
+        interrupted: tuple[Path, ...],
+    ) -> None:
+        """Use `Store.open`."""
+        self.manifest = manifest
+        self.meta = meta
+        """What was said of each sample when it was finished."""
+        self.probes = probes
+        self.interrupted = interrupted
+        """Folders of samples that an interruption left; they are not among `samples`."""
+        self._folders = folders
+
+    @classmethod
+    def open(cls, paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Store:
+        """Opens one store or several.
+
+        Every sample's file list is proved here, every unit when it is read.
+
+        Args:
+            paths: Folders written by `StoreWriter`, or to which such samples were copied.
+
+        Raises:
+            ManifestError: A folder has no manifest or a broken one.
+            ManifestMismatch: The manifests differ; every difference is listed.
+            DuplicateSample: Two folders hold one sample, or one probe.
+            MissingUnits: A sample lacks files; names them.
+            SampleError: A `sample.json` or a name breaks its rule.
+            ProbeError: A probe breaks its rule.
+            StoreError: A folder holds what no store does.
+            NoSamples: There is no complete sample.
+        """
+        folders = [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(path) for path in paths]
+        if not folders:
+            raise NoSamples("statistics must come from at least one folder, got none")
+        manifest = read_manifest(folders[0])
+        samples: dict[str, Path] = {}
+        meta: dict[str, dict[str, Any]] = {}
+        interrupted: list[Path] = []
+        probes: dict[str, tuple[Path, Probe]] = {}
+        for folder in folders:
+            _check_same(folders[0], manifest, folder)
+            _check_entries(folder)
+            for path in entries(folder / SAMPLES):
+                if path.name.endswith(PARTIAL):
+                    interrupted.append(path)
+                    continue
+                if path.name in samples:
+                    raise DuplicateSample(
+                        f"sample {path.name!r} must be in one store, got {samples[path.name]} and {path}"
+                    )
+                samples[path.name] = path
+                meta[path.name] = _check_sample(path, manifest)
+            for path in entries(folder / PROBES):
+                if path.name in probes:
+                    raise DuplicateSample(
+                        f"probe {path.name!r} must be in one store, got {probes[path.name][0]} and {path}"
+                    )
+                probes[path.name] = (path, _read_probe(path, manifest))
+        if not samples:
+            hint = f"; interrupted: {', '.join(map(str, interrupted))}" if interrupted else ""
+            raise NoSamples(f"{', '.join(map(str, folders))} must have a complete sample, got none{hint}")
+        for path, probe in probes.values():
+            if probe.sample not in samples:
+                raise ProbeError(f"{path}: a probe must be of a complete sample, got {probe.sample!r}")
+        ordered = dict(sorted(samples.items()))
+        return cls(
+            manifest, ordered, meta, tuple(probe for _, (_, probe) in sorted(probes.items())), tuple(interrupted)
+        )
+
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """Names of all complete samples, ascending."""
+        return tuple(self._folders)
+
+    def unit(self, sample: str, time_index: int, layer: int) -> UnitStatistics:
+        """One unit, proved whole; its arrays are read-only views of the mapped file.
+
+        Raises:
+            UnitError: There is no such sample, time or layer, or the file breaks a rule.
+            OSError: The file cannot be read.
+        """
+        if sample not in self._folders:
+            raise UnitError(f"sample must be one of {', '.join(self.samples)}, got {sample!r}")
+        for what, value, count in (
+            ("time_index", time_index, len(self.manifest.times)),
+            ("layer", layer, self.manifest.model.layers),
+        ):
+            if not 0 <= value < count:
+                raise UnitError(f"{what} must be from 0 to {count - 1}, got {value}")
+        place = {"sample": sample, "time_index": time_index, "layer": layer}
+        return read_unit(self._folders[sample] / unit_name(time_index, layer), self.manifest, place)
+
+    def time_weight(self) -> tuple[npt.NDArray[np.float64], TimeWeightInfo]:
+        """Squared error of the final latent per unit of attention error at each time, and where it comes from.
+
+        Returns:
+            float64 (times,): the mean of each time's probes, log-linear between probed times, held beyond them; 1
+            everywhere if never probed, and ``info.probes`` is 0.
+        """
+        return time_weight(self.manifest.times, self.probes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all complete samples."""
+        return sum(path.stat().st_size for folder in self._folders.values() for path in folder.iterdir())
+
+
+def _check_same(first: Path, manifest: Manifest, folder: Path) -> None:
+    if different := manifest.differences(read_manifest(folder)):
+        listed = "; ".join(different)
+        raise ManifestMismatch(f"{first} and {folder} must have one manifest, got: {listed}")
+
+
+def _check_entries(folder: Path) -> None:
+    for path in entries(folder):
+        if path.name not in (MANIFEST, SAMPLES, PROBES):
+            raise StoreError(f"{folder} must hold only {MANIFEST}, {SAMPLES} and {PROBES}, got {path.name!r}")
+
+
+def _check_sample(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """Proves the names in a sample's folder and its `sample.json`; returns what was said of it."""
+    check_name(path.name)
+    if not path.is_dir():
+        raise SampleError(f"{path} must be a folder, got a file")
+    found, expected = {each.name for each in entries(path)}, [*unit_names(manifest), SAMPLE]
+    if missing := [name for name in expected if name not in found]:
+        raise MissingUnits(f"{path} must have {len(expected)} files, got none named {', '.join(missing)}")
+    if unknown := sorted(found - set(expected)):
+        raise SampleError(f"{path} must hold only its units and {SAMPLE}, got {', '.join(unknown)}")
+    try:
+        value = json.loads((path / SAMPLE).read_text("utf-8"))
+    except ValueError as error:
+        raise SampleError(f"{path / SAMPLE} must be JSON, got {error}") from None
+    if not isinstance(value, dict) or set(value) != {"name", "manifest", "meta"} or not isinstance(value["meta"], dict):
+        raise SampleError(f"{path / SAMPLE} must have the fields name, manifest and meta, got {value!r}")
+    for name, want in (("name", path.name), ("manifest", manifest.digest)):
+        if value[name] != want:
+            raise SampleError(f"{path / SAMPLE}: {name} must be {want!r}, got {value[name]!r}")
+    return dict(value["meta"])
+
+
+def _read_probe(path: Path, manifest: Manifest) -> Probe:
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ProbeError(f"{path}: a probe must be UTF-8, got {error}") from None
+    probe = Probe.from_json(text, str(path))
+    if path.name != probe.file_name:
+        raise ProbeError(f"{path}: the file must be named {probe.file_name!r}, got {path.name!r}")
+    if probe.time_index >= len(manifest.times):
+        raise ProbeError(f"{path}: time_index must be below {len(manifest.times)}, got {probe.time_index}")
+    return probe

@@ -1,0 +1,232 @@
+"""The statistics of one sample, time and layer: arrays, their rules, and the file that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from calibatt.compiler.stats.errors import UnitError
+from calibatt.compiler.stats.manifest import Manifest
+from calibatt.plans.container import Container, write_container
+from calibatt.plans.errors import PlanError
+
+Array = npt.NDArray[Any]
+Float = npt.NDArray[np.float32]
+Code = npt.NDArray[np.uint8]
+
+MAGIC = b"CALIBSTA"
+VERSION = (1, 0)
+STEPS_PER_OCTAVE = 8
+ZERO_CODE = 255
+ROUNDING = 1e-3
+
+
+def quantise(values: npt.ArrayLike, peak: npt.ArrayLike) -> Code:
+    """Non-negative values as uint8 codes: value = peak * 2 ** (-code / 8), code 255 = 0.
+
+    Codes 0 to 254 span 31.75 octaves; within them the relative error is at most 2 ** (1 / 16) - 1 = 4.4 %. What is
+    below half a step under the last code becomes 0.
+
+    Args:
+        values: Any shape, finite, 0 <= values <= peak; what rounding put above the peak, by up to 0.1 %, is the peak.
+        peak: Broadcasts against `values`; finite, non-negative.
+
+    Raises:
+        UnitError: A value or peak out of range.
+    """
+    value, top = np.broadcast_arrays(np.asarray(values, np.float64), np.asarray(peak, np.float64))
+    if value.size and not (np.isfinite(top).all() and top.min() >= 0):
+        raise UnitError(f"peak must be finite and not negative, got {top.min()} to {top.max()}")
+    wrong = ~((value >= 0) & (value <= top * (1 + ROUNDING)))
+    if wrong.any():
+        raise UnitError(f"values must be in [0, peak], got {value[wrong][0]} under peak {top[wrong][0]}")
+    code = np.full(value.shape, float(ZERO_CODE))
+    some = value > 0
+    code[some] = np.rint(STEPS_PER_OCTAVE * (np.log2(top[some]) - np.log2(value[some])))
+    stored: Code = np.clip(code, 0, ZERO_CODE).astype(np.uint8)
+    return stored
+
+
+def dequantise(codes: Code, peak: npt.ArrayLike) -> Float:
+    """The values of `quantise`'s codes, float32 of the codes' shape; `peak` broadcasts."""
+    if codes.dtype != np.uint8:
+        raise UnitError(f"codes must be uint8, got {codes.dtype}")
+    table = np.exp2(-np.arange(256) / STEPS_PER_OCTAVE)
+    table[ZERO_CODE] = 0
+    return (table[codes] * np.asarray(peak, np.float64)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class UnitStatistics:
+    """One (sample, time, layer); H heads, Q and K blocks, T thresholds, M = T + windows, Y rows a frame, R row radius.
+
+    Args:
+        planes: uint8 (T, H, Q, ceil(K / 8)), bits little-endian: the blocks that reach each threshold's mass. Nested;
+            no query block is empty; bits from K on are 0.
+        menu_error: float32 (M, H): relative squared output error of each candidate mask.
+        menu_residual_error: float32 (M, H): the same after the output projection and gate, relative to the residual.
+        output_size: float32 (H,): mean ||O_h W_h||^2 / mean ||x||^2.
+        row_error: float32 (H, Y, 2 R): error of row r + d standing for row r; NaN just where r + d leaves the frame.
+        row_residual_error: float32 (H, Y, 2 R): the same relative to the residual.
+        block_mass: uint8 (H, Q, K) codes of peak 1, or None.
+        block_error: uint8 (H, Q, K) codes of `block_error_peak`, or None.
+        block_error_peak: float32 (H,), or None.
+    """
+
+    planes: Code
+    menu_error: Float
+    menu_residual_error: Float
+    output_size: Float
+    row_error: Float
+    row_residual_error: Float
+    block_mass: Code | None = None
+    block_error: Code | None = None
+    block_error_peak: Float | None = None
+
+    def keep(self, plane: int, manifest: Manifest) -> npt.NDArray[np.bool_]:
+        """One keep plane, bool (H, Q, K)."""
+        bits = np.unpackbits(self.planes[plane], axis=-1, count=manifest.k_blocks, bitorder="little")
+        return bits.astype(np.bool_)
+
+    def mass(self) -> Float:
+        """Block mass, float32 (H, Q, K).
+
+        Raises:
+            UnitError: It was not recorded.
+        """
+        if self.block_mass is None:
+            raise UnitError("block_mass must have been recorded (calibatt-calibrate --mass), got none")
+        return dequantise(self.block_mass, 1.0)
+
+    def error(self) -> Float:
+        """Block error, float32 (H, Q, K).
+
+        Raises:
+            UnitError: It was not recorded.
+        """
+        if self.block_error is None or self.block_error_peak is None:
+            raise UnitError("block_error must have been recorded, got none")
+        return dequantise(self.block_error, self.block_error_peak[:, None, None])
+
+    def check(self, manifest: Manifest) -> None:
+        """Proves the arrays against the manifest and each other.
+
+        Raises:
+            UnitError: An array is missing, not announced, of another shape or dtype, or breaks its rule.
+        """
+        shapes = unit_shapes(manifest)
+        for each in fields(self):
+            array = getattr(self, each.name)
+            if (array is None) != (each.name not in shapes):
+                rule = "be there" if array is None else "be absent"
+                raise UnitError(f"{each.name} must {rule} as the manifest says, got {_kind(array)}")
+            if array is not None and (_kind(array) != (want := "{} {}".format(*shapes[each.name]))):
+                raise UnitError(f"{each.name} must be {want}, got {_kind(array)}")
+        self._check_planes(manifest)
+        row, offset = np.arange(manifest.grid.height)[:, None], np.array(manifest.row_offsets, np.int64)[None, :]
+        outside = (row + offset < 0) | (row + offset >= manifest.grid.height)
+        for each in fields(self):
+            array = getattr(self, each.name)
+            if array is None or array.dtype == np.uint8:
+                continue
+            if each.name in ("row_error", "row_residual_error"):
+                if not np.isnan(array[:, outside]).all():
+                    value = array[:, outside][~np.isnan(array[:, outside])][0]
+                    raise UnitError(f"{each.name} must be NaN where the row leaves the frame, got {value}")
+                array = array[:, ~outside]
+            wrong = ~(np.isfinite(array) & (array >= 0))
+            if wrong.any():
+                raise UnitError(f"{each.name} must be finite and not negative, got {array[wrong][0]}")
+
+    def _check_planes(self, manifest: Manifest) -> None:
+        spare = -manifest.k_blocks % 8
+        if spare and (self.planes[..., -1] >> (8 - spare)).any():
+            raise UnitError(f"planes must have zero bits from key block {manifest.k_blocks} on, got ones")
+        if not self.planes[0].any(-1).all():
+            head, block = np.argwhere(~self.planes[0].any(-1))[0]
+            raise UnitError(f"planes must keep a block for every query block, got none for head {head}, block {block}")
+        if (self.planes[:-1] & ~self.planes[1:]).any():
+            plane = np.argwhere(self.planes[:-1] & ~self.planes[1:])[0][0]
+            raise UnitError(f"planes must be nested, got bits of plane {plane} that plane {plane + 1} lacks")
+
+
+def unit_shapes(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every array that a unit of this manifest has."""
+    heads, thresholds = manifest.model.heads, len(manifest.thresholds)
+    blocks = (heads, manifest.q_blocks, manifest.k_blocks)
+    rows = (heads, manifest.grid.height, 2 * manifest.row_radius)
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "planes": ("uint8", (thresholds, heads, manifest.q_blocks, -(-manifest.k_blocks // 8))),
+        "menu_error": ("float32", (len(manifest.menu), heads)),
+        "menu_residual_error": ("float32", (len(manifest.menu), heads)),
+        "output_size": ("float32", (heads,)),
+        "row_error": ("float32", rows),
+        "row_residual_error": ("float32", rows),
+    }
+    if manifest.has_mass:
+        shapes["block_mass"] = ("uint8", blocks)
+    if manifest.has_block_error:
+        shapes["block_error"] = ("uint8", blocks)
+        shapes["block_error_peak"] = ("float32", (heads,))
+    return shapes
+
+
+def write_unit(path: str | PathLike[str], unit: UnitStatistics, manifest: Manifest, place: Mapping[str, object]) -> int:
+    """Writes one unit file, whole or not at all.
+
+    Args:
+        path: The file.
+        unit: The arrays; checked against the manifest.
+        manifest: Of the store.
+        place: ``sample``, ``time_index`` and ``layer``; a reader proves that it found the file where it belongs.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        UnitError: The arrays contradict the manifest.
+        OSError: The file cannot be written.
+    """
+    try:
+        unit.check(manifest)
+    except UnitError as error:
+        raise UnitError(f"{path}: {error}") from None
+    sections = {name: getattr(unit, name) for name in unit_shapes(manifest)}
+    header = {**place, "manifest": manifest.digest}
+    return write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections)
+
+
+def read_unit(path: str | PathLike[str], manifest: Manifest, place: Mapping[str, object]) -> UnitStatistics:
+    """Reads and proves one unit file; the arrays are views of the mapped file.
+
+    Raises:
+        UnitError: The file is damaged, belongs to another manifest or place, or its arrays break a rule.
+        OSError: The file cannot be read.
+    """
+    try:
+        file = Container.open(path, magic=MAGIC, version=VERSION)
+        arrays = {name: file.section(name) for name in file.names}
+    except PlanError as error:
+        raise UnitError(str(error)) from None
+    expected = {**place, "manifest": manifest.digest}
+    if file.header != expected:
+        raise UnitError(f"{path}: the header must be {expected}, got {file.header}")
+    if set(arrays) != set(unit_shapes(manifest)):
+        raise UnitError(f"{path}: the sections must be {sorted(unit_shapes(manifest))}, got {sorted(arrays)}")
+    unit = UnitStatistics(**arrays)
+    try:
+        unit.check(manifest)
+    except UnitError as error:
+        raise UnitError(f"{path}: {error}") from None
+    return unit
+
+
+def _kind(array: Array | None) -> str:
+    if not isinstance(array, np.ndarray):
+        return "none" if array is None else type(array).__name__
+    return f"{array.dtype.name} {array.shape}"

@@ -1,0 +1,142 @@
+"""What differs between model families, as data: where self-attention is, and how to read a forward's arguments.
+
+A new family is a row of `ADAPTERS`, or one that a user passes to `attach`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibatt.plans import ModelSignature, TokenGrid
+
+Arguments = Mapping[str, Any]
+"""Arguments of one forward call by parameter name."""
+
+
+class UnknownModelError(ValueError):
+    """No row of the table fits the model."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One self-attention of a model.
+
+    Args:
+        layer: Its number in execution order, 0 first.
+        name: Its module's name in the model, for example ``blocks.3.attn1``.
+        attention: The module; its ``processor`` is what gets replaced.
+        block: The transformer block around it.
+    """
+
+    layer: int
+    name: str
+    attention: nn.Module
+    block: nn.Module
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One model family. Functions of a forward's arguments are traced by `torch.compile`: tensors and sizes only.
+
+    Args:
+        architecture: Class name of the transformer.
+        attentions: (list of blocks, name of the self-attention in a block), in execution order.
+        dispatch: The function that the family's attention processors call, as a global of their module, with q, k and
+            v of ``(B, N, H, D)`` after all normalisation and rotation.
+        heads: (heads, channels of a head) from the model's configuration.
+        grid: (frames, height, width, text_before, text_after) in tokens, from configuration and arguments of the model.
+        time: Denoising time from the arguments of the model: float64 ``()`` on the CPU, 1 is pure noise. The noisiest
+            where the samples or tokens of a batch differ.
+        output_weight: ``(dim, heads * head_dim)``; of the projection after a site's attention, bias excluded.
+        residual: ``(B, N, dim)``; the residual stream that enters a block, from the arguments of the block.
+        gate: float32 ``(B, dim)``, or ``(B, N, dim)`` where each token has a time of its own: what a block multiplies
+            its self-attention with before it adds it to the residual stream, from block and arguments of the block.
+    """
+
+    architecture: str
+    attentions: tuple[tuple[str, str], ...]
+    dispatch: str
+    heads: Callable[[Any], tuple[int, int]]
+    grid: Callable[[Any, Arguments], tuple[int, int, int, int, int]]
+    time: Callable[[Arguments], torch.Tensor]
+    output_weight: Callable[[nn.Module], torch.Tensor]
+    residual: Callable[[Arguments], torch.Tensor]
+    gate: Callable[[nn.Module, Arguments], torch.Tensor]
+
+    def sites(self, model: nn.Module) -> tuple[Site, ...]:
+        """Every self-attention of the model, in execution order.
+
+        Raises:
+            AttributeError: The model lacks a module that this row names.
+        """
+        found = [
+            (f"{blocks}.{index}.{attention}", block.get_submodule(attention), block)
+            for blocks, attention in self.attentions
+            for index, block in enumerate(unwrap(model).get_submodule(blocks))
+        ]
+        return tuple(Site(layer, *values) for layer, values in enumerate(found))
+
+    def signature(self, model: nn.Module) -> ModelSignature:
+        """What the model is, in the words of a plan; weights are not digested."""
+        model = unwrap(model)
+        heads, head_dim = self.heads(model.config)
+        return ModelSignature(self.architecture, len(self.sites(model)), heads, head_dim)
+
+    def token_grid(self, model: nn.Module, arguments: Arguments) -> TokenGrid:
+        """The token sequence of a forward."""
+        return TokenGrid(*self.grid(unwrap(model).config, arguments))
+
+
+def _wan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+    frames, height, width = arguments["hidden_states"].shape[2:]
+    patch = config.patch_size
+    return frames // patch[0], height // patch[1], width // patch[2], 0, 0
+
+
+def _wan_time(arguments: Arguments) -> torch.Tensor:
+    return arguments["timestep"].max().to("cpu", torch.float64) / 1000
+
+
+def _wan_gate(block: nn.Module, arguments: Arguments) -> torch.Tensor:
+    # The time embedding is (B, 6, dim), or (B, N, 6, dim) with a time for each token; entry 2 is the gate.
+    return block.scale_shift_table[0, 2].float() + arguments["temb"].select(-2, 2).float()
+
+
+ADAPTERS = (
+    Adapter(
+        architecture="WanTransformer3DModel",
+        attentions=(("blocks", "attn1"),),
+        dispatch="dispatch_attention_fn",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=_wan_grid,
+        time=_wan_time,
+        output_weight=lambda attention: attention.to_out[0].weight,
+        residual=lambda arguments: arguments["hidden_states"],
+        gate=_wan_gate,
+    ),
+)
+"""The families that need no row from the user."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` returned; any other model as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The row of a model, by the name of its class or of one it inherits from.
+
+    Raises:
+        UnknownModelError: No row fits; lists the families that are known.
+    """
+    names = [kind.__name__ for kind in type(unwrap(model)).__mro__]
+    for row in ADAPTERS:
+        if row.architecture in names:
+            return row
+    known = ", ".join(row.architecture for row in ADAPTERS)
+    raise UnknownModelError(f"model must be one of {known}, or come with an adapter of its own, got {names[0]}")

@@ -1,0 +1,71 @@
+"""A plan's execution as torch ops: opaque to `torch.compile`, so one graph serves every time, layer and plan.
+
+What changes from call to call reaches the ops as tensors on the CPU, the number of the session included: Python numbers
+would be compiled in.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import torch
+
+
+class Session(Protocol):
+    """Who executes the ops: one plan attached to one model."""
+
+    def resolve(self, time: float, grid: tuple[int, ...]) -> int:
+        """The segment that a forward runs in, everything it needs made ready; raises where it must not run."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: int, layer: int) -> torch.Tensor:
+        """Attention of one layer; all ``(B, N, H, D)``."""
+
+
+_sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def open_session(session: Session) -> torch.Tensor:
+    """The number, int64 ``()`` on the CPU, by which the ops find a session for as long as it lives."""
+    number = next(_numbers)
+    _sessions[number] = session
+    return torch.tensor(number, device="cpu")
+
+
+@torch.library.custom_op("calibatt::resolve_segment", mutates_args=())
+def resolve_segment(time: torch.Tensor, grid: Sequence[int], session: torch.Tensor) -> torch.Tensor:
+    """`Session.resolve` of a float ``()`` time; int64 ``()`` on the CPU."""
+    return torch.tensor(_sessions[int(session)].resolve(time.item(), tuple(grid)), device="cpu")
+
+
+@resolve_segment.register_fake
+def _(time: torch.Tensor, grid: Sequence[int], session: torch.Tensor) -> torch.Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("calibatt::attend", mutates_args=())
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segment: torch.Tensor,
+    layer: torch.Tensor,
+    session: torch.Tensor,
+) -> torch.Tensor:
+    """`Session.attend` of q, k, v ``(B, N, H, D)`` and int64 ``()`` segment and layer; the result is contiguous."""
+    return _sessions[int(session)].attend(q, k, v, int(segment), int(layer)).contiguous()
+
+
+@attend.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segment: torch.Tensor,
+    layer: torch.Tensor,
+    session: torch.Tensor,
+) -> torch.Tensor:
+    return q.new_empty(q.shape)

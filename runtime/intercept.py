@@ -1,0 +1,217 @@
+"""Any model's self-attention through a function of ours: on the model object alone, and undone exactly.
+
+The stock processor's own code runs (projections, normalisation, rotation), with one global name of it bound to us: the
+function that computes attention from q, k and v.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibatt.runtime.adapters import Adapter, Arguments, Site, unwrap
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "InterceptedSite", Any], torch.Tensor]
+
+
+class InterceptionLostError(RuntimeError):
+    """Someone replaced attention processors under an interception: it would be ignored from here on."""
+
+
+class InterceptedSite:
+    """What `attend` is told of the call's place.
+
+    Eager code reads `layer`. Code that `torch.compile` traces reads `index` instead, the same number as an int64 ``()``
+    tensor on the CPU: a Python number would be compiled in, one graph a layer.
+    """
+
+    def __init__(self, site: Site, stock: Callable[..., torch.Tensor]) -> None:
+        self.layer = site.layer
+        self.index = torch.tensor(site.layer, device="cpu")
+        self.name = site.name
+        self.attention = site.attention
+        self.block = site.block
+        self._stock = stock
+
+    def stock(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """What the model itself would have computed from q, k, v; all ``(B, N, H, D)``."""
+        return self._stock(q, k, v, backend=getattr(self.attention.processor, "_attention_backend", None))
+
+
+class Interception:
+    """Sends every self-attention call of a model through `attend`, from now until `detach`.
+
+    Interceptions of one model stack: the newest is called, the others wait, and they may be detached in any order.
+    One forward of a model at a time. Compiled forwards do not `verify`: let `begin` do it in an op of its own.
+
+    Args:
+        model: The transformer, compiled or not.
+        adapter: Its row.
+        attend: ``attend(q, k, v, site, context) -> out``, all ``(B, N, H, D)``; scores are scaled by ``D ** -0.5``.
+        begin: Called with the model's arguments before a forward does anything; what it returns is `context`.
+        enter_block: ``enter_block(site, arguments)``, called with a block's arguments before the block does anything.
+
+    Raises:
+        ValueError: A processor's code does not pass its ``_attention_backend`` to the function that the adapter names.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        attend: Attend,
+        *,
+        begin: Callable[[Arguments], Any] | None = None,
+        enter_block: Callable[[InterceptedSite, Arguments], None] | None = None,
+    ) -> None:
+        self.model = unwrap(model)
+        self.adapter = adapter
+        self._attend = attend
+        self._begin = begin
+        self._context: Any = None
+        self._above = 0
+        sites = adapter.sites(self.model)
+        self._processors = [self._processor(site) for site in sites]
+        for processor in self._processors:
+            processor.site.attention.processor = processor
+        for interception in self._beneath():
+            interception._above += 1
+        self._parameters = _parameters(self.model)
+        self._hooks = [self.model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)]
+        if enter_block is not None:
+            self._hooks += [_watch(processor.site, enter_block) for processor in self._processors]
+
+    @property
+    def sites(self) -> tuple[InterceptedSite, ...]:
+        return tuple(processor.site for processor in self._processors)
+
+    def verify(self) -> None:
+        """Proves that the calls still come here, or to interceptions above.
+
+        Raises:
+            InterceptionLostError: They do not; names every site.
+        """
+        lost = [mine.site.name for mine in self._processors if mine not in _stack(mine.site.attention)]
+        if lost:
+            raise InterceptionLostError(
+                f"attention processors must stay as attached (detach, change them, attach again), got others at "
+                f"{', '.join(lost)}"
+            )
+
+    def detach(self) -> None:
+        """Puts back the processors found when this began, the same objects; a second call does nothing.
+
+        A processor that someone else put there since stays.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        for interception in self._beneath():
+            interception._above -= 1
+        for mine in self._processors:
+            above = None
+            for processor in _stack(mine.site.attention):
+                if processor is mine:
+                    if above is None:
+                        mine.site.attention.processor = mine.beneath
+                    else:
+                        above.beneath = mine.beneath
+                above = processor
+        self._hooks = []
+        self._processors = []
+        self._context = None
+
+    def _processor(self, site: Site) -> Any:
+        """A copy of the site's processor whose attention comes here."""
+        beneath = site.attention.processor
+        stack = _stack(site.attention)
+        stock = stack[-1].beneath if stack else beneath
+        processor = object.__new__(_intercepted(type(stock), self.adapter.dispatch))
+        processor.__dict__.update(beneath.__dict__)
+        processor.interception = self
+        processor.site = InterceptedSite(site, type(stock).__call__.__globals__[self.adapter.dispatch])
+        processor.beneath = beneath
+        processor.inner = copy.copy(stock)
+        processor.inner._attention_backend = processor
+        return processor
+
+    def _beneath(self) -> list[Interception]:
+        """The interceptions that wait until this one is detached."""
+        stack = _stack(self._processors[0].site.attention) if self._processors else []
+        interceptions = [processor.interception for processor in stack]
+        return interceptions[interceptions.index(self) + 1 :] if self in interceptions else []
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self.verify()
+        if self._begin is not None and not self._above:
+            self._context = self._begin(dict(zip(self._parameters, args, strict=False)) | kwargs)
+
+
+@functools.cache
+def _intercepted(stock: type, name: str) -> type:
+    """The processor class `stock`, its calls of the global function `name` sent to the processor's interception.
+
+    One class for all layers, models and interceptions, so that what is compiled for one serves all. The stock code
+    runs on `inner` and passes its ``_attention_backend`` on to the function: that is the way back to the processor.
+    """
+    original = stock.__call__
+    missing = {name, "_attention_backend"} - set(original.__code__.co_names)
+    if missing:
+        raise ValueError(f"{stock.__name__} must pass its _attention_backend to {name}, got code without {missing}")
+
+    def dispatch(query: Any, key: Any, value: Any, *, backend: Any, **options: Any) -> Any:
+        _reject(options | {"parallel_config": getattr(backend, "_parallel_config", None)})
+        interception = backend.interception
+        return interception._attend(query, key, value, backend.site, interception._context)
+
+    # Compiled code looks globals up through the module that __name__ names: there it would find the stock function.
+    names = {key: value for key, value in original.__globals__.items() if key != "__name__"} | {name: dispatch}
+    rebound = types.FunctionType(
+        original.__code__, names, original.__name__, original.__defaults__, original.__closure__
+    )
+    rebound.__kwdefaults__ = original.__kwdefaults__
+
+    def call(processor: Any, *args: Any, **kwargs: Any) -> Any:
+        return rebound(processor.inner, *args, **kwargs)
+
+    call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return type(f"Intercepted{stock.__name__}", (stock,), {"__call__": call})
+
+
+def _reject(options: dict[str, Any]) -> None:
+    """What no row's self-attention asks for today, and what would be wrong to ignore."""
+    for option in ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "parallel_config"):
+        value = options.get(option)
+        if isinstance(value, torch.Tensor) or value:
+            raise NotImplementedError(f"self-attention must be called without {option}, got {type(value).__name__}")
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _watch(site: InterceptedSite, enter_block: Callable[[InterceptedSite, Arguments], None]) -> Any:
+    names = _parameters(site.block)
+
+    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if site.attention.processor.site is site:
+            enter_block(site, dict(zip(names, args, strict=False)) | kwargs)
+
+    return site.block.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _stack(attention: nn.Module) -> list[Any]:
+    """The intercepting processors of a module, newest first."""
+    found = []
+    processor = attention.processor
+    while hasattr(processor, "beneath"):
+        found.append(processor)
+        processor = processor.beneath
+    return found

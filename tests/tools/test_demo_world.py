@@ -1,0 +1,78 @@
+"""The demo's world: sentences and scenes agree, nothing held out is trained on, the checks know truth from error."""
+
+import pytest
+import torch
+
+from calibatt.tools.demo import world
+
+
+@pytest.fixture(scope="module")
+def test_scenes():
+    return world.scenes(128, torch.Generator().manual_seed(0), test=True)
+
+
+def test_sentences_parse_back(test_scenes):
+    for scene in test_scenes:
+        assert torch.equal(world.parse(world.sentence(scene)), scene)
+
+
+def test_words_of_scenes_are_those_of_sentences(test_scenes):
+    prompts = [world.sentence(scene) for scene in test_scenes]
+    assert torch.equal(world.words(prompts), world.scene_words(test_scenes))
+
+
+def test_held_out_scenes_are_apart(test_scenes):
+    train = world.scenes(512, torch.Generator().manual_seed(0))
+    assert world.held_out(test_scenes).all()
+    assert not world.held_out(train).any()
+
+
+def test_two_shapes_differ_in_colour():
+    scenes = world.scenes(512, torch.Generator().manual_seed(1))
+    two = scenes[:, world.COUNT] == 1
+    assert two.any()
+    assert (scenes[two, world.FIRST + 1] != scenes[two, world.SECOND + 1]).all()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "word 1 .* must be one of a; got 'the end'"),
+        ("a tiny red circle moving up fast on a plain navy background", "word 2 .* small, large; got 'tiny'"),
+        ("a small red circle moving up fast on a plain navy", "word 12 .* background; got 'the end'"),
+        ("a small red circle moving up fast on a plain navy background please", "must end after 'background'"),
+        (
+            "a small red circle moving up fast and a large red ring moving up fast on a plain navy background",
+            "must differ in colour, got red twice",
+        ),
+    ],
+)
+def test_a_prompt_of_another_world_is_refused(prompt, message):
+    with pytest.raises(world.PromptError, match=message):
+        world.words([prompt])
+
+
+def test_rendering_is_deterministic_and_bounded(test_scenes):
+    first, second = (world.render(test_scenes[:4], torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape == (4, 3, world.FRAMES, world.PIXELS, world.PIXELS)
+    assert first.abs().max() <= 1
+
+
+def test_the_checks_score_rendered_truth_right(test_scenes):
+    video = world.render(test_scenes, torch.Generator().manual_seed(4))
+    rates = world.measure(video, test_scenes).rates()
+    assert rates["judged"] >= 100
+    assert min(rates["colour"], rates["shape"], rates["direction"]) >= 0.98
+
+
+def test_the_checks_see_what_is_wrong(test_scenes):
+    video = world.render(test_scenes, torch.Generator().manual_seed(4))
+    for slot, name in ((1, "colour"), (2, "shape"), (3, "direction")):
+        other = test_scenes.clone()
+        for first in (world.FIRST, world.SECOND):
+            names = len(world.OBJECT_SLOTS[slot])
+            there = other[:, first] >= 0
+            other[there, first + slot] = (other[there, first + slot] + 3) % names
+        rates = world.measure(video, other).rates()
+        assert rates[name] <= 0.15, (name, rates)

@@ -1,0 +1,237 @@
+"""The statistics of one self-attention call: what the compiler must know of it, measured without an N x N matrix.
+
+Scores are recomputed for a few query blocks at a time (PyTorch) or a tile at a time (Triton, on a GPU), and all errors
+are measured behind the output projection: with G_h = W_h^T W_h = A_h A_h^T, the change of the residual stream that a
+change dO of head h's output makes has the squared size ||dO A_h||^2, so values are multiplied by A_h once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibatt.compiler.stats import Manifest, UnitStatistics, quantise, window_keep
+from calibatt.plans import Blocks, TokenGrid
+
+MENU_QUERY_BLOCKS = 8
+"""Query blocks on which the output error of the menu's masks is measured exactly."""
+SCORES_AT_ONCE = 1 << 23
+"""Scores that the PyTorch path holds at a time, over all heads (32 MiB in float32)."""
+
+
+def unit_statistics(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    manifest: Manifest,
+    projection: Tensor,
+    residual_square: float,
+    seed: int,
+) -> UnitStatistics:
+    """Measures one sample's self-attention call.
+
+    Args:
+        q: ``(H, N, D)`` queries as attention receives them, any float dtype.
+        k: ``(H, N, D)`` keys.
+        v: ``(H, N, D)`` values.
+        out: ``(H, N, D)`` the call's output.
+        manifest: What to measure: grid, blocks, thresholds, windows, row radius, query stride.
+        projection: ``(dim, H * D)`` the output projection with the gate folded into its rows.
+        residual_square: Mean over tokens of the squared norm of the residual stream that the projection adds to.
+        seed: Chooses the query blocks on which the menu is measured.
+
+    Returns:
+        The arrays of section 9 of docs/design.md.
+    """
+    grid, blocks = manifest.grid, manifest.blocks
+    heads, _, head_dim = q.shape
+    factor = projection_factor(projection, heads, head_dim)
+    # o_J - O does not change when all values are shifted; centred values keep the difference of large numbers small
+    projected = (v.float() @ factor).sub_((v.float() @ factor).mean(1, keepdim=True))
+    stride = manifest.query_stride
+    if q.is_cuda:
+        from calibatt.tools.calibrate.kernels import block_statistics as measure
+    else:
+        measure = block_statistics
+    mass, error = measure(q, k, projected, blocks, stride)
+    error /= residual_square
+    planes = keep_planes(mass, manifest.thresholds)
+    windows = [torch.tensor(window_keep(w, grid, blocks), device=q.device) for w in manifest.windows]
+    menu = torch.cat([planes, torch.stack(windows)[:, None].expand(-1, heads, -1, -1)]) if windows else planes
+    menu_error, menu_residual = menu_errors(q, k, v, menu, factor, blocks, stride, seed)
+    row_error, row_residual = row_errors(out, factor, grid, manifest.row_radius)
+    size = (out.float() @ factor).square().sum((1, 2)) / grid.tokens
+    return UnitStatistics(
+        planes=np.packbits(planes.cpu().numpy(), axis=-1, bitorder="little"),
+        block_mass=quantise(mass.clamp(max=1).cpu().numpy(), 1.0) if manifest.has_mass else None,
+        **_block_error(error, manifest),
+        menu_error=menu_error.cpu().numpy(),
+        menu_residual_error=(menu_residual / residual_square).cpu().numpy(),
+        output_size=(size / residual_square).cpu().numpy(),
+        row_error=row_error.cpu().numpy(),
+        row_residual_error=(row_residual / residual_square).cpu().numpy(),
+    )
+
+
+def _block_error(error: Tensor, manifest: Manifest) -> dict[str, np.ndarray]:
+    if not manifest.has_block_error:
+        return {}
+    peak = error.amax((1, 2))
+    codes = quantise(error.cpu().numpy(), peak.cpu().numpy()[:, None, None])
+    return {"block_error": codes, "block_error_peak": peak.cpu().numpy()}
+
+
+def projection_factor(projection: Tensor, heads: int, head_dim: int) -> Tensor:
+    """A_h ``(H, D, D)`` float32 with ||o A_h|| = ||W_h o|| for each head's slice W_h of ``(dim, H * D)``."""
+    slices = projection.float().view(-1, heads, head_dim).transpose(0, 1)
+    values, vectors = torch.linalg.eigh(slices.mT @ slices)
+    return vectors * values.clamp(min=0).sqrt()[:, None]
+
+
+def _padded(x: Tensor, tokens: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, tokens - x.shape[1])) if tokens > x.shape[1] else x
+
+
+def _by_key_block(q: Tensor, k: Tensor, v: Tensor, block_k: int) -> tuple[Tensor, Tensor]:
+    """Attention of queries ``(H, C, D)`` split by key block: masses ``(H, C, K)`` and sums ``(H, K, C, D)``."""
+    (heads, queries, head_dim), tokens = q.shape, k.shape[1]
+    k_blocks = -(-tokens // block_k)
+    scores = q.float() @ _padded(k.float(), k_blocks * block_k).mT
+    scores.mul_(head_dim**-0.5)
+    scores[..., tokens:] = -torch.inf
+    parts = torch.softmax(scores, -1).view(heads, queries, k_blocks, block_k)
+    values = _padded(v.float(), k_blocks * block_k).view(heads, k_blocks, block_k, -1)
+    return parts.sum(-1), parts.transpose(1, 2) @ values
+
+
+def _query_chunks(tokens: int, block_q: int, stride: int, at_once: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Runs of equally full query blocks: first block, number of blocks, sampled tokens (blocks * samples)."""
+    full, rest = divmod(tokens, block_q)
+    samples = -(-block_q // stride)
+    step = max(1, at_once // samples)
+    offsets = torch.arange(0, block_q, stride)
+    for first in range(0, full, step):
+        count = min(step, full - first)
+        yield first, count, (torch.arange(first, first + count)[:, None] * block_q + offsets).reshape(-1)
+    if rest:
+        yield full, 1, torch.arange(full * block_q, tokens, stride)
+
+
+def block_statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, stride: int) -> tuple[Tensor, Tensor]:
+    """Block mass and block error by PyTorch.
+
+    Args:
+        q: ``(H, N, D)``.
+        k: ``(H, N, D)``.
+        values: ``(H, N, D)`` values behind the projection, float32.
+        blocks: Block sizes.
+        stride: Every `stride`-th query of a block is measured.
+
+    Returns:
+        Float32 ``(H, Q, K)`` each: the mean over measured queries of a block's mass p_J, and of
+        ||p_J (o_J - O)||^2, where o_J is the mean value that block J selects and O the output.
+    """
+    heads, tokens, _ = q.shape
+    shape = (heads, blocks.q_blocks(tokens), blocks.k_blocks(tokens))
+    mass, error = q.new_zeros(shape, dtype=torch.float32), q.new_zeros(shape, dtype=torch.float32)
+    at_once = SCORES_AT_ONCE // (heads * tokens)
+    for first, count, picked in _query_chunks(tokens, blocks.block_q, stride, at_once):
+        p, sums = _by_key_block(q[:, picked.to(q.device)], k, values, blocks.block_k)
+        output = sums.sum(1, keepdim=True)
+        own = torch.linalg.vecdot(sums, sums).mT
+        cross = torch.linalg.vecdot(sums, output).mT
+        whole = output.square().sum(-1).mT
+        squared = (own - 2 * p * cross + p * p * whole).clamp_(min=0)
+        here = slice(first, first + count)
+        mass[:, here] = p.view(heads, count, -1, shape[2]).mean(2)
+        error[:, here] = squared.view(heads, count, -1, shape[2]).mean(2)
+    return mass, error
+
+
+def keep_planes(mass: Tensor, thresholds: tuple[float, ...]) -> Tensor:
+    """For each threshold the smallest set of key blocks, by falling mass, that holds it.
+
+    Args:
+        mass: ``(H, Q, K)``; sums to 1 over K.
+        thresholds: Shares of the mass, ascending.
+
+    Returns:
+        bool ``(T, H, Q, K)``, nested; of equal masses the lower block comes first.
+    """
+    ordered, index = mass.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    planes = [torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, index, before < t) for t in thresholds]
+    return torch.stack(planes)
+
+
+def menu_errors(
+    q: Tensor, k: Tensor, v: Tensor, menu: Tensor, factor: Tensor, blocks: Blocks, stride: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Exact output error of masked attention on a seeded sample of query blocks.
+
+    Args:
+        q: ``(H, N, D)``.
+        k: ``(H, N, D)``.
+        v: ``(H, N, D)``.
+        menu: bool ``(M, H, Q, K)`` candidate masks.
+        factor: ``(H, D, D)`` of `projection_factor`.
+        blocks: Block sizes.
+        stride: Every `stride`-th query of a chosen block is measured.
+        seed: Seed of the choice.
+
+    Returns:
+        Float32 ``(M, H)`` each: ||O_kept - O||^2 / ||O||^2, and the mean over queries of ||(O_kept - O) W_h||^2.
+    """
+    heads, tokens, head_dim = q.shape
+    q_blocks = blocks.q_blocks(tokens)
+    chosen = torch.randperm(q_blocks, generator=torch.Generator().manual_seed(seed))[:MENU_QUERY_BLOCKS]
+    lost = q.new_zeros(len(menu), heads, dtype=torch.float32)
+    projected, size, queries = lost.clone(), lost[0].clone(), 0
+    for block in sorted(chosen.tolist()):
+        here = slice(block * blocks.block_q, min(tokens, (block + 1) * blocks.block_q), stride)
+        queries += len(range(tokens)[here])
+        for head in range(heads):  # one head at a time bounds the memory at full size
+            p, sums = _by_key_block(*(x[head : head + 1] for x in (q[:, here], k, v)), blocks.block_k)
+            keep = menu[:, head, block].float()
+            kept = keep @ sums[0].flatten(1)
+            share = keep @ p[0].T
+            output = sums[0].sum(0)
+            change = kept.view(len(menu), -1, head_dim) / share.clamp(min=1e-30)[..., None] - output
+            lost[:, head] += change.square().sum((1, 2))
+            projected[:, head] += (change @ factor[head]).square().sum((1, 2))
+            size[head] += output.square().sum()
+    return lost / size.clamp(min=1e-30), projected / queries
+
+
+def row_errors(out: Tensor, factor: Tensor, grid: TokenGrid, radius: int) -> tuple[Tensor, Tensor]:
+    """How well a row's output stands for its neighbours in the frame.
+
+    Args:
+        out: ``(H, N, D)`` attention output.
+        factor: ``(H, D, D)`` of `projection_factor`.
+        grid: The token sequence.
+        radius: Largest offset, in rows.
+
+    Returns:
+        Float32 ``(H, height, 2 * radius)`` each, offsets -radius..-1, 1..radius, NaN outside the frame:
+        sum ||O[r] - O[r + d]||^2 / sum ||O[r]||^2 over frames and columns, and mean ||(O[r] - O[r + d]) W_h||^2.
+    """
+    video = out[:, grid.text_before : grid.text_before + grid.video_tokens].float()
+    shape = (out.shape[0], grid.frames, grid.height, grid.width, -1)
+    plain, behind = video.reshape(shape), (video @ factor).reshape(shape)
+    size = plain.square().sum((1, 3, 4)).clamp(min=1e-30)
+    relative = out.new_full((out.shape[0], grid.height, 2 * radius), torch.nan, dtype=torch.float32)
+    residual = relative.clone()
+    for offset in range(1, min(radius, grid.height - 1) + 1):
+        change = (plain[:, :, offset:] - plain[:, :, :-offset]).square().sum((1, 3, 4))
+        moved = (behind[:, :, offset:] - behind[:, :, :-offset]).square().sum((1, 3, 4))
+        moved = moved / (grid.frames * grid.width)
+        up, down = radius + offset - 1, radius - offset
+        relative[:, :-offset, up], relative[:, offset:, down] = change / size[:, :-offset], change / size[:, offset:]
+        residual[:, :-offset, up], residual[:, offset:, down] = moved, moved
+    return relative, residual

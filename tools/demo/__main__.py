@@ -1,0 +1,97 @@
+"""The whole chain on the demo model, with the commands a user would type."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from calibatt.plans import PlanFile
+from calibatt.runtime import load_plan
+from calibatt.tools.demo import measure, report
+from calibatt.tools.demo.model import DemoModel, times
+
+FIRST_HELD_OUT_SEED = 5000
+
+console = Console()
+
+
+def _run(module: str, name: str, arguments: list[str]) -> None:
+    """Runs one of our commands as the user would, and stops with its exit code if it fails."""
+    console.print(f"\n[bold]$ {name} {' '.join(arguments)}[/bold]")
+    code = subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+    if code:
+        raise SystemExit(code)
+
+
+@click.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("demo"),
+    show_default=True,
+    help="Folder for statistics, plan and report.",
+)
+@click.option("--calibration-prompts", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--held-out-prompts", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one.")
+def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: str) -> None:
+    """Calibrates a small video model, compiles a plan, attaches it and shows the difference.
+
+    \b
+    1. calibatt-calibrate measures attention while a few prompts are generated (resumes where it was stopped);
+    2. calibatt-compile turns the statistics into a plan;
+    3. prompts that were never calibrated on are generated dense and on the plan, from the same noise;
+    4. everything is shown in OUTPUT/report.html, one file that needs nothing else.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    stats, path = output / "stats", output / "demo.plan"
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    calibrate = ["--model", "demo", "--samples", str(calibration_prompts), "--device", device, "-o", str(stats)]
+    _run("calibatt.tools.calibrate", "calibatt-calibrate", calibrate)
+    _run("calibatt.compiler.cli", "calibatt-compile", [str(stats), "-o", str(path), "--force"])
+    _run("calibatt.tools.inspect_plan", "calibatt-inspect", [str(path)])
+
+    model, plan = DemoModel.load(device=device), load_plan(path)
+    prompts = measure.held_out_prompts(held_out_prompts)
+    console.print(f"\n[bold]{held_out_prompts} held-out prompts, dense and planned[/bold]")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("generating", total=len(prompts))
+        pairs = measure.pairs(model, plan, prompts, FIRST_HELD_OUT_SEED, lambda _: progress.advance(task))
+    for pair in pairs:
+        console.print(f"{pair.psnr_db:5.1f} dB  {pair.prompt}")
+    with console.status("timing attention, dense and planned in turn"):
+        calls = measure.attention_ms(model, plan, prompts[0], FIRST_HELD_OUT_SEED)
+    (dense, dense_spread), (planned, planned_spread) = measure.total_ms(calls, 0), measure.total_ms(calls, 1)
+    density = measure.executed_density(plan, times()[:-1].tolist())
+    console.print(
+        f"executed density {density:.3f}; attention of one video: {dense:.0f} ms dense, {planned:.0f} ms planned"
+    )
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    facts = {
+        "density": density,
+        "dense_ms": dense,
+        "dense_spread_ms": dense_spread,
+        "planned_ms": planned,
+        "planned_spread_ms": planned_spread,
+        "device": name,
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "command": "calibatt-demo",
+        "date": datetime.date.today().isoformat(),
+    }
+    target = output / "report.html"
+    report.write_report(target, PlanFile.read(path), path.name, pairs, facts)
+    console.print(f"\n[bold green]Open {target} in a browser.[/bold green]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What a plan costs and saves on the demo model: videos dense and planned, their difference, attention times."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibatt.runtime import Plan, planned_attention
+from calibatt.runtime.adapters import adapter_for
+from calibatt.runtime.intercept import InterceptedSite, Interception
+from calibatt.tools.demo import world
+from calibatt.tools.demo.model import TRAIN_TIMESTEPS, DemoModel, generate
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One held-out prompt, generated twice from the same noise.
+
+    Args:
+        prompt: The sentence.
+        seed: Of the noise.
+        dense: ``(3, F, H, W)`` video of the stock model.
+        planned: ``(3, F, H, W)`` video under the plan.
+    """
+
+    prompt: str
+    seed: int
+    dense: Tensor
+    planned: Tensor
+
+    @property
+    def psnr_db(self) -> float:
+        return float(psnr_db(self.planned[None], self.dense[None]))
+
+
+def psnr_db(video: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, ``(n,)``, of videos ``(n, 3, F, H, W)`` in [-1, 1]; at most 100."""
+    error = ((video.clamp(-1, 1) - reference.clamp(-1, 1)) / 2).square().mean((1, 2, 3, 4))
+    return -10 * error.clamp(min=1e-10).log10()
+
+
+def held_out_prompts(count: int, seed: int = 6) -> list[str]:
+    """Sentences of scenes that neither training nor calibration ever sees."""
+    return [world.sentence(s) for s in world.scenes(count, torch.Generator().manual_seed(seed), test=True)]
+
+
+def pairs(model: DemoModel, plan: Plan, prompts: list[str], first_seed: int, done: Progress) -> list[Pair]:
+    """Generates every prompt by the stock model and under the plan, from the same noise."""
+    found = []
+    for seed, prompt in enumerate(prompts, first_seed):
+        dense = generate(model, [prompt], [seed])[0]
+        with plan.attach(model.transformer):
+            planned = generate(model, [prompt], [seed])[0]
+        found.append(Pair(prompt, seed, dense.cpu(), planned.cpu()))
+        done(prompt)
+    return found
+
+
+@torch.no_grad()
+def attention_ms(model: DemoModel, plan: Plan, prompt: str, seed: int, repeats: int = 3) -> list[list[list[float]]]:
+    """Milliseconds of self-attention on the queries, keys and values of one real generation.
+
+    Every call is run by PyTorch's scaled_dot_product_attention and by the plan, in turn, `repeats` times each.
+
+    Returns:
+        [calls in order][dense, planned][repeats]
+    """
+    device = next(model.parameters()).device
+    calls: list[list[list[float]]] = []
+
+    def timed(run: Callable[[], Tensor], into: list[float]) -> Tensor:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        out = run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        into.append((time.perf_counter() - began) * 1e3)
+        return out
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, now: float) -> Tensor:
+        swapped = [x.transpose(1, 2) for x in (q, k, v)]
+        schedule = plan.schedule(now, site.layer)
+        planned_attention(*swapped, schedule)
+        times: list[list[float]] = [[], []]
+        for _ in range(repeats):
+            out = timed(lambda: torch.nn.functional.scaled_dot_product_attention(*swapped), times[0])
+            timed(lambda: planned_attention(*swapped, schedule), times[1])
+        calls.append(times)
+        return out.transpose(1, 2)
+
+    def begin(arguments: dict) -> float:
+        return float(arguments["timestep"].max()) / TRAIN_TIMESTEPS
+
+    interception = Interception(model.transformer, adapter_for(model.transformer), attend, begin=begin)
+    try:
+        generate(model, [prompt], [seed])
+    finally:
+        interception.detach()
+    return calls
+
+
+def total_ms(calls: list[list[list[float]]], which: int) -> tuple[float, float]:
+    """Sum over calls of the median, and half the spread between the sums of the fastest and the slowest."""
+    medians = sum(statistics.median(call[which]) for call in calls)
+    spread = (sum(max(call[which]) for call in calls) - sum(min(call[which]) for call in calls)) / 2
+    return medians, spread
+
+
+def executed_density(plan: Plan, times: list[float]) -> float:
+    """Mean density over the sampler's times and all layers: what a generation executes."""
+    layers = plan.signature.layers
+    return sum(plan.schedule(now, layer).density for now in times for layer in range(layers)) / (len(times) * layers)
