@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from calibatt.plans.schedule import DENSE, NO_ANCHORS
+from calibatt.plans.schedule import DENSE, NO_ANCHORS, Int32
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
 
@@ -64,7 +64,7 @@ class LayerSchedule:
     def bind(self, device: torch.device | str) -> DeviceSchedule:
         """Index arrays of this schedule on `device`, made at the first call for that device and kept until `unbind`.
 
-        The first call copies on the current stream without waiting; a later one does nothing.
+        The first call copies on the current stream, without waiting for it; a later one does nothing.
         """
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
@@ -128,14 +128,17 @@ def _bind(core: CoreSchedule, device: torch.device) -> DeviceSchedule:
     columns = np.concatenate([core.col_idx, np.arange(core.k_blocks, dtype=np.uint16)])
 
     def move(array: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        host = torch.from_numpy(array)
+        if device.type == "cuda":
+            host = host.pin_memory()  # a copy from pageable memory would wait for the stream
+        return host.to(device, non_blocking=True)
 
     return DeviceSchedule(
         core, device, move(_tiles(core)), move(columns), move(heads), move(token), move(first), move(copies)
     )
 
 
-def _tiles(core: CoreSchedule) -> np.ndarray[Any, Any]:
+def _tiles(core: CoreSchedule) -> Int32:
     """`DeviceSchedule.tiles`, on the host."""
     counts = np.diff(core.head_tile_ptr)
     head = np.repeat(np.arange(core.heads), counts)
@@ -150,7 +153,7 @@ def _tiles(core: CoreSchedule) -> np.ndarray[Any, Any]:
     return np.stack([head, tile, start, stop], axis=1).astype(np.int32)[core.tile_order]
 
 
-def _anchor_queries(core: CoreSchedule) -> tuple[Any, Any, Any, list[int]]:
+def _anchor_queries(core: CoreSchedule) -> tuple[Int32, Int32, Int32, list[int]]:
     """`query_token`, `query_first` and `query_copies` on the host, and where each pattern and then all N start."""
     if (core.head_anchor == NO_ANCHORS).all():
         return *(np.zeros(0, dtype=np.int32),) * 3, [0] * len(core.anchor_ptr)
@@ -168,5 +171,5 @@ def _anchor_queries(core: CoreSchedule) -> tuple[Any, Any, Any, list[int]]:
         copies += [np.ones_like(before), np.repeat(size, grid.width), np.ones_like(after)]
         starts.append(starts[-1] + len(before) + len(anchor) * grid.width + len(after))
     every = np.arange(grid.tokens)
-    parts = [*token, every], [*first, every], [*copies, np.ones_like(every)]
-    return *(np.concatenate(part).astype(np.int32) for part in parts), starts
+    token, first, copies = [*token, every], [*first, every], [*copies, np.ones_like(every)]
+    return *(np.concatenate(parts).astype(np.int32) for parts in (token, first, copies)), starts

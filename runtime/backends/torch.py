@@ -31,6 +31,7 @@ DEVICE_GATHER_BYTES = 1 << 28
 CPU_DENSE_QUERIES = 768
 """Queries of a dense head that one core takes at a time; from here on torch's kernel cuts them its widest way."""
 LSE_SCORES = 1 << 24
+"""Scores held at a time where the log of the sum of exponentials is asked for: 64 MiB in fp32, for each thread."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +77,20 @@ def run(
     """See `runtime.backends`."""
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)) if return_lse else None
-    on_cpu = q.device.type == "cpu"
-    threads = torch.get_num_threads()
-    try:
-        if on_cpu:
-            torch.set_num_threads(1)  # of this thread, and of those that start from now on
+    work = bound.derived(_plan)
+
+    def run_batch(threads: int) -> None:
         for batch in range(len(q)):
             one = q[batch], k[batch], v[batch], out[batch], lse[batch] if lse is not None else None
-            _run_one(*one, bound.core, bound.derived(_plan), scale, threads if on_cpu else 1)
+            _run_one(*one, bound.core, work, scale, threads)
+
+    if q.device.type != "cpu":
+        run_batch(1)
+        return out, lse
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread, and of those that start from now on
+    try:
+        run_batch(threads)
     finally:
         torch.set_num_threads(threads)
     return out, lse
