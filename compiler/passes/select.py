@@ -19,6 +19,8 @@ from calibatt.compiler.stats.unit import STEPS_PER_OCTAVE
 KINDS = ("planes", "windows", "cuts")
 DEFAULT_DENSITY = 0.5
 LADDER_OCTAVES = 48
+NO_BUDGET_BINDS = 1e100
+"""The multiplier where an error budget leaves every head its fewest blocks."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Select(Pass):
         choice = choose(np.where(usable, blocks, np.inf), np.where(usable, loss, 0.0), self.max_error)
         assert choice is not None, "dense heads lose nothing"
         saved = choice.multiplier * block_ms
-        job.multiplier = 1 / saved if saved > 0 else float(np.finfo(np.float64).max)
+        job.multiplier = 1 / saved if saved > 0 else NO_BUDGET_BINDS
         job.error_budget = self.max_error
         return choice
 
