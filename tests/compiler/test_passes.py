@@ -77,7 +77,7 @@ def test_protect_only_adds_and_makes_times_and_layers_dense() -> None:
         assert not (old & ~unit.required).any()
         assert unit.force_dense == (unit.time_index == 1 or unit.layer == 1)
     assert found.findings["protect"]["dense_units"] == 3
-    done, _ = compiled("vote,protect{sinks=true,first-times=1},select{target-density=0.85},lower")
+    done, _ = compiled("vote,protect{sinks=true,first-times=1},select{target-density=0.95},lower")
     for unit in done.units:
         assert not (unit.required & ~unit.keep).any()
         assert unit.time_index == 0 or (unit.lowered.head_list == DENSE).all()

@@ -102,7 +102,7 @@ def chosen(found: Job) -> list[tuple[UnitIR, int, str, np.ndarray]]:
 def test_masks_and_prices_are_those_of_the_choices() -> None:
     of = stats.manifest(versions={})
     seen = set()
-    for menu, density in product(("planes", "windows", "cuts", "planes+windows+cuts"), (0.85, 0.95)):
+    for menu, density in product(("planes", "windows", "cuts", "planes+windows+cuts"), (0.88, 0.95)):
         found, _ = compiled(f"vote,protect,select{{target-density={density},menu={menu}}}", of)
         for unit, head, choice, keep in chosen(found):
             kind = choice.split()[0].split("(")[0]
@@ -127,8 +127,7 @@ def test_masks_and_prices_are_those_of_the_choices() -> None:
                 window = window_keep(of.windows[index], of.grid, of.blocks)
                 np.testing.assert_array_equal(keep, window | required)
                 assert price == unit.means.menu_residual_error[len(of.thresholds) + index, head]
-    assert seen == {"dense", "plane", "cut", "frames", "box"} - ({"frames", "box"} - seen)
-    assert seen & {"frames", "box"}
+    assert seen >= {"dense", "plane", "cut", "frames"}
 
 
 def test_one_level_cuts_heads_and_times_alike() -> None:
@@ -136,7 +135,7 @@ def test_one_level_cuts_heads_and_times_alike() -> None:
     of = stats.manifest(has_mass=False, windows=(), grid=TokenGrid(2, 8, 8))
     store = memory_store(of, samples=1)
     for key, unit in store.units.items():
-        error = np.random.default_rng(hash(key) % 1000).permutation(np.geomspace(1e-4, 1.0, 3 * 64)).reshape(3, 8, 8)
+        error = np.random.default_rng(len(store.units) * key[1] + key[2]).permutation(np.geomspace(1e-4, 1.0, 3 * 64)).reshape(3, 8, 8)
         peak = error.max((1, 2)).astype(np.float32) * np.float32(1.001)
         codes = quantise(error, peak[:, None, None])
         nothing = np.zeros_like(unit.menu_residual_error)
@@ -191,7 +190,8 @@ def test_errors_are_corrected_by_what_was_measured() -> None:
     for head in range(unit.heads):
         model = head_errors(unit.means, head, query_weights(unit.grid, unit.blocks))
         predicted, measured = unit.means.menu_predicted[:, head], unit.means.menu_residual_error[:, head]
-        assert len(np.unique(predicted)) == len(predicted)
+        predicted, measured = predicted[predicted > 0], measured[predicted > 0]
+        assert len(np.unique(predicted)) == len(predicted) >= 5
         np.testing.assert_allclose(model.correct(predicted), measured, rtol=1e-9)
         ends = predicted.min(), predicted.max()
         for at, factor in zip(ends, (1e-3, 1e3), strict=True):
