@@ -64,7 +64,7 @@ def provenance(job: Job, store: Store) -> dict[str, Any]:
         "samples": list(job.samples),
         "manifest": job.manifest.digest,
         "versions": {**job.manifest.versions, "calibatt-compile": version("calibatt")},
-        "time_weight": str(job.findings["time weight"]["source"]),
+        "time_weight": job.weights_source,
     }
     prompts = [store.meta[sample].get("prompt") for sample in job.samples]
     if all(isinstance(prompt, str) for prompt in prompts):

@@ -98,8 +98,8 @@ class Select(Pass):
         block_ms = job.device.block_ms(job.manifest.blocks, job.manifest.model.head_dim)
         if self.target_density is not None:
             dense = float(blocks[:, 0].sum())
-            limit = float(np.floor(self.target_density * dense + 1e-9 * dense))
-            limit -= limit > self.target_density * dense
+            limit = float(np.floor(self.target_density * dense))
+            limit += (limit + 1) / dense <= self.target_density  # 0.3 of 1000 is 300, not 299
             choice = choose(loss, blocks, limit)
             least = float(np.where(np.isfinite(loss), blocks, np.inf).min(1).sum()) / dense
             rule = f"leave room for the least that the menu can keep, density {least:.4f}"
@@ -134,7 +134,6 @@ class _Menu:
 
     def __init__(self, job: Job, unit: UnitIR, parts: list[str], levels: Float64) -> None:
         manifest, means = job.manifest, unit.means
-        self.unit_dense = np.full((unit.heads, 1), unit.dense_blocks, dtype=np.int64)
         thresholds = manifest.thresholds if "planes" in parts else ()
         windows = manifest.windows if "windows" in parts else ()
         self.planes = [(f"plane {threshold:g}", index) for index, threshold in enumerate(thresholds)]
@@ -145,7 +144,7 @@ class _Menu:
         self.levels = levels
         errors = [np.zeros((unit.heads, 1))]
         models = [head_errors(means, head, query_weights(unit.grid, unit.blocks)) for head in range(unit.heads)]
-        blocks = [self.unit_dense]
+        blocks = [np.full((unit.heads, 1), unit.dense_blocks, dtype=np.int64)]
         for _, index in self.planes:
             keep = self.plane(unit, index)
             blocks.append(count(keep, (1, 2))[:, None])

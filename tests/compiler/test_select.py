@@ -135,7 +135,8 @@ def test_one_level_cuts_heads_and_times_alike() -> None:
     of = stats.manifest(has_mass=False, windows=(), grid=TokenGrid(2, 8, 8))
     store = memory_store(of, samples=1)
     for key, unit in store.units.items():
-        error = np.random.default_rng(len(store.units) * key[1] + key[2]).permutation(np.geomspace(1e-4, 1.0, 3 * 64)).reshape(3, 8, 8)
+        rng = np.random.default_rng(10 * key[1] + key[2])
+        error = rng.permutation(np.geomspace(1e-4, 1.0, 3 * 64)).reshape(3, 8, 8)
         peak = error.max((1, 2)).astype(np.float32) * np.float32(1.001)
         codes = quantise(error, peak[:, None, None])
         nothing = np.zeros_like(unit.menu_residual_error)
@@ -239,4 +240,5 @@ def test_the_weight_moves_blocks_to_the_times_that_matter() -> None:
     late = np.mean([unit.head_keep(head).mean() for unit in found.at_time(0) for head in range(3)])
     assert early > late + 0.2
     assert found.findings["select"]["weights"] == "probed"
-    assert "never probed" in job().findings["time weight"]["source"]
+    assert job().weights_source == "time weight: never probed, 1 at every time"
+    assert compiled("vote,select")[0].findings["select"]["weights"] == "never probed: 1 at every time"
