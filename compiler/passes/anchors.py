@@ -20,8 +20,9 @@ class Anchors(Pass):
     milliseconds); every frame has the same groups. The head adopts it only if that is still cheaper when lowered:
     a packed tile keeps what any of its queries' blocks keeps, so packing rows apart can cost more than it saves.
 
-    Requires: `select`, whose multiplier prices a millisecond.
-    Ensures: no head computes more blocks than before; an error budget still holds.
+    Requires: `select`, whose multiplier prices a millisecond. Another `select` after it spends what it saved, or, where
+    the error was bounded, brings the job back within the bound.
+    Ensures: no head computes more blocks than before; heads with anchors alone stay within an error budget.
 
     Args:
         safety: Factor on the copy error: copies hurt more than their error says.
@@ -47,6 +48,7 @@ class Anchors(Pass):
         share = self.safety * grid.frames * grid.width / grid.tokens
         offers: list[_Offer] = []
         for unit in job.units:
+            self.require(not unit.anchors, "anchors", "come once", unit.name)
             unit.anchors = [None] * unit.heads
             if radius == 0 or self.max_group_rows == 1 or unit.force_dense:
                 continue
@@ -55,13 +57,15 @@ class Anchors(Pass):
             for head, (groups, error) in enumerate(best_groups(errors, price)):
                 if len(groups[0]) < grid.height:
                     offers.append(_Offer(unit, head, groups, error, multiplier * _saved_ms(job, unit, head, groups)))
-        rows, error = 0, job.total_error()
+        rows, error = 0, 0.0
         worth = [offer for offer in offers if offer.gain > offer.error]
         for offer in sorted(worth, key=lambda offer: offer.error / offer.gain):
-            if job.error_budget is None or error + offer.error <= job.error_budget:
-                offer.unit.anchors[offer.head] = offer.groups
-                offer.unit.error[offer.head] += offer.error / offer.unit.weight
-                rows, error = rows + len(offer.groups[0]), error + offer.error
+            unit, head = offer.unit, offer.head
+            mine = float(unit.error[head]) * unit.weight + offer.error
+            if job.error_budget is None or error + mine <= job.error_budget * (1 - 1e-9):
+                unit.anchors[head] = offer.groups
+                unit.error[head] += offer.error / unit.weight
+                rows, error = rows + len(offer.groups[0]), error + mine
         adopted = sum(groups is not None for unit in job.units for groups in unit.anchors)
         job.findings[self.name] = {
             "heads_with_anchors": adopted,

@@ -115,9 +115,36 @@ def test_what_anchors_save_is_worth_their_error() -> None:
 
 def test_an_error_budget_still_holds() -> None:
     for budget in (0.05, 0.5, 2.0):
-        job, accounts = compiled(f"vote,select{{max-error={budget}}},anchors{{safety=1e-4}},schedule,lower")
+        select = f"select{{max-error={budget}}}"
+        job, accounts = compiled(f"vote,{select},anchors{{safety=1e-2}},{select},schedule,lower")
         assert job.findings["anchors"]["heads_with_anchors"] > 0
         assert accounts[-1].error <= budget
+        assert accounts[-1].blocks < accounts[2].blocks
+    with pytest.raises(PassError, match=r"passes must stay within max-error 0\.05 \(another select after anchors"):
+        compiled("vote,select{max-error=0.05},anchors{safety=1e-2}")
+
+
+def test_a_second_select_spends_what_anchors_saved() -> None:
+    text = "vote,select{target-density=0.7},anchors{safety=0.03},select{target-density=0.7},schedule,lower"
+    job, accounts = compiled(text)
+    first, anchors, second, last = (accounts[index] for index in (2, 3, 4, 6))
+    taken = job.findings["anchors"]["heads_with_anchors"]
+    assert 0 < taken < job.findings["anchors"]["heads"]
+    assert anchors.blocks < second.blocks <= first.blocks
+    assert second.error < min(first.error, anchors.error)
+    assert last.density <= 0.7
+    for unit in job.units:
+        assert len(unit.anchors) == unit.heads
+
+
+def test_heads_with_anchors_stay_as_they_are() -> None:
+    text = "vote,select{target-density=0.7},anchors{safety=0.03}"
+    before, after = compiled(text)[0], compiled(f"{text},select{{target-density=0.7}}")[0]
+    for old, new in zip(before.units, after.units, strict=True):
+        assert old.anchors == new.anchors
+        for head in (head for head, groups in enumerate(old.anchors) if groups is not None):
+            assert old.error[head] == new.error[head]
+            np.testing.assert_array_equal(old.keep[head], new.keep[head])
 
 
 def test_no_anchors_where_they_cost_too_much_or_may_not_be() -> None:
@@ -143,3 +170,5 @@ def test_rows_that_are_equal_are_all_copied() -> None:
 def test_anchors_need_a_price() -> None:
     with pytest.raises(PassError, match="anchors: select must come before, got no multiplier"):
         compiled("vote,anchors")
+    with pytest.raises(PassError, match="anchors: anchors must come once, got time 0, layer 0"):
+        compiled("vote,select,anchors,anchors")

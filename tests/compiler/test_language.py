@@ -60,7 +60,8 @@ def test_the_default_passes_print_with_every_option() -> None:
         "vote{agreement=0.5},"
         "protect{sinks=false,diagonal=false,first-times=0,last-times=0,first-layers=0,last-layers=0},"
         "select{target-density=0.5,menu=planes+windows+cuts,levels-per-octave=4},"
-        "anchors{safety=4.0,max-group-rows=4},schedule,lower"
+        "anchors{safety=4.0,max-group-rows=4},"
+        "select{target-density=0.5,menu=planes+windows+cuts,levels-per-octave=4},schedule,lower"
     )
 
 
