@@ -27,8 +27,7 @@ def collect(store: Store, device: Device, progress: Callable[[], None] = lambda:
     """
     manifest = store.manifest
     weights, info = store.time_weight()
-    job = Job(manifest, store.samples, weights, info.probes > 0, device, [])
-    job.findings["time weight"] = {"source": str(info), "probes": info.probes}
+    job = Job(manifest, store.samples, weights, info.probes > 0, str(info), device, [])
     for time_index in range(len(manifest.times)):
         for layer in range(manifest.model.layers):
             means = _Means(manifest)

@@ -36,13 +36,14 @@ def make_plan(job: Job, store: Store, passes: Sequence[Pass], notes: str = "") -
     if len(schedules) != len(lowered):
         raise PassError(f"passes must end with lower, got {print_passes(passes)}")
     times = range(len(job.manifest.times))
-    computed = sum(schedule.density for schedule in schedules) / len(schedules)
+    computed = sum(schedule.computed_blocks(head) for schedule in schedules for head in range(schedule.heads))
+    dense = sum(unit.heads * unit.dense_blocks for unit in job.units)
     predicted: dict[str, Any] = {
         "device": job.device.name,
         "device_source": job.device.source,
         "planned_ms": [[job.unit_ms(unit) for unit in job.at_time(index)] for index in times],
         "dense_ms": [[job.dense_ms(unit) for unit in job.at_time(index)] for index in times],
-        "density": float(computed),
+        "density": computed / dense,
         "weighted_error": [float(sum(u.error.sum() * u.weight for u in job.at_time(index))) for index in times],
     }
     return PlanFile(
@@ -64,7 +65,7 @@ def provenance(job: Job, store: Store) -> dict[str, Any]:
         "samples": list(job.samples),
         "manifest": job.manifest.digest,
         "versions": {**job.manifest.versions, "calibatt-compile": version("calibatt")},
-        "time_weight": str(job.findings["time weight"]["source"]),
+        "time_weight": job.weights_source,
     }
     prompts = [store.meta[sample].get("prompt") for sample in job.samples]
     if all(isinstance(prompt, str) for prompt in prompts):

@@ -7,6 +7,7 @@ R the row radius. Packed masks are uint8 ``(..., ceil(K / 8))``, bits little-end
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,7 @@ class Job:
         samples: Names of the samples.
         weights: float64 ``(times,)``, the time weight w(t).
         weights_probed: False where the weight is 1 for want of a probe.
+        weights_source: Where the weights come from, in words.
         device: What predicts milliseconds.
         units: ``times * layers`` of them.
         multiplier: The price of a millisecond in weighted error (lambda), once `select` has found it.
@@ -156,6 +158,7 @@ class Job:
     samples: tuple[str, ...]
     weights: Float64
     weights_probed: bool
+    weights_source: str
     device: Device
     units: list[UnitIR]
     multiplier: float | None = None
@@ -200,21 +203,23 @@ def packed_keep(keep: Bool, grid: TokenGrid, blocks: Blocks, frame_anchors: tupl
     Returns:
         bool ``(tiles, K)``.
     """
-    tile, source = np.array(sorted(tile_sources(grid, blocks, frame_anchors)), dtype=np.int64).T
-    starts = np.flatnonzero(np.diff(tile, prepend=-1))
+    source, starts = tile_sources(grid, blocks, frame_anchors)
     packed: Bool = np.logical_or.reduceat(keep[source], starts, axis=0)
     return packed
 
 
-def tile_sources(grid: TokenGrid, blocks: Blocks, frame_anchors: tuple[int, ...]) -> set[tuple[int, int]]:
-    """Pairs (packed tile, original query block) that share a query."""
+@lru_cache(maxsize=64)
+def tile_sources(grid: TokenGrid, blocks: Blocks, frame_anchors: tuple[int, ...]) -> tuple[Int64, Int64]:
+    """The original query blocks of every packed tile, one tile after the other, and where each tile's start."""
     first_row = np.arange(grid.frames, dtype=np.int64)[:, None] * grid.height
     rows = (first_row + np.array(frame_anchors, dtype=np.int64)).reshape(-1)
     video = (grid.text_before + rows[:, None] * grid.width + np.arange(grid.width)).reshape(-1)
     after = grid.text_before + grid.video_tokens
     queries = np.concatenate([np.arange(grid.text_before), video, np.arange(after, grid.tokens)])
-    tile = np.arange(len(queries)) // blocks.block_q
-    return set(zip(tile.tolist(), (queries // blocks.block_q).tolist(), strict=True))
+    tile, source = np.arange(len(queries)) // blocks.block_q, queries // blocks.block_q
+    new_tile = np.diff(tile, prepend=-1) > 0
+    first = np.flatnonzero(new_tile | (np.diff(source, prepend=-1) > 0))
+    return source[first], np.flatnonzero(new_tile[first])
 
 
 def query_weights(grid: TokenGrid, blocks: Blocks) -> Float64:

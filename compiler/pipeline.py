@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from calibatt.compiler.errors import VerifyError
+from calibatt.compiler.errors import PassError, VerifyError
 from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import print_passes
 from calibatt.compiler.passes import Pass
@@ -57,7 +57,7 @@ def run(job: Job, passes: Sequence[Pass], after: Callable[[Account], None] = lam
         The account of the job before any pass, then one a pass.
 
     Raises:
-        PassError: A pass lacks what it requires.
+        PassError: A pass lacks what it requires, or the last one leaves more error than was allowed.
         VerifyError: A pass left a broken job.
     """
     accounts = [account(job, "dense", "", 0.0)]
@@ -69,6 +69,9 @@ def run(job: Job, passes: Sequence[Pass], after: Callable[[Account], None] = lam
             verify(unit, each.name)
         accounts.append(account(job, each.name, print_passes([each]), seconds))
         after(accounts[-1])
+    if job.error_budget is not None and job.total_error() > job.error_budget * (1 + 1e-9):
+        rule = f"stay within max-error {job.error_budget:g} (another select after anchors sees to it)"
+        raise PassError(f"passes must {rule}, got {job.total_error():.6g}")
     return accounts
 
 

@@ -28,6 +28,7 @@ def as_json(job: Job, plan: PlanFile, accounts: Sequence[Account], file_bytes: i
         "times": list(job.manifest.times),
         "time_weights": job.weights.tolist(),
         "weights_probed": job.weights_probed,
+        "weights_source": job.weights_source,
         "weighted_error_by_time": plan.predicted["weighted_error"],
         "planned_ms": [sum(plan.predicted["planned_ms"][index]) for index in times],
         "dense_ms": [sum(plan.predicted["dense_ms"][index]) for index in times],
@@ -50,6 +51,7 @@ def show(console: Console, job: Job, plan: PlanFile, accounts: Sequence[Account]
     planned, dense = (sum(map(sum, plan.predicted[key])) for key in ("planned_ms", "dense_ms"))
     lines = [
         f"heads: {', '.join(f'{kind} {number}' for kind, number in sorted(_kinds(job).items()))}",
+        job.weights_source,
         f"provenance: {len(job.samples)} samples, manifest {job.manifest.digest}",
         f"device: {job.device.name} ({job.device.source})",
         f"predicted attention: {planned:.4g} ms planned, {dense:.4g} ms dense, {dense / planned:.2f} times",

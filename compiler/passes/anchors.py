@@ -20,8 +20,9 @@ class Anchors(Pass):
     milliseconds); every frame has the same groups. The head adopts it only if that is still cheaper when lowered:
     a packed tile keeps what any of its queries' blocks keeps, so packing rows apart can cost more than it saves.
 
-    Requires: `select`, whose multiplier prices a millisecond.
-    Ensures: no head computes more blocks than before; an error budget still holds.
+    Requires: `select`, whose multiplier prices a millisecond. Another `select` after it spends what it saved, or, where
+    the error was bounded, brings the job back within the bound.
+    Ensures: no head computes more blocks than before; heads with anchors alone stay within an error budget.
 
     Args:
         safety: Factor on the copy error: copies hurt more than their error says.
@@ -44,31 +45,45 @@ class Anchors(Pass):
         self.require(multiplier is not None, "select", "come before", "no multiplier")
         assert multiplier is not None
         grid, radius = job.manifest.grid, job.manifest.row_radius
-        adopted, copied = 0, 0
-        left = None if job.error_budget is None else job.error_budget - job.total_error()
+        share = self.safety * grid.frames * grid.width / grid.tokens
+        offers: list[_Offer] = []
         for unit in job.units:
+            self.require(not unit.anchors, "anchors", "come once", unit.name)
             unit.anchors = [None] * unit.heads
             if radius == 0 or self.max_group_rows == 1 or unit.force_dense:
                 continue
-            share = self.safety * grid.frames * grid.width / grid.tokens
-            errors = copy_errors(unit.means.row_residual_error, self.max_group_rows) * share
-            row_ms = _head_ms(job, unit) / grid.height
-            for head, (groups, error) in enumerate(best_groups(errors * unit.weight, multiplier * row_ms)):
-                if len(groups[0]) == grid.height or (left is not None and error > left):
-                    continue
-                saved = _saved_ms(job, unit, head, groups)
-                if multiplier * saved > error:
-                    unit.anchors[head] = groups
-                    unit.error[head] += error / unit.weight
-                    left = None if left is None else left - error
-                    adopted, copied = adopted + 1, copied + grid.height - len(groups[0])
-        heads = len(job.units) * job.manifest.model.heads
-        rows = adopted * grid.height
+            errors = copy_errors(unit.means.row_residual_error, self.max_group_rows) * (share * unit.weight)
+            price = multiplier * _head_ms(job, unit) / grid.height
+            for head, (groups, error) in enumerate(best_groups(errors, price)):
+                if len(groups[0]) < grid.height:
+                    offers.append(_Offer(unit, head, groups, error, multiplier * _saved_ms(job, unit, head, groups)))
+        rows, error = 0, 0.0
+        worth = [offer for offer in offers if offer.gain > offer.error]
+        for offer in sorted(worth, key=lambda offer: offer.error / offer.gain):
+            unit, head = offer.unit, offer.head
+            mine = float(unit.error[head]) * unit.weight + offer.error
+            if job.error_budget is None or error + mine <= job.error_budget * (1 - 1e-9):
+                unit.anchors[head] = offer.groups
+                unit.error[head] += offer.error / unit.weight
+                rows, error = rows + len(offer.groups[0]), error + mine
+        adopted = sum(groups is not None for unit in job.units for groups in unit.anchors)
         job.findings[self.name] = {
             "heads_with_anchors": adopted,
-            "heads": heads,
-            "rows_copied_in_them": copied / rows if rows else 0.0,
+            "heads": len(job.units) * job.manifest.model.heads,
+            "cheaper_before_lowering": len(offers),
+            "rows_computed_in_them": rows / (adopted * grid.height) if adopted else 1.0,
         }
+
+
+@dataclass(frozen=True, eq=False)
+class _Offer:
+    """Anchors that a head may take: `gain` is the price of the milliseconds they save, `error` what they cost."""
+
+    unit: UnitIR
+    head: int
+    groups: Groups
+    error: float
+    gain: float
 
 
 def copy_errors(row_error: Float64, most_rows: int) -> Float64:

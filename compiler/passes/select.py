@@ -19,6 +19,8 @@ from calibatt.compiler.stats.unit import STEPS_PER_OCTAVE
 KINDS = ("planes", "windows", "cuts")
 DEFAULT_DENSITY = 0.5
 LADDER_OCTAVES = 48
+NO_BUDGET_BINDS = 1e100
+"""The multiplier where an error budget leaves every head its fewest blocks."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,10 @@ class Select(Pass):
     weight is above a level. All heads and times share one ladder of levels, so that one multiplier cuts the whole job.
     A mask costs its predicted milliseconds and loses its output error, relative to the residual stream, times w(t).
 
-    Requires: `vote` for planes; block error in the store for cuts. No masks chosen yet.
+    A second `select` after `anchors` spends what those saved: heads with anchors stay as they are, all others choose
+    anew.
+
+    Requires: `vote` for planes; block error in the store for cuts.
     Ensures: every mask keeps the required blocks; the budget holds.
 
     Args:
@@ -66,7 +71,7 @@ class Select(Pass):
     def apply(self, job: Job) -> None:
         parts = self.menu.split("+")
         for unit in job.units:
-            self.require(unit.keep is None, "masks", "not be chosen before", unit.name)
+            self.require(unit.tile_order is None, "schedule", "come after", unit.name)
             voted = unit.voted is not None or "planes" not in parts
             self.require(voted, "planes", "have been voted (vote comes before select)", unit.name)
         has_error = job.manifest.has_block_error
@@ -83,7 +88,7 @@ class Select(Pass):
         job.findings[self.name] = {
             "lambda_per_ms": job.multiplier,
             "predicted_error": float(loss[np.arange(len(loss)), choice.pick].sum()),
-            "density": float(blocks[np.arange(len(loss)), choice.pick].sum() / blocks[:, 0].sum()),
+            "density": float(blocks[np.arange(len(loss)), choice.pick].sum() / _dense_blocks(job)),
             "duality_gap": choice.gap,
             "duality_gap_of": "blocks" if self.target_density is None else "error",
             "candidates": int(np.isfinite(loss).sum()),
@@ -95,9 +100,9 @@ class Select(Pass):
     def _solve(self, job: Job, blocks: Float64, loss: Float64) -> Choice:
         block_ms = job.device.block_ms(job.manifest.blocks, job.manifest.model.head_dim)
         if self.target_density is not None:
-            dense = float(blocks[:, 0].sum())
-            limit = float(np.floor(self.target_density * dense + 1e-9 * dense))
-            limit -= limit > self.target_density * dense
+            dense = _dense_blocks(job)
+            limit = float(np.floor(self.target_density * dense))
+            limit += (limit + 1) / dense <= self.target_density  # 0.3 of 1000 is 300, not 299
             choice = choose(loss, blocks, limit)
             least = float(np.where(np.isfinite(loss), blocks, np.inf).min(1).sum()) / dense
             rule = f"leave room for the least that the menu can keep, density {least:.4f}"
@@ -108,9 +113,12 @@ class Select(Pass):
         assert self.max_error is not None
         usable = np.isfinite(loss)
         choice = choose(np.where(usable, blocks, np.inf), np.where(usable, loss, 0.0), self.max_error)
-        assert choice is not None, "dense heads lose nothing"
+        least = float(loss.min(1).sum())
+        rule = f"leave room for the error of heads with anchors, {least:.4g}"
+        self.require(choice is not None, "max-error", rule, self.max_error)
+        assert choice is not None
         saved = choice.multiplier * block_ms
-        job.multiplier = 1 / saved if saved > 0 else float(np.finfo(np.float64).max)
+        job.multiplier = 1 / saved if saved > 0 else NO_BUDGET_BINDS
         job.error_budget = self.max_error
         return choice
 
@@ -124,6 +132,10 @@ class Select(Pass):
         return top * 2.0 ** (-np.arange(1, steps + 1) / self.levels_per_octave)
 
 
+def _dense_blocks(job: Job) -> float:
+    return float(sum(unit.heads * unit.dense_blocks for unit in job.units))
+
+
 class _Menu:
     """Blocks and errors of all candidates of all heads of one unit, and how to make the masks of those picked.
 
@@ -132,7 +144,6 @@ class _Menu:
 
     def __init__(self, job: Job, unit: UnitIR, parts: list[str], levels: Float64) -> None:
         manifest, means = job.manifest, unit.means
-        self.unit_dense = np.full((unit.heads, 1), unit.dense_blocks, dtype=np.int64)
         thresholds = manifest.thresholds if "planes" in parts else ()
         windows = manifest.windows if "windows" in parts else ()
         self.planes = [(f"plane {threshold:g}", index) for index, threshold in enumerate(thresholds)]
@@ -143,7 +154,7 @@ class _Menu:
         self.levels = levels
         errors = [np.zeros((unit.heads, 1))]
         models = [head_errors(means, head, query_weights(unit.grid, unit.blocks)) for head in range(unit.heads)]
-        blocks = [self.unit_dense]
+        blocks = [np.full((unit.heads, 1), unit.dense_blocks, dtype=np.int64)]
         for _, index in self.planes:
             keep = self.plane(unit, index)
             blocks.append(count(keep, (1, 2))[:, None])
@@ -160,6 +171,11 @@ class _Menu:
         self.error: Float64 = np.concatenate(errors, 1)
         if unit.force_dense:
             self.error[:, 1:] = np.inf
+        self.fixed = [head for head, groups in enumerate(unit.anchors) if groups is not None]
+        """Heads with anchors: their only candidate, the first, is what they are."""
+        self.error[self.fixed, 1:] = np.inf
+        self.error[self.fixed, 0] = unit.error[self.fixed]
+        self.blocks[self.fixed, 0] = unit.computed()[1][self.fixed]
 
     def plane(self, unit: UnitIR, index: int) -> Bits:
         assert unit.voted is not None
@@ -170,10 +186,13 @@ class _Menu:
         """Gives the unit the masks picked, int64 ``(H,)``."""
         full = pack(np.ones((unit.q_blocks, unit.k_blocks), dtype=np.bool_))
         keep = np.empty((unit.heads, *full.shape), dtype=np.uint8)
-        unit.choice = []
+        choice = []
         for head, candidate in enumerate(pick.tolist()):
             at = candidate - 1
-            if candidate == 0:
+            if head in self.fixed:
+                assert unit.keep is not None
+                name, mask = unit.choice[head], unit.keep[head]
+            elif candidate == 0:
                 name, mask = "dense", full
             elif at < len(self.planes):
                 name, index = self.planes[at]
@@ -184,9 +203,9 @@ class _Menu:
                 assert unit.means.error_code is not None
                 below = self.codes[head, at - len(self.windows)]
                 name, mask = "cut", pack(unit.means.error_code[head] < below) | unit.required[head]
-            unit.choice.append(name)
+            choice.append(name)
             keep[head] = mask
-        unit.keep = keep
+        unit.keep, unit.choice = keep, choice
         unit.error = self.error[np.arange(unit.heads), pick]
 
 

@@ -1,0 +1,174 @@
+"""Anchor rows: the exact partition, what it costs when lowered, and when a head takes it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import stats
+from support.jobs import DEVICE, MemoryStore, compiled, memory_store
+
+from calibatt.compiler.collect import collect
+from calibatt.compiler.errors import PassError
+from calibatt.compiler.ir import packed_keep
+from calibatt.compiler.language import parse_passes
+from calibatt.compiler.passes.anchors import best_groups, copy_errors
+from calibatt.compiler.pipeline import run
+from calibatt.plans import Blocks, TokenGrid
+
+PASSES = "vote,select{target-density=0.9},anchors{safety=1e-3},schedule,lower"
+
+
+def row_errors(seed: int, heads: int, height: int, radius: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    offsets = np.array([*range(-radius, 0), *range(1, radius + 1)])
+    errors = rng.exponential(1.0, (heads, height, 2 * radius))
+    errors[rng.random(errors.shape) < 0.2] = 0.0
+    row = np.arange(height)[:, None] + offsets
+    errors[:, (row < 0) | (row >= height)] = np.nan
+    return errors
+
+
+def brute_force(errors: np.ndarray, radius: int, most: int, price: float) -> float:
+    """Least cost over all partitions of the rows and all anchors; `errors` of one head, ``(Y, 2 R)``."""
+    height = len(errors)
+
+    def cost(rows: range) -> float:
+        if len(rows) > most:
+            return np.inf
+        found = np.inf
+        for anchor in rows:
+            if max(abs(row - anchor) for row in rows) > radius:
+                continue
+            offsets = [anchor - row for row in rows]
+            columns = [offset + radius - (offset > 0) for offset in offsets]
+            pairs = zip(rows, offsets, columns, strict=True)
+            found = min(found, sum(errors[row, column] for row, offset, column in pairs if offset))
+        return found
+
+    best = np.inf
+    for cuts in product((False, True), repeat=height - 1):
+        edges = [0, *(row + 1 for row, cut in enumerate(cuts) if cut), height]
+        best = min(best, sum(cost(range(a, b)) + price for a, b in pairwise(edges)))
+    return best
+
+
+@given(st.integers(0, 2**32), st.integers(1, 7), st.integers(1, 3), st.integers(1, 5), st.floats(0, 4))
+def test_the_partition_is_the_best_of_all(seed: int, height: int, radius: int, most: int, price: float) -> None:
+    radius = min(radius, max(1, height - 1))
+    errors = row_errors(seed, 2, height, radius)
+    found = best_groups(copy_errors(errors, most), np.array([price, price]))
+    for head, ((starts, anchors), error) in enumerate(found):
+        stops = (*starts[1:], height)
+        assert starts[0] == 0
+        assert all(start <= row < stop for start, row, stop in zip(starts, anchors, stops, strict=True))
+        assert error + price * len(starts) == pytest.approx(brute_force(errors[head], radius, most, price))
+
+
+@given(st.integers(0, 2**32), st.integers(0, 20), st.integers(0, 20), st.integers(1, 9))
+def test_a_packed_tile_keeps_what_its_queries_keep(seed: int, before: int, after: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    grid, blocks = TokenGrid(2, 5, width, before, after), Blocks(16, 16)
+    keep = rng.random((blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens))) < 0.3
+    anchors = tuple(np.flatnonzero(rng.random(5) < 0.5).tolist()) or (2,)
+    rows = [frame * 5 + row for frame in range(2) for row in anchors]
+    video = [before + row * width + column for row in rows for column in range(width)]
+    queries = [*range(before), *video, *range(before + grid.video_tokens, grid.tokens)]
+    tiles = [queries[at : at + 16] for at in range(0, len(queries), 16)]
+    expected = [np.any([keep[query // 16] for query in tile], axis=0) for tile in tiles]
+    np.testing.assert_array_equal(packed_keep(keep, grid, blocks, anchors), expected)
+
+
+def test_a_group_reaches_no_further_than_was_measured() -> None:
+    errors = copy_errors(np.zeros((1, 6, 2)), 6)
+    assert errors.shape == (1, 6, 3, 3)
+    assert errors[0, 1, 2].tolist() == [np.inf, 0.0, np.inf]
+    assert np.isinf(errors[0, 5, 1]).all()
+
+
+def test_heads_that_repeat_take_anchors_and_the_schedule_says_so() -> None:
+    job, accounts = compiled(PASSES)
+    taken = [(unit, head) for unit in job.units for head in range(unit.heads) if unit.anchors[head] is not None]
+    assert taken
+    assert job.findings["anchors"]["heads_with_anchors"] == len(taken)
+    select, anchors = accounts[2], accounts[3]
+    assert anchors.blocks < select.blocks
+    assert anchors.error > select.error
+    for unit, head in taken:
+        schedule = unit.lowered
+        starts, rows = schedule.groups(schedule.head_anchor[head])
+        frames = np.arange(unit.grid.frames)[:, None] * unit.grid.height
+        assert starts.tolist() == (frames + np.array(unit.anchors[head][0])).reshape(-1).tolist()
+        assert rows.tolist() == (frames + np.array(unit.anchors[head][1])).reshape(-1).tolist()
+        np.testing.assert_array_equal(schedule.tile_keep(head), unit.tile_keep(head))
+
+
+def test_what_anchors_save_is_worth_their_error() -> None:
+    job, accounts = compiled(PASSES)
+    saved = accounts[2].predicted_ms - accounts[3].predicted_ms
+    assert job.multiplier * saved >= accounts[3].error - accounts[2].error
+
+
+def test_an_error_budget_still_holds() -> None:
+    for budget in (0.05, 0.5, 2.0):
+        select = f"select{{max-error={budget}}}"
+        job, accounts = compiled(f"vote,{select},anchors{{safety=1e-2}},{select},schedule,lower")
+        assert job.findings["anchors"]["heads_with_anchors"] > 0
+        assert accounts[-1].error <= budget
+        assert accounts[-1].blocks < accounts[2].blocks
+    with pytest.raises(PassError, match=r"passes must stay within max-error 0\.05 \(another select after anchors"):
+        compiled("vote,select{max-error=0.05},anchors{safety=1e-2}")
+
+
+def test_a_second_select_spends_what_anchors_saved() -> None:
+    text = "vote,select{target-density=0.7},anchors{safety=0.03},select{target-density=0.7},schedule,lower"
+    job, accounts = compiled(text)
+    first, anchors, second, last = (accounts[index] for index in (2, 3, 4, 6))
+    taken = job.findings["anchors"]["heads_with_anchors"]
+    assert 0 < taken < job.findings["anchors"]["heads"]
+    assert anchors.blocks < second.blocks <= first.blocks
+    assert second.error < min(first.error, anchors.error)
+    assert last.density <= 0.7
+    for unit in job.units:
+        assert len(unit.anchors) == unit.heads
+
+
+def test_heads_with_anchors_stay_as_they_are() -> None:
+    text = "vote,select{target-density=0.7},anchors{safety=0.03}"
+    before, after = compiled(text)[0], compiled(f"{text},select{{target-density=0.7}}")[0]
+    for old, new in zip(before.units, after.units, strict=True):
+        assert old.anchors == new.anchors
+        for head in (head for head, groups in enumerate(old.anchors) if groups is not None):
+            assert old.error[head] == new.error[head]
+            np.testing.assert_array_equal(old.keep[head], new.keep[head])
+
+
+def test_no_anchors_where_they_cost_too_much_or_may_not_be() -> None:
+    assert compiled(PASSES.replace("1e-3", "1e9"))[0].findings["anchors"]["heads_with_anchors"] == 0
+    alone = PASSES.replace("1e-3", "1e-3,max-group-rows=1")
+    assert compiled(alone)[0].findings["anchors"]["heads_with_anchors"] == 0
+    unmeasured = compiled(PASSES, stats.manifest(row_radius=0))[0]
+    assert unmeasured.findings["anchors"]["heads_with_anchors"] == 0
+    dense = compiled(PASSES.replace("vote", "vote,protect{last-times=1}"))[0]
+    for unit in dense.units:
+        assert unit.time_index or unit.anchors == [None] * unit.heads
+
+
+def test_rows_that_are_equal_are_all_copied() -> None:
+    of = stats.manifest(row_radius=2)
+    store = memory_store(of)
+    same = {key: replace(unit, row_residual_error=unit.row_residual_error * 0) for key, unit in store.units.items()}
+    job = collect(MemoryStore(of, same), DEVICE)
+    run(job, parse_passes("vote,select{target-density=0.9},anchors{max-group-rows=5},schedule,lower"))
+    assert {groups for unit in job.units for groups in unit.anchors} == {((0,), (2,))}
+
+
+def test_anchors_need_a_price() -> None:
+    with pytest.raises(PassError, match="anchors: select must come before, got no multiplier"):
+        compiled("vote,anchors")
+    with pytest.raises(PassError, match="anchors: anchors must come once, got time 0, layer 0"):
+        compiled("vote,select,anchors,anchors")

@@ -1,0 +1,146 @@
+"""The command line: statistics in, plan out; the same bytes every time; one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from support import stats
+from support.jobs import write_store
+
+from calibatt.compiler.cli import command
+from calibatt.compiler.emit import segments
+from calibatt.plans import PlanFile
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_store(tmp_path_factory.mktemp("stats") / "store", stats.manifest(), probed=True)
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def test_the_same_statistics_give_the_same_bytes(store: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("a.plan", "b.plan"):
+        result = invoke(store, "-o", tmp_path / name, "--target-density", 0.6, "--notes", "a note")
+        assert result.exit_code == 0, result.output
+        found.append((tmp_path / name).read_bytes())
+    assert found[0] == found[1]
+    plan = PlanFile.read(tmp_path / "a.plan")
+    assert plan.signature == stats.manifest().model
+    assert plan.predicted["density"] <= 0.6
+    assert plan.passes.startswith("vote{agreement=0.5},protect{")
+    assert "select{target-density=0.6," in plan.passes
+    assert plan.notes == "a note"
+    assert plan.provenance["samples"] == ["s0", "s1", "s2"]
+    assert len(plan.provenance["prompts_digest"]) == 32
+    assert plan.provenance["time_weight"].startswith("time weight: 2 probes at 2 times of 1 samples")
+    assert [(part.start, part.stop, part.time) for part in plan.segments] == [(0, 0.5, 0.25), (0.5, 1, 0.75)]
+    assert str(tmp_path) not in str(plan.provenance)
+
+
+def test_a_store_in_two_folders_is_the_same_store(store: Path, tmp_path: Path) -> None:
+    halves = [shutil.copytree(store, tmp_path / name) for name in ("a", "b")]
+    shutil.rmtree(halves[0] / "samples" / "s1")
+    shutil.rmtree(halves[1] / "samples" / "s0")
+    shutil.rmtree(halves[1] / "samples" / "s2")
+    shutil.rmtree(halves[1] / "probes")
+    (halves[1] / "probes").mkdir()
+    assert invoke(store, "-o", tmp_path / "one.plan").exit_code == 0
+    assert invoke(*reversed(halves), "-o", tmp_path / "two.plan").exit_code == 0
+    assert (tmp_path / "one.plan").read_bytes() == (tmp_path / "two.plan").read_bytes()
+
+
+def test_the_report(store: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    result = invoke(store, "-o", tmp_path / "p.plan", "--json", report, "--device", "cpu-2core", "--max-error", "1")
+    assert result.exit_code == 0, result.output
+    value = json.loads(report.read_text())
+    plan = PlanFile.read(tmp_path / "p.plan")
+    assert [each["name"] for each in value["accounts"]][::7] == ["dense", "lower"]
+    assert value["passes"] == plan.passes
+    assert value["file_bytes"] == (tmp_path / "p.plan").stat().st_size
+    assert value["density_by_time_and_layer"] == [[s.density for s in layers] for layers in plan.schedules]
+    assert sum(value["weighted_error_by_time"]) <= 1
+    assert value["device"]["name"] == "cpu-2core"
+    assert sum(value["planned_ms"]) < sum(value["dense_ms"])
+    assert value["weights_probed"] is True
+    assert sum(number for kind, number in value["heads_by_kind"].items() if kind != "with anchors") == 2 * 2 * 3
+    for expected in ("passes", "density by layer", "provenance: 3 samples", "provisional", "predicted attention"):
+        assert expected in result.stdout
+
+
+def test_passes_are_printed_and_timed(store: Path, tmp_path: Path) -> None:
+    result = invoke(store, "-o", tmp_path / "p.plan", "--print-after-all", "--time-passes")
+    assert result.exit_code == 0
+    assert "after anchors{safety=4.0,max-group-rows=4}\n  time 0, layer 0: density " in result.stdout
+    assert "lower: 0." in result.stdout
+    plain = invoke(store, "-o", tmp_path / "p.plan", "--force")
+    assert plain.exit_code == 0
+    assert "after anchors" not in plain.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--passes", "vote,fly"], "a pass must be one of vote, protect, select, anchors, schedule, lower, got 'fly'"),
+        (["--passes", "vote,select"], "passes must end with lower, got vote{agreement=0.5},select{"),
+        (["--passes", "lower", "--max-error", "1"], "a budget must have a select in --passes, got 'lower'"),
+        (["--target-density", "0.5", "--max-error", "1"], "a budget must be --target-density or --max-error, got both"),
+        (
+            ["--passes", "vote,select{ max-error = 1},lower", "--target-density", "1"],
+            "a budget must be given in --passes or on the command line, got both",
+        ),
+        (["--target-density", "2"], "select: target-density must be in (0, 1], got 2.0"),
+        (["--device", "abacus"], "device must be one of h200-triton, cpu-2core, got 'abacus'"),
+    ],
+)
+def test_mistakes_are_one_line(store: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = invoke(store, "-o", tmp_path / "p.plan", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("calibatt-compile: ")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "p.plan").exists()
+
+
+def test_files_are_not_replaced_unless_forced(store: Path, tmp_path: Path) -> None:
+    for name in ("p.plan", "r.json"):
+        (tmp_path / name).write_text("precious")
+        result = invoke(store, "-o", tmp_path / "p.plan", "--json", tmp_path / "r.json")
+        assert result.exit_code == 2
+        assert "must not exist (--force replaces it), got a file there" in result.stderr
+        assert (tmp_path / name).read_text() == "precious"
+    assert invoke(store, "-o", tmp_path / "p.plan", "--json", tmp_path / "r.json", "--force").exit_code == 0
+    PlanFile.read(tmp_path / "p.plan")
+
+
+def test_no_store_is_one_line(tmp_path: Path) -> None:
+    result = invoke(tmp_path / "nowhere", "-o", tmp_path / "p.plan")
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+
+
+def test_segments_cover_all_times() -> None:
+    found = [(part.start, part.stop, part.time) for part in segments((0.0, 0.5, 1.0))]
+    assert found == [(0.0, 0.25, 0.0), (0.25, 0.75, 0.5), (0.75, 1.0, 1.0)]
+    assert [(part.start, part.stop) for part in segments((0.3,))] == [(0.0, 1.0)]
+
+
+def test_it_compiles_without_torch(store: Path, tmp_path: Path) -> None:
+    """In a fresh interpreter in which torch and triton cannot be imported, with another hash seed."""
+    code = "import sys; sys.modules.update(torch=None, triton=None); from calibatt.compiler.cli import main; main()"
+    for seed in ("1", "2"):
+        command_line = [sys.executable, "-W", "error", "-c", code, str(store), "-o", str(tmp_path / f"{seed}.plan")]
+        subprocess.run(command_line, check=True, cwd=ROOT, env={"PYTHONHASHSEED": seed}, capture_output=True)
+    assert (tmp_path / "1.plan").read_bytes() == (tmp_path / "2.plan").read_bytes()

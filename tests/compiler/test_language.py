@@ -1,0 +1,111 @@
+"""Pass strings: what is read is what is printed, and what cannot be read says why."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
+from types import UnionType
+from typing import Any, ClassVar, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibatt.compiler.errors import CompileError, PassError, PassSyntaxError
+from calibatt.compiler.language import DEFAULT_PASSES, parse_passes, print_passes
+from calibatt.compiler.passes import PASSES, Pass
+
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "agreement": st.floats(0, 1, exclude_min=True),
+    "target_density": st.none() | st.floats(0, 1, exclude_min=True),
+    "max_error": st.none(),
+    "menu": st.sampled_from(["planes", "cuts+windows", "planes+windows+cuts"]),
+    "levels_per_octave": st.integers(1, 8),
+    "safety": st.floats(1e-9, 1e9),
+    "max_group_rows": st.integers(1, 99),
+}
+BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {bool: st.booleans(), int: st.integers(0, 1000)}
+
+
+@st.composite
+def any_pass(draw: st.DrawFn) -> Pass:
+    kind = PASSES[draw(st.sampled_from(sorted(PASSES)))]()
+    hints = get_type_hints(kind)
+    options = [each.name for each in fields(kind)]
+    return kind(**{name: draw(VALUES[name] if name in VALUES else BY_TYPE[hints[name]]) for name in options})
+
+
+@given(st.lists(any_pass(), min_size=1, max_size=5))
+def test_what_is_printed_reads_back(passes: list[Pass]) -> None:
+    text = print_passes(passes)
+    assert parse_passes(text) == tuple(passes)
+    assert print_passes(parse_passes(text)) == text
+    assert parse_passes(text.replace(",", " ,\n ").replace("=", " = ").replace("{", " { ")) == tuple(passes)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_the_registry_gives_frozen_dataclasses_of_that_name(name: str) -> None:
+    kind = PASSES[name]()
+    assert is_dataclass(kind)
+    assert issubclass(kind, Pass)
+    assert kind.name == name
+    assert set(get_type_hints(kind)) - {each.name for each in fields(kind)} == {"name"}
+    for hint in (get_type_hints(kind)[each.name] for each in fields(kind)):
+        assert hint in (bool, int, float, str) or isinstance(hint, UnionType)
+    with pytest.raises(FrozenInstanceError):
+        kind().name = "other"
+
+
+def test_the_default_passes_print_with_every_option() -> None:
+    assert print_passes(parse_passes(DEFAULT_PASSES)) == (
+        "vote{agreement=0.5},"
+        "protect{sinks=false,diagonal=false,first-times=0,last-times=0,first-layers=0,last-layers=0},"
+        "select{target-density=0.5,menu=planes+windows+cuts,levels-per-octave=4},"
+        "anchors{safety=4.0,max-group-rows=4},"
+        "select{target-density=0.5,menu=planes+windows+cuts,levels-per-octave=4},schedule,lower"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("", PassSyntaxError, "passes must read name{option=value,...},name,..., got ''"),
+        ("vote,", PassSyntaxError, "passes must read name{option=value,...},name,..., got ''"),
+        ("vote lower", PassSyntaxError, "passes must be separated by commas, got 'lower' after 'vote'"),
+        ("vote{agreement=0.5", PassSyntaxError, "separated by commas, got '{agreement=0.5' after 'vote'"),
+        (
+            "merge",
+            PassSyntaxError,
+            "a pass must be one of vote, protect, select, anchors, schedule, lower, got 'merge'",
+        ),
+        ("vote{agree=1}", PassSyntaxError, "vote: an option must be one of agreement, got 'agree'"),
+        ("lower{x=1}", PassSyntaxError, "lower: an option must not be given (it has none), got 'x'"),
+        ("vote{agreement}", PassSyntaxError, "vote: an option must read option=value, got 'agreement'"),
+        ("vote{agreement=1,agreement=1}", PassSyntaxError, "vote: agreement must be given once, got it again"),
+        ("vote{agreement=half}", PassSyntaxError, "vote: agreement must be a finite number, got 'half'"),
+        ("vote{agreement=nan}", PassSyntaxError, "vote: agreement must be a finite number, got 'nan'"),
+        ("vote{agreement=2}", PassError, "vote: agreement must be in (0, 1], got 2.0"),
+        ("protect{sinks=1}", PassSyntaxError, "protect: sinks must be true or false, got '1'"),
+        ("protect{first-times=0.5}", PassSyntaxError, "protect: first-times must be an integer, got '0.5'"),
+        ("protect{first-times=-1}", PassError, "protect: first-times must not be negative, got -1"),
+        ("select{menu=planes+pears}", PassError, "select: menu must name some of planes, windows, cuts, joined by +"),
+        ("select{menu=a b}", PassSyntaxError, "select: menu must be of letters, digits"),
+        ("select{target-density=0.5,max-error=1}", PassError, "target-density and max-error must not both be given"),
+        ("select{target-density=0}", PassError, "select: target-density must be in (0, 1], got 0.0"),
+        ("select{max-error=-1}", PassError, "select: max-error must not be negative, got -1.0"),
+        ("anchors{safety=0}", PassError, "anchors: safety must be positive, got 0.0"),
+        ("anchors{max-group-rows=0}", PassError, "anchors: max-group-rows must be at least 1, got 0"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, kind: type[CompileError], message: str) -> None:
+    with pytest.raises(kind) as raised:
+        parse_passes(text)
+    assert message in str(raised.value)
+
+
+def test_a_pass_needs_apply() -> None:
+    @dataclass(frozen=True)
+    class Nothing(Pass):
+        name: ClassVar[str] = "nothing"
+
+    with pytest.raises(TypeError, match="apply"):
+        Nothing()

@@ -1,0 +1,192 @@
+"""vote, protect, schedule and lower; and what the pipeline refuses between passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import stats
+from support.jobs import compiled, job, memory_store
+
+from calibatt.compiler.bits import Votes, count, pack, unpack
+from calibatt.compiler.errors import PassError, VerifyError
+from calibatt.compiler.ir import UnitIR
+from calibatt.compiler.language import parse_passes
+from calibatt.compiler.passes.protect import protected
+from calibatt.compiler.pipeline import run, verify
+from calibatt.plans import DENSE, Blocks, TokenGrid
+
+
+@given(st.integers(0, 2**32), st.integers(1, 20), st.integers(1, 40), st.floats(0, 1))
+def test_votes_count(seed: int, voters: int, k_blocks: int, density: float) -> None:
+    rng = np.random.default_rng(seed)
+    masks = rng.random((voters, 2, 3, k_blocks)) < density
+    votes = Votes()
+    for mask in masks:
+        votes.add(pack(mask))
+    for needed in range(1, voters + 1):
+        np.testing.assert_array_equal(unpack(votes.at_least(needed), k_blocks), masks.sum(0) >= needed)
+        assert not (votes.at_least(needed) & ~pack(np.ones((2, 3, k_blocks), bool))).any()
+
+
+def test_bits_are_counted_and_unpacked() -> None:
+    keep = np.random.default_rng(0).random((3, 4, 13)) < 0.5
+    np.testing.assert_array_equal(unpack(pack(keep), 13), keep)
+    np.testing.assert_array_equal(count(pack(keep)), keep.sum(-1))
+    np.testing.assert_array_equal(count(pack(keep), (1, 2)), keep.sum((1, 2)))
+
+
+@pytest.mark.parametrize(("agreement", "needed"), [(1e-9, 1), (0.2, 1), (0.4, 2), (0.5, 3), (0.6, 3), (1.0, 5)])
+def test_a_voted_block_is_kept_by_enough_samples(agreement: float, needed: int) -> None:
+    of = stats.manifest()
+    store = memory_store(of, samples=5)
+    found, _ = compiled(f"vote{{agreement={agreement}}}", of, samples=5)
+    assert found.findings["vote"] == {"samples": 5, "votes_needed": needed}
+    for unit in found.units:
+        planes = [store.unit(name, unit.time_index, unit.layer).planes for name in store.samples]
+        votes = np.sum([unpack(plane, of.k_blocks) for plane in planes], axis=0)
+        np.testing.assert_array_equal(unpack(unit.voted, of.k_blocks), votes >= needed)
+
+
+@given(
+    st.builds(TokenGrid, *(st.integers(1, 4),) * 3, text_before=st.integers(0, 20), text_after=st.integers(0, 20)),
+    st.booleans(),
+    st.booleans(),
+)
+def test_protected_blocks_hold_what_the_options_name(grid: TokenGrid, sinks: bool, diagonal: bool) -> None:
+    token = np.arange(grid.tokens)
+    text = (token < grid.text_before) | (token >= grid.text_before + grid.video_tokens)
+    first = token < grid.text_before + grid.height * grid.width
+    pair = text[:, None] | text[None, :]
+    pair |= np.eye(grid.tokens, dtype=bool) & diagonal
+    pair |= first[None, :] & sinks
+    blocks = Blocks(16, 32)
+    expected = np.zeros((blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens)), bool)
+    for query, key in np.argwhere(pair):
+        expected[query // 16, key // 32] = True
+    np.testing.assert_array_equal(protected(grid, blocks, sinks, diagonal), expected)
+
+
+def test_protect_only_adds_and_makes_times_and_layers_dense() -> None:
+    before = [unit.required for unit in job().units]
+    found, _ = compiled("protect{sinks=true,first-times=1,last-layers=1}")
+    for unit, old in zip(found.units, before, strict=True):
+        assert not (old & ~unit.required).any()
+        assert unit.force_dense == (unit.time_index == 1 or unit.layer == 1)
+    assert found.findings["protect"]["dense_units"] == 3
+    done, _ = compiled("vote,protect{sinks=true,first-times=1},select{target-density=0.95},lower")
+    for unit in done.units:
+        assert not (unit.required & ~unit.keep).any()
+        assert unit.time_index == 0 or (unit.lowered.head_list == DENSE).all()
+
+
+def test_protect_comes_before_select() -> None:
+    with pytest.raises(PassError, match="protect: masks must be chosen later"):
+        compiled("vote,select,protect")
+
+
+def test_tiles_are_ordered_head_by_head_longest_first() -> None:
+    found, _ = compiled("vote,select{target-density=0.8},anchors{safety=1e-3},schedule,lower")
+    for unit in found.units:
+        schedule = unit.lowered
+        heads = np.searchsorted(schedule.head_tile_ptr, schedule.tile_order, side="right") - 1
+        assert (np.diff(heads) >= 0).all()
+        for head in range(unit.heads):
+            tiles = schedule.tile_order[heads == head] - schedule.head_tile_ptr[head]
+            keys = [(-len(schedule.columns(head, tile)), tile) for tile in tiles.tolist()]
+            assert keys == sorted(keys)
+
+
+def test_lowering_keeps_the_masks_and_shares_lists() -> None:
+    found, _ = compiled("vote,select{target-density=0.8},lower")
+    for unit in found.units:
+        for head in range(unit.heads):
+            np.testing.assert_array_equal(unit.lowered.tile_keep(head), unit.tile_keep(head))
+            assert (unit.lowered.head_list[head] == DENSE) == bool(unit.tile_keep(head).all())
+    unit = found.units[0]
+    unit.keep[1] = unit.keep[0]
+    unit.required[1] = unit.required[0]
+    run(found, parse_passes("lower"))
+    assert unit.lowered.head_list[0] == unit.lowered.head_list[1]
+
+
+def test_nothing_decided_lowers_to_dense() -> None:
+    found, accounts = compiled("lower")
+    assert accounts[-1].density == 1.0
+    assert all((unit.lowered.head_list == DENSE).all() for unit in found.units)
+
+
+def spoil_padding(unit: UnitIR) -> None:
+    unit.keep[0, 0, -1] |= 0x80
+
+
+def spoil_row(unit: UnitIR) -> None:
+    unit.keep[0, 0] = 0
+
+
+def spoil_required(unit: UnitIR) -> None:
+    unit.keep[...] = pack(np.eye(unit.q_blocks, unit.k_blocks, dtype=bool))
+    unit.required[...] = pack(np.ones((unit.q_blocks, unit.k_blocks), bool))
+
+
+def spoil_shape(unit: UnitIR) -> None:
+    unit.keep = unit.keep[:2]
+
+
+def spoil_choice(unit: UnitIR) -> None:
+    unit.choice.pop()
+
+
+def spoil_error(unit: UnitIR) -> None:
+    unit.error[0] = np.nan
+
+
+def spoil_anchors(unit: UnitIR) -> None:
+    unit.anchors = [None]
+
+
+def spoil_schedule(unit: UnitIR) -> None:
+    unit.lowered.tile_order[0] = 99
+
+
+def spoil_mask_after_lower(unit: UnitIR) -> None:
+    unit.keep[...] = pack(np.ones((unit.q_blocks, unit.k_blocks), bool))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_padding, "keep must have zero padding bits after x, got ones"),
+        (spoil_row, "keep must hold a block for every query block after x, got an empty row"),
+        (spoil_required, "keep must hold every required block after x, got one dropped"),
+        (spoil_shape, "keep must be uint8 (3, 5, 1) after x, got ('uint8', (2, 5, 1))"),
+        (spoil_choice, "choice must name 3 heads after x, got 2"),
+        (spoil_error, "error must be 3 finite numbers, none negative after x, got"),
+        (spoil_anchors, "anchors must be given for 3 heads after x, got 1"),
+        (spoil_schedule, "the schedule is broken after x: tile_order must hold tile ids below 15, got 99"),
+        (spoil_mask_after_lower, "the schedule must compute the blocks of the masks, [25, 25, 25] after x, got"),
+    ],
+)
+def test_the_pipeline_proves_every_unit(spoil: Callable[[UnitIR], None], message: str) -> None:
+    found, _ = compiled("vote,select{target-density=0.6},schedule,lower")
+    unit = found.units[0]
+    verify(unit, "x")
+    spoil(unit)
+    with pytest.raises(VerifyError) as raised:
+        verify(unit, "x")
+    assert f"time 0, layer 0: {message}" in str(raised.value)
+
+
+def test_accounts_follow_the_masks() -> None:
+    found, accounts = compiled("vote,protect,select{target-density=0.6},schedule,lower")
+    assert [each.name for each in accounts] == ["dense", "vote", "protect", "select", "schedule", "lower"]
+    kept = sum(int(unit.tile_keep(head).sum()) for unit in found.units for head in range(unit.heads))
+    assert accounts[0].blocks == 2 * 2 * 3 * 25
+    assert accounts[-1].blocks == kept
+    assert accounts[-1].density == pytest.approx(np.mean([unit.lowered.density for unit in found.units]))
+    assert accounts[-1].predicted_ms == pytest.approx(found.device.predict_ms(0, kept, 0, found.manifest.blocks, 8))
+    assert accounts[-1].error == pytest.approx(found.total_error())
+    assert accounts[-1].passes == "lower"

@@ -1,0 +1,244 @@
+"""The menu, the prices and the budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import stats
+from support.jobs import DEVICE, MemoryStore, compiled, job, memory_store
+
+from calibatt.compiler.bits import pack, unpack
+from calibatt.compiler.collect import collect
+from calibatt.compiler.error_model import head_errors
+from calibatt.compiler.errors import PassError
+from calibatt.compiler.ir import Job, UnitIR, query_weights
+from calibatt.compiler.language import parse_passes
+from calibatt.compiler.pipeline import run
+from calibatt.compiler.stats import dequantise, quantise, window_keep
+from calibatt.plans import Blocks, ModelSignature, TokenGrid
+
+
+def mean_error(unit: UnitIR) -> np.ndarray:
+    return dequantise(unit.means.error_code, unit.means.error_peak[:, None, None])
+
+
+def raw(unit: UnitIR, head: int, keep: np.ndarray) -> float:
+    """Mean over queries of the sum of the mean block errors dropped."""
+    queries = query_weights(unit.grid, unit.blocks)
+    return float((np.where(keep, 0, mean_error(unit)[head]) * queries[:, None]).sum())
+
+
+def test_means_are_over_the_samples() -> None:
+    of = stats.manifest()
+    store = memory_store(of)
+    found = collect(store, DEVICE)
+    for unit in found.units:
+        units = [store.unit(name, unit.time_index, unit.layer) for name in store.samples]
+        assert unit.means.samples == 3
+        np.testing.assert_allclose(mean_error(unit), np.mean([each.error() for each in units], 0), rtol=0.045)
+        for name in ("menu_error", "menu_residual_error", "output_size", "row_residual_error"):
+            expected = np.mean([getattr(each, name).astype(np.float64) for each in units], 0)
+            np.testing.assert_allclose(getattr(unit.means, name), expected)
+        queries = query_weights(of.grid, of.blocks)
+        for index in range(len(of.menu)):
+            predicted = []
+            for each in units:
+                if index < len(of.thresholds):
+                    keep = each.keep(index, of)
+                else:
+                    keep = window_keep(of.windows[index - len(of.thresholds)], of.grid, of.blocks)
+                predicted.append((np.where(keep, 0, each.error()) * queries[None, :, None]).sum((1, 2)))
+            np.testing.assert_allclose(unit.means.menu_predicted[index], np.mean(predicted, 0), rtol=1e-5)
+
+
+def test_query_weights_are_shares_of_tokens() -> None:
+    np.testing.assert_allclose(query_weights(TokenGrid(1, 1, 40), Blocks(16, 16)), [0.4, 0.4, 0.2])
+
+
+@given(st.sampled_from([0.5, 0.51, 0.6, 0.77, 0.95, 1.0]), st.integers(0, 5), st.sampled_from([None, (2.0, 1e-3)]))
+def test_the_executed_density_never_exceeds_the_target(target: float, seed: int, weights: Any) -> None:
+    text = f"vote,protect,select{{target-density={target}}},anchors{{safety=0.1}},schedule,lower"
+    found, accounts = compiled(text, seed=seed, weights=weights)
+    executed = [unit.lowered.head_density(head) for unit in found.units for head in range(unit.heads)]
+    assert np.mean(executed) <= target + 1e-12
+    assert accounts[3].blocks <= target * accounts[0].blocks
+    assert accounts[-1].blocks == round(np.sum(executed) * 25)
+
+
+@given(st.floats(0, 20), st.integers(0, 5))
+def test_the_error_never_exceeds_the_most(most: float, seed: int) -> None:
+    found, accounts = compiled(f"vote,select{{max-error={most}}},lower", seed=seed)
+    assert accounts[-1].error <= most
+    assert accounts[-1].error == pytest.approx(found.findings["select"]["predicted_error"])
+    tighter = compiled(f"vote,select{{max-error={most / 2}}},lower", seed=seed)[1]
+    assert tighter[-1].blocks >= accounts[-1].blocks
+
+
+def test_no_error_allowed_is_no_error() -> None:
+    _, accounts = compiled("vote,select{max-error=0},lower")
+    assert accounts[-1].error == 0
+
+
+def test_more_density_is_less_error() -> None:
+    errors = [compiled(f"vote,select{{target-density={d}}}")[1][-1].error for d in (0.3, 0.5, 0.7, 0.9, 1.0)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == 0
+
+
+def chosen(found: Job) -> list[tuple[UnitIR, int, str, np.ndarray]]:
+    return [
+        (unit, head, unit.choice[head], unpack(unit.keep[head], unit.k_blocks))
+        for unit in found.units
+        for head in range(unit.heads)
+    ]
+
+
+def test_masks_and_prices_are_those_of_the_choices() -> None:
+    of = stats.manifest(versions={})
+    seen = set()
+    for menu, density in product(("planes", "windows", "cuts", "planes+windows+cuts"), (0.88, 0.95)):
+        found, _ = compiled(f"vote,protect,select{{target-density={density},menu={menu}}}", of)
+        for unit, head, choice, keep in chosen(found):
+            kind = choice.split()[0].split("(")[0]
+            seen.add(kind)
+            required = unpack(unit.required[head], of.k_blocks)
+            model = head_errors(unit.means, head, query_weights(of.grid, of.blocks))
+            price = unit.error[head]
+            if kind == "dense":
+                assert keep.all()
+                assert price == 0
+            elif kind == "plane":
+                plane = of.thresholds.index(float(choice.split()[1]))
+                np.testing.assert_array_equal(keep, unpack(unit.voted[plane, head], of.k_blocks) | required)
+                assert price == pytest.approx(model.correct(raw(unit, head, keep)), rel=1e-5)
+            elif kind == "cut":
+                assert price == pytest.approx(model.correct(raw(unit, head, keep)), rel=1e-5)
+                error = mean_error(unit)[head]
+                if not (keep | required).all():
+                    assert error[keep & ~required].min(initial=np.inf) > error[~keep].max()
+            else:
+                index = [str(window) for window in of.windows].index(choice)
+                window = window_keep(of.windows[index], of.grid, of.blocks)
+                np.testing.assert_array_equal(keep, window | required)
+                assert price == unit.means.menu_residual_error[len(of.thresholds) + index, head]
+    assert seen >= {"dense", "plane", "cut", "frames"}
+
+
+def test_one_level_cuts_heads_and_times_alike() -> None:
+    """Where the raw sum is exact, a cut job keeps the blocks of most weighted error, whoever they belong to."""
+    of = stats.manifest(has_mass=False, windows=(), grid=TokenGrid(2, 8, 8))
+    store = memory_store(of, samples=1)
+    for key, unit in store.units.items():
+        rng = np.random.default_rng(10 * key[1] + key[2])
+        error = rng.permutation(np.geomspace(1e-4, 1.0, 3 * 64)).reshape(3, 8, 8)
+        peak = error.max((1, 2)).astype(np.float32) * np.float32(1.001)
+        codes = quantise(error, peak[:, None, None])
+        nothing = np.zeros_like(unit.menu_residual_error)
+        store.units[key] = replace(unit, block_error=codes, block_error_peak=peak, menu_residual_error=nothing)
+    found = collect(MemoryStore(of, store.units, (4.0, 1.0)), DEVICE)
+    run(found, parse_passes("vote,select{target-density=0.5,menu=cuts,levels-per-octave=8}"))
+    kept, dropped = [], []
+    for unit, head, _, keep in chosen(found):
+        required = unpack(unit.required[head], of.k_blocks)
+        error = mean_error(unit)[head] * unit.weight
+        kept.append(error[keep & ~required])
+        dropped.append(error[~keep])
+    low, high = np.concatenate(kept), np.concatenate(dropped)
+    level = np.median([part.min() for part in kept if part.size])
+    wrong = (low < level / 2**0.25).sum() + (high > level * 2**0.25).sum()
+    assert wrong <= 0.02 * (low.size + high.size)
+    assert sum(unit.lowered is None for unit in found.units) == 4
+
+
+def brute_force(found: Job, limit: float) -> float:
+    """Least weighted error over every combination of planes, windows and dense within a number of blocks."""
+    options = []
+    for unit in found.units:
+        for head in range(unit.heads):
+            model = head_errors(unit.means, head, query_weights(unit.grid, unit.blocks))
+            mine = [(unit.dense_blocks, 0.0)]
+            for plane in range(len(found.manifest.thresholds)):
+                keep = unpack(unit.voted[plane, head] | unit.required[head], unit.k_blocks)
+                mine.append((int(keep.sum()), unit.weight * float(model.correct(raw(unit, head, keep)))))
+            for index, window in enumerate(found.manifest.windows, len(found.manifest.thresholds)):
+                bits = pack(window_keep(window, unit.grid, unit.blocks)) | unit.required[head]
+                error = unit.weight * float(unit.means.menu_residual_error[index, head])
+                mine.append((int(unpack(bits, unit.k_blocks).sum()), error))
+            options.append(mine)
+    sums = [(sum(blocks for blocks, _ in each), sum(error for _, error in each)) for each in product(*options)]
+    return min(error for blocks, error in sums if blocks <= limit)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_as_good_as_every_combination_within_the_gap(seed: int) -> None:
+    of = stats.manifest(model=ModelSignature("TinyModel", layers=1, heads=2, head_dim=8), thresholds=(0.8, 0.95))
+    text = "vote,select{target-density=0.8,menu=planes+windows}"
+    found, accounts = compiled(text, of, seed=seed, weights=(1.0, 0.25))
+    best = brute_force(found, 0.8 * accounts[0].blocks)
+    select = found.findings["select"]
+    assert select["predicted_error"] >= best * (1 - 1e-6)
+    assert select["predicted_error"] - select["duality_gap"] <= best * (1 + 1e-6)
+
+
+def test_errors_are_corrected_by_what_was_measured() -> None:
+    unit = job().units[0]
+    for head in range(unit.heads):
+        model = head_errors(unit.means, head, query_weights(unit.grid, unit.blocks))
+        predicted, measured = unit.means.menu_predicted[:, head], unit.means.menu_residual_error[:, head]
+        predicted, measured = predicted[predicted > 0], measured[predicted > 0]
+        assert len(np.unique(predicted)) == len(predicted) >= 5
+        np.testing.assert_allclose(model.correct(predicted), measured, rtol=1e-9)
+        ends = predicted.min(), predicted.max()
+        for at, factor in zip(ends, (1e-3, 1e3), strict=True):
+            ratio = measured[list(predicted).index(at)] / at
+            assert model.correct(at * factor) == pytest.approx(at * factor * ratio)
+        assert model.correct(0.0) == 0
+
+
+def test_without_block_error_planes_cost_what_was_measured_and_cuts_are_refused() -> None:
+    of = stats.manifest(has_block_error=False)
+    found, _ = compiled("vote,select{target-density=0.9,menu=planes}", of)
+    for unit, head, choice, _ in chosen(found):
+        if choice != "dense":
+            plane = of.thresholds.index(float(choice.split()[1]))
+            assert unit.error[head] == unit.means.menu_residual_error[plane, head]
+    assert found.findings["select"]["error_estimate"] == "measured errors of planes and windows"
+    with pytest.raises(PassError, match="select: cuts must have block error in the store, got none"):
+        compiled("vote,select", of)
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ("select", r"select: planes must have been voted \(vote comes before select\), got time 0, layer 0"),
+        ("vote,select,schedule,select", "select: schedule must come after, got time 0, layer 0"),
+        ("vote,protect,select{target-density=0.1}", "leave room for the least that the menu can keep, density 0.4"),
+    ],
+)
+def test_what_select_requires(passes: str, message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        compiled(passes)
+
+
+def test_block_errors_of_zero_cannot_be_cut() -> None:
+    of = stats.manifest()
+    store = memory_store(of)
+    blank = {key: replace(unit, block_error=unit.block_error | 255) for key, unit in store.units.items()}
+    with pytest.raises(PassError, match="block error must not be 0 everywhere"):
+        run(collect(MemoryStore(of, blank), DEVICE), parse_passes("vote,select"))
+
+
+def test_the_weight_moves_blocks_to_the_times_that_matter() -> None:
+    found, _ = compiled("vote,select{target-density=0.6}", weights=(1e-3, 1.0))
+    early = np.mean([unit.head_keep(head).mean() for unit in found.at_time(1) for head in range(3)])
+    late = np.mean([unit.head_keep(head).mean() for unit in found.at_time(0) for head in range(3)])
+    assert early > late + 0.2
+    assert found.findings["select"]["weights"] == "probed"
+    assert job().weights_source == "time weight: never probed, 1 at every time"
+    assert compiled("vote,select")[0].findings["select"]["weights"] == "never probed: 1 at every time"

@@ -1,0 +1,74 @@
+"""Jobs for tests: statistics in memory that pass for a store, and stores on disk of the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibatt.compiler.collect import collect
+from calibatt.compiler.cost import Device
+from calibatt.compiler.ir import Job
+from calibatt.compiler.language import parse_passes
+from calibatt.compiler.pipeline import Account, run
+from calibatt.compiler.stats import Manifest, Probe, StoreWriter, UnitStatistics
+from calibatt.compiler.stats.probes import TimeWeightInfo
+from support import stats
+
+DEVICE = Device("test", "made up", tflops=1.0, tile_us=0.0, store_us=0.0)
+
+
+class MemoryStore:
+    """What `collect` asks of a store, from `units[sample, time_index, layer]`."""
+
+    def __init__(self, of: Manifest, units: dict[tuple[str, int, int], UnitStatistics], weights: Any = None) -> None:
+        self.manifest = of
+        self.units = units
+        self.samples = tuple(sorted({sample for sample, _, _ in units}))
+        self.weights = weights
+
+    def unit(self, sample: str, time_index: int, layer: int) -> UnitStatistics:
+        return self.units[sample, time_index, layer]
+
+    def time_weight(self) -> tuple[np.ndarray, TimeWeightInfo]:
+        probes = 0 if self.weights is None else len(self.manifest.times)
+        weights = np.ones(len(self.manifest.times)) if self.weights is None else np.asarray(self.weights, float)
+        return weights, TimeWeightInfo(probes, (), (), 0.0)
+
+
+def memory_store(of: Manifest, samples: int = 3, seed: int = 0, weights: Any = None) -> MemoryStore:
+    units = {}
+    for sample in range(samples):
+        for time_index in range(len(of.times)):
+            for layer in range(of.model.layers):
+                unit_seed = ((seed * 64 + sample) * 64 + time_index) * 64 + layer
+                units[f"s{sample}", time_index, layer] = stats.unit(of, unit_seed)
+    return MemoryStore(of, units, weights)
+
+
+def job(of: Manifest | None = None, **options: Any) -> Job:
+    """A job of random statistics, no pass run yet."""
+    return collect(memory_store(of or stats.manifest(), **options), DEVICE)
+
+
+def compiled(passes: str, of: Manifest | None = None, **options: Any) -> tuple[Job, list[Account]]:
+    """The job after some passes."""
+    found = job(of, **options)
+    return found, run(found, parse_passes(passes))
+
+
+def write_store(path: Path, of: Manifest, samples: int = 3, seed: int = 0, probed: bool = False) -> Path:
+    """The store of `memory_store` on disk."""
+    memory = memory_store(of, samples, seed)
+    with StoreWriter.open(path, of) as writer:
+        for name in memory.samples:
+            sample = writer.begin(name)
+            for (owner, time_index, layer), unit in memory.units.items():
+                if owner == name:
+                    sample.write(time_index, layer, unit)
+            sample.finish({"prompt": f"prompt of {name}", "seed": 1})
+        for time_index in range(len(of.times)) if probed else ():
+            final = 0.5 ** (len(of.times) - time_index)
+            writer.write_probe(Probe(memory.samples[0], time_index, final / 0.25, 0.25, final, 1.0))
+    return path
