@@ -87,7 +87,7 @@ def test_merge_by_copying_and_by_several_paths(tmp_path):
     shutil.copytree(two / "samples", one / "samples", dirs_exist_ok=True)
     assert_whole(Store.open(one), "a", "b", "c")
     with pytest.raises(
-        DuplicateSample, match="sample 'b' must be in one store, got .*one/samples/b and .*two/samples/b"
+        DuplicateSample, match=r"sample 'b' must be in one store, got .*one/samples/b and .*two/samples/b"
     ):
         Store.open([one, two])
 
@@ -209,7 +209,7 @@ def test_reader_refuses(tmp_path):
         Store.open(empty)
     with pytest.raises(NoSamples, match="at least one folder"):
         Store.open([])
-    with pytest.raises(ManifestError, match="must be a store of statistics, got no manifest.json"):
+    with pytest.raises(ManifestError, match=r"must be a store of statistics, got no manifest.json"):
         Store.open(tmp_path / "nothing")
     path = make(tmp_path / "s", "a", "b")
     with StoreWriter.open(tmp_path / "differs", manifest(times=(0.1, 0.2))):
@@ -226,7 +226,7 @@ def test_reader_refuses(tmp_path):
     data = bytearray((path / "samples/a/t001_l001.unit").read_bytes())
     data[-70] ^= 1
     (path / "samples/a/t001_l001.unit").write_bytes(data)
-    with pytest.raises(UnitError, match="have digest|be zero"):
+    with pytest.raises(UnitError, match=r"have digest|be zero"):
         store.unit("a", 1, 1)
 
 

@@ -22,7 +22,7 @@ WINDOWS = st.one_of(
 
 def brute(window: Window, grid: TokenGrid, blocks: Blocks) -> np.ndarray:
     place = [
-        divmod(index // grid.width, grid.height) + (index % grid.width,) if 0 <= index < grid.video_tokens else None
+        (*divmod(index // grid.width, grid.height), index % grid.width) if 0 <= index < grid.video_tokens else None
         for index in range(-grid.text_before, grid.video_tokens + grid.text_after)
     ]
     used = {"frames": (0,), "rows": (1,), "box": (0, 1, 2)}[window.kind]
