@@ -61,7 +61,8 @@ def window_keep(window: Window, grid: TokenGrid, blocks: Blocks) -> npt.NDArray[
     Returns:
         bool (Q, K), the caller's own.
     """
-    return _window_keep(window, grid, blocks).copy()
+    keep: npt.NDArray[np.bool_] = _window_keep(window, grid, blocks).copy()
+    return keep
 
 
 @lru_cache(maxsize=64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from calibatt.compiler.stats import Manifest, Store, StoreError, StoreWriter, default_windows
-from calibatt.plans import BLOCK_SIZES, Blocks
+from calibatt.plans import BLOCK_SIZES, Blocks, PlanError
 from calibatt.runtime.adapters import UnknownModelError, adapter_for
 from calibatt.tools.calibrate.listen import ListenError
 from calibatt.tools.calibrate.probing import Trajectory
@@ -255,7 +255,7 @@ def main(
         if silent:
             console.print(f"{silent} probes dropped nothing and say nothing of their time")
         click.echo(_summary(writer, recorded, seconds))
-    except (StoreError, UnknownModelError, ListenError, OSError, ValueError) as error:
+    except (StoreError, PlanError, UnknownModelError, ListenError, OSError, ValueError) as error:
         _fail(error)
 
 

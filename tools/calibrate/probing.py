@@ -32,10 +32,10 @@ def masked_output(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, blocks: Blocks)
     Returns:
         ``(H, N, D)`` of q's dtype.
     """
-    tokens = q.shape[1]
+    tokens, keep = q.shape[1], keep.to(q.device)
     parts = []
     for block, start in enumerate(range(0, tokens, blocks.block_q)):
-        mask = keep[:, block].repeat_interleave(blocks.block_k, 1)[:, None, :tokens].to(q.device)
+        mask = keep[:, block].repeat_interleave(blocks.block_k, 1)[:, None, :tokens]
         part = torch.nn.functional.scaled_dot_product_attention(
             q[None, :, start : start + blocks.block_q], k[None], v[None], attn_mask=mask[None]
         )
