@@ -91,7 +91,8 @@ class Trajectory:
             adapter: The model's row; found by its class if absent.
 
         Returns:
-            The probe (the first also bears the seconds of the dense run), or None where the masks changed nothing, so that nothing can be said of the time.
+            The probe (the first also bears the seconds of the dense run), or None where the masks changed nothing, so
+            that nothing can be said of the time.
         """
         begun = time.perf_counter()
         count = StepCounter(self.sampler.times)
