@@ -73,7 +73,9 @@ class Trajectory:
             if step in wanted:
                 self.latents[step] = latent.detach().to("cpu", copy=True)
 
+        begun = time.perf_counter()
         self.final = sampler.run(prompt, seed, on_step=on_step)
+        self._unbilled_seconds = time.perf_counter() - begun
 
     def probe(
         self, name: str, time_index: int, step: int, keep: Keep, blocks: Blocks, adapter: Adapter | None = None
@@ -89,7 +91,8 @@ class Trajectory:
             adapter: The model's row; found by its class if absent.
 
         Returns:
-            The probe, or None where the masks changed nothing, so that nothing can be said of the time.
+            The probe (the first also bears the seconds of the dense run), or None where the masks changed nothing, so
+            that nothing can be said of the time.
         """
         begun = time.perf_counter()
         count = StepCounter(self.sampler.times)
@@ -114,4 +117,5 @@ class Trajectory:
         change = float((final.double() - self.final.double()).square().mean() / self.final.double().square().mean())
         if not injected or not change:
             return None
-        return Probe(name, time_index, change / injected, injected, change, time.perf_counter() - begun)
+        seconds, self._unbilled_seconds = time.perf_counter() - begun + self._unbilled_seconds, 0.0
+        return Probe(name, time_index, change / injected, injected, change, seconds)
