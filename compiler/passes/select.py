@@ -75,7 +75,8 @@ class Select(Pass):
             voted = unit.voted is not None or "planes" not in parts
             self.require(voted, "planes", "have been voted (vote comes before select)", unit.name)
         has_error = job.manifest.has_block_error
-        self.require(has_error or "cuts" not in parts, "cuts", "have block error in the store", "none")
+        rule = "have block error in the store (menu=planes+windows does without)"
+        self.require(has_error or "cuts" not in parts, "cuts", rule, "none")
         levels = self._ladder(job) if "cuts" in parts else np.zeros(0)
         tables = [_Menu(job, unit, parts, levels) for unit in job.units]
         blocks = np.concatenate([table.blocks for table in tables]).astype(np.float64)
@@ -93,6 +94,7 @@ class Select(Pass):
             "duality_gap_of": "blocks" if self.target_density is None else "error",
             "candidates": int(np.isfinite(loss).sum()),
             "heads_by_kind": dict(sorted(kinds.items())),
+            "heads_with_anchors": sum(groups is not None for unit in job.units for groups in unit.anchors),
             "weights": "probed" if job.weights_probed else "never probed: 1 at every time",
             "error_estimate": "block error, corrected" if has_error else "measured errors of planes and windows",
         }
