@@ -43,6 +43,7 @@ class Manifest:
         times: Recorded denoising times, floats in [0, 1], ascending; a unit's `time_index` counts in them.
         thresholds: Mass that each keep plane reaches, floats in (0, 1], ascending.
         windows: The parametric masks of the menu, after the planes.
+        query_stride: Every `query_stride`-th query of a block was measured; 1 for all.
         row_radius: Row offsets -radius..-1, 1..radius are measured; 0 for none.
         has_mass: Units hold the block mass.
         has_block_error: Units hold the block error.
@@ -59,6 +60,7 @@ class Manifest:
     times: tuple[float, ...]
     thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
     windows: tuple[Window, ...] = ()
+    query_stride: int = 1
     row_radius: int = 0
     has_mass: bool = False
     has_block_error: bool = True
@@ -75,6 +77,8 @@ class Manifest:
         _require(levels, "thresholds", "ascending floats in (0, 1]", self.thresholds)
         windows = isinstance(self.windows, tuple) and all(isinstance(window, Window) for window in self.windows)
         _require(windows and len(set(self.windows)) == len(self.windows), "windows", "distinct Windows", self.windows)
+        stride = type(self.query_stride) is int and 1 <= self.query_stride <= self.blocks.block_q
+        _require(stride, "query_stride", f"an integer from 1 to {self.blocks.block_q}", self.query_stride)
         radius = type(self.row_radius) is int and 0 <= self.row_radius < self.grid.height
         _require(radius, "row_radius", f"an integer from 0 to {self.grid.height - 1}", self.row_radius)
         for name in ("has_mass", "has_block_error"):

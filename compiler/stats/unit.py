@@ -23,6 +23,7 @@ MAGIC = b"CALIBSTA"
 VERSION = (1, 0)
 STEPS_PER_OCTAVE = 8
 ZERO_CODE = 255
+ROUNDING = 1e-3
 
 
 def quantise(values: npt.ArrayLike, peak: npt.ArrayLike) -> Code:
@@ -32,7 +33,7 @@ def quantise(values: npt.ArrayLike, peak: npt.ArrayLike) -> Code:
     below half a step under the last code becomes 0.
 
     Args:
-        values: Any shape, finite, 0 <= values <= peak.
+        values: Any shape, finite, 0 <= values <= peak; what rounding put above the peak, by up to 0.1 %, is the peak.
         peak: Broadcasts against `values`; finite, non-negative.
 
     Raises:
@@ -41,13 +42,13 @@ def quantise(values: npt.ArrayLike, peak: npt.ArrayLike) -> Code:
     value, top = np.broadcast_arrays(np.asarray(values, np.float64), np.asarray(peak, np.float64))
     if value.size and not (np.isfinite(top).all() and top.min() >= 0):
         raise UnitError(f"peak must be finite and not negative, got {top.min()} to {top.max()}")
-    wrong = ~((value >= 0) & (value <= top))
+    wrong = ~((value >= 0) & (value <= top * (1 + ROUNDING)))
     if wrong.any():
         raise UnitError(f"values must be in [0, peak], got {value[wrong][0]} under peak {top[wrong][0]}")
     code = np.full(value.shape, float(ZERO_CODE))
     some = value > 0
     code[some] = np.rint(STEPS_PER_OCTAVE * (np.log2(top[some]) - np.log2(value[some])))
-    stored: Code = np.minimum(code, ZERO_CODE).astype(np.uint8)
+    stored: Code = np.clip(code, 0, ZERO_CODE).astype(np.uint8)
     return stored
 
 

@@ -53,15 +53,20 @@ class Window:
         return min(frames, grid.frames - 1), min(rows, grid.height - 1), min(columns, grid.width - 1)
 
 
-@lru_cache(maxsize=64)
 def window_keep(window: Window, grid: TokenGrid, blocks: Blocks) -> npt.NDArray[np.bool_]:
     """The blocks that a window keeps: those in which any token pair is within the radii.
 
     A pair with a text token is always within: a query or key block that holds one is kept whole.
 
     Returns:
-        bool (Q, K), read only (it is cached).
+        bool (Q, K), the caller's own.
     """
+    keep: npt.NDArray[np.bool_] = _window_keep(window, grid, blocks).copy()
+    return keep
+
+
+@lru_cache(maxsize=64)
+def _window_keep(window: Window, grid: TokenGrid, blocks: Blocks) -> npt.NDArray[np.bool_]:
     q_blocks, k_blocks = blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens)
     frames, rows, columns = window.reach(grid)
     block, row, left, right = _row_parts(grid, blocks.block_q)
@@ -82,7 +87,6 @@ def window_keep(window: Window, grid: TokenGrid, blocks: Blocks) -> npt.NDArray[
         edges -= np.bincount(line + high + 1, minlength=edges.size)
     keep: npt.NDArray[np.bool_] = edges.reshape(q_blocks, -1).cumsum(1)[:, :-1] > 0
     keep |= _has_text(grid, blocks.block_q)[:, None] | _has_text(grid, blocks.block_k)[None, :]
-    keep.setflags(write=False)
     return keep
 
 

@@ -172,9 +172,11 @@ class SampleWriter:
         """Writes one unit and returns its bytes; nothing of it is kept in memory.
 
         Raises:
+            StoreBusy: The store's writer is closed.
             UnitError: No such time or layer, written before, or arrays that contradict the manifest.
             OSError: It cannot be written.
         """
+        self._store._check_open()
         manifest = self._store.manifest
         for what, value, count in (
             ("time_index", time_index, len(manifest.times)),
@@ -201,6 +203,7 @@ class SampleWriter:
         Raises:
             MissingUnits: Units were not written; names them.
             SampleError: `meta` is no JSON map.
+            StoreBusy: The store's writer is closed.
             OSError: It cannot be written.
         """
         self._store._check_open()

@@ -1,0 +1,269 @@
+"""`calibatt-calibrate`: measures a model's attention while it samples prompts, and probes what errors cost when."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import click
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from calibatt.compiler.stats import Manifest, Store, StoreError, StoreWriter, default_windows
+from calibatt.plans import BLOCK_SIZES, Blocks, PlanError
+from calibatt.runtime.adapters import UnknownModelError, adapter_for
+from calibatt.tools.calibrate.listen import ListenError
+from calibatt.tools.calibrate.probing import Trajectory
+from calibatt.tools.calibrate.recorder import Measure, Recorder, nearest_step, sample_name
+from calibatt.tools.calibrate.sampler import Sampler
+from calibatt.tools.calibrate.statistics import unit_statistics
+
+DEFAULT_SAMPLES = 8
+ROW_RADIUS = 3
+PROBE_PLANE = 0
+"""Probes drop what the lowest threshold's keep plane drops."""
+
+Work = list[tuple[str, int]]
+"""Prompts and their seeds."""
+
+
+def _demo(steps: int | None, device: str) -> Sampler:
+    from calibatt.tools.demo.sampler import STEPS, DemoSampler
+
+    return DemoSampler(steps=steps or STEPS, device=device)
+
+
+def _demo_prompts(count: int, seed: int) -> list[str]:
+    from calibatt.tools.demo.sampler import training_prompts
+
+    return training_prompts(count, seed)
+
+
+SAMPLERS: dict[str, Callable[[int | None, str], Sampler]] = {"demo": _demo}
+"""What ``--model`` may name."""
+PROMPTS: dict[str, Callable[[int, int], list[str]]] = {"demo": _demo_prompts}
+"""Models that have prompts of their own."""
+
+
+def make_manifest(
+    sampler: Sampler, *, block_size: int = 64, times: int | None = None, mass: bool = False, query_stride: int = 1
+) -> Manifest:
+    """What to measure of a sampler's model.
+
+    Args:
+        sampler: The sampler.
+        block_size: Tokens per query and per key block.
+        times: How many of the steps are recorded, evenly spread from the first to the last; all if absent.
+        mass: Also keep the block mass.
+        query_stride: Measure every `query_stride`-th query of a block.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        ListenError: There are not so many steps.
+        StoreError: A value breaks its rule.
+        UnknownModelError: No adapter fits the model.
+    """
+    count = len(sampler.times) if times is None else times
+    if count > len(sampler.times):
+        raise ListenError(f"the number of recorded times must be at most {len(sampler.times)} steps, got {count}")
+    transformer = sampler.transformer
+    return Manifest(
+        model=adapter_for(transformer).signature(transformer),
+        grid=sampler.grid,
+        blocks=Blocks(block_size, block_size),
+        times=tuple(sorted(sampler.times[step] for step in spread(len(sampler.times), count))),
+        windows=default_windows(sampler.grid),
+        query_stride=query_stride,
+        row_radius=min(ROW_RADIUS, sampler.grid.height - 1),
+        has_mass=mass,
+        versions={
+            "calibatt": importlib.metadata.version("calibatt"),
+            "torch": torch.__version__,
+            **sampler.versions,
+        },
+    )
+
+
+def spread(size: int, count: int) -> list[int]:
+    """At most `count` of the numbers below `size`, evenly spread, the first and last among them."""
+    return sorted({int(index) for index in np.linspace(0, size - 1, min(count, size)).round()})
+
+
+def record(writer: StoreWriter, sampler: Sampler, work: Work, measure: Measure, progress: Progress) -> int:
+    """Records what is not done yet; returns how many samples that was."""
+    done = set(writer.done())
+    todo = [(prompt, seed) for prompt, seed in work if sample_name(prompt, seed) not in done]
+    if len(todo) < len(work):
+        progress.console.print(f"{len(work) - len(todo)} of {len(work)} samples are done: skipped")
+    for name in writer.interrupted():
+        again = name in {sample_name(prompt, seed) for prompt, seed in todo}
+        fate = "discarded and recorded again" if again else "left aside: not among these prompts"
+        progress.console.print(f"sample {name} was interrupted: {fate}")
+    manifest = writer.manifest
+    task = progress.add_task("units", total=len(todo) * len(manifest.times) * manifest.model.layers)
+    recorder = Recorder(sampler, manifest, measure, on_unit=lambda: progress.advance(task))
+    for prompt, seed in todo:
+        recorder.record(writer, prompt, seed)
+    return len(todo)
+
+
+def probe(writer: StoreWriter, sampler: Sampler, work: Work, times: int, progress: Progress) -> int:
+    """Probes the time weight on these samples; returns how many probes said nothing.
+
+    Each sample is first sampled once more without recording, for the latents from which its probes start.
+    """
+    manifest = writer.manifest
+    done, wanted = writer.probed(), spread(len(manifest.times), times) if times else []
+    todo = {
+        (prompt, seed): [index for index in wanted if (sample_name(prompt, seed), index) not in done]
+        for prompt, seed in work
+    }
+    store = Store.open(writer.path)
+    task = progress.add_task("probes", total=sum(map(len, todo.values())))
+    silent = 0
+    for (prompt, seed), indices in todo.items():
+        name = sample_name(prompt, seed)
+        steps = {index: nearest_step(sampler.times, manifest.times[index]) for index in indices}
+        dense = Trajectory(sampler, prompt, seed, steps.values()) if indices else None
+        for index in indices if dense else ():
+
+            def keep(layer: int, name: str = name, index: int = index) -> torch.Tensor:
+                return torch.from_numpy(store.unit(name, index, layer).keep(PROBE_PLANE, manifest))
+
+            if found := dense.probe(name, index, steps[index], keep, manifest.blocks):
+                writer.write_probe(found)
+            else:
+                silent += 1
+            progress.advance(task)
+    return silent
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; empty lines do not count.
+
+    Raises:
+        ValueError: The file is not UTF-8 or has no prompt.
+        OSError: It cannot be read.
+    """
+    try:
+        prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8, got {error}") from None
+    if not prompts:
+        raise ValueError(f"{path} must have at least one prompt, one a line, got none")
+    return prompts
+
+
+def plan_work(model: str, path: Path | None, samples: int | None, seed: int) -> Work:
+    """The prompts and their seeds: `seed` for the first, one more for each.
+
+    Raises:
+        ValueError: More samples than prompts, or a model that has no prompts of its own and no file.
+        OSError: The file cannot be read.
+    """
+    if path is not None:
+        prompts = read_prompts(path)
+        if samples is not None and samples > len(prompts):
+            raise ValueError(f"--samples must be at most the {len(prompts)} prompts of {path}, got {samples}")
+        prompts = prompts[:samples]
+    elif model in PROMPTS:
+        prompts = PROMPTS[model](samples or DEFAULT_SAMPLES, seed)
+    else:
+        raise ValueError(f"--prompts must be given for --model {model}, got none")
+    return [(prompt, seed + index) for index, prompt in enumerate(prompts)]
+
+
+def _pick_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu or cuda, got {device!r}") from None
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device must be a device of this machine, got {device!r}")
+    return device
+
+
+def _summary(writer: StoreWriter, recorded: int, seconds: float) -> str:
+    store = Store.open(writer.path)
+    size = store.size_bytes / 2**20
+    weight, info = store.time_weight()
+    lines = [f"{writer.path}: {len(store.samples)} samples, {size:.1f} MiB; {recorded} recorded now, {seconds:.1f} s"]
+    lines.append(str(info))
+    if info.probes:
+        lines.append("weight from clean to noise: " + " ".join(f"{value:.2g}" for value in weight))
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--model", type=click.Choice(sorted(SAMPLERS)), default="demo", show_default=True)
+@click.option("--prompts", type=click.Path(path_type=Path), help="One prompt a line; the demo model has its own.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Store to create or continue.")
+@click.option("--samples", type=click.IntRange(1), help=f"Prompts to record [all of the file, or {DEFAULT_SAMPLES}].")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first prompt; +1 for each.")
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps [the model's own].")
+@click.option("--times", type=click.IntRange(1), help="Steps to record, evenly spread [all].")
+@click.option("--probes", type=click.IntRange(0), default=6, show_default=True, help="Times to probe; 0: none.")
+@click.option("--probe-samples", type=click.IntRange(0), default=2, show_default=True, help="Samples to probe them on.")
+@click.option("--mass/--no-mass", default=False, show_default=True, help="Keep the block mass: about twice the bytes.")
+@click.option("--block-size", type=click.Choice([str(size) for size in BLOCK_SIZES]), default="64", show_default=True)
+@click.option("--query-stride", type=click.IntRange(1), default=1, show_default=True, help="Measure every n-th query.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one.")
+def main(
+    model: str,
+    prompts: Path | None,
+    output: Path,
+    samples: int | None,
+    seed: int,
+    steps: int | None,
+    times: int | None,
+    probes: int,
+    probe_samples: int,
+    mass: bool,
+    block_size: str,
+    query_stride: int,
+    device: str,
+) -> None:
+    """Measures attention while prompts are sampled; the result is what calibatt-compile reads.
+
+    Run it again to continue where it stopped: finished samples are skipped, and at most the sample in progress is
+    lost. Stores made on several machines with one set of options are given to calibatt-compile together.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        work = plan_work(model, prompts, samples, seed)
+        sampler = SAMPLERS[model](steps, _pick_device(device))
+        sampler.check([prompt for prompt, _ in work])
+        manifest = make_manifest(sampler, block_size=int(block_size), times=times, mass=mass, query_stride=query_stride)
+        begun = time.perf_counter()
+        with (
+            StoreWriter.open(output, manifest) as writer,
+            Progress(*columns, TimeRemainingColumn(), console=console) as progress,
+        ):
+            recorded = record(writer, sampler, work, unit_statistics, progress)
+            silent = probe(writer, sampler, work[:probe_samples], probes, progress)
+            seconds = time.perf_counter() - begun
+        if silent:
+            console.print(f"{silent} probes dropped nothing and say nothing of their time")
+        click.echo(_summary(writer, recorded, seconds))
+    except (StoreError, PlanError, UnknownModelError, ListenError, OSError, ValueError) as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """One line for the user, exit code 2."""
+    click.echo(f"error: {' '.join(str(error).split())}", err=True)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Every self-attention call of a model as plain arrays of one sample, with what prices its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibatt.plans import TokenGrid
+from calibatt.runtime.adapters import Adapter, Arguments, adapter_for
+from calibatt.runtime.intercept import InterceptedSite, Interception
+
+
+class ListenError(ValueError):
+    """A forward is not of the kind that was to be measured."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One self-attention call of one sample.
+
+    Args:
+        layer: Its number, 0 first.
+        q: ``(H, N, D)`` as attention receives it.
+        k: ``(H, N, D)``.
+        v: ``(H, N, D)``.
+        out: ``(H, N, D)``, what the model's own attention returns for them.
+        projection: float32 ``(dim, H * D)``, the output projection with the gate folded into its rows.
+        residual_square: Mean over tokens of the squared norm of the residual stream that enters the block.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    projection: Tensor
+    residual_square: float
+
+
+OnForward = Callable[[float], bool]
+OnCall = Callable[[Call], Tensor | None]
+
+
+@contextmanager
+def listening(
+    model: nn.Module, grid: TokenGrid, on_forward: OnForward, on_call: OnCall, adapter: Adapter | None = None
+) -> Iterator[None]:
+    """Sends self-attention calls to `on_call` while the context lasts.
+
+    Args:
+        model: The transformer, not compiled.
+        grid: The token sequence that every forward listened to must have.
+        on_forward: Called with the denoising time of every forward; true to listen to its calls.
+        on_call: Called with every call of such a forward. Returns None to leave it as it is, so that the model
+            computes what it always does, bit for bit, or ``(H, N, D)`` to stand in for its output.
+        adapter: The model's row; found by its class if absent.
+
+    Raises:
+        ListenError: A forward that is listened to has several samples, another grid, or a residual stream of zeros.
+        UnknownModelError: No row fits the model.
+    """
+    adapter = adapter or adapter_for(model)
+    prices: dict[int, tuple[Tensor, float]] = {}
+    listen = False
+
+    def begin(arguments: Arguments) -> None:
+        nonlocal listen
+        prices.clear()
+        listen = on_forward(float(adapter.time(arguments)))
+        if listen and (found := adapter.token_grid(model, arguments)) != grid:
+            raise ListenError(f"a forward must have {grid}, got {found}")
+
+    def enter_block(site: InterceptedSite, arguments: Arguments) -> None:
+        if not listen:
+            return
+        residual, gate = adapter.residual(arguments), adapter.gate(site.block, arguments)
+        if len(residual) != 1:
+            raise ListenError(f"a forward must have one sample, got a batch of {len(residual)}")
+        # With a gate for each token, its mean square over tokens is what the mean squared error sees.
+        gate = gate[0].float() if gate.ndim == 2 else gate[0].float().square().mean(0).sqrt()
+        square = float(residual[0].float().square().sum(-1).mean())
+        if not 0 < square < float("inf"):
+            raise ListenError(f"the residual stream of {site.name} must be finite and not zero, got {square}")
+        prices[site.layer] = (gate[:, None] * adapter.output_weight(site.attention).float(), square)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, context: Any) -> Tensor:
+        out = site.stock(q, k, v)
+        if not listen:
+            return out
+        projection, square = prices.pop(site.layer)
+        q, k, v, plain = (x[0].transpose(0, 1).contiguous() for x in (q, k, v, out))
+        other = on_call(Call(site.layer, q, k, v, plain, projection, square))
+        return out if other is None else other.transpose(0, 1)[None].to(out.dtype)
+
+    with torch.no_grad():
+        interception = Interception(model, adapter, attend, begin=begin, enter_block=enter_block)
+        try:
+            yield
+        finally:
+            interception.detach()

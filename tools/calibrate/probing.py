@@ -1,0 +1,121 @@
+"""The time weight, probed: errors are made at one time alone, and the final latent says what they cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from calibatt.compiler.stats import Probe
+from calibatt.plans import Blocks
+from calibatt.runtime.adapters import Adapter
+from calibatt.tools.calibrate.listen import Call, listening
+from calibatt.tools.calibrate.recorder import StepCounter
+from calibatt.tools.calibrate.sampler import Sampler
+
+Keep = Callable[[int], Tensor]
+"""A layer's mask, bool ``(H, Q, K)``."""
+
+
+def masked_output(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, blocks: Blocks) -> Tensor:
+    """Attention over the kept blocks alone, by PyTorch, one query block at a time.
+
+    Args:
+        q: ``(H, N, D)``.
+        k: ``(H, N, D)``.
+        v: ``(H, N, D)``.
+        keep: bool ``(H, Q, K)``; every query block keeps a key block.
+        blocks: Block sizes.
+
+    Returns:
+        ``(H, N, D)`` of q's dtype.
+    """
+    tokens, keep = q.shape[1], keep.to(q.device)
+    parts = []
+    for block, start in enumerate(range(0, tokens, blocks.block_q)):
+        mask = keep[:, block].repeat_interleave(blocks.block_k, 1)[:, None, :tokens]
+        part = torch.nn.functional.scaled_dot_product_attention(
+            q[None, :, start : start + blocks.block_q], k[None], v[None], attn_mask=mask[None]
+        )
+        parts.append(part[0])
+    return torch.cat(parts, 1)
+
+
+def residual_error(call: Call, other: Tensor) -> float:
+    """What another output changes in the residual stream, summed over heads: mean ||dO_h W_h||^2 / mean ||x||^2."""
+    heads, _, head_dim = call.out.shape
+    slices = call.projection.view(-1, heads, head_dim).permute(1, 2, 0)
+    change = other.float() - call.out.float()
+    square = sum(float((part @ piece).square().sum(-1).mean()) for part, piece in zip(change, slices, strict=True))
+    return square / call.residual_square
+
+
+class Trajectory:
+    """One dense run of a sample: its final latent, and the latents from which probes start.
+
+    Args:
+        sampler: What to run.
+        prompt: Of the sample.
+        seed: Of the sample.
+        steps: Steps whose entering latent is kept, on the CPU.
+    """
+
+    def __init__(self, sampler: Sampler, prompt: str, seed: int, steps: Iterable[int]) -> None:
+        wanted = set(steps)
+        self.sampler = sampler
+        self.prompt = prompt
+        self.seed = seed
+        self.latents: dict[int, Tensor] = {}
+
+        def on_step(step: int, latent: Tensor) -> None:
+            if step in wanted:
+                self.latents[step] = latent.detach().to("cpu", copy=True)
+
+        begun = time.perf_counter()
+        self.final = sampler.run(prompt, seed, on_step=on_step)
+        self._unbilled_seconds = time.perf_counter() - begun
+
+    def probe(
+        self, name: str, time_index: int, step: int, keep: Keep, blocks: Blocks, adapter: Adapter | None = None
+    ) -> Probe | None:
+        """Replaces every layer's attention at one step by masked attention; all later steps are dense.
+
+        Args:
+            name: Of the sample.
+            time_index: Of the probe.
+            step: The sampler's step of that time; one of those given to the trajectory.
+            keep: The masks.
+            blocks: Their block sizes.
+            adapter: The model's row; found by its class if absent.
+
+        Returns:
+            The probe (the first also bears the seconds of the dense run), or None where the masks changed nothing, so
+            that nothing can be said of the time.
+        """
+        begun = time.perf_counter()
+        count = StepCounter(self.sampler.times)
+        injected, forwards = 0.0, 0
+
+        def on_forward(now: float) -> bool:
+            nonlocal forwards
+            here = count(now)[0] == step
+            forwards += here
+            return here
+
+        def on_call(call: Call) -> Tensor:
+            nonlocal injected
+            other = masked_output(call.q, call.k, call.v, keep(call.layer), blocks)
+            injected += residual_error(call, other)
+            return other
+
+        with listening(self.sampler.transformer, self.sampler.grid, on_forward, on_call, adapter):
+            final = self.sampler.run(self.prompt, self.seed, step, self.latents[step])
+        # Several forwards a step are branches of guidance, each with errors of its own.
+        injected /= max(forwards, 1)
+        change = float((final.double() - self.final.double()).square().mean() / self.final.double().square().mean())
+        if not injected or not change:
+            return None
+        seconds, self._unbilled_seconds = time.perf_counter() - begun + self._unbilled_seconds, 0.0
+        return Probe(name, time_index, change / injected, injected, change, seconds)
