@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calibatt.compiler.errors import CompileError
-from calibatt.plans import Blocks, LayerSchedule
+from calibatt.plans import Blocks
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,6 @@ class Device:
         return computed_blocks * self.block_ms(blocks, dim) + 1e-3 * (
             tiles * self.tile_us + stored_tokens * self.store_us
         )
-
-    def schedule_ms(self, schedule: LayerSchedule, head_dim: int) -> float:
-        """Predicted milliseconds of one layer's attention for one video."""
-        heads = range(schedule.heads)
-        computed = sum(schedule.computed_blocks(head) for head in heads)
-        stored = schedule.heads * schedule.grid.tokens
-        return self.predict_ms(len(schedule.tile_order), computed, stored, schedule.blocks, head_dim)
 
 
 DEVICES = {

@@ -20,9 +20,11 @@ class Anchors(Pass):
     milliseconds); every frame has the same groups. The head adopts it only if that is still cheaper when lowered:
     a packed tile keeps what any of its queries' blocks keeps, so packing rows apart can cost more than it saves.
 
-    Requires: `select`, whose multiplier prices a millisecond. Another `select` after it spends what it saved, or, where
-    the error was bounded, brings the job back within the bound.
-    Ensures: no head computes more blocks than before; heads with anchors alone stay within an error budget.
+    Another `select` after it spends what was saved: milliseconds are then worth less, and heads whose anchors are no
+    longer worth their error lose them again; where the error is bounded, it brings the job back within the bound.
+
+    Requires: `select`, whose multiplier prices a millisecond.
+    Ensures: no head computes more blocks than before.
 
     Args:
         safety: Factor on the copy error: copies hurt more than their error says.
@@ -46,7 +48,7 @@ class Anchors(Pass):
         assert multiplier is not None
         grid, radius = job.manifest.grid, job.manifest.row_radius
         share = self.safety * grid.frames * grid.width / grid.tokens
-        offers: list[_Offer] = []
+        adopted, refused, rows = 0, 0, 0
         for unit in job.units:
             self.require(not unit.anchors, "anchors", "come once", unit.name)
             unit.anchors = [None] * unit.heads
@@ -55,35 +57,20 @@ class Anchors(Pass):
             errors = copy_errors(unit.means.row_residual_error, self.max_group_rows) * (share * unit.weight)
             price = multiplier * _head_ms(job, unit) / grid.height
             for head, (groups, error) in enumerate(best_groups(errors, price)):
-                if len(groups[0]) < grid.height:
-                    offers.append(_Offer(unit, head, groups, error, multiplier * _saved_ms(job, unit, head, groups)))
-        rows, error = 0, 0.0
-        worth = [offer for offer in offers if offer.gain > offer.error]
-        for offer in sorted(worth, key=lambda offer: offer.error / offer.gain):
-            unit, head = offer.unit, offer.head
-            mine = float(unit.error[head]) * unit.weight + offer.error
-            if job.error_budget is None or error + mine <= job.error_budget * (1 - 1e-9):
-                unit.anchors[head] = offer.groups
-                unit.error[head] += offer.error / unit.weight
-                rows, error = rows + len(offer.groups[0]), error + mine
-        adopted = sum(groups is not None for unit in job.units for groups in unit.anchors)
+                if len(groups[0]) == grid.height:
+                    continue
+                if multiplier * _saved_ms(job, unit, head, groups) <= error:
+                    refused += 1
+                    continue
+                unit.anchors[head] = groups
+                unit.error[head] += error / unit.weight
+                adopted, rows = adopted + 1, rows + len(groups[0])
         job.findings[self.name] = {
             "heads_with_anchors": adopted,
             "heads": len(job.units) * job.manifest.model.heads,
-            "cheaper_before_lowering": len(offers),
+            "dearer_when_lowered": refused,
             "rows_computed_in_them": rows / (adopted * grid.height) if adopted else 1.0,
         }
-
-
-@dataclass(frozen=True, eq=False)
-class _Offer:
-    """Anchors that a head may take: `gain` is the price of the milliseconds they save, `error` what they cost."""
-
-    unit: UnitIR
-    head: int
-    groups: Groups
-    error: float
-    gain: float
 
 
 def copy_errors(row_error: Float64, most_rows: int) -> Float64:

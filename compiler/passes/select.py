@@ -31,8 +31,8 @@ class Select(Pass):
     weight is above a level. All heads and times share one ladder of levels, so that one multiplier cuts the whole job.
     A mask costs its predicted milliseconds and loses its output error, relative to the residual stream, times w(t).
 
-    A second `select` after `anchors` spends what those saved: heads with anchors stay as they are, all others choose
-    anew.
+    A second `select` after `anchors` spends what those saved: all heads choose anew, those with anchors also among
+    staying as they are.
 
     Requires: `vote` for planes; block error in the store for cuts.
     Ensures: every mask keeps the required blocks; the budget holds.
@@ -75,7 +75,8 @@ class Select(Pass):
             voted = unit.voted is not None or "planes" not in parts
             self.require(voted, "planes", "have been voted (vote comes before select)", unit.name)
         has_error = job.manifest.has_block_error
-        self.require(has_error or "cuts" not in parts, "cuts", "have block error in the store", "none")
+        rule = "have block error in the store (menu=planes+windows does without)"
+        self.require(has_error or "cuts" not in parts, "cuts", rule, "none")
         levels = self._ladder(job) if "cuts" in parts else np.zeros(0)
         tables = [_Menu(job, unit, parts, levels) for unit in job.units]
         blocks = np.concatenate([table.blocks for table in tables]).astype(np.float64)
@@ -93,6 +94,7 @@ class Select(Pass):
             "duality_gap_of": "blocks" if self.target_density is None else "error",
             "candidates": int(np.isfinite(loss).sum()),
             "heads_by_kind": dict(sorted(kinds.items())),
+            "heads_with_anchors": sum(groups is not None for unit in job.units for groups in unit.anchors),
             "weights": "probed" if job.weights_probed else "never probed: 1 at every time",
             "error_estimate": "block error, corrected" if has_error else "measured errors of planes and windows",
         }
@@ -112,11 +114,9 @@ class Select(Pass):
             return choice
         assert self.max_error is not None
         usable = np.isfinite(loss)
-        choice = choose(np.where(usable, blocks, np.inf), np.where(usable, loss, 0.0), self.max_error)
-        least = float(loss.min(1).sum())
-        rule = f"leave room for the error of heads with anchors, {least:.4g}"
-        self.require(choice is not None, "max-error", rule, self.max_error)
-        assert choice is not None
+        limit = self.max_error * (1 - 1e-12)  # sums in another order differ
+        choice = choose(np.where(usable, blocks, np.inf), np.where(usable, loss, 0.0), limit)
+        assert choice is not None, "dense heads lose nothing"
         saved = choice.multiplier * block_ms
         job.multiplier = 1 / saved if saved > 0 else NO_BUDGET_BINDS
         job.error_budget = self.max_error
@@ -139,7 +139,8 @@ def _dense_blocks(job: Job) -> float:
 class _Menu:
     """Blocks and errors of all candidates of all heads of one unit, and how to make the masks of those picked.
 
-    Candidates: dense, then planes, then windows, then cuts. `blocks` int64 and `error` float64 are ``(H, candidates)``.
+    Candidates: dense, planes, windows, cuts, and, for a head with anchors, what it is. `blocks` int64 and `error`
+    float64 are ``(H, candidates)``; the error of what there is not is infinite.
     """
 
     def __init__(self, job: Job, unit: UnitIR, parts: list[str], levels: Float64) -> None:
@@ -151,7 +152,6 @@ class _Menu:
             (str(window), index, pack(window_keep(window, unit.grid, unit.blocks)))
             for index, window in enumerate(windows, len(manifest.thresholds))
         ]
-        self.levels = levels
         errors = [np.zeros((unit.heads, 1))]
         models = [head_errors(means, head, query_weights(unit.grid, unit.blocks)) for head in range(unit.heads)]
         blocks = [np.full((unit.heads, 1), unit.dense_blocks, dtype=np.int64)]
@@ -167,15 +167,13 @@ class _Menu:
             pairs = [_cuts(unit, head, models[head], self.codes[head]) for head in range(unit.heads)]
             blocks.append(np.stack([kept for kept, _ in pairs]))
             errors.append(np.stack([error for _, error in pairs]))
+        anchored = np.array([groups is not None for groups in unit.anchors] or [False] * unit.heads)
+        errors.append(np.where(anchored, unit.error if unit.anchors else 0.0, np.inf)[:, None])
+        blocks.append(unit.computed()[1][:, None])
         self.blocks: Int64 = np.concatenate(blocks, 1)
         self.error: Float64 = np.concatenate(errors, 1)
         if unit.force_dense:
             self.error[:, 1:] = np.inf
-        self.fixed = [head for head, groups in enumerate(unit.anchors) if groups is not None]
-        """Heads with anchors: their only candidate, the first, is what they are."""
-        self.error[self.fixed, 1:] = np.inf
-        self.error[self.fixed, 0] = unit.error[self.fixed]
-        self.blocks[self.fixed, 0] = unit.computed()[1][self.fixed]
 
     def plane(self, unit: UnitIR, index: int) -> Bits:
         assert unit.voted is not None
@@ -189,10 +187,14 @@ class _Menu:
         choice = []
         for head, candidate in enumerate(pick.tolist()):
             at = candidate - 1
-            if head in self.fixed:
+            if candidate == self.blocks.shape[1] - 1:
                 assert unit.keep is not None
-                name, mask = unit.choice[head], unit.keep[head]
-            elif candidate == 0:
+                choice.append(unit.choice[head])
+                keep[head] = unit.keep[head]
+                continue
+            if unit.anchors:
+                unit.anchors[head] = None
+            if candidate == 0:
                 name, mask = "dense", full
             elif at < len(self.planes):
                 name, index = self.planes[at]

@@ -137,14 +137,21 @@ def test_a_second_select_spends_what_anchors_saved() -> None:
         assert len(unit.anchors) == unit.heads
 
 
-def test_heads_with_anchors_stay_as_they_are() -> None:
+def test_heads_keep_their_anchors_as_they_are_or_not_at_all() -> None:
     text = "vote,select{target-density=0.7},anchors{safety=0.03}"
     before, after = compiled(text)[0], compiled(f"{text},select{{target-density=0.7}}")[0]
+    kept = []
     for old, new in zip(before.units, after.units, strict=True):
-        assert old.anchors == new.anchors
-        for head in (head for head, groups in enumerate(old.anchors) if groups is not None):
-            assert old.error[head] == new.error[head]
-            np.testing.assert_array_equal(old.keep[head], new.keep[head])
+        for head, groups in enumerate(new.anchors):
+            kept.append(groups is not None)
+            if groups is not None:
+                assert groups == old.anchors[head]
+                assert new.error[head] == old.error[head]
+                assert new.choice[head] == old.choice[head]
+                np.testing.assert_array_equal(new.keep[head], old.keep[head])
+    assert 0 < sum(kept) <= before.findings["anchors"]["heads_with_anchors"]
+    free = compiled(f"{text},select{{target-density=1}}")[0]
+    assert {groups for unit in free.units for groups in unit.anchors} == {None}
 
 
 def test_no_anchors_where_they_cost_too_much_or_may_not_be() -> None:

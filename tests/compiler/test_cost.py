@@ -1,0 +1,42 @@
+"""Predicted milliseconds."""
+
+from __future__ import annotations
+
+import pytest
+from support.jobs import compiled
+
+from calibatt.compiler.cost import DEVICES, Device, device_named
+from calibatt.compiler.errors import CompileError
+from calibatt.plans import Blocks
+
+
+def test_milliseconds_are_the_sum_of_blocks_tiles_and_stores() -> None:
+    device = Device("toy", "made up", tflops=2.0, tile_us=3.0, store_us=0.5)
+    blocks = Blocks(64, 32)
+    block_ms = 4 * 64 * 32 * 16 / 2e12 * 1e3
+    assert device.block_ms(blocks, 16) == pytest.approx(block_ms)
+    assert device.predict_ms(10, 7, 100, blocks, 16) == pytest.approx(7 * block_ms + 10 * 3e-3 + 100 * 0.5e-3)
+
+
+def test_one_layer_of_wan_at_720p_takes_what_was_measured() -> None:
+    """40 heads, 75,600 tokens, dense, at 400 TFLOP/s: 591 x 591 blocks of 128."""
+    found = DEVICES["h200-triton"].predict_ms(40 * 591, 40 * 591**2, 40 * 75600, Blocks(), 128)
+    assert found == pytest.approx(4 * 40 * (591 * 128) ** 2 * 128 / 400e12 * 1e3)
+    assert 290 < found < 300
+
+
+def test_tiles_and_stores_of_a_job_are_paid() -> None:
+    job, accounts = compiled("vote,select{target-density=0.7},anchors{safety=1e-3},schedule,lower")
+    tiles = sum(len(unit.lowered.tile_order) for unit in job.units)
+    job.device = Device("toy", "made up", tflops=1e9, tile_us=1000.0, store_us=0.0)
+    assert sum(job.unit_ms(unit) for unit in job.units) == pytest.approx(tiles)
+    job.device = Device("toy", "made up", tflops=1e9, tile_us=0.0, store_us=1000.0)
+    assert sum(job.unit_ms(unit) for unit in job.units) == pytest.approx(2 * 2 * 3 * job.manifest.grid.tokens)
+    assert sum(job.dense_ms(unit) for unit in job.units) == pytest.approx(2 * 2 * 3 * job.manifest.grid.tokens)
+    assert accounts[-1].predicted_ms < accounts[0].predicted_ms
+
+
+def test_devices_say_where_they_come_from() -> None:
+    assert all(device.name == name and device.source for name, device in DEVICES.items())
+    with pytest.raises(CompileError, match="device must be one of h200-triton, cpu-2core, got 'abacus'"):
+        device_named("abacus")
