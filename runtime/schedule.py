@@ -88,7 +88,8 @@ class DeviceSchedule:
         device: Where the arrays are.
         tiles: int32 ``(tiles, 4)``, in execution order: head, tile within the head's packed queries, start and stop of
             its key blocks in `columns`. `stop` exceeds `start`.
-        columns: uint16 ``(kept + k_blocks,)``: `col_idx`, then 0, 1, ... ``k_blocks - 1``, the list of dense heads.
+        columns: uint16 ``(kept + k_blocks + 1,)``: `col_idx`, then 0, 1, ... ``k_blocks - 1``, the list of dense heads,
+            then a 0, so that a kernel may read one column ahead.
         heads: int32 ``(heads, 2)``: packed queries of the head, and where they start in the three arrays below.
         query_token: int32 ``(packed,)``; the token of each packed query: the queries of the anchor patterns one after
             the other, then all N. Empty, like the two below, if every head computes every query: packed query p is
@@ -125,7 +126,7 @@ def _bind(core: CoreSchedule, device: torch.device) -> DeviceSchedule:
         [(core.packed_tokens(head), pattern_start[core.head_anchor[head]]) for head in range(core.heads)],
         dtype=np.int32,
     )  # head_anchor is -1 where every query is computed: the last start
-    columns = np.concatenate([core.col_idx, np.arange(core.k_blocks, dtype=np.uint16)])
+    columns = np.concatenate([core.col_idx, np.arange(core.k_blocks, dtype=np.uint16), np.zeros(1, dtype=np.uint16)])
 
     def move(array: np.ndarray[Any, Any]) -> torch.Tensor:
         host = torch.from_numpy(array)

@@ -94,12 +94,14 @@ def block_sparse_forward(
         ends_partial = tl.load(columns_ptr + stop - 1).to(tl.int32) == last_column
         last_steps = tl.where(ends_partial, tl.cdiv(tokens - last_column * BLOCK_K, BLOCK_N), 0)
         stop -= ends_partial.to(tl.int32)
+    column = tl.load(columns_ptr + start)
     for step in range(start * steps, stop * steps):
-        column = tl.load(columns_ptr + step // steps).to(tl.int32)
+        following = tl.load(columns_ptr + (step + 1) // steps)  # ahead of its use: addresses wait for it
         acc, row_sum, row_max = _accumulate(
-            acc, row_sum, row_max, q, k_base, v_base, column * BLOCK_K + step % steps * BLOCK_N,
+            acc, row_sum, row_max, q, k_base, v_base, column.to(tl.int32) * BLOCK_K + step % steps * BLOCK_N,
             k_stride_n, v_stride_n, tokens, scale_log2, BLOCK_N, HEAD_DIM, False,
         )  # fmt: skip
+        column = following
     if PARTIAL:
         for step in range(last_steps):
             acc, row_sum, row_max = _accumulate(
