@@ -27,6 +27,7 @@ def collect(store: Store, device: Device, progress: Callable[[], None] = lambda:
     """
     manifest = store.manifest
     weights, info = store.time_weight()
+    factors = store.layer_factor()
     job = Job(manifest, store.samples, weights, info.probes > 0, str(info), device, [])
     for time_index in range(len(manifest.times)):
         for layer in range(manifest.model.layers):
@@ -35,7 +36,7 @@ def collect(store: Store, device: Device, progress: Callable[[], None] = lambda:
                 means.add(store.unit(sample, time_index, layer))
             unit_means = means.finish()
             required = row_required(unit_means.error_code, manifest.model.heads, manifest.q_blocks, manifest.k_blocks)
-            weight = float(weights[time_index])
+            weight = float(weights[time_index] * factors[time_index, layer])
             job.units.append(UnitIR(time_index, layer, manifest.grid, manifest.blocks, weight, unit_means, required))
             progress()
     return job

@@ -62,7 +62,7 @@ class UnitIR:
         layer: Of the model.
         grid: The token sequence.
         blocks: Block sizes.
-        weight: The time weight w(t).
+        weight: The time weight w(t), times the layer's factor where layers were probed.
         means: The statistics.
         required: Packed ``(H, Q, ceil(K / 8))``, blocks that every mask of the head keeps; at least one a row.
         force_dense: Every head stays dense.

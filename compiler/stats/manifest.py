@@ -45,7 +45,6 @@ class Manifest:
         windows: The parametric masks of the menu, after the planes.
         query_stride: Every `query_stride`-th query of a block was measured; 1 for all.
         row_radius: Row offsets -radius..-1, 1..radius are measured; 0 for none.
-        query_stride: Block mass and block error are means over every `query_stride`-th query of a block; planes too.
         has_mass: Units hold the block mass.
         has_block_error: Units hold the block error.
         versions: What wrote it: tool or library name to version.
@@ -63,7 +62,6 @@ class Manifest:
     windows: tuple[Window, ...] = ()
     query_stride: int = 1
     row_radius: int = 0
-    query_stride: int = 1
     has_mass: bool = False
     has_block_error: bool = True
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -79,8 +77,6 @@ class Manifest:
         _require(levels, "thresholds", "ascending floats in (0, 1]", self.thresholds)
         windows = isinstance(self.windows, tuple) and all(isinstance(window, Window) for window in self.windows)
         _require(windows and len(set(self.windows)) == len(self.windows), "windows", "distinct Windows", self.windows)
-        stride = type(self.query_stride) is int and 1 <= self.query_stride <= self.blocks.block_q
-        _require(stride, "query_stride", f"an integer from 1 to {self.blocks.block_q}", self.query_stride)
         radius = type(self.row_radius) is int and 0 <= self.row_radius < self.grid.height
         _require(radius, "row_radius", f"an integer from 0 to {self.grid.height - 1}", self.row_radius)
         stride = type(self.query_stride) is int and 1 <= self.query_stride <= self.blocks.block_q

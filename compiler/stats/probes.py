@@ -1,4 +1,4 @@
-"""Probes of the time weight: how much the final latent changes for attention errors made at one time."""
+"""Probes of the time weight: how much the final latent changes for attention errors made at one time, and where."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class Probe:
         injected_error: Errors made, relative to the residual stream, summed over layers and heads; positive.
         final_error: mean ||final - dense final||^2 / mean ||dense final||^2; positive.
         seconds: What it cost.
+        layer_factors: For each layer, how much more an error made there changes the next latent than one of the same
+            size spread as this probe's errors were: positive, 1 on average over those errors. Empty if not measured.
 
     Raises:
         ProbeError: A value breaks its rule.
@@ -38,6 +40,7 @@ class Probe:
     injected_error: float
     final_error: float
     seconds: float
+    layer_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if type(self.time_index) is not int or self.time_index < 0:
@@ -50,6 +53,9 @@ class Probe:
         if not math.isclose(self.weight, self.final_error / self.injected_error, rel_tol=1e-6):
             rule = f"final_error / injected_error = {self.final_error / self.injected_error}"
             raise ProbeError(f"probe.weight of {self.sample!r} must be {rule}, got {self.weight}")
+        factors = self.layer_factors
+        if not isinstance(factors, tuple) or not all(type(f) is float and 0 < f < math.inf for f in factors):
+            raise ProbeError(f"probe.layer_factors of {self.sample!r} must be positive numbers, got {factors!r}")
 
     @property
     def file_name(self) -> str:
@@ -73,7 +79,9 @@ class Probe:
         if not isinstance(value, dict) or set(value) != names:
             raise ProbeError(f"{what}: a probe must have the fields {sorted(names)}, got {value!r}")
         try:
-            return cls(**value)
+            if not isinstance(value["layer_factors"], list):
+                raise ProbeError(f"probe.layer_factors must be a list, got {value['layer_factors']!r}")
+            return cls(**{**value, "layer_factors": tuple(value["layer_factors"])})
         except ProbeError as error:
             raise ProbeError(f"{what}: {error}") from None
 
@@ -123,3 +131,29 @@ def time_weight(times: Sequence[float], probes: Sequence[Probe]) -> tuple[npt.ND
         return np.ones(len(times)), info
     logs = [math.log(math.fsum(found[index]) / len(found[index])) for index in indices]
     return np.exp(np.interp(times, [times[index] for index in indices], logs)), info
+
+
+def layer_factor(times: Sequence[float], layers: int, probes: Sequence[Probe]) -> npt.NDArray[np.float64]:
+    """How the time weight spreads over the layers: the geometric mean of the probes, log-linear between probed times.
+
+    Args:
+        times: Recorded times, ascending.
+        layers: Layers of the model; every probe with `layer_factors` has that many.
+        probes: In any order.
+
+    Returns:
+        float64 (times, layers), all positive; 1 everywhere if no probe measured layers.
+    """
+    found: dict[int, list[tuple[float, ...]]] = {}
+    for probe in sorted(probes, key=lambda probe: probe.file_name):
+        if probe.layer_factors:
+            found.setdefault(probe.time_index, []).append(probe.layer_factors)
+    if not found:
+        return np.ones((len(times), layers))
+    indices = sorted(found)
+    logs = np.array([np.log(found[index]).mean(0) for index in indices])
+    at = [times[index] for index in indices]
+    factors: npt.NDArray[np.float64] = np.exp(
+        np.stack([np.interp(times, at, logs[:, layer]) for layer in range(layers)], axis=1)
+    )
+    return factors

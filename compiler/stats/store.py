@@ -34,7 +34,7 @@ from calibatt.compiler.stats.files import (
     unit_names,
 )
 from calibatt.compiler.stats.manifest import Manifest
-from calibatt.compiler.stats.probes import Probe, TimeWeightInfo, time_weight
+from calibatt.compiler.stats.probes import Probe, TimeWeightInfo, layer_factor, time_weight
 from calibatt.compiler.stats.unit import UnitStatistics, read_unit
 
 
@@ -147,6 +147,10 @@ class Store:
         """
         return time_weight(self.manifest.times, self.probes)
 
+    def layer_factor(self) -> npt.NDArray[np.float64]:
+        """How the time weight spreads over the layers, float64 (times, layers); 1 everywhere if never probed."""
+        return layer_factor(self.manifest.times, self.manifest.model.layers, self.probes)
+
     @property
     def size_bytes(self) -> int:
         """Bytes of all complete samples."""
@@ -197,4 +201,6 @@ def _read_probe(path: Path, manifest: Manifest) -> Probe:
         raise ProbeError(f"{path}: the file must be named {probe.file_name!r}, got {path.name!r}")
     if probe.time_index >= len(manifest.times):
         raise ProbeError(f"{path}: time_index must be below {len(manifest.times)}, got {probe.time_index}")
+    if (count := len(probe.layer_factors)) not in (0, manifest.model.layers):
+        raise ProbeError(f"{path}: layer_factors must be none or {manifest.model.layers}, got {count}")
     return probe

@@ -137,6 +137,11 @@ class StoreWriter:
             raise ProbeError(f"a probe must be of a complete sample, got {probe.sample!r}")
         if probe.time_index >= len(self.manifest.times):
             raise ProbeError(f"probe.time_index must be below {len(self.manifest.times)}, got {probe.time_index}")
+        layers = self.manifest.model.layers
+        if len(probe.layer_factors) not in (0, layers):
+            raise ProbeError(
+                f"probe.layer_factors must be none or {layers}, one a layer, got {len(probe.layer_factors)}"
+            )
         path = self.path / PROBES / probe.file_name
         try:
             write_whole(path, probe.to_json())

@@ -31,6 +31,9 @@ class MemoryStore:
     def unit(self, sample: str, time_index: int, layer: int) -> UnitStatistics:
         return self.units[sample, time_index, layer]
 
+    def layer_factor(self) -> np.ndarray:
+        return np.ones((len(self.manifest.times), self.manifest.model.layers))
+
     def time_weight(self) -> tuple[np.ndarray, TimeWeightInfo]:
         probes = 0 if self.weights is None else len(self.manifest.times)
         weights = np.ones(len(self.manifest.times)) if self.weights is None else np.asarray(self.weights, float)

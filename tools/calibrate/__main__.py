@@ -114,13 +114,14 @@ def record(writer: StoreWriter, sampler: Sampler, work: Work, measure: Measure, 
     return len(todo)
 
 
-def probe(writer: StoreWriter, sampler: Sampler, work: Work, times: int, progress: Progress) -> int:
-    """Probes the time weight on these samples; returns how many probes said nothing.
+def probe(writer: StoreWriter, sampler: Sampler, work: Work, times: int, layer_times: int, progress: Progress) -> int:
+    """Probes the time weight on these samples, at some times layer by layer; returns how many probes said nothing.
 
     Each sample is first sampled once more without recording, for the latents from which its probes start.
     """
     manifest = writer.manifest
     done, wanted = writer.probed(), spread(len(manifest.times), times) if times else []
+    by_layer = {wanted[at] for at in spread(len(wanted), min(layer_times, len(wanted)))} if layer_times else set()
     todo = {
         (prompt, seed): [index for index in wanted if (sample_name(prompt, seed), index) not in done]
         for prompt, seed in work
@@ -137,7 +138,8 @@ def probe(writer: StoreWriter, sampler: Sampler, work: Work, times: int, progres
             def keep(layer: int, name: str = name, index: int = index) -> torch.Tensor:
                 return torch.from_numpy(store.unit(name, index, layer).keep(PROBE_PLANE, manifest))
 
-            if found := dense.probe(name, index, steps[index], keep, manifest.blocks):
+            found = dense.probe(name, index, steps[index], keep, manifest.blocks, layers=index in by_layer)
+            if found:
                 writer.write_probe(found)
             else:
                 silent += 1
@@ -213,6 +215,9 @@ def _summary(writer: StoreWriter, recorded: int, seconds: float) -> str:
 @click.option("--times", type=click.IntRange(1), help="Steps to record, evenly spread [all].")
 @click.option("--probes", type=click.IntRange(0), default=6, show_default=True, help="Times to probe; 0: none.")
 @click.option("--probe-samples", type=click.IntRange(0), default=2, show_default=True, help="Samples to probe them on.")
+@click.option(
+    "--layer-probes", type=click.IntRange(0), default=3, show_default=True, help="Probed times also probed by layer."
+)
 @click.option("--mass/--no-mass", default=False, show_default=True, help="Keep the block mass: about twice the bytes.")
 @click.option("--block-size", type=click.Choice([str(size) for size in BLOCK_SIZES]), default="64", show_default=True)
 @click.option("--query-stride", type=click.IntRange(1), default=1, show_default=True, help="Measure every n-th query.")
@@ -227,6 +232,7 @@ def main(
     times: int | None,
     probes: int,
     probe_samples: int,
+    layer_probes: int,
     mass: bool,
     block_size: str,
     query_stride: int,
@@ -250,7 +256,7 @@ def main(
             Progress(*columns, TimeRemainingColumn(), console=console) as progress,
         ):
             recorded = record(writer, sampler, work, unit_statistics, progress)
-            silent = probe(writer, sampler, work[:probe_samples], probes, progress)
+            silent = probe(writer, sampler, work[:probe_samples], probes, layer_probes, progress)
             seconds = time.perf_counter() - begun
         if silent:
             console.print(f"{silent} probes dropped nothing and say nothing of their time")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calibatt.compiler.stats import Probe
 from calibatt.plans import Blocks
-from calibatt.runtime.adapters import Adapter
+from calibatt.runtime.adapters import Adapter, Site, adapter_for
 from calibatt.tools.calibrate.listen import Call, listening
 from calibatt.tools.calibrate.recorder import StepCounter
 from calibatt.tools.calibrate.sampler import Sampler
@@ -52,6 +52,14 @@ def residual_error(call: Call, other: Tensor) -> float:
     return square / call.residual_square
 
 
+class _Reached(Exception):
+    """The latent that was wanted; the rest of the run is not."""
+
+    def __init__(self, latent: Tensor) -> None:
+        super().__init__()
+        self.latent = latent
+
+
 class Trajectory:
     """One dense run of a sample: its final latent, and the latents from which probes start.
 
@@ -59,11 +67,11 @@ class Trajectory:
         sampler: What to run.
         prompt: Of the sample.
         seed: Of the sample.
-        steps: Steps whose entering latent is kept, on the CPU.
+        steps: Steps that will be probed; the latents that enter them and leave them are kept, on the CPU.
     """
 
     def __init__(self, sampler: Sampler, prompt: str, seed: int, steps: Iterable[int]) -> None:
-        wanted = set(steps)
+        wanted = {step + more for step in steps for more in (0, 1)}
         self.sampler = sampler
         self.prompt = prompt
         self.seed = seed
@@ -78,7 +86,15 @@ class Trajectory:
         self._unbilled_seconds = time.perf_counter() - begun
 
     def probe(
-        self, name: str, time_index: int, step: int, keep: Keep, blocks: Blocks, adapter: Adapter | None = None
+        self,
+        name: str,
+        time_index: int,
+        step: int,
+        keep: Keep,
+        blocks: Blocks,
+        adapter: Adapter | None = None,
+        *,
+        layers: bool = False,
     ) -> Probe | None:
         """Replaces every layer's attention at one step by masked attention; all later steps are dense.
 
@@ -89,12 +105,38 @@ class Trajectory:
             keep: The masks.
             blocks: Their block sizes.
             adapter: The model's row; found by its class if absent.
+            layers: Also disturb each layer alone, for this one step, and compare the latents that leave it.
 
         Returns:
             The probe (the first also bears the seconds of the dense run), or None where the masks changed nothing, so
             that nothing can be said of the time.
         """
         begun = time.perf_counter()
+
+        def disturb(only: int | None) -> tuple[float, Tensor]:
+            return self._disturbed(step, keep, blocks, adapter, only)
+
+        injected, final = disturb(None)
+        change = _relative_square(final, self.final)
+        if not injected or not change:
+            return None
+        factors: tuple[float, ...] = ()
+        if layers:
+            dense = self.latents.get(step + 1, self.final)
+            alone = [disturb(layer) for layer in range(len(adapter_sites(self.sampler, adapter)))]
+            factors = _layer_factors([(error, _relative_square(after, dense)) for error, after in alone])
+        seconds, self._unbilled_seconds = time.perf_counter() - begun + self._unbilled_seconds, 0.0
+        return Probe(name, time_index, change / injected, injected, change, seconds, factors)
+
+    def _disturbed(
+        self, step: int, keep: Keep, blocks: Blocks, adapter: Adapter | None, only: int | None
+    ) -> tuple[float, Tensor]:
+        """Masks attention at a step, of all layers or of one.
+
+        Returns:
+            The error made, relative to the residual stream, summed over layers and heads; and the final latent, or,
+            for one layer, the latent that leaves the step.
+        """
         count = StepCounter(self.sampler.times)
         injected, forwards = 0.0, 0
 
@@ -104,18 +146,41 @@ class Trajectory:
             forwards += here
             return here
 
-        def on_call(call: Call) -> Tensor:
+        def on_call(call: Call) -> Tensor | None:
             nonlocal injected
+            if only not in (None, call.layer):
+                return None
             other = masked_output(call.q, call.k, call.v, keep(call.layer), blocks)
             injected += residual_error(call, other)
             return other
 
+        def on_step(now: int, latent: Tensor) -> None:
+            if only is not None and now == step + 1:
+                raise _Reached(latent)
+
         with listening(self.sampler.transformer, self.sampler.grid, on_forward, on_call, adapter):
-            final = self.sampler.run(self.prompt, self.seed, step, self.latents[step])
+            try:
+                latent = self.sampler.run(self.prompt, self.seed, step, self.latents[step], on_step)
+            except _Reached as reached:
+                latent = reached.latent
         # Several forwards a step are branches of guidance, each with errors of its own.
-        injected /= max(forwards, 1)
-        change = float((final.double() - self.final.double()).square().mean() / self.final.double().square().mean())
-        if not injected or not change:
-            return None
-        seconds, self._unbilled_seconds = time.perf_counter() - begun + self._unbilled_seconds, 0.0
-        return Probe(name, time_index, change / injected, injected, change, seconds)
+        return injected / max(forwards, 1), latent
+
+
+def adapter_sites(sampler: Sampler, adapter: Adapter | None) -> tuple[Site, ...]:
+    """The self-attention layers of a sampler's transformer."""
+    model = sampler.transformer
+    return tuple((adapter or adapter_for(model)).sites(model))
+
+
+def _relative_square(latent: Tensor, dense: Tensor) -> float:
+    dense = dense.to(latent.device).double()
+    return float((latent.double() - dense).square().mean() / dense.square().mean())
+
+
+def _layer_factors(found: list[tuple[float, float]]) -> tuple[float, ...]:
+    """What each layer's (error, change) says relative to all of them; none where a layer's masks changed nothing."""
+    if not all(error and change for error, change in found):
+        return ()
+    mean = sum(change for _, change in found) / sum(error for error, _ in found)
+    return tuple(change / error / mean for error, change in found)
