@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from calibatt.compiler.bits import Votes, unpack
 from calibatt.compiler.cost import Device
+from calibatt.compiler.error_model import coherence
 from calibatt.compiler.ir import Float32, Float64, Job, UnitIR, UnitMeans, query_weights, row_required
 from calibatt.compiler.stats import Manifest, Store, UnitStatistics, quantise, window_keep
 
@@ -39,6 +40,7 @@ def collect(store: Store, device: Device, progress: Callable[[], None] = lambda:
             weight = float(weights[time_index] * factors[time_index, layer])
             job.units.append(UnitIR(time_index, layer, manifest.grid, manifest.blocks, weight, unit_means, required))
             progress()
+    job.error_factor = coherence(unit.means for unit in job.units)
     return job
 
 

@@ -1,15 +1,17 @@
-"""What a mask costs in output error, from the block errors it drops and the errors that were measured.
+"""What a mask costs in output error, from the block errors it drops.
 
 The only place that turns statistics into a price of a mask; `select` asks it and knows nothing of how it is done.
 
-The raw prediction of a mask is the mean over queries of the sum of the mean block errors it drops. It is off by a
-factor that depends on the head (errors of dropped blocks are not quite orthogonal, and the kept mass is renormalised),
-so it is corrected by what was seen where both are known, on the head's planes and windows: measured / predicted,
-interpolated over the predicted error, both in logarithms, held at the ends.
+The error of a mask is the mean over queries of the sum of the mean block errors it drops, times one factor for the
+whole job: errors of dropped blocks are not quite orthogonal and the kept mass is renormalised, so measured errors are a
+few times larger. The factor is the median of measured / predicted over all planes and windows of all heads; it puts
+masks on one scale with errors that are measured (windows, copied rows). A factor for each head, interpolated over the
+error, was tried and gave worse videos (docs/benchmarks/select_estimates.json).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,48 +28,38 @@ class HeadErrors:
     """Prices of one head's masks at one time; squared output error relative to the residual stream.
 
     Args:
-        block_error: float64 ``(Q, K)``: each block's mean error times the share of queries in its row, so that the
-            raw prediction of a mask is the sum over what it drops; None if the store has none.
-        log_predicted: float64 ``(points,)``, strictly ascending; predictions at which an error was measured.
-        log_ratio: float64 ``(points,)``, measured / predicted there.
+        block_error: float64 ``(Q, K)``: each block's mean error times the share of queries in its row, times the job's
+            factor, so that a mask's error is the sum over what it drops; None if the store has none.
     """
 
     block_error: Float64 | None
-    log_predicted: Float64
-    log_ratio: Float64
-
-    def correct(self, predicted: npt.ArrayLike) -> Float64:
-        """Corrected errors of raw predictions; the same shape, float64."""
-        raw = np.asarray(predicted, np.float64)
-        if not len(self.log_predicted):
-            return raw
-        logs = np.log(np.maximum(raw, np.finfo(np.float64).tiny))
-        ratio = np.exp(np.interp(logs, self.log_predicted, self.log_ratio))
-        return np.where(raw > 0, raw * ratio, 0.0)
 
     def of_mask(self, keep: npt.NDArray[np.bool_]) -> float:
         """Error of any mask, bool ``(Q, K)``; needs block errors."""
         assert self.block_error is not None
-        return float(self.correct(self.block_error[~keep].sum()))
+        return float(self.block_error[~keep].sum())
 
 
-def head_errors(means: UnitMeans, head: int, queries: Float64) -> HeadErrors:
+def head_errors(means: UnitMeans, head: int, queries: Float64, factor: float) -> HeadErrors:
     """The error model of one head.
 
     Args:
         means: The unit's statistics.
         head: Which head.
         queries: float64 ``(Q,)``, the share of queries in each query block.
+        factor: Of `coherence`.
     """
-    none = np.zeros(0)
-    if means.error_code is None or means.menu_predicted is None:
-        return HeadErrors(None, none, none)
-    block_error = dequantise(means.error_code[head], means.error_peak[head]) * queries[:, None]
-    predicted, measured = means.menu_predicted[:, head], means.menu_residual_error[:, head]
-    known = (predicted > 0) & (measured > 0)
-    if not known.any():
-        return HeadErrors(block_error, none, none)
-    log_predicted, where = np.unique(np.log(predicted[known]), return_inverse=True)
-    log_measured = np.log(measured[known])
-    log_measured = np.bincount(where.reshape(-1), log_measured) / np.bincount(where.reshape(-1))
-    return HeadErrors(block_error, log_predicted, log_measured - log_predicted)
+    if means.error_code is None:
+        return HeadErrors(None)
+    return HeadErrors(dequantise(means.error_code[head], means.error_peak[head]) * queries[:, None] * factor)
+
+
+def coherence(units: Iterable[UnitMeans]) -> float:
+    """Median over all heads, planes and windows of measured error / sum of the block errors dropped; 1 if unknown."""
+    ratios = [np.zeros(0)]
+    for means in units:
+        if means.menu_predicted is not None:
+            known = (means.menu_predicted > 0) & (means.menu_residual_error > 0)
+            ratios.append(means.menu_residual_error[known] / means.menu_predicted[known])
+    found = np.concatenate(ratios)
+    return float(np.median(found)) if len(found) else 1.0

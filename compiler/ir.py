@@ -149,6 +149,7 @@ class Job:
         weights_source: Where the weights come from, in words.
         device: What predicts milliseconds.
         units: ``times * layers`` of them.
+        error_factor: Of `error_model.coherence`.
         multiplier: The price of a millisecond in weighted error (lambda), once `select` has found it.
         error_budget: Most error times weight over all units, where that was asked for.
         findings: What each pass has to report: plain values.
@@ -161,6 +162,7 @@ class Job:
     weights_source: str
     device: Device
     units: list[UnitIR]
+    error_factor: float = 1.0
     multiplier: float | None = None
     error_budget: float | None = None
     findings: dict[str, dict[str, Any]] = field(default_factory=dict)

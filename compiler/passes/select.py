@@ -96,7 +96,7 @@ class Select(Pass):
             "heads_by_kind": dict(sorted(kinds.items())),
             "heads_with_anchors": sum(groups is not None for unit in job.units for groups in unit.anchors),
             "weights": "probed" if job.weights_probed else "never probed: 1 at every time",
-            "error_estimate": "block error, corrected" if has_error else "measured errors of planes and windows",
+            "error_estimate": f"block error x {job.error_factor:.3g}" if has_error else "measured errors of planes and windows",
         }
 
     def _solve(self, job: Job, blocks: Float64, loss: Float64) -> Choice:
@@ -153,7 +153,8 @@ class _Menu:
             for index, window in enumerate(windows, len(manifest.thresholds))
         ]
         errors = [np.zeros((unit.heads, 1))]
-        models = [head_errors(means, head, query_weights(unit.grid, unit.blocks)) for head in range(unit.heads)]
+        queries = query_weights(unit.grid, unit.blocks)
+        models = [head_errors(means, head, queries, job.error_factor) for head in range(unit.heads)]
         blocks = [np.full((unit.heads, 1), unit.dense_blocks, dtype=np.int64)]
         for _, index in self.planes:
             keep = self.plane(unit, index)
@@ -229,7 +230,7 @@ def _cuts(unit: UnitIR, head: int, model: HeadErrors, below: Int64) -> tuple[Int
     by_code = np.bincount(codes, model.block_error[optional], minlength=CODES)
     dropped = np.append(np.cumsum(by_code[::-1])[::-1], 0.0)
     blocks: Int64 = unit.dense_blocks - int(optional.sum()) + kept[below]
-    return blocks, model.correct(dropped[below])
+    return blocks, dropped[below]
 
 
 def _plane_error(unit: UnitIR, models: list[HeadErrors], keep: Bits, index: int) -> Float64:

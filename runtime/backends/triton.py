@@ -52,7 +52,7 @@ def supports(core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_
 
 
 def choose_config(block_q: int, block_k: int, head_dim: int, shared_bytes: int) -> Config:
-    """The largest key tile, then the deepest pipeline, that fits `shared_bytes`; else the smallest."""
+    """The largest key tile, then the deepest pipeline, that fits into `shared_bytes`; else the smallest."""
     block_m = min(block_q, 128)
     num_warps = 8 if block_m >= 128 and head_dim >= 128 else 4
     for block_n in (64, 32, 16):
