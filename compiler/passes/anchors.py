@@ -59,7 +59,7 @@ class Anchors(Pass):
             for head, (groups, error) in enumerate(best_groups(errors, price)):
                 if len(groups[0]) == grid.height:
                     continue
-                if multiplier * _saved_ms(job, unit, head, groups) <= error:
+                if multiplier * saved_ms(job, unit, head, groups) <= error:
                     refused += 1
                     continue
                 unit.anchors[head] = groups
@@ -144,7 +144,7 @@ def _head_ms(job: Job, unit: UnitIR) -> Float64:
     return np.array(ms)
 
 
-def _saved_ms(job: Job, unit: UnitIR, head: int, groups: Groups) -> float:
+def saved_ms(job: Job, unit: UnitIR, head: int, groups: Groups) -> float:
     """Milliseconds that a head saves with these anchors, as lowered; negative if it would compute more blocks."""
     before = unit.head_keep(head)
     after = packed_keep(before, unit.grid, unit.blocks, groups[1])

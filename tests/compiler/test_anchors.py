@@ -13,10 +13,11 @@ from support import stats
 from support.jobs import DEVICE, MemoryStore, compiled, memory_store
 
 from calibatt.compiler.collect import collect
+from calibatt.compiler.cost import Device
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.ir import packed_keep
 from calibatt.compiler.language import parse_passes
-from calibatt.compiler.passes.anchors import best_groups, copy_errors
+from calibatt.compiler.passes.anchors import best_groups, copy_errors, saved_ms
 from calibatt.compiler.pipeline import run
 from calibatt.plans import Blocks, TokenGrid
 
@@ -105,6 +106,42 @@ def test_heads_that_repeat_take_anchors_and_the_schedule_says_so() -> None:
         assert starts.tolist() == (frames + np.array(unit.anchors[head][0])).reshape(-1).tolist()
         assert rows.tolist() == (frames + np.array(unit.anchors[head][1])).reshape(-1).tolist()
         np.testing.assert_array_equal(schedule.tile_keep(head), unit.tile_keep(head))
+
+
+def test_what_copies_cost_is_weighted_and_shared_among_the_tokens() -> None:
+    text = "vote,select{target-density=0.7}"
+    before = compiled(text, weights=(0.5, 2.0))[0]
+    after = compiled(f"{text},anchors{{safety=0.03}}", weights=(0.5, 2.0))[0]
+    grid, taken = before.manifest.grid, 0
+    for old, new in zip(before.units, after.units, strict=True):
+        for head, groups in enumerate(new.anchors):
+            if groups is None:
+                continue
+            taken += 1
+            source = np.repeat(groups[1], np.diff([*groups[0], grid.height]))
+            offset = source - np.arange(grid.height)
+            errors = old.means.row_residual_error[head]
+            copied = sum(errors[row, d + 2 - (d > 0)] for row, d in enumerate(offset.tolist()) if d)
+            added = 0.03 * copied * grid.frames * grid.width / grid.tokens
+            assert new.error[head] - old.error[head] == pytest.approx(added)
+            row_ms = DEVICE.predict_ms(0, int(old.head_keep(head).sum()), 0, old.blocks, 8) / grid.height
+            assert new.weight * added <= before.multiplier * row_ms * (grid.height - len(groups[0])) * (1 + 1e-9)
+    assert 0 < taken < 12
+
+
+def test_anchors_that_would_compute_more_blocks_save_nothing() -> None:
+    of = stats.manifest(grid=TokenGrid(1, 10, 8), row_radius=4)
+    job = compiled("vote,select", of)[0]
+    unit = job.units[0]
+    keep = np.zeros((5, 5), bool)
+    keep[:, 0] = keep[::2] = True
+    unit.keep[0] = np.packbits(keep, axis=-1, bitorder="little")
+    apart = ((0, *range(2, 9)), tuple(range(1, 9)))
+    packed = packed_keep(keep, unit.grid, unit.blocks, apart[1])
+    assert packed.shape == (4, 5)
+    assert packed.sum() == 20 > keep.sum()
+    job.device = Device("toy", "made up", tflops=1e9, tile_us=1.0, store_us=0.0)
+    assert saved_ms(job, unit, 0, apart) < 0
 
 
 def test_what_anchors_save_is_worth_their_error() -> None:

@@ -107,10 +107,12 @@ def test_lowering_keeps_the_masks_and_shares_lists() -> None:
             np.testing.assert_array_equal(unit.lowered.tile_keep(head), unit.tile_keep(head))
             assert (unit.lowered.head_list[head] == DENSE) == bool(unit.tile_keep(head).all())
     unit = found.units[0]
-    unit.keep[1] = unit.keep[0]
-    unit.required[1] = unit.required[0]
+    unit.keep[:] = pack(np.eye(5, dtype=bool))
+    unit.keep[2] = pack(np.tri(5, dtype=bool))
+    unit.required[:] = unit.keep
     run(found, parse_passes("lower"))
-    assert unit.lowered.head_list[0] == unit.lowered.head_list[1]
+    assert unit.lowered.head_list.tolist() == [0, 0, 5]
+    assert len(unit.lowered.col_idx) == 5 + 15
 
 
 def test_nothing_decided_lowers_to_dense() -> None:

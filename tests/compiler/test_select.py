@@ -19,6 +19,7 @@ from calibatt.compiler.error_model import head_errors
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.ir import Job, UnitIR, query_weights
 from calibatt.compiler.language import parse_passes
+from calibatt.compiler.passes.select import cut_codes
 from calibatt.compiler.pipeline import run
 from calibatt.compiler.stats import dequantise, quantise, window_keep
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
@@ -154,6 +155,16 @@ def test_one_level_cuts_heads_and_times_alike() -> None:
     wrong = (low < level / 2**0.25).sum() + (high > level * 2**0.25).sum()
     assert wrong <= 0.02 * (low.size + high.size)
     assert sum(unit.lowered is None for unit in found.units) == 4
+
+
+def test_a_cut_keeps_what_is_above_its_level() -> None:
+    unit = job(weights=(0.5, 2.0)).units[0]
+    levels = np.geomspace(2.0, 1e-3, 40)
+    error = unit.weight * mean_error(unit)
+    for head, below in enumerate(cut_codes(unit, levels)):
+        for level, code in zip(levels, below, strict=True):
+            kept = unit.means.error_code[head] < code
+            np.testing.assert_array_equal(kept, error[head] > level)
 
 
 def brute_force(found: Job, limit: float) -> float:
