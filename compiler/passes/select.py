@@ -96,7 +96,9 @@ class Select(Pass):
             "heads_by_kind": dict(sorted(kinds.items())),
             "heads_with_anchors": sum(groups is not None for unit in job.units for groups in unit.anchors),
             "weights": "probed" if job.weights_probed else "never probed: 1 at every time",
-            "error_estimate": f"block error x {job.error_factor:.3g}" if has_error else "measured errors of planes and windows",
+            "error_estimate": f"block error x {job.error_factor:.3g}"
+            if has_error
+            else "measured errors of planes and windows",
         }
 
     def _solve(self, job: Job, blocks: Float64, loss: Float64) -> Choice:

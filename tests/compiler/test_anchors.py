@@ -162,7 +162,7 @@ def test_an_error_budget_still_holds() -> None:
 
 
 def test_a_second_select_spends_what_anchors_saved() -> None:
-    text = "vote,select{target-density=0.7},anchors{safety=0.03},select{target-density=0.7},schedule,lower"
+    text = "vote,select{target-density=0.7},anchors{safety=1},select{target-density=0.7},schedule,lower"
     job, accounts = compiled(text)
     first, anchors, second, last = (accounts[index] for index in (2, 3, 4, 6))
     taken = job.findings["anchors"]["heads_with_anchors"]

@@ -15,7 +15,7 @@ from support.jobs import DEVICE, MemoryStore, compiled, job, memory_store
 
 from calibatt.compiler.bits import pack, unpack
 from calibatt.compiler.collect import collect
-from calibatt.compiler.error_model import head_errors
+from calibatt.compiler.error_model import coherence, head_errors
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.ir import Job, UnitIR, query_weights
 from calibatt.compiler.language import parse_passes
@@ -109,7 +109,6 @@ def test_masks_and_prices_are_those_of_the_choices() -> None:
             kind = choice.split()[0].split("(")[0]
             seen.add(kind)
             required = unpack(unit.required[head], of.k_blocks)
-            model = head_errors(unit.means, head, query_weights(of.grid, of.blocks))
             price = unit.error[head]
             if kind == "dense":
                 assert keep.all()
@@ -117,9 +116,9 @@ def test_masks_and_prices_are_those_of_the_choices() -> None:
             elif kind == "plane":
                 plane = of.thresholds.index(float(choice.split()[1]))
                 np.testing.assert_array_equal(keep, unpack(unit.voted[plane, head], of.k_blocks) | required)
-                assert price == pytest.approx(model.correct(raw(unit, head, keep)), rel=1e-5)
+                assert price == pytest.approx(found.error_factor * raw(unit, head, keep), rel=1e-5)
             elif kind == "cut":
-                assert price == pytest.approx(model.correct(raw(unit, head, keep)), rel=1e-5)
+                assert price == pytest.approx(found.error_factor * raw(unit, head, keep), rel=1e-5)
                 error = mean_error(unit)[head]
                 if not (keep | required).all():
                     assert error[keep & ~required].min(initial=np.inf) > error[~keep].max()
@@ -172,11 +171,10 @@ def brute_force(found: Job, limit: float) -> float:
     options = []
     for unit in found.units:
         for head in range(unit.heads):
-            model = head_errors(unit.means, head, query_weights(unit.grid, unit.blocks))
             mine = [(unit.dense_blocks, 0.0)]
             for plane in range(len(found.manifest.thresholds)):
                 keep = unpack(unit.voted[plane, head] | unit.required[head], unit.k_blocks)
-                mine.append((int(keep.sum()), unit.weight * float(model.correct(raw(unit, head, keep)))))
+                mine.append((int(keep.sum()), unit.weight * found.error_factor * raw(unit, head, keep)))
             for index, window in enumerate(found.manifest.windows, len(found.manifest.thresholds)):
                 bits = pack(window_keep(window, unit.grid, unit.blocks)) | unit.required[head]
                 error = unit.weight * float(unit.means.menu_residual_error[index, head])
@@ -197,19 +195,20 @@ def test_as_good_as_every_combination_within_the_gap(seed: int) -> None:
     assert select["predicted_error"] - select["duality_gap"] <= best * (1 + 1e-6)
 
 
-def test_errors_are_corrected_by_what_was_measured() -> None:
-    unit = job().units[0]
-    for head in range(unit.heads):
-        model = head_errors(unit.means, head, query_weights(unit.grid, unit.blocks))
-        predicted, measured = unit.means.menu_predicted[:, head], unit.means.menu_residual_error[:, head]
-        predicted, measured = predicted[predicted > 0], measured[predicted > 0]
-        assert len(np.unique(predicted)) == len(predicted) >= 5
-        np.testing.assert_allclose(model.correct(predicted), measured, rtol=1e-9)
-        ends = predicted.min(), predicted.max()
-        for at, factor in zip(ends, (1e-3, 1e3), strict=True):
-            ratio = measured[list(predicted).index(at)] / at
-            assert model.correct(at * factor) == pytest.approx(at * factor * ratio)
-        assert model.correct(0.0) == 0
+def test_one_factor_brings_predictions_to_what_was_measured() -> None:
+    units = job().units
+    means = [unit.means for unit in units]
+    factor = coherence(means)
+    assert factor != 1
+    measured = np.concatenate([unit.menu_residual_error[unit.menu_predicted > 0] for unit in means])
+    predicted = np.concatenate([unit.menu_predicted[unit.menu_predicted > 0] for unit in means])
+    above = (measured > factor * predicted).mean()
+    assert abs(above - 0.5) <= 1 / len(measured)
+    keep = np.zeros((units[0].q_blocks, units[0].k_blocks), dtype=bool)
+    queries = query_weights(units[0].grid, units[0].blocks)
+    plain, scaled = (head_errors(means[0], 0, queries, by).of_mask(keep) for by in (1.0, factor))
+    assert scaled == pytest.approx(factor * plain)
+    assert coherence([replace(means[0], menu_predicted=None)]) == 1
 
 
 def test_without_block_error_planes_cost_what_was_measured_and_cuts_are_refused() -> None:
