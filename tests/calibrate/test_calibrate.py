@@ -19,7 +19,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from calibatt.tools.calibrate import __main__ as command  # noqa: E402
 from calibatt.tools.calibrate.listen import Call, ListenError, listening  # noqa: E402
-from calibatt.tools.calibrate.probing import Trajectory, masked_output, residual_error  # noqa: E402
+from calibatt.tools.calibrate.probing import Trajectory, adapter_sites, masked_output, residual_error  # noqa: E402
 from calibatt.tools.calibrate.recorder import Recorder, StepCounter, recorded_steps, sample_name  # noqa: E402
 
 GRID = TokenGrid(2, 4, 5)
@@ -220,6 +220,18 @@ def test_probes():
         assert strong.injected_error > weak.injected_error > 0
         assert strong.final_error > weak.final_error > 0
         assert 0.1 < strong.weight / weak.weight < 10
+    assert torch.equal(sampler.run("hello", 3), trajectory.final)
+
+
+def test_layers_are_probed_alone():
+    sampler = TinySampler()
+    trajectory = Trajectory(sampler, "hello", 3, range(4))
+    for step in range(4):
+        found = trajectory.probe("a", 0, step, masks(1), Blocks(16, 16), layers=True)
+        assert len(found.layer_factors) == len(adapter_sites(sampler, None))
+        assert min(found.layer_factors) < 1 < max(found.layer_factors)
+        plain = trajectory.probe("a", 0, step, masks(1), Blocks(16, 16))
+        assert (plain.layer_factors, plain.weight) == ((), found.weight)
     assert torch.equal(sampler.run("hello", 3), trajectory.final)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -292,9 +291,38 @@ def test_time_weight(tmp_path):
     assert "rough" in str(info)
 
 
+def test_layer_factor(tmp_path):
+    three = manifest(times=(0.0, 0.5, 1.0))
+    with StoreWriter.open(tmp_path / "s", three) as writer:
+        for name in ("a", "b"):
+            sample = writer.begin(name)
+            for time in range(3):
+                for layer in range(2):
+                    sample.write(time, layer, unit(three))
+            sample.finish({})
+        writer.write_probe(probe("a", 1))
+        np.testing.assert_array_equal(Store.open(tmp_path / "s").layer_factor(), np.ones((3, 2)))
+        writer.write_probe(dataclasses.replace(probe("a", 0), layer_factors=(0.5, 8.0)))
+        writer.write_probe(dataclasses.replace(probe("b", 0), layer_factors=(2.0, 2.0)))
+        writer.write_probe(dataclasses.replace(probe("a", 2), layer_factors=(4.0, 1.0)))
+        with pytest.raises(ProbeError, match="must be none or 2, one a layer, got 3"):
+            writer.write_probe(dataclasses.replace(probe("b", 2), layer_factors=(1.0, 1.0, 1.0)))
+    factor = Store.open(tmp_path / "s").layer_factor()
+    np.testing.assert_allclose(factor, [[1, 4], [2, 2], [4, 1]])
+
+
 @pytest.mark.parametrize(
-    "change", [{"weight": 0.0}, {"weight": 9.0}, {"final_error": float("nan")}, {"seconds": -1.0}, {"time_index": True}]
+    "change",
+    [
+        {"layer_factors": [1.0]},
+        {"layer_factors": (0.0, 1.0)},
+        {"weight": 0.0},
+        {"weight": 9.0},
+        {"final_error": float("nan")},
+        {"seconds": -1.0},
+        {"time_index": True},
+    ],
 )
 def test_wrong_probes(change):
     with pytest.raises(ProbeError, match=f"probe.{next(iter(change))}"):
-        Probe(**{**json.loads(probe().to_json()), **change})
+        dataclasses.replace(probe(), **change)
