@@ -6,7 +6,7 @@ The error of a mask is the mean over queries of the sum of the mean block errors
 whole job: errors of dropped blocks are not quite orthogonal and the kept mass is renormalised, so measured errors are a
 few times larger. The factor is the median of measured / predicted over all planes and windows of all heads; it puts
 masks on one scale with errors that are measured (windows, copied rows). A factor for each head, interpolated over the
-error, was tried and gave worse videos (docs/benchmarks/select_estimates.json).
+error, was tried on the demo model and gave worse videos.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ class StoreWriter:
         self.path = path
         self.manifest = manifest
         self._lock = lock
+        self._current: dict[str, SampleWriter] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], manifest: Manifest) -> StoreWriter:
@@ -108,7 +109,7 @@ class StoreWriter:
         return tuple(name[: -len(PARTIAL)] for name in found)
 
     def begin(self, name: str) -> SampleWriter:
-        """Starts a sample; what an interruption left of it is discarded.
+        """Starts a sample; what an interruption left of it is discarded, and an earlier writer of it refuses to go on.
 
         Raises:
             SampleError: The name breaks its rule.
@@ -122,7 +123,8 @@ class StoreWriter:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir()
-        return SampleWriter(self, name, partial)
+        self._current[name] = SampleWriter(self, name, partial)
+        return self._current[name]
 
     def write_probe(self, probe: Probe) -> Path:
         """Adds one probe of the time weight.
@@ -178,10 +180,11 @@ class SampleWriter:
 
         Raises:
             StoreBusy: The store's writer is closed.
+            SampleError: The sample was begun again since.
             UnitError: No such time or layer, written before, or arrays that contradict the manifest.
             OSError: It cannot be written.
         """
-        self._store._check_open()
+        self._check_current()
         manifest = self._store.manifest
         for what, value, count in (
             ("time_index", time_index, len(manifest.times)),
@@ -207,11 +210,11 @@ class SampleWriter:
 
         Raises:
             MissingUnits: Units were not written; names them.
-            SampleError: `meta` is no JSON map.
+            SampleError: `meta` is no JSON map, or the sample was begun again since.
             StoreBusy: The store's writer is closed.
             OSError: It cannot be written.
         """
-        self._store._check_open()
+        self._check_current()
         if missing := [name for name in unit_names(self._store.manifest) if name not in self._written]:
             raise MissingUnits(
                 f"{self._partial} must have a unit for every time and layer, got none for {', '.join(missing)}"
@@ -226,3 +229,8 @@ class SampleWriter:
         os.rename(self._partial, final)
         sync_folder(final.parent)
         return final
+
+    def _check_current(self) -> None:
+        self._store._check_open()
+        if self._store._current.get(self.name) is not self:
+            raise SampleError(f"{self._partial} must be written by who began it last, got an earlier writer")

@@ -291,6 +291,20 @@ def test_time_weight(tmp_path):
     assert "rough" in str(info)
 
 
+def test_a_sample_begun_again_leaves_its_first_writer_behind(tmp_path):
+    with StoreWriter.open(tmp_path / "s", M) as writer:
+        first, second = writer.begin("a"), writer.begin("a")
+        with pytest.raises(SampleError, match="by who began it last, got an earlier writer"):
+            first.write(0, 0, unit(M))
+        for time in range(len(M.times)):
+            for layer in range(M.model.layers):
+                second.write(time, layer, unit(M))
+        with pytest.raises(SampleError, match="by who began it last"):
+            first.finish({})
+        second.finish({})
+    assert Store.open(tmp_path / "s").samples == ("a",)
+
+
 def test_layer_factor(tmp_path):
     three = manifest(times=(0.0, 0.5, 1.0))
     with StoreWriter.open(tmp_path / "s", three) as writer:
