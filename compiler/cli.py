@@ -119,3 +119,7 @@ def _collect(store: Store, device: Device) -> Job:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading statistics", total=units)
         return collect(store, device, lambda: progress.advance(task))
+
+
+if __name__ == "__main__":
+    main()

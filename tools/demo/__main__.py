@@ -41,7 +41,7 @@ def _run(module: str, name: str, arguments: list[str]) -> None:
     help="Folder for statistics, plan and report.",
 )
 @click.option("--calibration-prompts", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--held-out-prompts", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--held-out-prompts", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one.")
 def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: str) -> None:
     """Calibrates a small video model, compiles a plan, attaches it and shows the difference.
@@ -55,8 +55,8 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: 
     output.mkdir(parents=True, exist_ok=True)
     stats, path = output / "stats", output / "demo.plan"
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    calibrate = ["--model", "demo", "--samples", str(calibration_prompts), "--query-stride", "4"]
-    calibrate += ["--device", device, "-o", str(stats)]
+    calibrate = ["--model", "demo", "--samples", str(calibration_prompts), "--query-stride", "8"]
+    calibrate += ["--layer-probes", "2", "--device", device, "-o", str(stats)]
     _run("calibatt.tools.calibrate", "calibatt-calibrate", calibrate)
     _run("calibatt.compiler.cli", "calibatt-compile", [str(stats), "-o", str(path), "--force"])
     _run("calibatt.tools.inspect_plan", "calibatt-inspect", [str(path)])

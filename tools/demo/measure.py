@@ -64,7 +64,7 @@ def pairs(model: DemoModel, plan: Plan, prompts: list[str], first_seed: int, don
 
 
 @torch.no_grad()
-def attention_ms(model: DemoModel, plan: Plan, prompt: str, seed: int, repeats: int = 3) -> list[list[list[float]]]:
+def attention_ms(model: DemoModel, plan: Plan, prompt: str, seed: int, repeats: int = 2) -> list[list[list[float]]]:
     """Milliseconds of self-attention on the queries, keys and values of one real generation.
 
     Every call is run by PyTorch's scaled_dot_product_attention and by the plan, in turn, `repeats` times each.
