@@ -1,1 +1,1 @@
-"""."""
+"""Triton kernels, launched by the backends."""

@@ -3,8 +3,8 @@
     python -m calibatt.tools.demo.quality plans/demo.plan -o docs/benchmarks/demo_quality.json
 
 Generates every prompt dense and planned, some of them dense by a second exact kernel (the floor: what no plan can
-beat), measures what the videos show against what the prompts say, and how concentrated attention is in the trained model and in the
-same architecture before training.
+beat), measures what the videos show against what the prompts say, and how concentrated attention is in the trained
+model and in the same architecture before training.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Trains the demo model on a GPU within a time budget; one command made the weights in this folder.
 
-    python -m calibatt.tools.demo.train --seconds 960 -o out/          # or in two parts, with --part-seconds 480 twice
+    python -m calibatt.tools.demo.train --seconds 940 --part-seconds 500 --checkpoint demo.pt -o out/     # twice
 
 Rectified flow on videos rendered on the fly. The matrices of the blocks are trained by Muon (orthogonalised momentum,
 K. Jordan et al. 2024), everything else by AdamW; exponential moving average of the weights. The first part of the time
-goes to short clips. Writes weights.safetensors, train.json (loss curve, settings, checks) and a sample sheet.
+goes to short clips. Writes weights.safetensors, train.json (loss curve, settings, checks), a picture of the curve and
+a sample sheet.
 """
 
 from __future__ import annotations
@@ -78,6 +79,22 @@ def sheet(video: Tensor, path: Path, scale: int = 2) -> None:
     picture = ((rows + 1) * 127.5).byte().permute(1, 2, 0)
     picture = picture.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
     Image.fromarray(picture.numpy()).save(path, optimize=True)
+
+
+def draw_loss(record: dict, path: Path) -> None:
+    """Draws the loss curve of train.json; short clips and full videos are different tasks, hence two lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for frames in sorted({row[2] for row in record["loss"]}):
+        part = [row for row in record["loss"] if row[2] == frames]
+        axes.plot([row[1] for row in part], [row[3] for row in part], label=f"{frames} frames")
+    axes.set(xlabel="step", ylabel="mean squared velocity error", yscale="log")
+    axes.set_title(f"Training of the demo model: {record['seconds']:.0f} s on one {record['device']}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120, facecolor="white", format="png")
 
 
 def check(model: DemoModel, count: int, steps: int) -> dict[str, float]:
@@ -171,6 +188,7 @@ def main(seconds: float, part_seconds: float, checkpoint: Path | None, output: P
     record |= {"torch": torch.__version__, "checks": checks, "loss": curve}
     record["loss_columns"] = ["seconds", "step", "frames", "mean velocity error"]
     (output / "train.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw_loss(record, output / "loss.png")
     scenes = world.scenes(8, torch.Generator().manual_seed(78), test=True)
     prompts = [world.sentence(scene) for scene in scenes]
     sheet(generate(final, prompts, list(range(100, 108))), output / "samples.png")
