@@ -15,7 +15,7 @@ from calibatt.plans import Blocks, TokenGrid
 from calibatt.runtime.ops import attend, choose_backend, planned_attention
 from calibatt.runtime.schedule import LayerSchedule
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 WAN_480P = TokenGrid(frames=21, height=30, width=52)
 WAN_720P = TokenGrid(frames=21, height=45, width=80)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -96,8 +97,10 @@ def spread(size: int, count: int) -> list[int]:
     return sorted({int(index) for index in np.linspace(0, size - 1, min(count, size)).round()})
 
 
-def record(writer: StoreWriter, sampler: Sampler, work: Work, measure: Measure, progress: Progress) -> int:
-    """Records what is not done yet; returns how many samples that was."""
+def record(
+    writer: StoreWriter, sampler: Sampler, work: Work, measure: Measure, probed: Work, progress: Progress
+) -> dict[tuple[str, int], Trajectory]:
+    """Records what is not done yet; returns the trajectories of those recorded now that will be probed."""
     done = set(writer.done())
     todo = [(prompt, seed) for prompt, seed in work if sample_name(prompt, seed) not in done]
     if len(todo) < len(work):
@@ -109,15 +112,28 @@ def record(writer: StoreWriter, sampler: Sampler, work: Work, measure: Measure, 
     manifest = writer.manifest
     task = progress.add_task("units", total=len(todo) * len(manifest.times) * manifest.model.layers)
     recorder = Recorder(sampler, manifest, measure, on_unit=lambda: progress.advance(task))
+    found = {}
     for prompt, seed in todo:
-        recorder.record(writer, prompt, seed)
-    return len(todo)
+        if (prompt, seed) in probed:
+            run = partial(recorder.record, writer, prompt, seed)
+            found[prompt, seed] = Trajectory(sampler, prompt, seed, recorder.steps, run)
+        else:
+            recorder.record(writer, prompt, seed)
+    return found
 
 
-def probe(writer: StoreWriter, sampler: Sampler, work: Work, times: int, layer_times: int, progress: Progress) -> int:
+def probe(
+    writer: StoreWriter,
+    sampler: Sampler,
+    work: Work,
+    times: int,
+    layer_times: int,
+    recorded: Mapping[tuple[str, int], Trajectory],
+    progress: Progress,
+) -> int:
     """Probes the time weight on these samples, at some times layer by layer; returns how many probes said nothing.
 
-    Each sample is first sampled once more without recording, for the latents from which its probes start.
+    A sample that was not recorded just now is sampled once more, for the latents from which its probes start.
     """
     manifest = writer.manifest
     done, wanted = writer.probed(), spread(len(manifest.times), times) if times else []
@@ -132,7 +148,9 @@ def probe(writer: StoreWriter, sampler: Sampler, work: Work, times: int, layer_t
     for (prompt, seed), indices in todo.items():
         name = sample_name(prompt, seed)
         steps = {index: nearest_step(sampler.times, manifest.times[index]) for index in indices}
-        dense = Trajectory(sampler, prompt, seed, steps.values()) if indices else None
+        dense = recorded.get((prompt, seed))
+        if indices and dense is None:
+            dense = Trajectory(sampler, prompt, seed, steps.values())
         for index in indices if dense else ():
 
             def keep(layer: int, name: str = name, index: int = index) -> torch.Tensor:
@@ -255,9 +273,10 @@ def main(
             StoreWriter.open(output, manifest) as writer,
             Progress(*columns, TimeRemainingColumn(), console=console) as progress,
         ):
-            recorded = record(writer, sampler, work, unit_statistics, progress)
-            silent = probe(writer, sampler, work[:probe_samples], probes, layer_probes, progress)
-            seconds = time.perf_counter() - begun
+            before, probed = len(writer.done()), work[:probe_samples] if probes else []
+            trajectories = record(writer, sampler, work, unit_statistics, probed, progress)
+            silent = probe(writer, sampler, probed, probes, layer_probes, trajectories, progress)
+            recorded, seconds = len(writer.done()) - before, time.perf_counter() - begun
         if silent:
             console.print(f"{silent} probes dropped nothing and say nothing of their time")
         click.echo(_summary(writer, recorded, seconds))

@@ -68,9 +68,17 @@ class Trajectory:
         prompt: Of the sample.
         seed: Of the sample.
         steps: Steps that will be probed; the latents that enter them and leave them are kept, on the CPU.
+        run: ``run(on_step=...)`` samples it and returns the final latent; the sampler's own run if absent.
     """
 
-    def __init__(self, sampler: Sampler, prompt: str, seed: int, steps: Iterable[int]) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        prompt: str,
+        seed: int,
+        steps: Iterable[int],
+        run: Callable[..., Tensor] | None = None,
+    ) -> None:
         wanted = {step + more for step in steps for more in (0, 1)}
         self.sampler = sampler
         self.prompt = prompt
@@ -82,8 +90,8 @@ class Trajectory:
                 self.latents[step] = latent.detach().to("cpu", copy=True)
 
         begun = time.perf_counter()
-        self.final = sampler.run(prompt, seed, on_step=on_step)
-        self._unbilled_seconds = time.perf_counter() - begun
+        self.final = run(on_step=on_step) if run else sampler.run(prompt, seed, on_step=on_step)
+        self._unbilled_seconds = 0.0 if run else time.perf_counter() - begun
 
     def probe(
         self,
@@ -108,8 +116,8 @@ class Trajectory:
             layers: Also disturb each layer alone, for this one step, and compare the latents that leave it.
 
         Returns:
-            The probe (the first also bears the seconds of the dense run), or None where the masks changed nothing, so
-            that nothing can be said of the time.
+            The probe (the first also bears the seconds of a dense run made for it alone), or None where the masks
+            changed nothing, so that nothing can be said of the time.
         """
         begun = time.perf_counter()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from calibatt.compiler.stats import Manifest, StoreWriter, UnitStatistics
 from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.tools.calibrate.listen import Call, ListenError, listening
-from calibatt.tools.calibrate.sampler import Sampler
+from calibatt.tools.calibrate.sampler import OnStep, Sampler
 
 TIME_TOLERANCE = 1e-3
 """How far the time that a forward receives may be from the sampler's: timesteps are rounded to a thousandth."""
@@ -115,7 +115,16 @@ class Recorder:
         if sampler.grid != manifest.grid:
             raise ListenError(f"the manifest must be of {sampler.grid}, got {manifest.grid}")
 
-    def record(self, writer: StoreWriter, prompt: str, seed: int, *, branch: int = 0, **meta: Any) -> Tensor:
+    def record(
+        self,
+        writer: StoreWriter,
+        prompt: str,
+        seed: int,
+        *,
+        branch: int = 0,
+        on_step: OnStep | None = None,
+        **meta: Any,
+    ) -> Tensor:
         """Samples a prompt and records it; an exception leaves an interrupted sample that counts for nothing.
 
         Args:
@@ -123,6 +132,7 @@ class Recorder:
             prompt: What to sample.
             seed: Of the noise.
             branch: Which of a step's forwards is recorded: with guidance in two forwards, each is a sample of its own.
+            on_step: Handed to the sampler.
             meta: More to keep of the sample; JSON values.
 
         Returns:
@@ -161,7 +171,7 @@ class Recorder:
             self._on_unit()
 
         with listening(self.sampler.transformer, self.manifest.grid, on_forward, on_call, self.adapter):
-            final = self.sampler.run(prompt, seed)
+            final = self.sampler.run(prompt, seed, on_step=on_step)
         if absent := [self.manifest.times[index] for index, units in enumerate(written) if not units]:
             raise ListenError(f"every recorded step must have a forward {branch}, got none at times {absent}")
         known = {"prompt": prompt, "seed": seed, "branch": branch, "steps": len(self.sampler.times)}

@@ -187,7 +187,7 @@ def menu_errors(
     Returns:
         Float32 ``(M, H)`` each: ||O_kept - O||^2 / ||O||^2, and the mean over queries of ||(O_kept - O) W_h||^2.
     """
-    heads, tokens, head_dim = q.shape
+    heads, tokens, _ = q.shape
     q_blocks = blocks.q_blocks(tokens)
     chosen = torch.randperm(q_blocks, generator=torch.Generator().manual_seed(seed))[:MENU_QUERY_BLOCKS]
     lost = q.new_zeros(len(menu), heads, dtype=torch.float32)
@@ -195,16 +195,18 @@ def menu_errors(
     for block in sorted(chosen.tolist()):
         here = slice(block * blocks.block_q, min(tokens, (block + 1) * blocks.block_q), stride)
         queries += len(range(tokens)[here])
-        for head in range(heads):  # one head at a time bounds the memory at full size
-            p, sums = _by_key_block(*(x[head : head + 1] for x in (q[:, here], k, v)), blocks.block_k)
-            keep = menu[:, head, block].float()
-            kept = keep @ sums[0].flatten(1)
-            share = keep @ p[0].T
-            output = sums[0].sum(0)
-            change = kept.view(len(menu), -1, head_dim) / share.clamp(min=1e-30)[..., None] - output
-            lost[:, head] += change.square().sum((1, 2))
-            projected[:, head] += (change @ factor[head]).square().sum((1, 2))
-            size[head] += output.square().sum()
+        at_once = max(1, SCORES_AT_ONCE // (tokens * len(range(tokens)[here])))
+        for some in torch.arange(heads).split(at_once):
+            some = slice(int(some[0]), int(some[-1]) + 1)
+            p, sums = _by_key_block(q[some, here], k[some], v[some], blocks.block_k)
+            keep = menu[:, some, block].transpose(0, 1).float()
+            share = keep @ p.mT
+            output = sums.sum(1)
+            kept = (keep @ sums.flatten(2)).unflatten(2, output.shape[1:])
+            change = kept / share.clamp(min=1e-30)[..., None] - output[:, None]
+            lost[:, some] += change.square().sum((2, 3)).T
+            projected[:, some] += (change @ factor[some, None]).square().sum((2, 3)).T
+            size[some] += output.square().sum((1, 2))
     return lost / size.clamp(min=1e-30), projected / queries
 
 

@@ -41,7 +41,7 @@ def _run(module: str, name: str, arguments: list[str]) -> None:
     help="Folder for statistics, plan and report.",
 )
 @click.option("--calibration-prompts", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--held-out-prompts", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--held-out-prompts", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one.")
 def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: str) -> None:
     """Calibrates a small video model, compiles a plan, attaches it and shows the difference.
