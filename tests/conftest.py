@@ -1,9 +1,18 @@
-"""Settings of all tests."""
+"""Settings of all tests.
+
+Without a GPU the triton kernels run in triton's interpreter, which has to be asked for before anything imports triton.
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile("calibatt", deadline=None, derandomize=True)
 settings.load_profile("calibatt")
@@ -11,10 +20,6 @@ settings.load_profile("calibatt")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips tests marked `gpu` where there is no CUDA device."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked:
-        import torch
-
-        if not torch.cuda.is_available():
-            for item in marked:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -22,7 +22,7 @@ def test_one_layer_of_wan_at_720p_takes_what_was_measured() -> None:
     """40 heads, 75,600 tokens, dense, at 441 TFLOP/s: 591 x 591 blocks of 128."""
     found = DEVICES["h200-triton"].predict_ms(40 * 591, 40 * 591**2, 40 * 75600, Blocks(), 128)
     assert found == pytest.approx(4 * 40 * (591 * 128) ** 2 * 128 / 441e12 * 1e3)
-    assert 290 < found < 300
+    assert found == pytest.approx(264.2, rel=0.01)  # measured: docs/benchmarks/kernels_h200.json, density 1
 
 
 def test_tiles_and_stores_of_a_job_are_paid() -> None:
