@@ -47,7 +47,29 @@ def with_budget(text: str, target_density: float | None, max_error: float | None
     )
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+EPILOG = """\b
+Passes run in the order in which they are given; options and their defaults:
+  vote{agreement=0.5}  a block of a plane is kept if so many of the samples keep it
+  protect{sinks=false,diagonal=false,first-times=0,last-times=0,first-layers=0,last-layers=0}
+      blocks that no mask drops: text, and if asked the first frame and the diagonal; heads that stay dense:
+      so many of the noisiest (first) and cleanest (last) times, and of the layers
+  select{target-density=0.5,max-error,menu=planes+windows+cuts,levels-per-octave=4}
+      each head's mask at each time: least error within one density over all, or fewest blocks within max-error
+  anchors{safety=4.0,max-group-rows=4}  rows that are computed once and copied to their neighbours
+  schedule  the order of the work
+  lower  makes the plan's arrays; comes last
+
+\b
+Examples:
+  calibatt-compile stats/ -o plans/mine.plan
+  calibatt-compile stats_a/ stats_b/ -o plans/mine.plan --target-density 0.35
+  calibatt-compile stats/ -o plans/mine.plan --passes "vote,protect{last-times=1},select,schedule,lower"
+
+Exit codes: 0 the plan is written; 2 the call or the statistics are wrong, and no plan is written.
+"""
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.argument("stats_dirs", nargs=-1, required=True, metavar="STATS_DIR...", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, metavar="OUT.plan", type=click.Path(path_type=Path), help="The plan.")
 @click.option("--passes", "text", default=DEFAULT_PASSES, show_default=True, help="name{option=value,...},name,...")
@@ -58,6 +80,7 @@ def with_budget(text: str, target_density: float | None, max_error: float | None
 @click.option("--print-after-all", is_flag=True, help="Print every time and layer after every pass.")
 @click.option("--time-passes", is_flag=True, help="Print what each pass took, as it ends.")
 @click.option("--notes", default="", help="Text stored in the plan.")
+@click.option("--ignore-interrupted", is_flag=True, help="Compile without samples whose recording was interrupted.")
 @click.option("--force", is_flag=True, help="Replace OUT.plan and REPORT if they exist.")
 def command(
     stats_dirs: tuple[Path, ...],
@@ -70,14 +93,24 @@ def command(
     print_after_all: bool,
     time_passes: bool,
     notes: str,
+    ignore_interrupted: bool,
     force: bool,
 ) -> None:
-    """Compiles statistics of one or several stores into a plan."""
+    """Compiles the statistics of calibatt-calibrate, of one store or several, into a plan.
+
+    A plan says, for each layer, head and denoising time, which blocks of attention are computed. One budget holds for
+    all of them: they go where an error would cost the final video most. The same statistics and options always give
+    the same bytes; the passes are stored in the plan.
+    """
     try:
-        _refuse_overwriting([output, json_path], force)
+        _check_targets([output, json_path], force)
         passes = with_budget(text, target_density, max_error)
         coefficients = device_named(device)
         store = Store.open(stats_dirs)
+        if store.interrupted and not ignore_interrupted:
+            found = ", ".join(map(str, store.interrupted))
+            rule = "be recorded again (calibatt-calibrate), deleted, or left out (--ignore-interrupted)"
+            raise CompileError(f"interrupted samples must {rule}, got {found}")
         console = Console()
         job = _collect(store, coefficients)
 
@@ -106,9 +139,16 @@ def main() -> None:
     command.main(prog_name="calibatt-compile")
 
 
-def _refuse_overwriting(paths: list[Path | None], force: bool) -> None:
+def _check_targets(paths: list[Path | None], force: bool) -> None:
+    """Refuses before any work what could not be written after it."""
     for path in paths:
-        if path is not None and path.exists() and not force:
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            raise CompileError(f"{path} must be in a folder that exists, got no folder {path.parent}")
+        if path.is_dir():
+            raise CompileError(f"{path} must be a file, got a folder there")
+        if path.exists() and not force:
             raise CompileError(f"{path} must not exist (--force replaces it), got a file there")
 
 

@@ -62,7 +62,7 @@ class Select(Pass):
             object.__setattr__(self, "target_density", DEFAULT_DENSITY)
         density, error = self.target_density, self.max_error
         self.require(density is None or 0 < density <= 1, "target-density", "be in (0, 1]", density)
-        self.require(error is None or error >= 0, "max-error", "not be negative", error)
+        self.require(error is None or 0 <= error < np.inf, "max-error", "be finite and not negative", error)
         parts = self.menu.split("+")
         known = set(parts) <= set(KINDS) and len(set(parts)) == len(parts)
         self.require(known, "menu", f"name some of {', '.join(KINDS)}, joined by +", self.menu)

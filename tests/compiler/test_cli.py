@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from support.jobs import write_store
 
 from calibatt.compiler.cli import command
 from calibatt.compiler.emit import segments
+from calibatt.compiler.language import _text, option_name
+from calibatt.compiler.passes import PASSES
 from calibatt.plans import PlanFile
 
 ROOT = Path(__file__).parent.parent.parent
@@ -102,6 +106,9 @@ def test_passes_are_printed_and_timed(store: Path, tmp_path: Path) -> None:
             "a budget must be given in --passes or on the command line, got both",
         ),
         (["--target-density", "2"], "select: target-density must be in (0, 1], got 2.0"),
+        (["--max-error", "inf"], "select: max-error must be finite and not negative, got inf"),
+        (["--json", "none/r.json"], "none/r.json must be in a folder that exists, got no folder none"),
+        (["--json", "/"], "/ must be a file, got a folder there"),
         (["--device", "abacus"], "device must be one of h200-triton, cpu-2core, got 'abacus'"),
     ],
 )
@@ -129,6 +136,25 @@ def test_no_store_is_one_line(tmp_path: Path) -> None:
     result = invoke(tmp_path / "nowhere", "-o", tmp_path / "p.plan")
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
+
+
+def test_an_interrupted_sample_is_not_dropped_without_a_word(store: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(store, tmp_path / "store")
+    (copy / "samples" / "s9.partial").mkdir()
+    result = invoke(copy, "-o", tmp_path / "p.plan")
+    assert result.exit_code == 2
+    assert "interrupted samples must be recorded again" in result.stderr
+    assert "s9.partial" in result.stderr
+    assert not (tmp_path / "p.plan").exists()
+    assert invoke(copy, "-o", tmp_path / "p.plan", "--ignore-interrupted").exit_code == 0
+
+
+def test_help_names_every_pass_and_option() -> None:
+    text = invoke("--help").output
+    for name, kind in PASSES.items():
+        assert re.search(rf"^ +{name}\b", text, re.MULTILINE)
+        for each in fields(kind()):
+            assert option_name(each.name) + ("" if each.default is None else f"={_text(each.default)}") in text
 
 
 def test_segments_cover_all_times() -> None:
