@@ -84,15 +84,17 @@ def run(
             one = q[batch], k[batch], v[batch], out[batch], lse[batch] if lse is not None else None
             _run_one(*one, bound.core, work, scale, threads)
 
-    if q.device.type != "cpu":
-        run_batch(1)
-        return out, lse
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of this thread, and of those that start from now on
-    try:
-        run_batch(threads)
-    finally:
-        torch.set_num_threads(threads)
+    # Autocast is a thread's own: the calling thread alone would compute its tiles in another precision.
+    with torch.autocast(q.device.type, enabled=False):
+        if q.device.type != "cpu":
+            run_batch(1)
+            return out, lse
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # of this thread, and of those that start from now on
+        try:
+            run_batch(threads)
+        finally:
+            torch.set_num_threads(threads)
     return out, lse
 
 

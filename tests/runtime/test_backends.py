@@ -165,3 +165,11 @@ def test_one_thread_gives_the_same_bits() -> None:
         assert torch.equal(planned_attention(q, k, v, LayerSchedule(core), backend="torch"), many)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_autocast_does_not_reach_some_of_the_threads() -> None:
+    core = schedule(WIDE, Blocks(16, 16), dense_heads=[0])
+    q, k, v = inputs(core, torch.float32)
+    plain = planned_attention(q, k, v, LayerSchedule(core), backend="torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(planned_attention(q, k, v, LayerSchedule(core), backend="torch"), plain)
