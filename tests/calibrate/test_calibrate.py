@@ -309,7 +309,8 @@ def test_command_errors_are_one_line_and_exit_2(tmp_path, tiny):
         (("--prompts", tmp_path / "prompts", "--samples", 3), "--samples must be at most the 2 prompts"),
         (("--prompts", tmp_path / "empty"), "must have at least one prompt"),
         (("--prompts", tmp_path / "bad"), "a prompt must be good, got 'bad'"),
-        (("--prompts", tmp_path / "none"), "No such file"),
+        (("--prompts", tmp_path / "none"), "none: No such file"),
+        (("-o", tmp_path / "bad"), "bad: File exists"),
         (("--mass",), "must be continued with its own manifest, got (its, new): has_mass: False, True"),
         (("--times", 9), "must be at most 4 steps, got 9"),
         (("--query-stride", 17), "query_stride must be an integer from 1 to 16, got 17"),
@@ -318,8 +319,14 @@ def test_command_errors_are_one_line_and_exit_2(tmp_path, tiny):
         result = invoke(*common, *arguments)
         assert result.exit_code == 2, result.output
         last = result.output.strip().splitlines()[-1]
-        assert last.startswith("error: ")
+        assert last.startswith("calibatt-calibrate: ")
         assert message in last
+
+
+def test_help_says_what_is_measured_and_what_it_costs():
+    text = " ".join(invoke("--help").output.split())
+    for words in ("which key blocks hold how much", "Cost: each prompt is sampled once", "Examples:", "Exit codes: 0"):
+        assert words in text
 
 
 def test_spread_and_missing_units(tmp_path):

@@ -24,6 +24,7 @@ from calibatt.tools.calibrate.recorder import Measure, Recorder, nearest_step, s
 from calibatt.tools.calibrate.sampler import Sampler
 from calibatt.tools.calibrate.statistics import unit_statistics
 
+NAME = "calibatt-calibrate"
 DEFAULT_SAMPLES = 8
 ROW_RADIUS = 3
 PROBE_PLANE = 0
@@ -223,7 +224,17 @@ def _summary(writer: StoreWriter, recorded: int, seconds: float) -> str:
     return "\n".join(lines)
 
 
-@click.command()
+EPILOG = """\b
+Examples:
+  calibatt-calibrate -o stats/
+  calibatt-calibrate --prompts prompts.txt --samples 4 --query-stride 8 -o stats/
+  calibatt-compile stats/ -o plans/mine.plan
+
+Exit codes: 0 all is recorded; 1 stopped, run it again to continue; 2 the call or the store is wrong.
+"""
+
+
+@click.command(name=NAME, epilog=EPILOG)
 @click.option("--model", type=click.Choice(sorted(SAMPLERS)), default="demo", show_default=True)
 @click.option("--prompts", type=click.Path(path_type=Path), help="One prompt a line; the demo model has its own.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Store to create or continue.")
@@ -258,6 +269,14 @@ def main(
 ) -> None:
     """Measures attention while prompts are sampled; the result is what calibatt-compile reads.
 
+    Recorded for each prompt, recorded step, layer and head: which key blocks hold how much of each query block's
+    attention, what dropping a block would change in the output, and how alike the outputs of neighbouring rows are.
+    Probes then disturb single steps and compare the final results: what an error costs at which time.
+
+    Cost: each prompt is sampled once. In a recorded step every layer computes its attention once more (twice more on
+    a GPU); --query-stride n divides that by n. A probe samples a prompt again from its step on, and one by layer takes
+    one more step for each layer. At the end the bytes written and the seconds taken are told.
+
     Run it again to continue where it stopped: finished samples are skipped, and at most the sample in progress is
     lost. Stores made on several machines with one set of options are given to calibatt-compile together.
     """
@@ -286,9 +305,10 @@ def main(
 
 def _fail(error: Exception) -> NoReturn:
     """One line for the user, exit code 2."""
-    click.echo(f"error: {' '.join(str(error).split())}", err=True)
+    told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    click.echo(f"{NAME}: {' '.join(told.split())}", err=True)
     raise SystemExit(2)
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name=NAME)

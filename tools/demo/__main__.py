@@ -95,4 +95,4 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: 
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="calibatt-demo")
