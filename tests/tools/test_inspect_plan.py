@@ -39,14 +39,22 @@ def test_json_holds_the_values() -> None:
     assert values["heads"] == {"dense": 4, "sparse": 8, "anchored": 4, "sharing_lists": 8}
     assert values["layer_density"] == [[pytest.approx(plan.density(s, layer)) for layer in (0, 1)] for s in (0, 1)]
     means = [np.mean([plan.density(segment, layer) for layer in (0, 1)]) for segment in (0, 1)]
-    assert values["density"] == pytest.approx(0.375 * means[0] + 0.625 * means[1])
+    assert values["density"] == pytest.approx((means[0] + means[1]) / 2)
     assert values["segments"][1]["start"] == 0.375
     assert values["segments"][1]["heads"] == {"dense": 2, "sparse": 4, "anchored": 2}
     assert values["section_bytes"] == plan.section_bytes()
-    assert values["predicted_forward_ms"] == {"planned": 0.375 * 1.125 + 0.625 * 1.625, "dense": 2.0}
+    assert values["predicted_forward_ms"] == {"planned": (1.125 + 1.625) / 2, "dense": 2.0}
     assert values["passes"] == plan.passes
     assert values["digest"] == PlanFile.read(GOLDEN).digest
     assert values["file_bytes"] == GOLDEN.stat().st_size
+
+
+def test_the_density_is_the_compilers_own() -> None:
+    """A plan has one density, whoever tells it: that of the calibrated sampler, not of evenly spread time."""
+    plan = PlanFile.read(ROOT / "plans" / "demo.plan")
+    told = json.loads(inspect(ROOT / "plans" / "demo.plan", "--json").output)["density"]
+    assert told == pytest.approx(plan.predicted["density"])
+    assert told <= 0.5
 
 
 def test_the_terminal_summary_says_it_all() -> None:
@@ -59,7 +67,7 @@ def test_the_terminal_summary_says_it_all() -> None:
         "vote{agreement=0.5},select{max-error=0.02},lower",
         "flow_shift: 5.0",
         "samples: 3",
-        "1.4 ms of attention a forward, 2.0 ms dense: 1.39 x",
+        "1.4 ms of attention a forward, 2.0 ms dense: 1.45 x",
         "CC0-1.0",
         "layer 1",
         "0.75 0.25",

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from calibatt.plans import DENSE, NO_ANCHORS, LayerSchedule, PlanFile, TokenGrid
-from calibatt.tools.inspect_plan.summary import GRADIENT, head_densities, head_kinds, over_time
+from calibatt.tools.inspect_plan.summary import GRADIENT, head_densities, head_kinds
 
 Floats = npt.NDArray[np.float64]
 
@@ -249,8 +249,7 @@ def overview_figure(plan: PlanFile, name: str) -> Figure:
                 axes.set_xlabel("head")
         bar = add_axes(11.0 - right + 0.25, top, 0.14, total - top - bottom)
         figure.colorbar(image, cax=bar, label="density", format=lambda value, _: f"{value:.0%}")
-        overall = over_time(plan, densities.mean(axis=(1, 2)))
-        title = f"{name}: density {overall:.1%}"
+        title = f"{name}: density {densities.mean():.1%}"
         figure.text(left / 11.0, 1 - 0.36 / total, title, fontsize=14, fontweight="bold")
         model, grid = plan.signature, plan.grid
         text = f"{model.architecture} · {grid.frames} x {grid.height} x {grid.width} tokens · from noise to video"

@@ -46,15 +46,13 @@ def head_kinds(plan: PlanFile) -> npt.NDArray[np.str_]:
     )
 
 
-def over_time(plan: PlanFile, values: npt.NDArray[np.float64]) -> float:
-    """Mean of one value a segment, weighted by the share of denoising time that the segment takes."""
-    return float(sum((part.stop - part.start) * value for part, value in zip(plan.segments, values, strict=True)))
-
-
 def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
     """Everything `show` shows, and more, as values that JSON can hold (bytes aside).
 
     Times are denoising times, ``*_bytes`` bytes and ``*_ms`` milliseconds; lists over segments ascend in time.
+    ``density`` and ``predicted_forward_ms`` are means over the segments: what a sampler executes that visits each of
+    them equally often, as the one that was calibrated does. Its steps crowd at some times, so that a mean over time
+    itself would be nobody's.
     """
     densities, kinds = head_densities(plan), head_kinds(plan)
     tokens = plan.grid.tokens
@@ -66,7 +64,7 @@ def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
         "grid": asdict(plan.grid) | {"tokens": tokens},
         "blocks": asdict(plan.blocks)
         | {"q_blocks": plan.blocks.q_blocks(tokens), "k_blocks": plan.blocks.k_blocks(tokens)},
-        "density": over_time(plan, densities.mean(axis=(1, 2))),
+        "density": float(densities.mean()),
         "segments": [
             asdict(segment) | {"density": float(densities[index].mean()), "heads": _count(kinds[index])}
             for index, segment in enumerate(plan.segments)
@@ -85,7 +83,7 @@ def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
 
 
 def predicted_forward_ms(plan: PlanFile) -> dict[str, float] | None:
-    """Attention of one forward, all layers, mean over time: ``planned`` and ``dense``; None where not predicted."""
+    """Attention of one forward, all layers, mean over segments: ``planned`` and ``dense``; None where not predicted."""
     found = {}
     for kind in ("planned", "dense"):
         try:
@@ -94,7 +92,7 @@ def predicted_forward_ms(plan: PlanFile) -> dict[str, float] | None:
             return None
         if values.shape != (len(plan.segments), plan.signature.layers):
             return None
-        found[kind] = over_time(plan, values.sum(axis=1))
+        found[kind] = float(values.sum(axis=1).mean())
     return found
 
 
@@ -148,7 +146,7 @@ def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, st
             f"{plan.blocks.block_q} queries x {plan.blocks.block_k} keys: "
             f"{blocks['q_blocks']:,} x {blocks['k_blocks']:,} blocks a head",
         ),
-        ("density", f"{values['density']:.1%} of dense attention, mean over time"),
+        ("density", f"{values['density']:.1%} of dense attention, mean over segments"),
         (
             "heads",
             f"{heads['dense']:,} dense, {heads['sparse']:,} sparse, {heads['anchored']:,} anchored; "
