@@ -18,8 +18,6 @@ from calibatt.runtime import load_plan
 from calibatt.tools.demo import measure, report
 from calibatt.tools.demo.model import DemoModel, times
 
-FIRST_HELD_OUT_SEED = 5000
-
 console = Console()
 
 
@@ -67,24 +65,23 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("generating", total=len(prompts))
-        pairs = measure.pairs(model, plan, prompts, FIRST_HELD_OUT_SEED, lambda _: progress.advance(task))
+        pairs = measure.pairs(model, plan, prompts, measure.FIRST_SEED, lambda _: progress.advance(task))
     for pair in pairs:
         console.print(f"{pair.psnr_db:5.1f} dB  {pair.prompt}")
     with console.status("timing attention, dense and planned in turn"):
-        calls = measure.attention_ms(model, plan, prompts[0], FIRST_HELD_OUT_SEED)
+        calls = measure.attention_ms(model, plan, prompts[0], measure.FIRST_SEED)
     (dense, dense_spread), (planned, planned_spread) = measure.total_ms(calls, 0), measure.total_ms(calls, 1)
     density = measure.executed_density(plan, times()[:-1].tolist())
     console.print(
         f"executed density {density:.3f}; attention of one video: {dense:.0f} ms dense, {planned:.0f} ms planned"
     )
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     facts = {
         "density": density,
         "dense_ms": dense,
         "dense_spread_ms": dense_spread,
         "planned_ms": planned,
         "planned_spread_ms": planned_spread,
-        "device": name,
+        "device": measure.device_name(device),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
         "command": "calibatt-demo",
         "date": datetime.date.today().isoformat(),

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from calibatt.runtime import Plan, planned_attention
-from calibatt.runtime.adapters import adapter_for
+from calibatt.runtime.adapters import Arguments, adapter_for
 from calibatt.runtime.intercept import InterceptedSite, Interception
 from calibatt.tools.demo import world
-from calibatt.tools.demo.model import TRAIN_TIMESTEPS, DemoModel, generate
+from calibatt.tools.demo.model import DemoModel, generate
 
 Progress = Callable[[str], None]
+FIRST_SEED = 5000
+"""Seed of the first held-out prompt; one more for each."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ class Pair:
     @property
     def psnr_db(self) -> float:
         return float(psnr_db(self.planned[None], self.dense[None]))
+
+
+def device_name(device: str) -> str:
+    """What measured, in words: the GPU, or the CPU with its threads."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def psnr_db(video: Tensor, reference: Tensor) -> Tensor:
@@ -96,10 +105,12 @@ def attention_ms(model: DemoModel, plan: Plan, prompt: str, seed: int, repeats: 
         calls.append(times)
         return out.transpose(1, 2)
 
-    def begin(arguments: dict) -> float:
-        return float(arguments["timestep"].max()) / TRAIN_TIMESTEPS
+    adapter = adapter_for(model.transformer)
 
-    interception = Interception(model.transformer, adapter_for(model.transformer), attend, begin=begin)
+    def begin(arguments: Arguments) -> float:
+        return float(adapter.time(arguments))
+
+    interception = Interception(model.transformer, adapter, attend, begin=begin)
     try:
         generate(model, [prompt], [seed])
     finally:
