@@ -128,7 +128,7 @@ class Manifest:
         """
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ManifestError(f"the manifest must be JSON, got {error}") from None
         known = _fields_of(cls, "the manifest", value)
         version = known["schema_version"]

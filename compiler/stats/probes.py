@@ -73,7 +73,7 @@ class Probe:
         """
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProbeError(f"{what}: a probe must be JSON, got {error}") from None
         names = {each.name for each in fields(cls)}
         if not isinstance(value, dict) or set(value) != names:

@@ -170,18 +170,25 @@ def _check_entries(folder: Path) -> None:
 
 
 def _check_sample(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """Proves the names in a sample's folder and its `sample.json`; returns what was said of it."""
+    """Proves a sample's `sample.json` and the names in its folder; returns what was said of it."""
     check_name(path.name)
     if not path.is_dir():
         raise SampleError(f"{path} must be a folder, got a file")
-    found, expected = {each.name for each in entries(path)}, [*unit_names(manifest), SAMPLE]
+    found = {each.name for each in entries(path)}
+    # First, whether the manifest is the one it was recorded with: a damaged one could ask for any number of files.
+    meta = _read_meta(path, manifest) if SAMPLE in found else {}
+    expected = [*unit_names(manifest), SAMPLE]
     if missing := [name for name in expected if name not in found]:
         raise MissingUnits(f"{path} must have {len(expected)} files, got none named {', '.join(missing)}")
     if unknown := sorted(found - set(expected)):
         raise SampleError(f"{path} must hold only its units and {SAMPLE}, got {', '.join(unknown)}")
+    return meta
+
+
+def _read_meta(path: Path, manifest: Manifest) -> dict[str, Any]:
     try:
         value = json.loads((path / SAMPLE).read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SampleError(f"{path / SAMPLE} must be JSON, got {error}") from None
     if not isinstance(value, dict) or set(value) != {"name", "manifest", "meta"} or not isinstance(value["meta"], dict):
         raise SampleError(f"{path / SAMPLE} must have the fields name, manifest and meta, got {value!r}")

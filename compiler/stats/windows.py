@@ -33,7 +33,7 @@ class Window:
     radii: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.kind not in RADII:
+        if not isinstance(self.kind, str) or self.kind not in RADII:
             raise ManifestError(f"window.kind must be one of {', '.join(RADII)}, got {self.kind!r}")
         right = isinstance(self.radii, tuple) and len(self.radii) == RADII[self.kind]
         if not right or not all(type(radius) is int and radius >= 0 for radius in self.radii):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -229,6 +230,13 @@ def test_reader_refuses(tmp_path):
         store.unit("a", 1, 1)
 
 
+def grow(path):
+    """A damaged manifest that asks for more unit files than memory holds the names of."""
+    value = json.loads(path.read_text())
+    value["model"]["layers"] = 2**62
+    path.write_text(json.dumps(value))
+
+
 @pytest.mark.parametrize(
     ("act", "kind", "message"),
     [
@@ -254,6 +262,8 @@ def test_reader_refuses(tmp_path):
             "of a complete sample, got 'c'",
         ),
         (lambda s: (s / "probes/a_t7.json").write_text(probe("a", 7).to_json()), ProbeError, "must be below 2, got 7"),
+        (lambda s: grow(s / "manifest.json"), SampleError, "manifest must be '.*', got '"),
+        (lambda s: (s / "manifest.json").write_text("[" * 100_000), ManifestError, "must be JSON"),
     ],
 )
 def test_damaged_stores(tmp_path, act, kind, message):

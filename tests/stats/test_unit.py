@@ -84,6 +84,7 @@ def test_manifest_refuses(name, value):
         (lambda value: value.update(times=3), "times must be a list, got 3"),
         (lambda value: value["grid"].update(width=0), "grid.width must be a positive integer, got 0"),
         (lambda value: value["windows"][0].update(kind="ball"), "window.kind must be"),
+        (lambda value: value["windows"][0].update(kind=["box"]), "window.kind must be"),
     ],
 )
 def test_manifest_text_refused(change, message):
