@@ -91,7 +91,7 @@ def test_the_default_passes_print_with_every_option() -> None:
         ("select{menu=a b}", PassSyntaxError, "select: menu must be of letters, digits"),
         ("select{target-density=0.5,max-error=1}", PassError, "target-density and max-error must not both be given"),
         ("select{target-density=0}", PassError, "select: target-density must be in (0, 1], got 0.0"),
-        ("select{max-error=-1}", PassError, "select: max-error must not be negative, got -1.0"),
+        ("select{max-error=-1}", PassError, "select: max-error must be finite and not negative, got -1.0"),
         ("anchors{safety=0}", PassError, "anchors: safety must be positive, got 0.0"),
         ("anchors{max-group-rows=0}", PassError, "anchors: max-group-rows must be at least 1, got 0"),
     ],
