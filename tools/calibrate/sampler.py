@@ -49,3 +49,9 @@ class Sampler(Protocol):
         Returns:
             The final latent.
         """
+
+    def run_batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Samples several prompts in one loop: their final latents, each as `run` makes it but for rounding."""
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Final latents ``(n, ...)`` as videos ``(n, 3, F, H, W)`` in [-1, 1]; only evaluation asks for it."""

@@ -17,6 +17,7 @@ from calibatt.plans import PlanFile
 from calibatt.runtime import load_plan
 from calibatt.tools.demo import measure, report
 from calibatt.tools.demo.model import DemoModel, times
+from calibatt.tools.evaluate.harness import executed_density
 
 FIRST_HELD_OUT_SEED = 5000
 
@@ -73,7 +74,7 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: 
     with console.status("timing attention, dense and planned in turn"):
         calls = measure.attention_ms(model, plan, prompts[0], FIRST_HELD_OUT_SEED)
     (dense, dense_spread), (planned, planned_spread) = measure.total_ms(calls, 0), measure.total_ms(calls, 1)
-    density = measure.executed_density(plan, times()[:-1].tolist())
+    density = executed_density(plan, times()[:-1].tolist())
     console.print(
         f"executed density {density:.3f}; attention of one video: {dense:.0f} ms dense, {planned:.0f} ms planned"
     )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from calibatt.runtime import Plan, planned_attention
-from calibatt.runtime.adapters import adapter_for
-from calibatt.runtime.intercept import InterceptedSite, Interception
 from calibatt.tools.demo import world
-from calibatt.tools.demo.model import TRAIN_TIMESTEPS, DemoModel, generate
+from calibatt.tools.demo.model import DemoModel, generate
+from calibatt.tools.evaluate.harness import attending
+from calibatt.tools.evaluate.metrics import psnr_db
 
 Progress = Callable[[str], None]
 
@@ -40,12 +40,6 @@ class Pair:
         return float(psnr_db(self.planned[None], self.dense[None]))
 
 
-def psnr_db(video: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, ``(n,)``, of videos ``(n, 3, F, H, W)`` in [-1, 1]; at most 100."""
-    error = ((video.clamp(-1, 1) - reference.clamp(-1, 1)) / 2).square().mean((1, 2, 3, 4))
-    return -10 * error.clamp(min=1e-10).log10()
-
-
 def held_out_prompts(count: int, seed: int = 6) -> list[str]:
     """Sentences of scenes that neither training nor calibration ever sees."""
     return [world.sentence(s) for s in world.scenes(count, torch.Generator().manual_seed(seed), test=True)]
@@ -63,7 +57,6 @@ def pairs(model: DemoModel, plan: Plan, prompts: list[str], first_seed: int, don
     return found
 
 
-@torch.no_grad()
 def attention_ms(model: DemoModel, plan: Plan, prompt: str, seed: int, repeats: int = 2) -> list[list[list[float]]]:
     """Milliseconds of self-attention on the queries, keys and values of one real generation.
 
@@ -85,25 +78,18 @@ def attention_ms(model: DemoModel, plan: Plan, prompt: str, seed: int, repeats: 
         into.append((time.perf_counter() - began) * 1e3)
         return out
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, now: float) -> Tensor:
-        swapped = [x.transpose(1, 2) for x in (q, k, v)]
-        schedule = plan.schedule(now, site.layer)
-        planned_attention(*swapped, schedule)
+    def attention(q: Tensor, k: Tensor, v: Tensor, layer: int, now: float) -> Tensor:
+        schedule = plan.schedule(now, layer)
+        planned_attention(q, k, v, schedule)
         times: list[list[float]] = [[], []]
         for _ in range(repeats):
-            out = timed(lambda: torch.nn.functional.scaled_dot_product_attention(*swapped), times[0])
-            timed(lambda: planned_attention(*swapped, schedule), times[1])
+            out = timed(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v), times[0])
+            timed(lambda: planned_attention(q, k, v, schedule), times[1])
         calls.append(times)
-        return out.transpose(1, 2)
+        return out
 
-    def begin(arguments: dict) -> float:
-        return float(arguments["timestep"].max()) / TRAIN_TIMESTEPS
-
-    interception = Interception(model.transformer, adapter_for(model.transformer), attend, begin=begin)
-    try:
+    with attending(model.transformer, attention):
         generate(model, [prompt], [seed])
-    finally:
-        interception.detach()
     return calls
 
 
@@ -112,9 +98,3 @@ def total_ms(calls: list[list[list[float]]], which: int) -> tuple[float, float]:
     medians = sum(statistics.median(call[which]) for call in calls)
     spread = (sum(max(call[which]) for call in calls) - sum(min(call[which]) for call in calls)) / 2
     return medians, spread
-
-
-def executed_density(plan: Plan, times: list[float]) -> float:
-    """Mean density over the sampler's times and all layers: what a generation executes."""
-    layers = plan.signature.layers
-    return sum(plan.schedule(now, layer).density for now in times for layer in range(layers)) / (len(times) * layers)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import statistics
 import sys
 from pathlib import Path
 
@@ -23,11 +22,11 @@ from torch import Tensor
 
 from calibatt.plans import Blocks
 from calibatt.runtime import Plan, load_plan
-from calibatt.runtime.adapters import adapter_for
-from calibatt.runtime.intercept import Attend, InterceptedSite, Interception
 from calibatt.tools.calibrate.statistics import block_statistics, keep_planes
 from calibatt.tools.demo import measure, world
 from calibatt.tools.demo.model import STEPS, DemoModel, generate, times
+from calibatt.tools.evaluate.harness import attending, executed_density, written_out
+from calibatt.tools.evaluate.metrics import psnr_db, summarise
 
 FIRST_SEED = 5000
 FLOOR_PROMPTS = 8
@@ -36,47 +35,28 @@ MASS = 0.95
 QUERY_STRIDE = 8
 
 
-def second_kernel(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, context: object) -> Tensor:
-    """Dense attention ``(B, N, H, D)`` written out, a head at a time: exact, but with sums in another order."""
-    out = torch.empty_like(q)
-    for sample in range(len(q)):
-        for head in range(q.shape[2]):
-            scores = q[sample, :, head].float() @ k[sample, :, head].float().T * q.shape[-1] ** -0.5
-            out[sample, :, head] = torch.softmax(scores, -1).to(v.dtype) @ v[sample, :, head]
-    return out
-
-
-def generate_through(model: DemoModel, attend: Attend, prompts: list[str], seeds: list[int]) -> Tensor:
-    """`generate` with every self-attention call sent through `attend`."""
-    interception = Interception(model.transformer, adapter_for(model.transformer), attend)
-    try:
-        return generate(model, prompts, seeds)
-    finally:
-        interception.detach()
-
-
 def density_at_mass(model: DemoModel, prompt: str, seed: int, blocks: Blocks) -> list[list[float]]:
     """Share of key blocks that hold `MASS` of the attention, [layer][head], mean over the sampler's times."""
     layers = model.config["num_layers"]
     found: list[list[Tensor]] = [[] for _ in range(layers)]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, context: object) -> Tensor:
-        heads = [x[0].transpose(0, 1) for x in (q, k, v)]
-        mass, _ = block_statistics(heads[0], heads[1], heads[2].float(), blocks, QUERY_STRIDE)
-        found[site.layer].append(keep_planes(mass, (MASS,))[0].float().mean((1, 2)))
-        return site.stock(q, k, v)
+    def attention(q: Tensor, k: Tensor, v: Tensor, layer: int, now: float) -> Tensor:
+        mass, _ = block_statistics(q[0], k[0], v[0].float(), blocks, QUERY_STRIDE)
+        found[layer].append(keep_planes(mass, (MASS,))[0].float().mean((1, 2)))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-    generate_through(model, attend, [prompt], [seed])
+    with attending(model.transformer, attention):
+        generate(model, [prompt], [seed])
     return [[round(float(x), 3) for x in torch.stack(layer).mean(0)] for layer in found]
 
 
 def summary(values: list[float]) -> dict[str, float]:
     """Mean, standard error, least."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    found = summarise(values, higher_is_better=True)
     return {
-        "mean": round(statistics.mean(values), 2),
-        "standard_error": round(error, 2),
-        "least": round(min(values), 2),
+        "mean": round(found.mean, 2),
+        "standard_error": round(found.standard_error, 2),
+        "least": round(found.worst, 2),
     }
 
 
@@ -88,8 +68,9 @@ def judge(model: DemoModel, plan: Plan, count: int) -> dict:
     for seed, prompt in enumerate(track(prompts, "held-out prompts"), FIRST_SEED):
         (pair,) = measure.pairs(model, plan, [prompt], seed, lambda _: None)
         if len(floor_db) < FLOOR_PROMPTS:
-            exact = generate_through(model, second_kernel, [prompt], [seed])[0].cpu()
-            floor_db.append(float(measure.psnr_db(exact[None], pair.dense[None])))
+            with attending(model.transformer, written_out):
+                exact = generate(model, [prompt], [seed])[0].cpu()
+            floor_db.append(float(psnr_db(exact[None], pair.dense[None])))
         dense.append(pair.dense)
         planned.append(pair.planned)
         planned_db.append(pair.psnr_db)
@@ -98,7 +79,7 @@ def judge(model: DemoModel, plan: Plan, count: int) -> dict:
     torch.manual_seed(0)
     untrained = DemoModel(model.config).to(next(model.parameters()).device).eval().requires_grad_(False)
     return {
-        "executed_density": round(measure.executed_density(plan, times()[:-1].tolist()), 4),
+        "executed_density": round(executed_density(plan, times()[:-1].tolist()), 4),
         "psnr_db": summary(planned_db),
         "floor_db": summary(floor_db),
         "floor_prompts": len(floor_db),

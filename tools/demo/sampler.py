@@ -58,6 +58,15 @@ class DemoSampler:
         seen = (lambda step, latent: on_step(start_step + step, latent)) if on_step else (lambda step, latent: None)
         return euler(self._model, video.to(self._device), words, self._schedule[start_step:], seen)
 
+    def run_batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Videos ``(n, 3, F, H, W)`` of several prompts in one loop; each as `run` makes it, but for rounding."""
+        words = world.words(list(prompts)).to(self._device)
+        return euler(self._model, noise(list(seeds)).to(self._device), words, self._schedule)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """The latents of this model are videos."""
+        return latent
+
 
 def training_prompts(count: int, seed: int) -> list[str]:
     """Sentences of scenes that training may have seen, and the held-out checks never use."""
