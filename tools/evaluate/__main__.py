@@ -274,7 +274,7 @@ def _quick(sampler: Any, candidates: Sequence[Candidate], work: Work) -> int:
             click.echo(
                 f"{candidate.name}: {'fits' if fits else 'HAS DRIFTED'}: error times weight is {found['ratio']:.2f} "
                 f"times what was promised (at most {DRIFT_RATIO:g}); {found['heads_measured']} heads, "
-                f"{len(work)} prompts, {len(sampler.times)} forwards each; attention mass kept {found['recall_mean']:.1%}"
+                f"{len(work)} prompts, {len(sampler.times)} forwards each; mass kept {found['recall_mean']:.1%}"
             )
     return int(drifted > 0)
 
