@@ -65,14 +65,14 @@ def bind_mask(keep: Tensor, grid: TokenGrid, blocks: Blocks) -> DeviceSchedule:
         return LayerSchedule(schedule_of(keep.numpy(), grid, blocks)).bind("cpu")
     heads, q_blocks, k_blocks = keep.shape
     device, rows = keep.device, heads * q_blocks
-    kept_first = keep.byte().argsort(2, descending=True, stable=True).to(torch.int16).view(torch.uint16).flatten()
+    kept_first = keep.byte().argsort(dim=2, descending=True, stable=True).to(torch.int16).flatten()
     row = torch.arange(rows, device=device)
     count = keep.sum(2).flatten()
     start = row * k_blocks
     tiles = torch.stack([row // q_blocks, row % q_blocks, start, start + count], 1).to(torch.int32)
     queries = torch.tensor([grid.tokens, 0], dtype=torch.int32, device=device).repeat(heads, 1)
     nothing = torch.zeros(0, dtype=torch.int32, device=device)
-    columns = torch.cat([kept_first, kept_first[:1]])
+    columns = torch.cat([kept_first, kept_first[:1]]).view(torch.uint16)
     core = _dense_core(heads, grid, blocks)
     return DeviceSchedule(core, device, tiles, columns, queries, nothing, nothing, nothing)
 
