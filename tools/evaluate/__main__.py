@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -22,10 +19,10 @@ from calibatt.tools.calibrate.__main__ import SAMPLERS, pick_device, read_prompt
 from calibatt.tools.calibrate.listen import ListenError
 from calibatt.tools.evaluate import evaluation, gate
 from calibatt.tools.evaluate.evaluation import Candidate, Cells, EvaluationError, Work
+from calibatt.tools.evaluate.harness import FIRST_SEED, about
 from calibatt.tools.evaluate.metrics import ALWAYS, LPIPS, Metric, lpips_metric
 from calibatt.tools.evaluate.report import number, write_page
 
-FIRST_SEED = 5000
 QUERIES = 512
 QUICK_PROMPTS = 2
 QUICK_STEPS = 4
@@ -182,19 +179,6 @@ def _result(
         "floor": evaluation.floor_findings(work[:floor_prompts], metrics, cells),
         "not_available": absent,
         "plans": plans,
-    }
-
-
-def about(command: str, sampler: Any) -> dict[str, str]:
-    """Command, device, versions and date of a measurement."""
-    on_gpu = next(sampler.transformer.parameters()).is_cuda
-    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return {
-        "command": " ".join([command, *sys.argv[1:]]),
-        "device": device,
-        "versions": versions,
-        "date": datetime.date.today().isoformat(),
     }
 
 

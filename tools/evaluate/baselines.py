@@ -65,18 +65,19 @@ def _cubes(df: Tensor, dr: Tensor, dc: Tensor, grid: TokenGrid, first: Tensor) -
 
 
 def _radial(df: Tensor, dr: Tensor, dc: Tensor, grid: TokenGrid, first: Tensor) -> Tensor:
-    """A spatial window that halves with every doubling of the distance in time; the first frame is always kept.
+    """A spatial window that halves with every doubling of the distance in time; the first frame comes right after the
+    block's own surroundings.
 
     Li et al., *Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video Generation* (2025).
     """
     octave = torch.floor(torch.log2(df.clamp(min=1)))
     needed = (dr + dc / grid.width + 1) * 2**octave + 0.01 * df
-    return torch.where(first, torch.zeros_like(needed), needed)
+    return torch.where(first, needed.clamp(max=1.5), needed)
 
 
 def _spatial(df: Tensor, dr: Tensor, dc: Tensor, grid: TokenGrid, first: Tensor) -> Tensor:
-    """SVG's spatial heads: near frames and the first one. Xi et al., *Sparse VideoGen* (2025)."""
-    return torch.where(first, torch.zeros_like(df), _frames(df, dr, dc, grid, first))
+    """SVG's spatial heads: the own frame, the first one, near ones. Xi et al., *Sparse VideoGen* (2025)."""
+    return torch.where(first & (df > 0), torch.full_like(df, 0.9), _frames(df, dr, dc, grid, first))
 
 
 def _temporal(df: Tensor, dr: Tensor, dc: Tensor, grid: TokenGrid, first: Tensor) -> Tensor:

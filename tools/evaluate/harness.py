@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +29,23 @@ Floats = npt.NDArray[np.float64]
 
 CHUNK_SCORES = 1 << 24
 """Scores held at a time where attention is written out: 64 MiB in fp32."""
+
+
+FIRST_SEED = 5000
+"""Of the first held-out video; one more for each."""
+
+
+def about(command: str, sampler: Sampler) -> dict[str, str]:
+    """Command, device, versions and date of a measurement."""
+    on_gpu = next(sampler.transformer.parameters()).is_cuda
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return {
+        "command": " ".join([command, *sys.argv[1:]]),
+        "device": device,
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 @contextmanager

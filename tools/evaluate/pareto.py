@@ -36,8 +36,8 @@ from calibatt.compiler.stats import Store
 from calibatt.runtime import Plan
 from calibatt.tools.calibrate.__main__ import SAMPLERS, pick_device, plan_work, read_prompts
 from calibatt.tools.evaluate import baselines, bench
-from calibatt.tools.evaluate.__main__ import FIRST_SEED, about
 from calibatt.tools.evaluate.bench import Bench, BestOf, Exact, Kept, Measured, Moment, PerInput, Planned, Rule, Seen
+from calibatt.tools.evaluate.harness import FIRST_SEED, about
 from calibatt.tools.evaluate.masks import with_top
 
 DENSITIES = (0.2, 0.35, 0.5, 0.65)
