@@ -19,7 +19,7 @@ from calibatt.plans import Blocks, TokenGrid
 from calibatt.runtime.reference import reference_attention
 from calibatt.runtime.schedule import LayerSchedule
 from calibatt.tools.calibrate.statistics import keep_planes
-from calibatt.tools.evaluate import baselines, bench, masks, pareto
+from calibatt.tools.evaluate import ablations, baselines, bench, masks, pareto
 from calibatt.tools.evaluate.bench import Bench, Kept
 
 BLOCKS = Blocks(16, 16)
@@ -204,3 +204,34 @@ def test_every_method_runs_and_says_the_same_again(store, tmp_path, monkeypatch)
     assert len(run("b.json", "--methods", names)["rows"]) == 4
     assert Store.open(store).samples
     assert np.isfinite([row["mean"] for row in again["difference_from_ours_db"]]).all()
+
+
+def test_ablations_change_one_thing_each(store, tmp_path, monkeypatch):
+    monkeypatch.setitem(pareto.SAMPLERS, "demo", lambda steps, device: TinyVideoSampler())
+    monkeypatch.setattr(pareto, "SHARES", (0.2, 0.6))
+    prompts, output, markdown = (tmp_path / name for name in ("prompts.txt", "a.json", "a.md"))
+    prompts.write_text("three\nfour words\n")
+    arguments = ["--stats", store, "--stats", store, "--held-out", prompts, "--densities", "0.5", "--calibration", 2]
+    arguments += ["--device", "cpu", "-o", output, "--table", markdown]
+    found = CliRunner().invoke(ablations.main, [str(argument) for argument in arguments])
+    assert found.exit_code == 0, found.output + repr(found.exception)
+    rows = {row["variant"]: row for row in json.loads(output.read_text())["rows"]}
+    base = rows[ablations.BASE]["psnr"]
+    assert rows["calibration prompts: 2"]["psnr"] == base, "all there are"
+    assert rows["blocks of 16 x 16"]["psnr"] == base
+    assert rows["calibration prompts: 1"]["psnr"] != base
+    assert "calibration prompts: 4" not in rows
+    assert rows["no time weight"]["psnr"] != base
+    lines = markdown.read_text().splitlines()
+    assert sum(line.startswith("| ") for line in lines) == len(rows) + 1
+    assert "Traceback" not in found.output
+
+
+def test_a_part_of_a_store_has_what_it_says(store):
+    whole = Store.open(store)
+    part = ablations.Part(whole, count=1, thresholds=(0.9,), time_weighted=False)
+    unit = part.unit(part.samples[0], 0, 0)
+    unit.check(part.manifest)
+    assert [whole.meta[name]["seed"] for name in part.samples] == [0]
+    assert (part.time_weight()[0] == 1).all()
+    assert (whole.time_weight()[0] != 1).any()

@@ -330,6 +330,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 label=label,
             )
     axes[0].set_xlabel("executed density (share of dense attention's blocks)")
+    axes[1].set_xscale("log")
     axes[1].set_xlabel("attention of one video, ms (masks chosen from the input included)")
     axes[0].set_ylabel("PSNR against the dense video, dB")
     for row in result["rows"]:
