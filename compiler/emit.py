@@ -45,6 +45,8 @@ def make_plan(job: Job, store: Store, passes: Sequence[Pass], notes: str = "") -
         "dense_ms": [[job.dense_ms(unit) for unit in job.at_time(index)] for index in times],
         "density": computed / dense,
         "weighted_error": [float(sum(u.error.sum() * u.weight for u in job.at_time(index))) for index in times],
+        "head_error": [[unit.error.tolist() for unit in job.at_time(index)] for index in times],
+        "error_weight": [[unit.weight for unit in job.at_time(index)] for index in times],
     }
     return PlanFile(
         signature=job.manifest.model,

@@ -12,6 +12,8 @@ from calibatt.plans import PlanFile
 from calibatt.runtime import load_plan
 from calibatt.tools.demo import measure, quality, report
 from calibatt.tools.demo.model import times
+from calibatt.tools.evaluate.harness import executed_density
+from calibatt.tools.evaluate.metrics import psnr_db
 
 ROOT = Path(__file__).parents[2]
 PLAN = ROOT / "plans" / "demo.plan"
@@ -38,12 +40,12 @@ def test_the_report_is_one_file_that_says_what_it_was_given(tmp_path: Path) -> N
 
 def test_psnr_is_that_of_values_from_0_to_1() -> None:
     zero = torch.zeros(2, 3, 1, 2, 2)
-    found = measure.psnr_db(zero + torch.tensor([0.2, 0.0]).view(2, 1, 1, 1, 1), zero)
+    found = psnr_db(zero + torch.tensor([0.2, 0.0]).view(2, 1, 1, 1, 1), zero)
     assert found.tolist() == [pytest.approx(-20 * math.log10(0.1), abs=1e-4), 100]
 
 
 def test_the_demo_plan_executes_half_of_dense_attention() -> None:
-    assert 0.49 < measure.executed_density(load_plan(PLAN), times()[:-1].tolist()) <= 0.5
+    assert 0.49 < executed_density(load_plan(PLAN), times()[:-1].tolist()) <= 0.5
 
 
 def test_what_measured_is_named() -> None:

@@ -201,7 +201,7 @@ def plan_work(model: str, path: Path | None, samples: int | None, seed: int) -> 
     return [(prompt, seed + index) for index, prompt in enumerate(prompts)]
 
 
-def _pick_device(device: str) -> str:
+def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -284,7 +284,7 @@ def main(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         work = plan_work(model, prompts, samples, seed)
-        sampler = SAMPLERS[model](steps, _pick_device(device))
+        sampler = SAMPLERS[model](steps, pick_device(device))
         sampler.check([prompt for prompt, _ in work])
         manifest = make_manifest(sampler, block_size=int(block_size), times=times, mass=mass, query_stride=query_stride)
         begun = time.perf_counter()

@@ -49,3 +49,16 @@ class Sampler(Protocol):
         Returns:
             The final latent.
         """
+
+    def run_batch(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        start_step: int = 0,
+        start: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Samples several prompts in one loop, each as `run` does but for rounding; only evaluation asks for it."""
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Final latents ``(n, ...)`` as videos ``(n, 3, F, H, W)`` in [-1, 1]; only evaluation asks for it."""

@@ -17,6 +17,7 @@ from calibatt.plans import PlanFile
 from calibatt.runtime import load_plan
 from calibatt.tools.demo import measure, report
 from calibatt.tools.demo.model import DemoModel, times
+from calibatt.tools.evaluate.harness import FIRST_SEED, executed_density
 
 console = Console()
 
@@ -65,13 +66,13 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("generating", total=len(prompts))
-        pairs = measure.pairs(model, plan, prompts, measure.FIRST_SEED, lambda _: progress.advance(task))
+        pairs = measure.pairs(model, plan, prompts, FIRST_SEED, lambda _: progress.advance(task))
     for pair in pairs:
         console.print(f"{pair.psnr_db:5.1f} dB  {pair.prompt}")
     with console.status("timing attention, dense and planned in turn"):
-        calls = measure.attention_ms(model, plan, prompts[0], measure.FIRST_SEED)
+        calls = measure.attention_ms(model, plan, prompts[0], FIRST_SEED)
     (dense, dense_spread), (planned, planned_spread) = measure.total_ms(calls, 0), measure.total_ms(calls, 1)
-    density = measure.executed_density(plan, times()[:-1].tolist())
+    density = executed_density(plan, times()[:-1].tolist())
     console.print(
         f"executed density {density:.3f}; attention of one video: {dense:.0f} ms dense, {planned:.0f} ms planned"
     )

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from calibatt.runtime import Plan, planned_attention
-from calibatt.runtime.adapters import Arguments, adapter_for
-from calibatt.runtime.intercept import InterceptedSite, Interception
 from calibatt.tools.demo import world
 from calibatt.tools.demo.model import DemoModel, generate
+from calibatt.tools.evaluate.harness import attending
+from calibatt.tools.evaluate.metrics import psnr_db
 
 Progress = Callable[[str], None]
-FIRST_SEED = 5000
-"""Seed of the first held-out prompt; one more for each."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,6 @@ def device_name(device: str) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def psnr_db(video: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, ``(n,)``, of videos ``(n, 3, F, H, W)`` in [-1, 1]; at most 100."""
-    error = ((video.clamp(-1, 1) - reference.clamp(-1, 1)) / 2).square().mean((1, 2, 3, 4))
-    return -10 * error.clamp(min=1e-10).log10()
-
-
 def held_out_prompts(count: int, seed: int = 6) -> list[str]:
     """Sentences of scenes that neither training nor calibration ever sees."""
     return [world.sentence(s) for s in world.scenes(count, torch.Generator().manual_seed(seed), test=True)]
@@ -72,7 +64,6 @@ def pairs(model: DemoModel, plan: Plan, prompts: list[str], first_seed: int, don
     return found
 
 
-@torch.no_grad()
 def attention_ms(model: DemoModel, plan: Plan, prompt: str, seed: int, repeats: int = 2) -> list[list[list[float]]]:
     """Milliseconds of self-attention on the queries, keys and values of one real generation.
 
@@ -94,27 +85,18 @@ def attention_ms(model: DemoModel, plan: Plan, prompt: str, seed: int, repeats: 
         into.append((time.perf_counter() - began) * 1e3)
         return out
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, now: float) -> Tensor:
-        swapped = [x.transpose(1, 2) for x in (q, k, v)]
-        schedule = plan.schedule(now, site.layer)
-        planned_attention(*swapped, schedule)
+    def attention(q: Tensor, k: Tensor, v: Tensor, layer: int, now: float) -> Tensor:
+        schedule = plan.schedule(now, layer)
+        planned_attention(q, k, v, schedule)
         times: list[list[float]] = [[], []]
         for _ in range(repeats):
-            out = timed(lambda: torch.nn.functional.scaled_dot_product_attention(*swapped), times[0])
-            timed(lambda: planned_attention(*swapped, schedule), times[1])
+            out = timed(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v), times[0])
+            timed(lambda: planned_attention(q, k, v, schedule), times[1])
         calls.append(times)
-        return out.transpose(1, 2)
+        return out
 
-    adapter = adapter_for(model.transformer)
-
-    def begin(arguments: Arguments) -> float:
-        return float(adapter.time(arguments))
-
-    interception = Interception(model.transformer, adapter, attend, begin=begin)
-    try:
+    with attending(model.transformer, attention):
         generate(model, [prompt], [seed])
-    finally:
-        interception.detach()
     return calls
 
 
@@ -123,9 +105,3 @@ def total_ms(calls: list[list[list[float]]], which: int) -> tuple[float, float]:
     medians = sum(statistics.median(call[which]) for call in calls)
     spread = (sum(max(call[which]) for call in calls) - sum(min(call[which]) for call in calls)) / 2
     return medians, spread
-
-
-def executed_density(plan: Plan, times: list[float]) -> float:
-    """Mean density over the sampler's times and all layers: what a generation executes."""
-    layers = plan.signature.layers
-    return sum(plan.schedule(now, layer).density for now in times for layer in range(layers)) / (len(times) * layers)

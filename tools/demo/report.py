@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import statistics
 import string
 from pathlib import Path
 from typing import Any
 
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image
-from torch import Tensor
-
 from calibatt.plans import PlanFile
 from calibatt.tools.demo.measure import Pair
+from calibatt.tools.evaluate.pictures import DIFFERENCE_GAIN, drawn, embedded, side_by_side
 from calibatt.tools.inspect_plan.drawing import mask_figure, overview_figure
 
 TEMPLATE = Path(__file__).with_name("report.html")
-SCALE = 4
-FRAME_MS = 180
-DIFFERENCE_GAIN = 4
-GAP_PIXELS = 2
-
-
-def animation(videos: list[Tensor]) -> bytes:
-    """Videos ``(3, F, H, W)`` in [-1, 1] side by side as an animated PNG."""
-    shown = [torch.nn.functional.pad(v.float().clamp(-1, 1), (GAP_PIXELS,) * 4, value=1.0) for v in videos]
-    frames = ((torch.cat(shown, 3) + 1) * 127.5).byte().permute(1, 2, 3, 0)
-    frames = frames.repeat_interleave(SCALE, 1).repeat_interleave(SCALE, 2)
-    pictures = [Image.fromarray(frame.numpy()) for frame in frames]
-    out = io.BytesIO()
-    pictures[0].save(
-        out, "PNG", save_all=True, append_images=pictures[1:], duration=FRAME_MS, loop=0, default_image=False
-    )
-    return out.getvalue()
-
-
-def side_by_side(pair: Pair) -> bytes:
-    """Dense, planned and their difference, enlarged `DIFFERENCE_GAIN` times around grey."""
-    difference = (pair.planned.clamp(-1, 1) - pair.dense.clamp(-1, 1)) * DIFFERENCE_GAIN / 2
-    return animation([pair.dense, pair.planned, difference])
-
-
-def _embedded(picture: bytes, alt: str) -> str:
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-
-
-def _drawn(figure: Figure) -> bytes:
-    FigureCanvasAgg(figure)
-    out = io.BytesIO()
-    figure.savefig(out, dpi=130, facecolor="white", format="png")
-    return out.getvalue()
 
 
 def most_telling_head(plan: PlanFile) -> tuple[int, int, int]:
@@ -84,7 +43,7 @@ def write_report(path: Path, plan: PlanFile, plan_name: str, pairs: list[Pair], 
     quality = [pair.psnr_db for pair in pairs]
     error = statistics.stdev(quality) / len(quality) ** 0.5 if len(quality) > 1 else 0.0
     cards = "\n".join(
-        f"<figure>{_embedded(side_by_side(pair), pair.prompt)}"
+        f"<figure>{embedded(side_by_side(pair.dense, pair.planned), pair.prompt)}"
         f"<figcaption>{html.escape(pair.prompt)}<br><b>{pair.psnr_db:.1f} dB</b>, seed {pair.seed}</figcaption>"
         "</figure>"
         for pair in pairs
@@ -102,8 +61,8 @@ def write_report(path: Path, plan: PlanFile, plan_name: str, pairs: list[Pair], 
         ratio=f"{ratio:.2f}",
         gain=DIFFERENCE_GAIN,
         cards=cards,
-        overview=_embedded(_drawn(overview_figure(plan, plan_name)), "density of every head at every time"),
-        mask=_embedded(_drawn(mask_figure(plan, layer, head, time, plan_name)), "one attention mask"),
+        overview=embedded(drawn(overview_figure(plan, plan_name)), "density of every head at every time"),
+        mask=embedded(drawn(mask_figure(plan, layer, head, time, plan_name)), "one attention mask"),
         layer=layer,
         head=head,
         time=f"{time:.2f}",

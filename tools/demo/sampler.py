@@ -49,14 +49,29 @@ class DemoSampler:
         Raises:
             ValueError: A later step without its latent, or a step that the schedule does not have.
         """
+        return self.run_batch([prompt], [seed], start_step, start, on_step)
+
+    def run_batch(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        start_step: int = 0,
+        start: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Videos ``(n, 3, F, H, W)`` of several prompts in one loop; each as `run` makes it, but for rounding."""
         if not 0 <= start_step < len(self.times):
             raise ValueError(f"start_step must be from 0 to {len(self.times) - 1}, got {start_step}")
         if start is None and start_step:
             raise ValueError(f"start must be given for step {start_step}, got none")
-        video = noise([seed]) if start is None else start
-        words = world.words([prompt]).to(self._device)
+        video = noise(list(seeds)) if start is None else start
+        words = world.words(list(prompts)).to(self._device)
         seen = (lambda step, latent: on_step(start_step + step, latent)) if on_step else (lambda step, latent: None)
         return euler(self._model, video.to(self._device), words, self._schedule[start_step:], seen)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """The latents of this model are videos."""
+        return latent
 
 
 def training_prompts(count: int, seed: int) -> list[str]:

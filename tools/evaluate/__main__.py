@@ -1,20 +1,272 @@
-"""`calibatt-evaluate`: not there yet, and it says so."""
+"""`calibatt-evaluate`: what plans lose on prompts that were not calibrated on, and where."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from calibatt.plans import PlanError, PlanFile
+from calibatt.runtime import Plan, UnknownModelError
+from calibatt.tools.calibrate.__main__ import SAMPLERS, pick_device, read_prompts
+from calibatt.tools.calibrate.listen import ListenError
+from calibatt.tools.evaluate import evaluation, gate
+from calibatt.tools.evaluate.evaluation import Candidate, Cells, EvaluationError, Work
+from calibatt.tools.evaluate.harness import FIRST_SEED, about
+from calibatt.tools.evaluate.metrics import ALWAYS, LPIPS, Metric, lpips_metric
+from calibatt.tools.evaluate.report import number, write_page
+
+QUERIES = 512
+QUICK_PROMPTS = 2
+QUICK_STEPS = 4
+QUICK_QUERIES = 128
+QUICK_HEADS = 2
+DRIFT_RATIO = 3.0
+"""`--quick`: from this many times the promised error times weight on, a plan does not fit its model any more."""
+
+console = Console(stderr=True)
 
 
-@click.command()
-def main() -> None:
-    """Judges plans on prompts never calibrated on. NOT YET AVAILABLE: this command evaluates nothing so far.
+@click.command(
+    epilog="Exit codes: 0 all is well; 1 a requirement does not hold, or a plan has drifted; 2 a wrong call."
+)
+@click.option("--model", type=click.Choice(sorted(SAMPLERS)), default="demo", show_default=True)
+@click.option("--plan", "paths", type=click.Path(path_type=Path), multiple=True, required=True, help="May be repeated.")
+@click.option("--prompts", type=click.Path(path_type=Path), required=True, help="Held-out prompts, one a line.")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Videos of each prompt.")
+@click.option("--first-seed", type=click.IntRange(0), default=FIRST_SEED, show_default=True, help="+1 for each video.")
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps [the model's own].")
+@click.option(
+    "--head-prompts", type=click.IntRange(0), default=4, show_default=True, help="Videos to measure heads on."
+)
+@click.option(
+    "--floor-prompts", type=click.IntRange(0), default=4, show_default=True, help="Videos to measure the floor."
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the report; not for --quick.")
+@click.option(
+    "--require", default="", help="psnr>=30,psnr.worst>=24,flicker<=0.01,broken<=0: exit 1 if one does not hold."
+)
+@click.option("--stamp", is_flag=True, help="Write the verdict into each plan's header; calibatt-inspect shows it.")
+@click.option(
+    "--quick", is_flag=True, help="Only: does a plan still fit the model? A few forwards, sampled heads, no video."
+)
+def main(
+    model: str,
+    paths: tuple[Path, ...],
+    prompts: Path,
+    seeds: int,
+    first_seed: int,
+    steps: int | None,
+    head_prompts: int,
+    floor_prompts: int,
+    device: str,
+    output: Path | None,
+    require: str,
+    stamp: bool,
+    quick: bool,
+) -> None:
+    """Judges plans on prompts never calibrated on.
 
-    Until then, `calibatt-demo` compares dense and planned videos of the demo model.
+    \b
+    1. every prompt is generated dense and under each plan, from the same noise: PSNR, SSIM, flicker, LPIPS;
+    2. the floor: the same between two exact dense kernels;
+    3. every head's output error and kept attention mass, against what calibration promised;
+    4. OUTPUT/report.json, and OUTPUT/report.html, one file with the worst cases first.
+
+    Run it again to continue where it stopped: what is measured is not measured again.
+
+    Error times weight predicts the squared error of the final latent. A head is *broken* if its error is ten times
+    what calibration promised and that is at least 2 % of the whole plan's.
     """
-    click.echo("calibatt-evaluate: not yet available; nothing was evaluated (see calibatt-demo meanwhile)", err=True)
-    sys.exit(2)
+    try:
+        if not quick and output is None:
+            raise EvaluationError("-o must name the folder of the report (only --quick does without), got none")
+        if quick and (require or stamp):
+            raise EvaluationError(
+                "--quick must come without --require and --stamp: it measures too little for a verdict"
+            )
+        requirements = gate.parse_requirements(require) if require else ()
+        candidates = [Candidate(str(path), Plan(PlanFile.read(path))) for path in paths]
+        lines = read_prompts(prompts)
+        work = [(p, first_seed + i) for i, p in enumerate(p for p in lines for _ in range(seeds))]
+        evaluation.check_held_out(candidates, work)
+        sampler = SAMPLERS[model](steps or (QUICK_STEPS if quick else None), pick_device(device))
+        sampler.check(lines)
+        if quick:
+            sys.exit(_quick(sampler, candidates, work[:QUICK_PROMPTS]))
+        assert output is not None
+        metrics, absent = _metrics()
+        cells = Cells(output / "cells", evaluation.settings_of(sampler, metrics))
+        heads_work = work[:head_prompts]
+        with _progress() as progress:
+            task = progress.add_task("videos", total=len(work))
+            evaluation.measure_videos(
+                sampler, candidates, work, metrics, floor_prompts, cells, lambda: progress.advance(task)
+            )
+            task_heads = progress.add_task("heads", total=len(heads_work) * len(candidates))
+            evaluation.measure_heads(
+                sampler, candidates, heads_work, cells, lambda: progress.advance(task_heads), queries=QUERIES
+            )
+        result = _result(sampler, candidates, work, heads_work, metrics, absent, cells, requirements, floor_prompts)
+        (output / "report.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        animations = {(c.key, p, s): cells.path(c.key, p, s, "png") for c in candidates for p, s in work}
+        write_page(output / "report.html", result, metrics, animations)
+        _show(result, metrics)
+        if stamp:
+            for candidate, path, found in zip(candidates, paths, result["plans"], strict=True):
+                gate.stamp(path, candidate.plan.file, _stamped(result, found))
+        click.echo(f"{output / 'report.html'}")
+    except (
+        EvaluationError,
+        gate.RequirementError,
+        PlanError,
+        UnknownModelError,
+        ListenError,
+        OSError,
+        ValueError,
+    ) as e:
+        _fail(e)
+    if not all(plan["verdict"]["passed"] for plan in result["plans"]):
+        sys.exit(1)
+
+
+def _metrics() -> tuple[tuple[Metric, ...], dict[str, str]]:
+    """The metrics there are, and why others are not available."""
+    perceptual = lpips_metric()
+    return ((*ALWAYS, perceptual), {}) if isinstance(perceptual, Metric) else (ALWAYS, {LPIPS: perceptual})
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _result(
+    sampler: Any,
+    candidates: Sequence[Candidate],
+    work: Work,
+    heads_work: Work,
+    metrics: Sequence[Metric],
+    absent: dict[str, str],
+    cells: Cells,
+    requirements: Sequence[gate.Requirement],
+    floor_prompts: int,
+) -> dict[str, Any]:
+    """What ``report.json`` holds: all but `about` is the same for the same call."""
+    plans = []
+    for candidate in candidates:
+        found = evaluation.plan_findings(sampler, candidate, work, metrics, cells)
+        heads = {}
+        if heads_work:
+            heads = evaluation.head_findings(sampler, candidate, heads_work, cells, queries=QUERIES)
+        found["heads"] = heads
+        found["verdict"] = gate.verdict(requirements, found["metrics"], heads)
+        if plans:
+            found["difference_from_first"] = {m.name: evaluation.paired(plans[0], found, m) for m in metrics}
+        plans.append(found)
+    settings = json.loads((cells.folder / "settings.json").read_text("utf-8"))
+    return {
+        "about": about("calibatt-evaluate", sampler),
+        "settings": settings,
+        "floor": evaluation.floor_findings(work[:floor_prompts], metrics, cells),
+        "not_available": absent,
+        "plans": plans,
+    }
+
+
+def _stamped(result: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """The verdict with its provenance, as `gate.stamp` writes it."""
+    metrics = {
+        name: {key: round(found[key], 4) for key in ("mean", "standard_error", "worst")}
+        for name, found in plan["metrics"].items()
+    }
+    checks = [f"{check['requirement']} ({number(check['value'])})" for check in plan["verdict"]["checks"]]
+    passed = ("passed" if plan["verdict"]["passed"] else "FAILED") if checks else "nothing was required"
+    about = result["about"]
+    return {
+        "verdict": f"{passed}: {', '.join(checks)}" if checks else passed,
+        "metrics": metrics,
+        "videos": len(plan["by_prompt"]),
+        "executes": plan["executes"],
+        "on": f"{about['device']}, {about['versions']}, {about['date']}",
+        "weights": result["settings"]["versions"].get("weights", "not digested"),
+    }
+
+
+def _show(result: dict[str, Any], metrics: Sequence[Metric]) -> None:
+    table = Table()
+    table.add_column("plan", overflow="fold")
+    for name in ("density", *(m.name for m in metrics), "worst " + metrics[0].name, "error / promised", "verdict"):
+        table.add_column(name, justify="right")
+    for plan in result["plans"]:
+        cells = [
+            f"{number(plan['metrics'][m.name]['mean'])} ± {number(plan['metrics'][m.name]['standard_error'])}"
+            for m in metrics
+        ]
+        ratio = plan["heads"].get("ratio")
+        verdict = ("passed" if plan["verdict"]["passed"] else "FAILED") if plan["verdict"]["checks"] else ""
+        worst = number(plan["metrics"][metrics[0].name]["worst"])
+        table.add_row(plan["plan"], f"{plan['density']:.3f}", *cells, worst, number(ratio) if ratio else "", verdict)
+    if result["floor"]:
+        cells = [number(result["floor"][m.name]["mean"]) for m in metrics]
+        table.add_row(
+            "floor: two exact kernels", "1", *cells, number(result["floor"][metrics[0].name]["worst"]), "", ""
+        )
+    out = Console(width=None if console.is_terminal else 160)
+    out.print(table)
+    for name, why in result["not_available"].items():
+        click.echo(f"{name}: {why}")
+    for plan in result["plans"]:
+        for row in plan["heads"].get("broken", ()):
+            click.echo(f"{plan['plan']}: {_named(row)}")
+
+
+def _named(row: dict[str, Any]) -> str:
+    return (
+        f"broken: layer {row['layer']}, head {row['head']} at time {row['time']:.3f}: error {row['error']:.2e}, "
+        f"{row['ratio']:.0f} times the promised {row['promised']:.2e}; keeps {row['recall']:.0%} of its attention"
+    )
+
+
+def _quick(sampler: Any, candidates: Sequence[Candidate], work: Work) -> int:
+    """The drift check; 1 if a plan does not fit."""
+    import tempfile
+
+    drifted = 0
+    with tempfile.TemporaryDirectory() as folder:
+        cells = Cells(Path(folder), {})
+        evaluation.measure_heads(
+            sampler, candidates, work, cells, lambda: None, queries=QUICK_QUERIES, heads=QUICK_HEADS
+        )
+        for candidate in candidates:
+            found = evaluation.head_findings(sampler, candidate, work, cells, queries=QUICK_QUERIES, heads=QUICK_HEADS)
+            if "ratio" not in found:
+                raise EvaluationError(
+                    f"{candidate.name} must state what calibration promised (predicted.head_error), got nothing: "
+                    "compile it again"
+                )
+            fits = found["ratio"] <= DRIFT_RATIO
+            drifted += not fits
+            click.echo(
+                f"{candidate.name}: {'fits' if fits else 'HAS DRIFTED'}: error times weight is {found['ratio']:.2f} "
+                f"times what was promised (at most {DRIFT_RATIO:g}); {found['heads_measured']} heads, "
+                f"{len(work)} prompts, {len(sampler.times)} forwards each; mass kept {found['recall_mean']:.1%}"
+            )
+    return int(drifted > 0)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """One line for the user, exit code 2."""
+    click.echo(f"calibatt-evaluate: {' '.join(str(error).split())}", err=True)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from rich.text import Text
 
 from calibatt.plans import DENSE, NO_ANCHORS, PlanFile
 
+EVALUATION = "evaluation"
+"""Where the provenance of a plan holds the verdict that `calibatt-evaluate --stamp` writes."""
 GRADIENT = ((27, 38, 79), (38, 92, 140), (38, 148, 150), (122, 198, 120), (250, 214, 90), (240, 120, 60))
 """Colours (red, green, blue) of densities 0, 0.2, ..., 1: cold is cheap, hot is dense."""
 
@@ -162,12 +164,24 @@ def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, st
                 f"{forward['planned']:,.1f} ms of attention a forward, {forward['dense']:,.1f} ms dense: {gain:.2f} x",
             )
         )
-    rest = {key: value for key, value in plan.predicted.items() if not forward or not key.endswith("_ms")}
+    long = ("head_error", "error_weight")
+    rest = {
+        key: value
+        for key, value in plan.predicted.items()
+        if key not in long and (not forward or not key.endswith("_ms"))
+    }
     lines += [("" if forward else "predicted", line) for line in _map_lines(rest)]
     sections = sorted(values["section_bytes"].items(), key=lambda item: -item[1])
     lines.append(("bytes", ", ".join(f"{name} {_size(size)}" for name, size in sections)))
     lines.append(("passes", plan.passes or "none"))
-    for name, value in (("sampler", plan.scheduler_hint or {}), ("provenance", plan.provenance)):
+    provenance = dict(plan.provenance)
+    if EVALUATION in provenance:
+        verdict = provenance.pop(EVALUATION)
+        lines += [
+            ("evaluated" if index == 0 else "", line)
+            for index, line in enumerate(_map_lines(verdict) if isinstance(verdict, Mapping) else [str(verdict)])
+        ]
+    for name, value in (("sampler", plan.scheduler_hint or {}), ("provenance", provenance)):
         lines += [(name if index == 0 else "", line) for index, line in enumerate(_map_lines(value))]
     lines += [(name, value) for name, value in (("license", plan.license), ("notes", plan.notes)) if value]
     return lines

@@ -1,0 +1,238 @@
+"""Evaluation of plans on a tiny random video transformer, from the command line down."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+pytest.importorskip("diffusers")
+
+from support.sampler import CALIBRATED, GRID, TinyVideoSampler, tiny_plan, tiny_store
+
+from calibatt.plans import PlanFile, write_plan
+from calibatt.tools.evaluate import __main__ as command
+from calibatt.tools.evaluate import evaluation, gate, metrics
+from calibatt.tools.evaluate.masks import schedule_of
+from calibatt.tools.inspect_plan.__main__ import main as inspect
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def plan_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    path = folder / "tiny.plan"
+    write_plan(path, tiny_plan(tiny_store(folder / "stats")))
+    return path
+
+
+@pytest.fixture
+def sampler(monkeypatch: pytest.MonkeyPatch) -> TinyVideoSampler:
+    """What `--model demo` stands for here."""
+    found = TinyVideoSampler()
+    monkeypatch.setitem(command.SAMPLERS, "demo", lambda steps, device: found)
+    return found
+
+
+def evaluate(tmp_path: Path, *options: object, prompts: str = "three\nfour words\n") -> Result:
+    path = tmp_path / "prompts.txt"
+    path.write_text(prompts)
+    arguments = ["--prompts", path, "--head-prompts", 1, "--floor-prompts", 1, "--device", "cpu", *options]
+    return CliRunner().invoke(command.main, [str(argument) for argument in arguments])
+
+
+def table(folder: Path) -> dict:
+    found = json.loads((folder / "report.json").read_text())
+    del found["about"]
+    return found
+
+
+def test_a_report_goes_on_where_it_stopped_and_says_the_same_again(tmp_path, plan_path, sampler):
+    options = ("--plan", plan_path, "--seeds", 2)
+    first = evaluate(tmp_path, *options, "-o", tmp_path / "a")
+    assert first.exit_code == 0, first.output
+    found = table(tmp_path / "a")
+    (plan,) = found["plans"]
+    assert [row["seed"] for row in plan["by_prompt"]] == [5000, 5001, 5002, 5003]
+    assert plan["metrics"]["psnr"]["count"] == 4
+    assert plan["metrics"]["psnr"]["worst"] == min(row["psnr"] for row in plan["by_prompt"])
+    assert found["floor"]["psnr"]["mean"] > plan["metrics"]["psnr"]["mean"] + 20
+    assert "not available" in found["not_available"].get("lpips", "not available")
+    assert 0.5 < plan["heads"]["recall_mean"] < 1
+    assert 0.1 < plan["heads"]["ratio"] < 10
+    page = (tmp_path / "a" / "report.html").read_text()
+    order = sorted(plan["by_prompt"], key=lambda row: row["psnr"])
+    assert page.count("data:image/png") == 4
+    places = [page.index(f"seed {row['seed']}<br>") for row in order]
+    assert places == sorted(places)
+
+    runs = sampler.runs
+    assert evaluate(tmp_path, *options, "-o", tmp_path / "a").exit_code == 0
+    assert sampler.runs == runs
+    assert evaluate(tmp_path, *options, "-o", tmp_path / "b").exit_code == 0
+    assert table(tmp_path / "a") == found == table(tmp_path / "b")
+
+
+def test_another_setting_needs_another_folder(tmp_path, plan_path, sampler):
+    assert evaluate(tmp_path, "--plan", plan_path, "-o", tmp_path / "a").exit_code == 0
+    sampler.times = [1.0, 0.4]
+    found = evaluate(tmp_path, "--plan", plan_path, "-o", tmp_path / "a")
+    assert found.exit_code == 2
+    assert "times [1.0, 0.4]" in found.output
+
+
+def test_the_gate_and_the_stamp(tmp_path, plan_path, sampler):
+    path = tmp_path / "stamped.plan"
+    path.write_bytes(plan_path.read_bytes())
+    options = ("--plan", path, "-o", tmp_path / "a", "--stamp")
+    assert evaluate(tmp_path, *options, "--require", "psnr>=1,broken<=0").exit_code == 0
+    shown = CliRunner().invoke(inspect, [str(path)]).output
+    assert "passed: psnr>=1" in " ".join(shown.split())
+    assert PlanFile.read(path).schedules[0][0].density == PlanFile.read(plan_path).schedules[0][0].density
+    runs = sampler.runs
+    assert evaluate(tmp_path, *options, "--require", "psnr>=99,flicker<=1").exit_code == 1
+    assert sampler.runs == runs, "a stamp makes no other plan"
+    verdict = PlanFile.read(path).provenance["evaluation"]
+    assert verdict["verdict"].startswith("FAILED: psnr>=99")
+    assert verdict["videos"] == 2
+
+
+def sabotaged(plan: PlanFile, step: int, layer: int, head: int) -> PlanFile:
+    """The plan with a head that keeps just the blocks farthest from the diagonal; its promise stays as it was."""
+    schedules = [list(layers) for layers in plan.schedules]
+    old = schedules[step][layer]
+    keep = np.stack([old.tile_keep(each) for each in range(old.heads)])
+    far = np.arange(old.k_blocks)
+    keep[head] = far == (far[:, None] + old.k_blocks // 2) % old.k_blocks
+    schedules[step][layer] = schedule_of(keep, old.grid, old.blocks)
+    return replace(plan, schedules=tuple(map(tuple, schedules)))
+
+
+def test_a_sabotaged_head_is_found_and_named(tmp_path, plan_path, sampler):
+    plan = PlanFile.read(plan_path)
+    segment, layer, head = 0, 0, 0
+    assert plan.schedules[segment][layer].head_density(head) > 0.8, "a head that the compiler found worth its blocks"
+    bad = tmp_path / "bad.plan"
+    write_plan(bad, sabotaged(plan, segment, layer, head))
+    found = evaluate(tmp_path, "--plan", plan_path, "--plan", bad, "-o", tmp_path / "a", "--require", "broken<=0")
+    assert found.exit_code == 1
+    assert f"bad.plan: broken: layer {layer}, head {head} at time {plan.segments[segment].time:.3f}" in found.output
+    good, worse = table(tmp_path / "a")["plans"]
+    assert not good["heads"]["broken"]
+    assert len(worse["heads"]["broken"]) == 1
+    assert worse["difference_from_first"]["psnr"]["mean"] < 0
+    assert "Broken: layer" in (tmp_path / "a" / "report.html").read_text()
+
+
+def test_the_drift_check(tmp_path, plan_path, sampler):
+    fits = evaluate(tmp_path, "--plan", plan_path, "--quick")
+    assert fits.exit_code == 0, fits.output
+    assert ": fits:" in fits.output
+    torch.manual_seed(1)
+    for block in sampler.transformer.blocks:
+        for part in (block.attn1.to_q, block.attn1.to_k):
+            part.weight.data = torch.randn_like(part.weight) * part.weight.std()
+        block.attn1.to_v.weight.data *= 5
+    drifted = evaluate(tmp_path, "--plan", plan_path, "--quick")
+    assert drifted.exit_code == 1, drifted.output
+    assert "HAS DRIFTED" in drifted.output
+
+
+@pytest.mark.parametrize(
+    ("options", "prompts", "words"),
+    [
+        (("-o", "x"), f"{CALIBRATED[0][0]}\n", "prompts must be held out"),
+        ((), "three\n", "-o must name the folder"),
+        (("--quick", "--stamp"), "three\n", "--quick must come without"),
+        (("-o", "x", "--require", "psnr=30"), "three\n", "--require must read name>=number"),
+        (("-o", "x", "--require", "psnr.median>=3"), "three\n", "got 'psnr.median>=3'"),
+    ],
+)
+def test_a_wrong_call_is_one_line(tmp_path, plan_path, sampler, options, prompts, words):
+    found = evaluate(tmp_path, "--plan", plan_path, *options, prompts=prompts)
+    assert found.exit_code == 2
+    assert words in found.output
+    assert len(found.output.strip().splitlines()) == 1
+    assert sampler.runs == 0
+
+
+def test_what_was_not_measured_cannot_be_required():
+    (requirement,) = gate.parse_requirements("vmaf>=90")
+    with pytest.raises(gate.RequirementError, match=r"must name what was measured \(psnr, broken\), got 'vmaf'"):
+        requirement.value({"psnr": {}}, {"broken": []})
+
+
+def test_a_plan_that_promises_nothing_is_judged_by_its_error_alone(tmp_path, plan_path, sampler):
+    plan = PlanFile.read(plan_path)
+    write_plan(tmp_path / "old.plan", replace(plan, predicted={}))
+    assert evaluate(tmp_path, "--plan", tmp_path / "old.plan", "-o", tmp_path / "a").exit_code == 0
+    (found,) = table(tmp_path / "a")["plans"]
+    assert "ratio" not in found["heads"]
+    assert "does not say what calibration promised" in (tmp_path / "a" / "report.html").read_text()
+    quick = evaluate(tmp_path, "--plan", tmp_path / "old.plan", "--quick")
+    assert quick.exit_code == 2
+    assert "compile it again" in quick.output
+
+
+def test_head_errors_are_those_of_the_plan_s_masks(plan_path):
+    plan = evaluation.Candidate("x", command.Plan(PlanFile.read(plan_path)))
+    every = command.evaluation.head_errors(TinyVideoSampler(), plan.plan, "three", 1, queries=GRID.tokens)
+    assert every.recall.shape == (3, 2, 2)
+    assert (every.recall <= 1 + 1e-6).all()
+    dense = np.array(
+        [[[s.head_density(h) == 1 for h in (0, 1)] for s in layers] for layers in plan.plan.file.schedules]
+    )
+    assert (every.residual[::-1][dense] < 1e-9).all()
+    assert (every.residual[::-1][~dense] > 0).all()
+    some = command.evaluation.head_errors(TinyVideoSampler(), plan.plan, "three", 1, queries=64, heads=1)
+    assert (~np.isnan(some.recall)).sum() == 6
+
+
+def video(seed: int, *shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_metrics_agree_with_their_definitions():
+    reference = video(0, 2, 3, 3, 16, 16) * 0.5
+    assert metrics.psnr_db(reference + 0.02, reference).tolist() == pytest.approx([40.0, 40.0], abs=1e-4)
+    assert metrics.psnr_db(reference, reference).tolist() == [100.0, 100.0]
+    assert metrics.ssim(reference, reference).tolist() == pytest.approx([1.0, 1.0])
+    assert metrics.flicker(reference + 0.1, reference).abs().max() < 1e-7
+    other = reference.clone()
+    other[:, :, 1] += 0.2  # a tenth of the range, on one frame of three: both changes differ
+    assert metrics.flicker(other, reference).tolist() == pytest.approx([0.1, 0.1], abs=1e-6)
+    with pytest.raises(ValueError, match="at least 11 pixels"):
+        metrics.ssim(reference[..., :8], reference[..., :8])
+
+
+def test_ssim_agrees_with_its_formula_in_one_window():
+    x, y = ((video(seed, 1, 1, 1, 11, 11) + 1) / 2 for seed in (1, 2))
+    axis = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = torch.from_numpy(np.outer(axis, axis) / axis.sum() ** 2)
+    mx, my = (float((window * v).sum()) for v in (x, y))
+    vx, vy = (float((window * v * v).sum()) - m * m for v, m in ((x, mx), (y, my)))
+    both = float((window * x * y).sum()) - mx * my
+    expected = (2 * mx * my + 1e-4) * (2 * both + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
+    assert float(metrics.ssim(x * 2 - 1, y * 2 - 1)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_summary_finds_the_worst():
+    found = metrics.summarise([3.0, 1.0, 2.0], higher_is_better=False)
+    assert (found.mean, found.worst, found.worst_at, found.count) == (2.0, 3.0, 0, 3)
+    assert found.standard_error == pytest.approx(1 / math.sqrt(3))
+    assert metrics.summarise([3.0, 1.0], higher_is_better=True).worst_at == 1
+    with pytest.raises(ValueError, match="at least one number"):
+        metrics.summarise([], True)

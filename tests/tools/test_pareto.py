@@ -1,0 +1,237 @@
+"""The study of methods: masks through the plans' kernels, patterns, rules that look at the input, budgets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+pytest.importorskip("diffusers")
+
+from support.sampler import GRID, TIMES, TinyVideoSampler, tiny_store
+
+from calibatt.compiler.stats import Store
+from calibatt.plans import Blocks, TokenGrid
+from calibatt.runtime.reference import reference_attention
+from calibatt.runtime.schedule import LayerSchedule
+from calibatt.tools.calibrate.statistics import keep_planes
+from calibatt.tools.evaluate import ablations, baselines, bench, masks, pareto
+from calibatt.tools.evaluate.bench import Bench, Kept
+
+BLOCKS = Blocks(16, 16)
+WORK = [("three", 1), ("four words", 2)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "stats"
+    tiny_store(folder)
+    return folder
+
+
+def tiny_bench() -> Bench:
+    return Bench(TinyVideoSampler(), BLOCKS, WORK, WORK, torch.ones(3, 2), batch=1)
+
+
+def random_masks(*shape: int, seed: int = 0) -> torch.Tensor:
+    score = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    return masks.with_top(score > 0.6, score)
+
+
+def qkv(batch: int, heads: int, grid: TokenGrid) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, heads, grid.tokens, 16, generator=generator) for _ in range(3)]
+
+
+def test_a_mask_of_every_sample_is_executed():
+    grid = TokenGrid(2, 5, 7)  # 70 tokens: the last block is partial
+    q, k, v = qkv(2, 3, grid)
+    keep = random_masks(2, 3, 5, 5)
+    out = masks.masked_attention(q, k, v, keep, grid, BLOCKS)
+    for sample in range(2):
+        schedule = LayerSchedule(masks.schedule_of(keep[sample].numpy(), grid, BLOCKS))
+        schedule.core.check()
+        here = slice(sample, sample + 1)
+        want, _ = reference_attention(q[here], k[here], v[here], schedule)
+        torch.testing.assert_close(out[here], want)
+
+
+def test_masks_of_reordered_tokens_are_undone():
+    found = tiny_bench()
+    order = baselines.cube_order(GRID)
+    keep = random_masks(3, 2, 2, 16, 16)
+    q, k, v = qkv(1, 2, GRID)
+    out = Kept(found, keep, order)(q, k, v, 1, TIMES[2])
+    schedule = LayerSchedule(masks.schedule_of(keep[2, 1].numpy(), GRID, BLOCKS))
+    want, _ = reference_attention(q[:, :, order], k[:, :, order], v[:, :, order], schedule)
+    torch.testing.assert_close(out[:, :, order], want)
+
+
+@pytest.mark.parametrize("kind", baselines.PATTERNS)
+def test_a_pattern_has_any_density_and_keeps_what_is_near(kind):
+    score = baselines.pattern(kind, GRID, BLOCKS)
+    assert score.shape == (16, 16)
+    for share in (0.1, 0.35, 0.8):
+        keep = score > bench.quantile_threshold(score, share)
+        assert float(keep.float().mean()) == pytest.approx(share, abs=1 / 256)
+        assert int(keep.sum(1).max() - keep.sum(1).min()) <= 1
+    assert (score.diagonal() > -4).all(), "a block's own keys are among the first that are kept"
+
+
+def test_patterns_are_those_of_their_descriptions():
+    grid = TokenGrid(4, 4, 16)  # a block is a row
+    keep = baselines.pattern("frames", grid, BLOCKS) > -4
+    assert torch.equal(keep, torch.block_diag(*[torch.ones(4, 4)] * 4).bool())
+    keep = baselines.pattern("rows", grid, BLOCKS) > -4
+    assert torch.equal(keep, torch.eye(4).repeat(4, 4).bool())
+    for kind in ("radial", "spatial"):  # frame 2, row 0: the first frame is kept soon
+        near = baselines.pattern(kind, grid, BLOCKS)[8].argsort(descending=True).tolist()
+        assert near.index(8) == 0, kind
+        assert {0, 1, 2, 3} < set(near[:8]), kind
+    with pytest.raises(ValueError, match="video tokens alone"):
+        baselines.pattern("frames", TokenGrid(1, 1, 16, text_after=1), BLOCKS)
+
+
+def test_cubes_are_whole():
+    order = baselines.cube_order(TokenGrid(4, 8, 8))
+    at = baselines.coordinates(TokenGrid(4, 8, 8))[order]
+    assert (at.view(4, 64, 3).amax(1) - at.view(4, 64, 3).amin(1) == 3).all()
+    assert order.sort().values.tolist() == list(range(256))
+    with pytest.raises(ValueError, match=r"multiples of 4, got \(2, 8, 8\)"):
+        baselines.cube_order(TokenGrid(2, 8, 8))
+
+
+def test_top_p_as_a_score_is_top_p():
+    mass = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    score = baselines.mass_before(mass)
+    for threshold, plane in zip((0.3, 0.8), keep_planes(mass, (0.3, 0.8)), strict=True):
+        assert torch.equal(score > -threshold, plane)
+
+
+def test_skip_softmax_skips_what_stays_below_the_running_maximum():
+    grid = TokenGrid(2, 5, 7)
+    q, k, _ = qkv(1, 2, grid)
+    score = baselines.skip_softmax_score(q, k, BLOCKS)
+    scores = (q @ k.mT / 4)[0]
+    for head in range(2):
+        for i in range(5):
+            rows = scores[head, i * 16 : (i + 1) * 16]
+            running = torch.full((len(rows),), -torch.inf)
+            for j in range(5):
+                largest = rows[:, j * 16 : (j + 1) * 16].amax(1)
+                running = torch.maximum(running, largest)
+                assert float(score[0, head, i, j]) == pytest.approx(float((largest - running).max()), abs=1e-5)
+
+
+def test_thresholds_give_their_shares():
+    scores = torch.rand(2, 3, 4, 2, 5, 10, generator=torch.Generator().manual_seed(0))
+    found = bench.head_thresholds(scores, (0.1, 0.5, 1.0))
+    assert found.shape == (3, 2, 3, 2)
+    over = (scores > found[:, :, :, None, :, None, None]).float().mean((3, 5, 6))
+    torch.testing.assert_close(over, torch.tensor([0.1, 0.5, 1.0])[:, None, None, None].expand_as(over))
+
+
+def test_errors_are_measured_exactly_and_a_budget_is_kept():
+    found = tiny_bench()
+    seen = bench.see(found)
+    assert torch.allclose(seen.mass.sum(-1), torch.ones(()), atol=1e-4)
+    score = seen.mass.mean(2)
+    thresholds = bench.head_thresholds(score, (0.2, 0.6, 1.0))
+    keep = masks.with_top(score > thresholds[..., None, None], score.expand(3, *score.shape))
+    measured = bench.measure(found, lambda m: keep[:, m.step, m.layer], 3)
+    assert (measured.error[2] < 1e-9).all()
+    assert (measured.error[0] >= measured.error[1]).float().mean() > 0.9
+    each = keep[:, :, :, None].expand(-1, -1, -1, 2, -1, -1, -1)
+    by_input = bench.measure(found, lambda m: each[:, m.step, m.layer], 3)
+    torch.testing.assert_close(by_input.error, measured.error, rtol=1e-3, atol=1e-9)
+    pick = bench.budgeted(measured, torch.ones(3, 2), 0.5)
+    assert 0.4 < float(measured.density.gather(0, pick[None]).mean()) <= 0.5
+    with pytest.raises(ValueError, match="at least what the candidates can keep"):
+        bench.budgeted(measured, torch.ones(3, 2), 0.01)
+
+
+def test_probes_of_all_prompts_say_what_an_error_costs():
+    found = tiny_bench()
+    seen = bench.see(found)
+    keep = random_masks(3, 2, 2, 16, 16)
+    weight = bench.probe_weights(found, seen, keep)
+    assert weight.shape == (3, 2, 2)
+    assert (weight > 0).all()
+    assert bench.probe_weights(found, seen, keep, by_head=True).shape == (3, 2, 2, 2)
+    assert pareto.normalised(weight).shape == (3, 2)
+
+
+def test_every_method_runs_and_says_the_same_again(store, tmp_path, monkeypatch):
+    monkeypatch.setitem(pareto.SAMPLERS, "demo", lambda steps, device: TinyVideoSampler())
+    monkeypatch.setattr(pareto, "SHARES", (0.2, 0.6))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("three\nfour words\n")
+
+    def run(name: str, *options: object) -> dict:
+        arguments = ["--stats", store, "--held-out", prompts, "--calibration", 1, "--densities", "0.5", "--batch", 2]
+        output = tmp_path / name
+        found = CliRunner().invoke(
+            pareto.main, [str(a) for a in [*arguments, "-o", output, "--device", "cpu", *options]]
+        )
+        assert found.exit_code == 0, found.output + repr(found.exception)
+        return json.loads(output.read_text())
+
+    figure = tmp_path / "figure.png"
+    first = run("a.json", "--figure", figure)
+    assert {row["method"] for row in first["rows"]} == {"dense: block-sparse kernel", "dense: PyTorch", *pareto.METHODS}
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    for row in first["rows"]:
+        assert len(row["psnr"]) == 2
+        assert row["density"] <= 1.0 if row["method"].startswith("d") else abs(row["density"] - 0.5) < 0.12, row
+    exact = [row for row in first["rows"] if row["target"] == 1.0]
+    assert all(min(row["psnr"]) > 80 for row in exact)
+    names = f"{pareto.OURS}; budget: windows"
+    again = run("b.json", "--methods", names)
+    values = {(row["method"], row["target"]): row["psnr"] for row in first["rows"]}
+    assert all(values[row["method"], row["target"]] == row["psnr"] for row in again["rows"])
+    assert len(run("b.json", "--methods", names)["rows"]) == 4
+    assert Store.open(store).samples
+    assert np.isfinite([row["mean"] for row in again["difference_from_ours_db"]]).all()
+
+
+def test_ablations_change_one_thing_each(store, tmp_path, monkeypatch):
+    monkeypatch.setitem(pareto.SAMPLERS, "demo", lambda steps, device: TinyVideoSampler())
+    monkeypatch.setattr(pareto, "SHARES", (0.2, 0.6))
+    prompts, output, markdown = (tmp_path / name for name in ("prompts.txt", "a.json", "a.md"))
+    prompts.write_text("three\nfour words\n")
+    arguments = ["--stats", store, "--stats", store, "--held-out", prompts, "--densities", "0.5", "--calibration", 2]
+    arguments += ["--device", "cpu", "-o", output, "--table", markdown]
+    found = CliRunner().invoke(ablations.main, [str(argument) for argument in arguments])
+    assert found.exit_code == 0, found.output + repr(found.exception)
+    rows = {row["variant"]: row for row in json.loads(output.read_text())["rows"]}
+    base = rows[ablations.BASE]["psnr"]
+    assert rows["calibration prompts: 2"]["psnr"] == base, "all there are"
+    assert rows["blocks of 16 x 16"]["psnr"] == base
+    assert rows["calibration prompts: 1"]["psnr"] != base
+    assert "calibration prompts: 4" not in rows
+    assert rows["no time weight"]["psnr"] != base
+    lines = markdown.read_text().splitlines()
+    assert sum(line.startswith("| ") for line in lines) == len(rows) + 1
+    assert "Traceback" not in found.output
+
+
+def test_a_part_of_a_store_has_what_it_says(store):
+    whole = Store.open(store)
+    part = ablations.Part(whole, count=1, thresholds=(0.9,), time_weighted=False)
+    unit = part.unit(part.samples[0], 0, 0)
+    unit.check(part.manifest)
+    assert [whole.meta[name]["seed"] for name in part.samples] == [0]
+    assert (part.time_weight()[0] == 1).all()
+    assert (whole.time_weight()[0] != 1).any()

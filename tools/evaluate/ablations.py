@@ -1,0 +1,259 @@
+"""What the compiler's defaults are worth: one change at a time, at equal executed density, on held-out prompts.
+
+    python -m calibatt.tools.evaluate.ablations --stats stats/ --stats stats_32/ --stats stats_128/ \\
+        -o docs/benchmarks/ablations.json --table docs/ablations.md
+
+The first store is the one that is varied; the others, of other block sizes, are compiled with the default passes. For
+32 calibration prompts the first store must have 32 samples.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+
+from calibatt.compiler.stats import Manifest, Store, UnitStatistics
+from calibatt.compiler.stats.probes import TimeWeightInfo
+from calibatt.tools.calibrate.__main__ import SAMPLERS
+from calibatt.tools.evaluate import bench
+from calibatt.tools.evaluate.bench import Kept, Measured, Rule
+from calibatt.tools.evaluate.harness import about
+from calibatt.tools.evaluate.masks import with_top
+from calibatt.tools.evaluate.pareto import Study, make_study, mean_and_error
+
+PROMPTS = (1, 2, 4, 8, 16, 32)
+AGREEMENTS = (0.125, 0.25, 0.5, 0.75, 1.0)
+DENSITIES = (0.2, 0.35, 0.5)
+BASE = "defaults"
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A store as if less had been recorded: what `collect` and `make_plan` ask of a store.
+
+    Args:
+        store: The whole.
+        count: Samples, the first ones by seed; all if absent.
+        thresholds: Which of the thresholds there are; all if absent.
+        time_weighted: Whether the time weight counts; 1 everywhere otherwise.
+        layer_weighted: Whether its spread over the layers counts.
+    """
+
+    store: Store
+    count: int | None = None
+    thresholds: tuple[float, ...] | None = None
+    time_weighted: bool = True
+    layer_weighted: bool = True
+
+    @property
+    def samples(self) -> tuple[str, ...]:
+        ordered = sorted(self.store.samples, key=lambda name: self.store.meta[name]["seed"])
+        return tuple(sorted(ordered[: self.count]))
+
+    @property
+    def meta(self) -> dict[str, dict[str, Any]]:
+        return self.store.meta
+
+    @property
+    def manifest(self) -> Manifest:
+        whole = self.store.manifest
+        return whole if self.thresholds is None else replace(whole, thresholds=self.thresholds)
+
+    def unit(self, sample: str, time_index: int, layer: int) -> UnitStatistics:
+        unit = self.store.unit(sample, time_index, layer)
+        if self.thresholds is None:
+            return unit
+        whole = self.store.manifest.thresholds
+        planes = [whole.index(threshold) for threshold in self.thresholds]
+        menu = [*planes, *range(len(whole), len(unit.menu_error))]
+        return replace(
+            unit,
+            planes=unit.planes[planes],
+            menu_error=unit.menu_error[menu],
+            menu_residual_error=unit.menu_residual_error[menu],
+        )
+
+    def time_weight(self) -> tuple[npt.NDArray[np.float64], TimeWeightInfo]:
+        weight, info = self.store.time_weight()
+        return (weight if self.time_weighted else np.ones_like(weight)), info
+
+    def layer_factor(self) -> npt.NDArray[np.float64]:
+        factor = self.store.layer_factor()
+        return factor if self.layer_weighted else np.ones_like(factor)
+
+
+def compiled(study: Study, store: Any, passes: str = "vote,protect,select,anchors,select,schedule,lower") -> Any:
+    """Density to rule, by the compiler."""
+    part = study if store is study.store else Study(study.bench, store)
+    return lambda density: part.compiled(density, passes.replace("D", f"{density:g}"))
+
+
+def planes(agreement: float) -> str:
+    """A pass string whose only masks are voted planes; D stands for the density."""
+    return f"vote{{agreement={agreement:g}}},protect,select{{target-density=D,menu=planes}},schedule,lower"
+
+
+def shared_votes(study: Study) -> Callable[[float], Rule]:
+    """Voted masks under the budget, each head with one for all times."""
+    score = study.score("vote")
+    score = score.mean(0, keepdim=True).expand_as(score)
+
+    def at(density: float) -> Rule:
+        keep, found = study.ladder("vote, shared", score)
+        weighted = (found.error * study.bench.weight[..., None]).sum(1, keepdim=True)
+        whole = Measured(weighted, found.density.mean(1, keepdim=True))
+        pick = bench.budgeted(whole, torch.ones(1, weighted.shape[2]), density)
+        return Kept(study.bench, keep.gather(0, pick[None, ..., None, None].expand(1, *keep.shape[1:]))[0])
+
+    return at
+
+
+def uniform_shared(study: Study) -> Callable[[float], Rule]:
+    """Voted masks at one threshold everywhere, one mask for all times."""
+    score = study.score("vote")
+    score = score.mean(0, keepdim=True).expand_as(score).contiguous()
+    return lambda density: Kept(study.bench, with_top(score > bench.quantile_threshold(score, density), score))
+
+
+def variants(study: Study) -> dict[str, Callable[[float], Rule]]:
+    """Every change by name, each a function from the density."""
+    store = study.store
+    found: dict[str, Callable[[float], Rule]] = {BASE: compiled(study, store)}
+    for count in PROMPTS:
+        if count <= len(store.samples):
+            found[f"calibration prompts: {count}"] = compiled(study, Part(store, count))
+    for agreement in AGREEMENTS:
+        found[f"planes alone, agreement {agreement:g}"] = compiled(study, store, planes(agreement))
+    for threshold in store.manifest.thresholds:
+        found[f"planes alone, threshold {threshold:g}"] = compiled(
+            study, Part(store, thresholds=(threshold,)), planes(0.5)
+        )
+    for menu in ("planes", "windows", "cuts", "planes+windows", "planes+cuts"):
+        found[f"menu {menu}"] = compiled(
+            study, store, f"vote,protect,select{{target-density=D,menu={menu}}},schedule,lower"
+        )
+    found["no anchors"] = compiled(study, store, "vote,protect,select,schedule,lower")
+    select = "select{target-density=D}"
+    for safety in (1, 16):
+        passes = f"vote,protect,{select},anchors{{safety={safety}}},{select},schedule,lower"
+        found[f"anchors, safety {safety}"] = compiled(study, store, passes)
+    found["no time weight"] = compiled(study, Part(store, time_weighted=False, layer_weighted=False))
+    found["time weight alike in all layers"] = compiled(study, Part(store, layer_weighted=False))
+    found["votes under the budget, masks by time"] = lambda density: study.under_budget(("vote",), density)
+    found["votes under the budget, one mask for all times"] = shared_votes(study)
+    found["votes, one threshold, masks by time"] = lambda density: study.uniform("vote", density)
+    found["votes, one threshold, one mask for all times"] = uniform_shared(study)
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown: PSNR, and what each change does to it, paired by prompt."""
+    rows = {(row["variant"], row["target"]): row for row in result["rows"]}
+    targets = sorted({target for _, target in rows})
+    names = list(dict.fromkeys(row["variant"] for row in result["rows"]))
+    told = result["about"]
+    lines = [
+        "# Ablations",
+        "",
+        f"PSNR in dB against the dense video, {result['prompts']} held-out prompts; in brackets the change from the",
+        "defaults, paired by prompt, with its standard error. Where a variant misses the density, it is named.",
+        "",
+        f"`{told['command']}`; {told['device']}, {told['versions']}, {told['date']}.",
+        "",
+        "| what changes | " + " | ".join(f"density {target:g}" for target in targets) + " |",
+        "|---" * (len(targets) + 1) + "|",
+    ]
+    for name in names:
+        cells = [_cell(rows.get((name, target)), rows.get((BASE, target)), target) for target in targets]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict[str, Any] | None, base: dict[str, Any] | None, target: float) -> str:
+    if row is None:
+        return "not possible"
+    quality = mean_and_error(row["psnr"])
+    text = f"{quality['mean']:.1f} ± {quality['standard_error']:.1f}"
+    if base is not None and row is not base:
+        change = mean_and_error([a - b for a, b in zip(row["psnr"], base["psnr"], strict=True)])
+        text += f" ({change['mean']:+.1f} ± {change['standard_error']:.1f})"
+    return text if abs(row["density"] - target) < 0.01 else f"{text} at {row['density']:.2f}"
+
+
+@click.command(help=__doc__)
+@click.option("--model", type=click.Choice(sorted(SAMPLERS)), default="demo", show_default=True)
+@click.option("--stats", "stores", type=click.Path(path_type=Path), multiple=True, required=True)
+@click.option("--held-out", type=click.Path(path_type=Path), help="One prompt a line; the demo model has its own.")
+@click.option("--prompts", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--calibration", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--densities", default=",".join(map(str, DENSITIES)), show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--seconds", type=float, default=math.inf, help="Begin no run after so many seconds.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="JSON to write or to continue.")
+@click.option("--table", "markdown", type=click.Path(path_type=Path), help="Markdown to write.")
+def main(
+    model: str,
+    stores: tuple[Path, ...],
+    held_out: Path | None,
+    prompts: int,
+    calibration: int,
+    densities: str,
+    batch: int,
+    seconds: float,
+    device: str,
+    output: Path,
+    markdown: Path | None,
+) -> None:
+    began = time.perf_counter()
+    result = json.loads(output.read_text("utf-8")) if output.exists() else {"rows": []}
+    result["prompts"] = prompts
+    done = {(row["variant"], row["target"]) for row in result["rows"]}
+
+    def judge(study: Study, name: str, make: Callable[[float], Rule]) -> None:
+        for target in map(float, densities.split(",")):
+            if (name, target) in done or time.perf_counter() - began > seconds:
+                continue
+            try:
+                rule = make(target)
+            except ValueError as error:
+                console.print(f"{name} @{target:g}: {error}", markup=False)
+                continue
+            found = study.bench.judge(rule)
+            row = {"variant": name, "target": target, "density": found["density"], "psnr": found["psnr"]}
+            result["rows"].append(row)
+            quality = mean_and_error(row["psnr"])
+            seconds_now = time.perf_counter() - began
+            console.print(f"{seconds_now:6.1f} s  {name} @{target:g}: {quality['mean']:.2f} dB", markup=False)
+            output.write_text(json.dumps(result) + "\n", "utf-8")
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for index, path in enumerate(stores):
+        study = make_study(model, (path,), held_out, prompts, calibration, None, batch, device)
+        result["about"] = about("python -m calibatt.tools.evaluate.ablations", study.sampler)
+        if index == 0:
+            for name, make in variants(study).items():
+                judge(study, name, make)
+        else:
+            blocks = study.bench.blocks
+            judge(study, f"blocks of {blocks.block_q} x {blocks.block_k}", compiled(study, study.store))
+    output.write_text(json.dumps(result) + "\n", "utf-8")
+    if markdown is not None:
+        markdown.write_text(table(result), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

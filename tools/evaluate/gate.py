@@ -1,0 +1,99 @@
+"""Requirements that a plan must meet, and the verdict that is stamped into it."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from calibatt.plans import PlanFile, write_plan
+from calibatt.tools.inspect_plan.summary import EVALUATION
+
+_REQUIREMENT = re.compile(r"\s*([a-z]+)(?:\.([a-z]+))?\s*(>=|<=)\s*([-+0-9.eE]+)\s*")
+_HOLDS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
+STATISTICS = ("mean", "worst")
+HEADS = {"broken": "number of broken heads", "ratio": "error times weight, measured / promised"}
+"""What may be required of the heads."""
+
+
+class RequirementError(ValueError):
+    """A requirement cannot be read, or asks for what was not measured."""
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """``psnr>=30`` (a mean), ``psnr.worst>=24``, ``broken<=0``."""
+
+    name: str
+    statistic: str
+    relation: str
+    limit: float
+
+    def __str__(self) -> str:
+        statistic = "" if self.statistic == STATISTICS[0] else f".{self.statistic}"
+        return f"{self.name}{statistic}{self.relation}{self.limit:g}"
+
+    def value(self, metrics: Mapping[str, Any], heads: Mapping[str, Any]) -> float:
+        """The number that it is about.
+
+        Raises:
+            RequirementError: It was not measured.
+        """
+        if self.name == "broken" and "broken" in heads:
+            return float(len(heads["broken"]))
+        if self.name in HEADS and self.name in heads:
+            return float(heads[self.name])
+        if self.name not in metrics:
+            known = ", ".join([*metrics, *(name for name in HEADS if name in heads)])
+            raise RequirementError(f"--require must name what was measured ({known}), got {self.name!r}")
+        return float(metrics[self.name][self.statistic])
+
+    def holds(self, value: float) -> bool:
+        return _HOLDS[self.relation](value, self.limit)
+
+
+def parse_requirements(text: str) -> tuple[Requirement, ...]:
+    """Reads ``psnr>=30,flicker<=0.01``.
+
+    Raises:
+        RequirementError: A part is not ``name>=number`` or ``name.statistic<=number``.
+    """
+    found = []
+    for part in text.split(","):
+        match = _REQUIREMENT.fullmatch(part)
+        rule = f"read name>=number or name.{'|'.join(STATISTICS)}<=number"
+        if not match or (match[2] or STATISTICS[0]) not in STATISTICS:
+            raise RequirementError(f"--require must {rule}, got {part.strip()!r}")
+        try:
+            limit = float(match[4])
+        except ValueError:
+            raise RequirementError(f"--require must {rule}, got {part.strip()!r}") from None
+        found.append(Requirement(match[1], match[2] or STATISTICS[0], match[3], limit))
+    return tuple(found)
+
+
+def verdict(
+    requirements: Sequence[Requirement], metrics: Mapping[str, Any], heads: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Whether each requirement holds: plain values; ``passed`` is True where nothing is required.
+
+    Raises:
+        RequirementError: Something required was not measured.
+    """
+    checks = []
+    for each in requirements:
+        value = each.value(metrics, heads)
+        checks.append({"requirement": str(each), "value": value, "holds": each.holds(value)})
+    return {"passed": all(check["holds"] for check in checks), "checks": checks}
+
+
+def stamp(path: Path, plan: PlanFile, evaluation: Mapping[str, Any]) -> None:
+    """Writes a verdict into a plan's header, in place of an older one; what the plan executes stays as it is.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    write_plan(path, replace(plan, provenance={**plan.provenance, EVALUATION: dict(evaluation)}))

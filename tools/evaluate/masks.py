@@ -1,0 +1,100 @@
+"""Block masks as tensors, executed by the very kernels that execute plans."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibatt.plans import DENSE, NO_ANCHORS, Blocks, TokenGrid
+from calibatt.plans import LayerSchedule as CoreSchedule
+from calibatt.runtime.backends import load_backend
+from calibatt.runtime.schedule import DeviceSchedule, LayerSchedule
+
+KERNEL_DTYPE = torch.float16
+"""On a GPU, queries, keys and values are rounded to it: normalised values keep 11 bits, and the kernel adds in fp32."""
+
+
+def schedule_of(keep: np.ndarray, grid: TokenGrid, blocks: Blocks) -> CoreSchedule:
+    """The schedule that executes a mask, bool ``(H, Q, K)`` with a block in every row."""
+    heads, q_blocks, _ = keep.shape
+    return CoreSchedule(
+        grid=grid,
+        blocks=blocks,
+        row_ptr=np.append(0, keep.sum(2).reshape(-1).cumsum()).astype(np.int32),
+        col_idx=np.nonzero(keep)[2].astype(np.uint16),
+        head_list=np.arange(heads, dtype=np.int32) * q_blocks,
+        head_anchor=np.full(heads, NO_ANCHORS, np.int32),
+        anchor_ptr=np.zeros(1, np.int32),
+        group_start=np.zeros(0, np.int32),
+        anchor_row=np.zeros(0, np.int32),
+        tile_order=np.arange(heads * q_blocks, dtype=np.int32),
+    )
+
+
+@lru_cache(maxsize=16)
+def _dense_core(heads: int, grid: TokenGrid, blocks: Blocks) -> CoreSchedule:
+    """What a kernel reads of a core: grid and blocks; its lists are those of dense heads."""
+    tiles = heads * blocks.q_blocks(grid.tokens)
+    empty = np.zeros(0, np.int32)
+    return CoreSchedule(
+        grid=grid,
+        blocks=blocks,
+        row_ptr=np.zeros(1, np.int32),
+        col_idx=np.zeros(0, np.uint16),
+        head_list=np.full(heads, DENSE, np.int32),
+        head_anchor=np.full(heads, NO_ANCHORS, np.int32),
+        anchor_ptr=np.zeros(1, np.int32),
+        group_start=empty,
+        anchor_row=empty,
+        tile_order=np.arange(tiles, dtype=np.int32),
+    )
+
+
+def bind_mask(keep: Tensor, grid: TokenGrid, blocks: Blocks) -> DeviceSchedule:
+    """A mask ready for a kernel; on a GPU it never leaves the device, and nothing waits for it.
+
+    Args:
+        keep: bool ``(H, Q, K)``, a block in every row.
+        grid: The token sequence.
+        blocks: Block sizes.
+    """
+    if keep.device.type != "cuda":
+        return LayerSchedule(schedule_of(keep.numpy(), grid, blocks)).bind("cpu")
+    heads, q_blocks, k_blocks = keep.shape
+    device, rows = keep.device, heads * q_blocks
+    kept_first = keep.byte().argsort(dim=2, descending=True, stable=True).to(torch.int16).flatten()
+    row = torch.arange(rows, device=device)
+    count = keep.sum(2).flatten()
+    start = row * k_blocks
+    tiles = torch.stack([row // q_blocks, row % q_blocks, start, start + count], 1).to(torch.int32)
+    queries = torch.tensor([grid.tokens, 0], dtype=torch.int32, device=device).repeat(heads, 1)
+    nothing = torch.zeros(0, dtype=torch.int32, device=device)
+    columns = torch.cat([kept_first, kept_first[:1]]).view(torch.uint16)
+    core = _dense_core(heads, grid, blocks)
+    return DeviceSchedule(core, device, tiles, columns, queries, nothing, nothing, nothing)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bound: DeviceSchedule) -> Tensor:
+    """Attention ``(B, H, N, D)`` over a bound schedule of H heads by the kernel for the device, in q's dtype."""
+    if not q.is_cuda:
+        backend, inputs = "torch", (q, k, v)
+    else:
+        backend, inputs = "triton", tuple(x.to(KERNEL_DTYPE) for x in (q, k, v))
+    out, _ = load_backend(backend).run(*inputs, bound, q.shape[-1] ** -0.5, False)
+    return out.to(q.dtype)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, grid: TokenGrid, blocks: Blocks) -> Tensor:
+    """Attention ``(B, H, N, D)`` with a mask for each sample, bool ``(B, H, Q, K)``; all of them in one launch."""
+    shape = q.shape
+    bound = bind_mask(keep.flatten(0, 1), grid, blocks)
+    folded = [x.reshape(1, shape[0] * shape[1], *shape[2:]) for x in (q, k, v)]
+    return attend(*folded, bound).view(shape)
+
+
+def with_top(keep: Tensor, score: Tensor) -> Tensor:
+    """The mask with at least the block of the highest score in every row."""
+    return keep | torch.zeros_like(keep).scatter_(-1, score.argmax(-1, keepdim=True), True)
