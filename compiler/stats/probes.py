@@ -13,7 +13,9 @@ import numpy.typing as npt
 from calibatt.compiler.stats.errors import ProbeError
 
 ENOUGH_TIMES = 6
-ENOUGH_SAMPLES = 2
+ENOUGH_SAMPLES = 8
+ROUNDS = 50
+"""Of the fit of time weights where samples are not probed at the same times."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class TimeWeightInfo:
     """Where a time weight comes from.
 
     Args:
-        probes: Probes it is the mean of; 0: never probed, the weight is 1 everywhere.
+        probes: How many it is made of; 0: never probed, the weight is 1 everywhere.
         samples: Names of the samples probed.
         time_indices: Times probed; between them the weight is interpolated, beyond them it is held.
         seconds: What all probes cost.
@@ -112,7 +114,12 @@ class TimeWeightInfo:
 
 
 def time_weight(times: Sequence[float], probes: Sequence[Probe]) -> tuple[npt.NDArray[np.float64], TimeWeightInfo]:
-    """The weight of every recorded time: the mean of its probes, log-linear between probed times, held beyond them.
+    """The weight of every recorded time: typical of the samples, log-linear between probed times, held beyond them.
+
+    How much a sample suffers from errors differs up to 100-fold from sample to sample, at all times alike, so that a plain
+    mean is the weight of the few that suffer most. Here every sample has a factor and every time a weight, fitted to the
+    logarithms of all probes (geometric means, where every sample was probed at every time), and the weights are scaled so
+    that probes are, on average, as large as them.
 
     Args:
         times: Recorded times, ascending.
@@ -121,16 +128,21 @@ def time_weight(times: Sequence[float], probes: Sequence[Probe]) -> tuple[npt.ND
     Returns:
         float64 (times,), all positive, and where it comes from.
     """
-    found: dict[int, list[float]] = {}
-    for probe in sorted(probes, key=lambda probe: probe.file_name):
-        found.setdefault(probe.time_index, []).append(probe.weight)
-    indices = tuple(sorted(found))
+    probes = sorted(probes, key=lambda probe: probe.file_name)
+    indices = tuple(sorted({probe.time_index for probe in probes}))
     samples = tuple(sorted({probe.sample for probe in probes}))
     info = TimeWeightInfo(len(probes), samples, indices, math.fsum(probe.seconds for probe in probes))
     if not indices:
         return np.ones(len(times)), info
-    logs = [math.log(math.fsum(found[index]) / len(found[index])) for index in indices]
-    return np.exp(np.interp(times, [times[index] for index in indices], logs)), info
+    found = np.array([probe.weight for probe in probes])
+    time = np.array([indices.index(probe.time_index) for probe in probes])
+    sample = np.array([samples.index(probe.sample) for probe in probes])
+    logs, factors = np.log(found), np.zeros(len(samples))
+    for _ in range(ROUNDS):  # least squares by turns; with every sample probed at every time the first round is exact
+        level = np.bincount(time, logs - factors[sample]) / np.bincount(time)
+        factors = np.bincount(sample, logs - level[time]) / np.bincount(sample)
+    level += math.log((found / np.exp(level[time])).mean())
+    return np.exp(np.interp(times, [times[index] for index in indices], level)), info
 
 
 def layer_factor(times: Sequence[float], layers: int, probes: Sequence[Probe]) -> npt.NDArray[np.float64]:

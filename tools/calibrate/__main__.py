@@ -242,11 +242,9 @@ Exit codes: 0 all is recorded; 1 stopped, run it again to continue; 2 the call o
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first prompt; +1 for each.")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps [the model's own].")
 @click.option("--times", type=click.IntRange(1), help="Steps to record, evenly spread [all].")
-@click.option("--probes", type=click.IntRange(0), default=6, show_default=True, help="Times to probe; 0: none.")
-@click.option("--probe-samples", type=click.IntRange(0), default=2, show_default=True, help="Samples to probe them on.")
-@click.option(
-    "--layer-probes", type=click.IntRange(0), default=3, show_default=True, help="Probed times also probed by layer."
-)
+@click.option("--probes", type=click.IntRange(0), default=8, show_default=True, help="Times to probe; 0: none.")
+@click.option("--probe-samples", type=click.IntRange(0), help="Samples to probe them on [all].")
+@click.option("--layer-probes", type=click.IntRange(0), help="Probed times also probed by layer [all].")
 @click.option("--mass/--no-mass", default=False, show_default=True, help="Keep the block mass: about twice the bytes.")
 @click.option("--block-size", type=click.Choice([str(size) for size in BLOCK_SIZES]), default="64", show_default=True)
 @click.option("--query-stride", type=click.IntRange(1), default=1, show_default=True, help="Measure every n-th query.")
@@ -260,8 +258,8 @@ def main(
     steps: int | None,
     times: int | None,
     probes: int,
-    probe_samples: int,
-    layer_probes: int,
+    probe_samples: int | None,
+    layer_probes: int | None,
     mass: bool,
     block_size: str,
     query_stride: int,
@@ -274,8 +272,10 @@ def main(
     Probes then disturb single steps and compare the final results: what an error costs at which time.
 
     Cost: each prompt is sampled once. In a recorded step every layer computes its attention once more (twice more on
-    a GPU); --query-stride n divides that by n. A probe samples a prompt again from its step on, and one by layer takes
-    one more step for each layer. At the end the bytes written and the seconds taken are told.
+    a GPU); --query-stride n divides that by n. A probe samples a prompt again from its step on, half of all steps on
+    average, and one by layer takes one more step for each layer. What errors cost differs more from prompt to prompt
+    than anything else that is measured: fewer probed samples are the wrong place to save. At the end the bytes written
+    and the seconds taken are told.
 
     Run it again to continue where it stopped: finished samples are skipped, and at most the sample in progress is
     lost. Stores made on several machines with one set of options are given to calibatt-compile together.
@@ -294,7 +294,8 @@ def main(
         ):
             before, probed = len(writer.done()), work[:probe_samples] if probes else []
             trajectories = record(writer, sampler, work, unit_statistics, probed, progress)
-            silent = probe(writer, sampler, probed, probes, layer_probes, trajectories, progress)
+            by_layer = probes if layer_probes is None else layer_probes
+            silent = probe(writer, sampler, probed, probes, by_layer, trajectories, progress)
             recorded, seconds = len(writer.done()) - before, time.perf_counter() - begun
         if silent:
             console.print(f"{silent} probes dropped nothing and say nothing of their time")

@@ -55,7 +55,7 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: 
     stats, path = output / "stats", output / "demo.plan"
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     calibrate = ["--model", "demo", "--samples", str(calibration_prompts), "--query-stride", "8"]
-    calibrate += ["--layer-probes", "2", "--device", device, "-o", str(stats)]
+    calibrate += ["--probes", "6", "--probe-samples", "2", "--layer-probes", "2", "--device", device, "-o", str(stats)]
     _run("calibatt.tools.calibrate", "calibatt-calibrate", calibrate)
     _run("calibatt.compiler.cli", "calibatt-compile", [str(stats), "-o", str(path), "--force"])
     _run("calibatt.tools.inspect_plan", "calibatt-inspect", [str(path)])
