@@ -116,10 +116,10 @@ class TimeWeightInfo:
 def time_weight(times: Sequence[float], probes: Sequence[Probe]) -> tuple[npt.NDArray[np.float64], TimeWeightInfo]:
     """The weight of every recorded time: typical of the samples, log-linear between probed times, held beyond them.
 
-    How much a sample suffers from errors differs up to 100-fold from sample to sample, at all times alike, so that a plain
-    mean is the weight of the few that suffer most. Here every sample has a factor and every time a weight, fitted to the
-    logarithms of all probes (geometric means, where every sample was probed at every time), and the weights are scaled so
-    that probes are, on average, as large as them.
+    How much a sample suffers from errors differs up to 100-fold from sample to sample, at all times alike, so that a
+    plain mean is the weight of the few that suffer most. Here every sample has a factor and every time a weight, fitted
+    to the logarithms of all probes (geometric means, where every sample was probed at every time), and the weights are
+    scaled so that probes are, on average, as large as them.
 
     Args:
         times: Recorded times, ascending.

@@ -23,8 +23,9 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 
-from calibatt.compiler.stats import Manifest, Store, UnitStatistics
-from calibatt.compiler.stats.probes import TimeWeightInfo
+from calibatt.compiler.language import DEFAULT_PASSES
+from calibatt.compiler.stats import Manifest, Probe, Store, UnitStatistics
+from calibatt.compiler.stats.probes import TimeWeightInfo, layer_factor, time_weight
 from calibatt.tools.calibrate.__main__ import SAMPLERS
 from calibatt.tools.evaluate import bench
 from calibatt.tools.evaluate.bench import Kept, Measured, Rule
@@ -50,6 +51,7 @@ class Part:
         thresholds: Which of the thresholds there are; all if absent.
         time_weighted: Whether the time weight counts; 1 everywhere otherwise.
         layer_weighted: Whether its spread over the layers counts.
+        probed: Samples of which there are probes, the first ones by seed; all if absent.
     """
 
     store: Store
@@ -57,11 +59,19 @@ class Part:
     thresholds: tuple[float, ...] | None = None
     time_weighted: bool = True
     layer_weighted: bool = True
+    probed: int | None = None
+
+    def _first(self, count: int | None) -> tuple[str, ...]:
+        ordered = sorted(self.store.samples, key=lambda name: self.store.meta[name]["seed"])
+        return tuple(sorted(ordered[:count]))
 
     @property
     def samples(self) -> tuple[str, ...]:
-        ordered = sorted(self.store.samples, key=lambda name: self.store.meta[name]["seed"])
-        return tuple(sorted(ordered[: self.count]))
+        return self._first(self.count)
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        return tuple(probe for probe in self.store.probes if probe.sample in self._first(self.probed))
 
     @property
     def meta(self) -> dict[str, dict[str, Any]]:
@@ -87,15 +97,15 @@ class Part:
         )
 
     def time_weight(self) -> tuple[npt.NDArray[np.float64], TimeWeightInfo]:
-        weight, info = self.store.time_weight()
+        weight, info = time_weight(self.manifest.times, self.probes)
         return (weight if self.time_weighted else np.ones_like(weight)), info
 
     def layer_factor(self) -> npt.NDArray[np.float64]:
-        factor = self.store.layer_factor()
+        factor = layer_factor(self.manifest.times, self.manifest.model.layers, self.probes)
         return factor if self.layer_weighted else np.ones_like(factor)
 
 
-def compiled(study: Study, store: Any, passes: str = "vote,protect,select,anchors,select,schedule,lower") -> Any:
+def compiled(study: Study, store: Any, passes: str = DEFAULT_PASSES) -> Any:
     """Density to rule, by the compiler."""
     part = study if store is study.store else Study(study.bench, store)
     return lambda density: part.compiled(density, passes.replace("D", f"{density:g}"))
@@ -135,6 +145,10 @@ def variants(study: Study) -> dict[str, Callable[[float], Rule]]:
     for count in PROMPTS:
         if count <= len(store.samples):
             found[f"calibration prompts: {count}"] = compiled(study, Part(store, count))
+    probed = len({probe.sample for probe in store.probes})
+    for count in PROMPTS:
+        if count <= probed:
+            found[f"probed prompts: {count}"] = compiled(study, Part(store, probed=count))
     for agreement in AGREEMENTS:
         found[f"planes alone, agreement {agreement:g}"] = compiled(study, store, planes(agreement))
     for threshold in store.manifest.thresholds:
@@ -198,7 +212,7 @@ def _cell(row: dict[str, Any] | None, base: dict[str, Any] | None, target: float
 @click.option("--stats", "stores", type=click.Path(path_type=Path), multiple=True, required=True)
 @click.option("--held-out", type=click.Path(path_type=Path), help="One prompt a line; the demo model has its own.")
 @click.option("--prompts", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--calibration", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--calibration", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--densities", default=",".join(map(str, DENSITIES)), show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--seconds", type=float, default=math.inf, help="Begin no run after so many seconds.")

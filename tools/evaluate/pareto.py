@@ -36,7 +36,19 @@ from calibatt.compiler.stats import Store
 from calibatt.runtime import Plan
 from calibatt.tools.calibrate.__main__ import SAMPLERS, pick_device, plan_work, read_prompts
 from calibatt.tools.evaluate import baselines, bench
-from calibatt.tools.evaluate.bench import Bench, BestOf, Exact, Kept, Measured, Moment, PerInput, Planned, Rule, Seen
+from calibatt.tools.evaluate.bench import (
+    Bench,
+    BestOf,
+    Exact,
+    Kept,
+    Measured,
+    Moment,
+    PerInput,
+    Planned,
+    Rule,
+    Score,
+    Seen,
+)
 from calibatt.tools.evaluate.harness import FIRST_SEED, about
 from calibatt.tools.evaluate.masks import with_top
 
@@ -128,9 +140,11 @@ class Study:
         self, names: Iterable[str], density: float, weight: Tensor | None = None, order: Tensor | None = None
     ) -> Rule:
         """Each head's mask from the ladders of these scores, by measured error x weight under one budget."""
-        seen = self.seen_in_cubes if order is not None else None
-        scores = {"vote": lambda s: baselines.mass_before(s.mass).median(2).values, "error": lambda s: s.error.mean(2)}
-        ladders = [self.ladder(name, scores[name](seen) if seen else None, order) for name in names]
+        scores: dict[str, Callable[[], Tensor]] = {}
+        if order is not None:
+            scores["vote"] = lambda: baselines.mass_before(self.seen_in_cubes.mass).median(2).values
+            scores["error"] = lambda: self.seen_in_cubes.error.mean(2)
+        ladders = [self.ladder(name, scores[name]() if name in scores else None, order) for name in names]
         keep = torch.cat([masks for masks, _ in ladders])
         found = Measured.joined([measured for _, measured in ladders])
         pick = bench.budgeted(found, self.bench.weight if weight is None else weight, density)
@@ -164,22 +178,22 @@ class Study:
         scores = baselines.mass_before(self.seen.mass)
         return PerInput(self.bench, self.mass_score, self.everywhere(bench.quantile_threshold(scores, density)))
 
-    def dynamic_budget(self, density: float) -> Rule:
-        thresholds, found = self.dynamic_ladder
+    def dynamic_budget(self, density: float, score: Score, seen: Callable[[], Tensor]) -> Rule:
+        """One threshold for each head at each time, under our budget; `seen` are the scores of the calibration."""
+        key = "dynamic, " + getattr(score, "__name__", "")
+        if key not in self._measured:
+            scores = seen()
+            thresholds = bench.head_thresholds(scores, (*SHARES, 1.0))
+
+            def candidates(moment: Moment) -> Tensor:
+                score = scores[moment.step, moment.layer]
+                over = thresholds[:, moment.step, moment.layer, :, None, None]
+                return with_top(score > over[:, None], score.expand(len(over), *score.shape))
+
+            self._measured[key] = thresholds, bench.measure(self.bench, candidates, len(thresholds))
+        thresholds, found = self._measured[key]
         pick = bench.budgeted(found, self.bench.weight, density)
-        return PerInput(self.bench, self.mass_score, thresholds.gather(0, pick[None])[0])
-
-    @cached_property
-    def dynamic_ladder(self) -> tuple[Tensor, Measured]:
-        scores = baselines.mass_before(self.seen.mass)
-        thresholds = bench.head_thresholds(scores, (*SHARES, 1.0))
-
-        def candidates(moment: Moment) -> Tensor:
-            score = scores[moment.step, moment.layer]
-            over = thresholds[:, moment.step, moment.layer, :, None, None]
-            return with_top(score > over[:, None], score.expand(len(over), *score.shape))
-
-        return thresholds, bench.measure(self.bench, candidates, len(thresholds))
+        return PerInput(self.bench, score, thresholds.gather(0, pick[None])[0])
 
     def dynamic_error(self, density: float) -> Rule:
         scores = self.seen.error * self.bench.weight[:, :, None, None, None, None]
@@ -238,10 +252,7 @@ METHODS: dict[str, Callable[[Study, float], Rule]] = {
     ),
     "compiled, no anchors": lambda study, d: study.compiled(d, "vote,protect,select,schedule,lower"),
     "budget: measured menu": lambda study, d: study.under_budget(MENU, d),
-    "budget: measured menu, weights of all prompts": lambda study, d: study.under_budget(
-        MENU, d, study.layer_probes.mean(-1)
-    ),
-    "budget: measured menu, weights of all prompts alike": lambda study, d: study.under_budget(
+    "budget: measured menu, weights by final video": lambda study, d: study.under_budget(
         MENU, d, normalised(study.layer_probes)
     ),
     "budget: measured menu, weights by head": lambda study, d: study.under_budget(
@@ -252,9 +263,16 @@ METHODS: dict[str, Callable[[Study, float], Rule]] = {
         ("vote", "error"), d, order=study.order
     ),
     "budget: windows": lambda study, d: study.under_budget(("frames", "rows", "box"), d),
+    "budget: cubes (STA)": lambda study, d: study.under_budget(("cubes",), d, order=study.order),
+    "budget: spatial or temporal (SVG)": lambda study, d: study.under_budget(("spatial", "temporal"), d),
     "budget: radial": lambda study, d: study.under_budget(("radial",), d),
     "budget: random": lambda study, d: study.under_budget(("random",), d),
-    "dynamic: top-p, budget": lambda study, d: study.dynamic_budget(d),
+    "dynamic: top-p, budget": lambda study, d: study.dynamic_budget(
+        d, study.mass_score, lambda: baselines.mass_before(study.seen.mass)
+    ),
+    "dynamic: skip-softmax, budget": lambda study, d: study.dynamic_budget(
+        d, study.skip_score, lambda: study.skip_scores
+    ),
     "dynamic: block error x weight": lambda study, d: study.dynamic_error(d),
     "dynamic: top-p, one p": lambda study, d: study.dynamic_uniform(d),
     "dynamic: skip-softmax": lambda study, d: study.skip_softmax(d),
@@ -355,7 +373,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 @click.option("--held-out", type=click.Path(path_type=Path), help="One prompt a line; the demo model has its own.")
 @click.option("--prompts", type=click.IntRange(1), default=64, show_default=True, help="Held-out prompts.")
 @click.option(
-    "--calibration", type=click.IntRange(1), default=8, show_default=True, help="Prompts that errors are measured on."
+    "--calibration", type=click.IntRange(1), default=16, show_default=True, help="Prompts that errors are measured on."
 )
 @click.option("--densities", default=",".join(map(str, DENSITIES)), show_default=True)
 @click.option("--methods", default="", help="Names, separated by semicolons; all if absent.")
