@@ -47,6 +47,7 @@ def _load(module: str, kind: str) -> Callable[[], type[Pass]]:
 
 PASSES: dict[str, Callable[[], type[Pass]]] = {
     "vote": _load("vote", "Vote"),
+    "uniform": _load("uniform", "Uniform"),
     "protect": _load("protect", "Protect"),
     "select": _load("select", "Select"),
     "anchors": _load("anchors", "Anchors"),

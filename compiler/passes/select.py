@@ -235,8 +235,14 @@ def _cuts(unit: UnitIR, head: int, model: HeadErrors, below: Int64) -> tuple[Int
     return blocks, dropped[below]
 
 
-def _plane_error(unit: UnitIR, models: list[HeadErrors], keep: Bits, index: int) -> Float64:
+def plane_error(job: Job, unit: UnitIR, keep: Bits, index: int) -> Float64:
     """float64 ``(H,)``: errors of a voted plane by the model, or, without block error, as measured on each sample."""
+    queries = query_weights(unit.grid, unit.blocks)
+    models = [head_errors(unit.means, head, queries, job.error_factor) for head in range(unit.heads)]
+    return _plane_error(unit, models, keep, index)
+
+
+def _plane_error(unit: UnitIR, models: list[HeadErrors], keep: Bits, index: int) -> Float64:
     if unit.means.error_code is None:
         measured: Float64 = unit.means.menu_residual_error[index]
         return measured

@@ -93,7 +93,10 @@ def test_passes_are_printed_and_timed(store: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--passes", "vote,fly"], "a pass must be one of vote, protect, select, anchors, schedule, lower, got 'fly'"),
+        (
+            ["--passes", "vote,fly"],
+            "a pass must be one of vote, uniform, protect, select, anchors, schedule, lower, got 'fly'",
+        ),
         (["--passes", "vote,select"], "passes must end with lower, got vote{agreement=0.5},select{"),
         (["--passes", "lower", "--max-error", "1"], "a budget must have a select in --passes, got 'lower'"),
         (["--target-density", "0.5", "--max-error", "1"], "a budget must be --target-density or --max-error, got both"),

@@ -16,6 +16,7 @@ from calibatt.compiler.passes import PASSES, Pass
 
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "agreement": st.floats(0, 1, exclude_min=True),
+    "threshold": st.floats(0, 1, exclude_min=True),
     "target_density": st.none() | st.floats(0, 1, exclude_min=True),
     "max_error": st.none(),
     "menu": st.sampled_from(["planes", "cuts+windows", "planes+windows+cuts"]),
@@ -75,7 +76,7 @@ def test_the_default_passes_print_with_every_option() -> None:
         (
             "merge",
             PassSyntaxError,
-            "a pass must be one of vote, protect, select, anchors, schedule, lower, got 'merge'",
+            "a pass must be one of vote, uniform, protect, select, anchors, schedule, lower, got 'merge'",
         ),
         ("vote{agree=1}", PassSyntaxError, "vote: an option must be one of agreement, got 'agree'"),
         ("lower{x=1}", PassSyntaxError, "lower: an option must not be given (it has none), got 'x'"),

@@ -192,3 +192,17 @@ def test_accounts_follow_the_masks() -> None:
     assert accounts[-1].predicted_ms == pytest.approx(found.device.predict_ms(0, kept, 0, found.manifest.blocks, 8))
     assert accounts[-1].error == pytest.approx(found.total_error())
     assert accounts[-1].passes == "lower"
+
+
+def test_uniform_keeps_one_voted_plane_everywhere() -> None:
+    found, _ = compiled("vote,uniform{threshold=0.9},lower")
+    index = found.manifest.thresholds.index(0.9)
+    for unit in found.units:
+        assert unit.voted is not None
+        assert (unit.keep == unit.voted[index] | unit.required).all()
+        assert unit.choice == ["plane 0.9"] * unit.heads
+
+
+def test_uniform_wants_a_threshold_of_the_store() -> None:
+    with pytest.raises(PassError, match=r"threshold must be one of the store's 0.8, 0.9, 0.95, 0.98, got 0.85"):
+        compiled("vote,uniform{threshold=0.85},lower")
