@@ -4,47 +4,59 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from calibatt.compiler import report
-from calibatt.compiler.collect import collect
-from calibatt.compiler.cost import DEVICES, Device, device_named
-from calibatt.compiler.emit import make_plan
+from calibatt.compiler.cost import DEVICES, device_named
+from calibatt.compiler.emit import make_plan, require_lowered
 from calibatt.compiler.errors import CompileError, PassSyntaxError
-from calibatt.compiler.ir import Job
-from calibatt.compiler.language import DEFAULT_PASSES, parse_passes
+from calibatt.compiler.gather import make_job
+from calibatt.compiler.language import DEFAULT_PASSES, parse_passes, print_passes
 from calibatt.compiler.passes import Pass
 from calibatt.compiler.passes.select import Select
-from calibatt.compiler.pipeline import Account, run
+from calibatt.compiler.pipeline import Account, Map, Work, processes, run
+from calibatt.compiler.shelf import DiskShelf
 from calibatt.compiler.stats import Store, StoreError
 from calibatt.plans import PlanError, write_plan
 
+BUDGETS = ("target_density", "max_error", "target_speedup")
 
-def with_budget(text: str, target_density: float | None, max_error: float | None) -> tuple[Pass, ...]:
-    """The passes of a pass string, with the budget of the command line given to `select`.
+
+def with_budget(text: str, budget: dict[str, float | None], attention_share: float) -> tuple[Pass, ...]:
+    """The passes of a pass string, with the budget of the command line given to every `select`.
+
+    Args:
+        text: The pass string.
+        budget: By name of `BUDGETS`; at most one is not None.
+        attention_share: For a target of speed-up.
 
     Raises:
-        PassSyntaxError: A budget on the command line and another, or no `select` to give it to.
+        PassSyntaxError: Several budgets, or one here and another in the text, or no `select` to give it to.
         CompileError: The pass string or an option is wrong.
     """
     passes = parse_passes(text)
-    if target_density is None and max_error is None:
+    given = [name for name, value in budget.items() if value is not None]
+    options = [f"--{name.replace('_', '-')}" for name in budget]
+    if not given:
         return passes
-    if target_density is not None and max_error is not None:
-        raise PassSyntaxError("a budget must be --target-density or --max-error, got both")
-    if "target-density=" in text.replace(" ", "") or "max-error=" in text.replace(" ", ""):
+    if len(given) > 1:
+        raise PassSyntaxError(f"a budget must be one of {', '.join(options)}, got {len(given)} of them")
+    if any(f"{name[2:]}=" in text.replace(" ", "") for name in options):
         raise PassSyntaxError("a budget must be given in --passes or on the command line, got both")
     if not any(isinstance(each, Select) for each in passes):
         raise PassSyntaxError(f"a budget must have a select in --passes, got {text!r}")
-    return tuple(
-        replace(each, target_density=target_density, max_error=max_error) if isinstance(each, Select) else each
-        for each in passes
-    )
+    changes: dict[str, Any] = {"attention_share": attention_share, **dict.fromkeys(BUDGETS), **budget}
+    return tuple(replace(each, **changes) if isinstance(each, Select) else each for each in passes)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,8 +65,13 @@ def with_budget(text: str, target_density: float | None, max_error: float | None
 @click.option("--passes", "text", default=DEFAULT_PASSES, show_default=True, help="name{option=value,...},name,...")
 @click.option("--target-density", type=float, help="Most of dense attention's blocks to compute. Default 0.5.")
 @click.option("--max-error", type=float, help="Most output error times time weight over the whole job, instead.")
+@click.option("--target-speedup", type=float, help="Least predicted speed-up of a whole forward, instead.")
+@click.option("--attention-share", type=float, default=0.75, show_default=True, help="Of a dense forward's time.")
 @click.option("--device", default="h200-triton", show_default=True, help=f"Whose time: {', '.join(DEVICES)}.")
-@click.option("--json", "json_path", metavar="REPORT", type=click.Path(path_type=Path), help="Report as JSON.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes; the plan is the same.")
+@click.option("--resume", is_flag=True, help="Go on with what an interrupted run of this very job has left.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for units in progress [OUT.plan.work].")
+@click.option("--report", "report_path", metavar="REPORT.json", type=click.Path(path_type=Path), help="Report as JSON.")
 @click.option("--print-after-all", is_flag=True, help="Print every time and layer after every pass.")
 @click.option("--time-passes", is_flag=True, help="Print what each pass took, as it ends.")
 @click.option("--notes", default="", help="Text stored in the plan.")
@@ -65,8 +82,13 @@ def command(
     text: str,
     target_density: float | None,
     max_error: float | None,
+    target_speedup: float | None,
+    attention_share: float,
     device: str,
-    json_path: Path | None,
+    jobs: int,
+    resume: bool,
+    work: Path | None,
+    report_path: Path | None,
     print_after_all: bool,
     time_passes: bool,
     notes: str,
@@ -74,28 +96,38 @@ def command(
 ) -> None:
     """Compiles statistics of one or several stores into a plan."""
     try:
-        _refuse_overwriting([output, json_path], force)
-        passes = with_budget(text, target_density, max_error)
+        _refuse_overwriting([output, report_path], force)
+        budget = dict(zip(BUDGETS, (target_density, max_error, target_speedup), strict=True))
+        passes = with_budget(text, budget, attention_share)
+        require_lowered(passes)
         coefficients = device_named(device)
         store = Store.open(stats_dirs)
+        job = make_job(store, coefficients)
         console = Console()
-        job = _collect(store, coefficients)
 
         def after(account: Account) -> None:
             if time_passes:
                 console.print(f"{account.name}: {account.seconds:.3f} s", markup=False, highlight=False)
             if print_after_all:
                 console.print(f"after {account.passes}", markup=False, highlight=False, soft_wrap=True)
-                for line in report.unit_lines(job):
+                for line in account.units:
                     console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
-        accounts = run(job, passes, after)
-        plan = make_plan(job, store, passes, notes)
-        file_bytes = write_plan(output, plan)
-        if json_path is not None:
-            value = report.as_json(job, plan, accounts, file_bytes)
-            json_path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", "utf-8")
-        report.show(console, job, plan, accounts, file_bytes)
+        folder = work or output.with_name(f"{output.name}.work")
+        shelf = DiskShelf.open(folder, _key(store, passes, device), resume)
+        try:
+            with processes(jobs) as spread, _shown(spread, job.units) as over:
+                found = run(store, job, passes, shelf, over, after, print_after_all)
+                plan = make_plan(job, store, passes, found, shelf, over, notes)
+            file_bytes = write_plan(output, plan)
+        except Exception:
+            shelf.remove()
+            raise
+        shelf.remove()
+        if report_path is not None:
+            value = report.as_json(job, plan, found, file_bytes, attention_share)
+            report_path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", "utf-8")
+        report.show(console, job, plan, found, file_bytes, attention_share)
     except (CompileError, StoreError, PlanError, OSError) as error:
         click.echo(f"calibatt-compile: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
@@ -112,13 +144,29 @@ def _refuse_overwriting(paths: list[Path | None], force: bool) -> None:
             raise CompileError(f"{path} must not exist (--force replaces it), got a file there")
 
 
-def _collect(store: Store, device: Device) -> Job:
+def _key(store: Store, passes: Sequence[Pass], device: str) -> str:
+    """Stands for everything that decides what the units of a job become."""
+    probes = [probe.to_json() for probe in store.probes]
+    parts = [store.manifest.digest, *store.samples, *probes, print_passes(passes), device, version("calibatt")]
+    return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+@contextmanager
+def _shown(over: Map, units: int) -> Iterator[Map]:
+    """The same with a bar that says how much of a stage is left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    units = len(store.manifest.times) * store.manifest.model.layers
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("reading statistics", total=units)
-        return collect(store, device, lambda: progress.advance(task))
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+
+        def shown(work: Work, arguments: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+            task = progress.add_task(f"stage {len(progress.tasks)}, units", total=units)
+            for each in over(work, arguments):
+                progress.advance(task)
+                yield each
+
+        yield shown
 
 
 if __name__ == "__main__":

@@ -1,35 +1,63 @@
 """The passes by name; a pass is imported when it is asked for.
 
-A pass is a frozen dataclass whose fields are its options. It changes the job and does nothing else: verifying, timing,
+A pass is a frozen dataclass whose fields are its options. It changes units and does nothing else: verifying, timing,
 printing and accounting are the pipeline's.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from calibatt.compiler.errors import PassError
-from calibatt.compiler.ir import Job
+from calibatt.compiler.ir import Job, UnitIR
+
+Findings = dict[str, float]
+"""What a pass counted in one unit; the pipeline adds them up."""
 
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """One step of the compiler."""
+    """One step of the compiler.
+
+    Most passes see one unit at a time. One with `decides` looks at every unit first (`survey`), then once at all that
+    was found (`decide`), and then changes every unit by what was decided.
+    """
 
     name: ClassVar[str]
     """In pass strings; kebab-case."""
+    decides: ClassVar[bool] = False
 
-    @abstractmethod
-    def apply(self, job: Job) -> None:
-        """Changes the job.
+    def survey(self, job: Job, unit: UnitIR) -> Any:
+        """What `decide` needs to know of a unit: small, and able to travel between processes.
 
         Raises:
-            PassError: The job lacks what the pass requires.
+            PassError: The unit lacks what the pass requires.
         """
+        return None
+
+    def decide(self, job: Job, surveys: Sequence[Any]) -> Sequence[Any]:
+        """What is to be done with each unit; may set what the job knows.
+
+        Raises:
+            PassError: It cannot be done.
+        """
+        return [None] * len(surveys)
+
+    @abstractmethod
+    def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
+        """Changes a unit; the job is read only.
+
+        Raises:
+            PassError: The unit lacks what the pass requires.
+        """
+
+    def report(self, job: Job, total: Findings) -> dict[str, Any]:
+        """What the report says of the pass, from the sum of what `change` found."""
+        return dict(total)
 
     def require(self, ok: bool, what: str, rule: str, value: object) -> None:
         """Raises a `PassError` in one form for all passes unless `ok`."""

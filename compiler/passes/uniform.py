@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from calibatt.compiler.ir import Job
-from calibatt.compiler.passes import Pass
-from calibatt.compiler.passes.select import plane_error
+from calibatt.compiler.error_model import mask_errors
+from calibatt.compiler.ir import Job, UnitIR
+from calibatt.compiler.passes import Findings, Pass
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,19 @@ class Uniform(Pass):
     """
 
     name: ClassVar[str] = "uniform"
+    decides: ClassVar[bool] = True
     threshold: float = 0.9
 
-    def apply(self, job: Job) -> None:
+    def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
         thresholds = job.manifest.thresholds
         known = ", ".join(f"{each:g}" for each in thresholds)
         self.require(self.threshold in thresholds, "threshold", f"be one of the store's {known}", self.threshold)
+        self.require(unit.voted is not None, "planes", "have been voted (vote comes before uniform)", unit.name)
+        if unit.force_dense:
+            return {}
+        assert unit.voted is not None
         index = thresholds.index(self.threshold)
-        for unit in job.units:
-            self.require(unit.voted is not None, "planes", "have been voted (vote comes before uniform)", unit.name)
-            if unit.force_dense:
-                continue
-            assert unit.voted is not None
-            unit.keep = unit.voted[index] | unit.required
-            unit.choice = [f"plane {self.threshold:g}"] * unit.heads
-            unit.error = plane_error(job, unit, unit.keep, index)
+        unit.keep = unit.voted[index] | unit.required
+        unit.choice = [f"plane {self.threshold:g}"] * unit.heads
+        unit.error = mask_errors(unit, unit.keep, job.error_factor, index)
+        return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -56,9 +57,15 @@ def dequantise(codes: Code, peak: npt.ArrayLike) -> Float:
     """The values of `quantise`'s codes, float32 of the codes' shape; `peak` broadcasts."""
     if codes.dtype != np.uint8:
         raise UnitError(f"codes must be uint8, got {codes.dtype}")
-    table = np.exp2(-np.arange(256) / STEPS_PER_OCTAVE)
-    table[ZERO_CODE] = 0
-    return (table[codes] * np.asarray(peak, np.float64)).astype(np.float32)
+    return (_FRACTIONS[codes] * np.asarray(peak, np.float64)).astype(np.float32)
+
+
+def code_values(peak: float) -> Float:
+    """What every code stands for under a peak, float32 (256,): a table for what must be fast."""
+    return (_FRACTIONS * peak).astype(np.float32)
+
+
+_FRACTIONS = np.append(np.exp2(-np.arange(ZERO_CODE) / STEPS_PER_OCTAVE), 0.0)
 
 
 @dataclass(frozen=True)
@@ -147,12 +154,17 @@ class UnitStatistics:
         spare = -manifest.k_blocks % 8
         if spare and (self.planes[..., -1] >> (8 - spare)).any():
             raise UnitError(f"planes must have zero bits from key block {manifest.k_blocks} on, got ones")
-        if not self.planes[0].any(-1).all():
-            head, block = np.argwhere(~self.planes[0].any(-1))[0]
-            raise UnitError(f"planes must keep a block for every query block, got none for head {head}, block {block}")
-        if (self.planes[:-1] & ~self.planes[1:]).any():
-            plane = np.argwhere(self.planes[:-1] & ~self.planes[1:])[0][0]
-            raise UnitError(f"planes must be nested, got bits of plane {plane} that plane {plane + 1} lacks")
+        for head in range(self.planes.shape[1]):  # one head at a time fits into the cache
+            planes = self.planes[:, head]
+            kept = planes[0].max(-1)
+            if not kept.all():
+                block = int(kept.argmin())
+                raise UnitError(
+                    f"planes must keep a block for every query block, got none for head {head}, block {block}"
+                )
+            for plane, (inner, outer) in enumerate(itertools.pairwise(planes)):
+                if (inner & ~outer).any():
+                    raise UnitError(f"planes must be nested, got bits of plane {plane} that plane {plane + 1} lacks")
 
 
 def unit_shapes(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
