@@ -4,9 +4,9 @@ The only place that turns statistics into a price of a mask; `select` asks it an
 
 The error of a mask is the mean over queries of the sum of the mean block errors it drops, times one factor for the
 whole job: errors of dropped blocks are not quite orthogonal and the kept mass is renormalised, so measured errors are a
-few times larger. The factor is the median of measured / predicted over all planes and windows of all heads; it puts
-masks on one scale with errors that are measured (windows, copied rows). A factor for each head, interpolated over the
-error, was tried on the demo model and gave worse videos.
+few times larger. The factor is the median of measured / predicted over all windows, and planes if they are read; it
+puts masks on one scale with errors that are measured (windows, copied rows). A factor for each head, interpolated over
+the error, was tried on the demo model and gave worse videos.
 """
 
 from __future__ import annotations

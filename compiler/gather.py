@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,8 +16,8 @@ from calibatt.compiler.stats import Manifest, TimeWeightInfo, UnitStatistics, co
 
 TOGETHER = 8
 """Samples that are mapped at once: memory does not grow with their number."""
-PREDICTED_ROWS = 36
-"""About so many query blocks of a head are looked at to compare measured with predicted errors."""
+PREDICTED_ROWS = 24
+"""At least so many query blocks of a head are looked at to compare measured with predicted errors."""
 
 
 class Samples(Protocol):
@@ -26,7 +27,7 @@ class Samples(Protocol):
     def manifest(self) -> Manifest: ...
     @property
     def samples(self) -> tuple[str, ...]: ...
-    def unit(self, sample: str, time_index: int, layer: int) -> UnitStatistics: ...
+    def unit(self, sample: str, time_index: int, layer: int, planes: bool = True) -> UnitStatistics: ...
     def time_weight(self) -> tuple[Float64, TimeWeightInfo]: ...
     def layer_factor(self) -> Float64: ...
 
@@ -52,9 +53,9 @@ def gather(store: Samples, job: Job, time_index: int, layer: int) -> UnitIR:
         StoreError: A unit is damaged.
     """
     manifest, names = job.manifest, job.samples
-    sums = _Sums(manifest, len(names))
+    sums = _Sums(manifest, len(names), job.planes)
     for start in range(0, len(names), TOGETHER):
-        units = [store.unit(name, time_index, layer) for name in names[start : start + TOGETHER]]
+        units = [store.unit(name, time_index, layer, job.planes) for name in names[start : start + TOGETHER]]
         sums.add(units, last=start + TOGETHER >= len(names))
     means = sums.means()
     required = row_required(means.error_code, manifest.model.heads, manifest.q_blocks, manifest.k_blocks)
@@ -65,13 +66,14 @@ def gather(store: Samples, job: Job, time_index: int, layer: int) -> UnitIR:
 class _Sums:
     """Running sums over the samples of one (time, layer)."""
 
-    def __init__(self, manifest: Manifest, samples: int) -> None:
+    def __init__(self, manifest: Manifest, samples: int, planes: bool) -> None:
         heads, q_blocks, k_blocks = manifest.model.heads, manifest.q_blocks, manifest.k_blocks
         self.manifest = manifest
         self.samples = samples
-        self.votes = [Votes() for _ in range(heads)]
+        self.votes = [Votes() for _ in range(heads if planes else 0)]
         self.small: dict[str, Float64] = {}
         self.errors: dict[int, Float32] = {}
+        self.values = np.empty(q_blocks * k_blocks + 1, np.float32)
         self.code = np.empty((heads, q_blocks, k_blocks), np.uint8) if manifest.has_block_error else None
         self.peak = np.zeros(heads, np.float32)
         self.predicted = np.zeros((len(manifest.menu), heads))
@@ -88,7 +90,8 @@ class _Sums:
                 values = getattr(unit, name).astype(np.float64)
                 self.small[name] = self.small[name] + values if name in self.small else values
         for head in range(self.manifest.model.heads):
-            for unit in units:
+            for unit in units if self.votes else ():
+                assert unit.planes is not None
                 self.votes[head].add(unit.planes[:, head])
             if self.code is not None:
                 self._add_error(units, head, last)
@@ -99,10 +102,10 @@ class _Sums:
         for unit in units:
             assert unit.block_error is not None
             assert unit.block_error_peak is not None
-            values = code_values(unit.block_error_peak[head] / self.samples)
-            error = values.take(unit.block_error[head], mode="clip")
-            total = error if total is None else np.add(total, error, out=total)
-            self._predict(unit.planes[:, head, self.rows], error[self.rows], head)
+            error = self._values(unit.block_error[head], unit.block_error_peak[head] / self.samples)
+            total = error.copy() if total is None else np.add(total, error, out=total)
+            if unit.planes is not None:
+                self._predict(unit.planes[:, head, self.rows], error[self.rows], head)
         assert total is not None
         if not last:
             self.errors[head] = total
@@ -113,6 +116,17 @@ class _Sums:
             self.predicted[index, head] = (rows * weights).sum(dtype=np.float64)
         self.peak[head] = total.max()
         self.code[head] = fast_codes(total, self.peak[head])
+
+    def _values(self, codes: npt.NDArray[np.uint8], peak: np.float32) -> Float32:
+        """What the codes stand for, float32 in a buffer that the next call overwrites; two codes a look-up."""
+        flat = codes.reshape(-1)
+        even = len(flat) // 2 * 2
+        _pairs().take(flat[:even].view(np.uint16), out=self.values[:even].view(np.complex64), mode="clip")
+        if even < len(flat):
+            self.values[even] = code_values(1.0)[flat[-1]]
+        found = self.values[: len(flat)]
+        found *= np.float32(peak)
+        return found.reshape(codes.shape)
 
     def _predict(self, planes: Bits, error: Float32, head: int) -> None:
         """Adds the mean over some rows of the block errors that this sample's planes drop."""
@@ -150,15 +164,20 @@ def fast_codes(values: Float32, peak: np.float32) -> npt.NDArray[np.uint8]:
     return found
 
 
+@lru_cache(maxsize=1)
+def _pairs() -> npt.NDArray[np.complex64]:
+    """For two codes as one little-endian number, both values under peak 1 as one number of two parts."""
+    values = code_values(1.0)
+    pairs = np.empty((256, 256, 2), np.float32)
+    pairs[..., 0], pairs[..., 1] = values[None, :], values[:, None]
+    found: npt.NDArray[np.complex64] = pairs.reshape(-1).view(np.complex64)
+    return found
+
+
+@lru_cache(maxsize=1)
 def _table() -> npt.NDArray[np.uint8]:
-    if not _TABLES:
-        top = int(np.float32(1).view(np.uint32)) >> _TOP_BITS
-        middles = ((np.arange(top + 1, dtype=np.uint32) << _TOP_BITS) + (1 << (_TOP_BITS - 1))).view(np.float32)
-        middles[-1] = 1.0
-        codes = quantise(np.minimum(middles, 1), 1.0)
-        codes[0] = 255  # an exact zero
-        _TABLES.append(codes)
-    return _TABLES[0]
-
-
-_TABLES: list[npt.NDArray[np.uint8]] = []
+    top = int(np.float32(1).view(np.uint32)) >> _TOP_BITS
+    middles = ((np.arange(top + 1, dtype=np.uint32) << _TOP_BITS) + (1 << (_TOP_BITS - 1))).view(np.float32)
+    codes = quantise(np.minimum(middles, 1), 1.0)
+    codes[0] = 255  # an exact zero
+    return codes

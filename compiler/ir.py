@@ -157,6 +157,7 @@ class Job:
         weights_probed: False where the weight is 1 for want of a probe.
         weights_source: Where the weights come from, in words.
         device: What predicts milliseconds.
+        planes: Some pass asks for the keep planes of the samples.
         error_factor: Of `error_model.coherence`; known once every unit has been gathered.
         multiplier: The price of a millisecond in weighted error (lambda), once `select` has found it.
         error_budget: Most error times weight over all units, where that was asked for.
@@ -170,6 +171,7 @@ class Job:
     weights_probed: bool
     weights_source: str
     device: Device
+    planes: bool = True
     error_factor: float = 1.0
     multiplier: float | None = None
     error_budget: float | None = None

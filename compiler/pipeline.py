@@ -147,6 +147,7 @@ def run(
         VerifyError: A pass left a broken unit.
     """
     accounts: list[Account] = []
+    job.planes = any(each.planes for each in passes)
     decisions: Sequence[Any] = [None] * job.units
     for stage in stages(passes):
         work = partial(_work, store, job, stage, shelf, printing)

@@ -30,6 +30,8 @@ class Pass(ABC):
     name: ClassVar[str]
     """In pass strings; kebab-case."""
     decides: ClassVar[bool] = False
+    planes: ClassVar[bool] = False
+    """The samples' keep planes must be read for it."""
 
     def survey(self, job: Job, unit: UnitIR) -> Any:
         """What `decide` needs to know of a unit: small, and able to travel between processes.

@@ -44,7 +44,8 @@ class Select(Pass):
             predicted squared error of the final latent, relative to its size).
         target_speedup: Least predicted speed-up of a whole forward, not of attention alone.
         attention_share: Share of dense attention in the time of a dense forward; only for `target_speedup`.
-        menu: What heads may choose beside dense: `planes`, `windows`, `cuts`, joined by ``+``.
+        menu: What heads may choose beside dense: `planes`, `windows`, `cuts`, joined by ``+``. Without planes, which no
+            cut of as many blocks loses to, those of the samples need not be read.
         levels_per_octave: Steps of the cuts' levels in a factor of 2.
 
     Raises:
@@ -58,7 +59,7 @@ class Select(Pass):
     max_error: float | None = None
     target_speedup: float | None = None
     attention_share: float = 0.75
-    menu: str = "planes+windows+cuts"
+    menu: str = "windows+cuts"
     levels_per_octave: int = 4
 
     def __post_init__(self) -> None:

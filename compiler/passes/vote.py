@@ -27,6 +27,7 @@ class Vote(Pass):
     """
 
     name: ClassVar[str] = "vote"
+    planes: ClassVar[bool] = True
     agreement: float = 0.5
 
     def __post_init__(self) -> None:

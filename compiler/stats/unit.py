@@ -74,7 +74,7 @@ class UnitStatistics:
 
     Args:
         planes: uint8 (T, H, Q, ceil(K / 8)), bits little-endian: the blocks that reach each threshold's mass. Nested;
-            no query block is empty; bits from K on are 0.
+            no query block is empty; bits from K on are 0. None only where a reader did not ask for them.
         menu_error: float32 (M, H): relative squared output error of each candidate mask.
         menu_residual_error: float32 (M, H): the same after the output projection and gate, relative to the residual.
         output_size: float32 (H,): mean ||O_h W_h||^2 / mean ||x||^2.
@@ -85,7 +85,7 @@ class UnitStatistics:
         block_error_peak: float32 (H,), or None.
     """
 
-    planes: Code
+    planes: Code | None
     menu_error: Float
     menu_residual_error: Float
     output_size: Float
@@ -97,6 +97,8 @@ class UnitStatistics:
 
     def keep(self, plane: int, manifest: Manifest) -> npt.NDArray[np.bool_]:
         """One keep plane, bool (H, Q, K)."""
+        if self.planes is None:
+            raise UnitError("planes must have been read, got none")
         bits = np.unpackbits(self.planes[plane], axis=-1, count=manifest.k_blocks, bitorder="little")
         return bits.astype(np.bool_)
 
@@ -120,13 +122,15 @@ class UnitStatistics:
             raise UnitError("block_error must have been recorded, got none")
         return dequantise(self.block_error, self.block_error_peak[:, None, None])
 
-    def check(self, manifest: Manifest) -> None:
-        """Proves the arrays against the manifest and each other.
+    def check(self, manifest: Manifest, planes: bool = True) -> None:
+        """Proves the arrays against the manifest and each other; without planes, all but them.
 
         Raises:
             UnitError: An array is missing, not announced, of another shape or dtype, or breaks its rule.
         """
         shapes = unit_shapes(manifest)
+        if not planes:
+            del shapes["planes"]
         for each in fields(self):
             array = getattr(self, each.name)
             if (array is None) != (each.name not in shapes):
@@ -134,7 +138,8 @@ class UnitStatistics:
                 raise UnitError(f"{each.name} must {rule} as the manifest says, got {_kind(array)}")
             if array is not None and (_kind(array) != (want := "{} {}".format(*shapes[each.name]))):
                 raise UnitError(f"{each.name} must be {want}, got {_kind(array)}")
-        self._check_planes(manifest)
+        if self.planes is not None:
+            self._check_planes(manifest, self.planes)
         row, offset = np.arange(manifest.grid.height)[:, None], np.array(manifest.row_offsets, np.int64)[None, :]
         outside = (row + offset < 0) | (row + offset >= manifest.grid.height)
         for each in fields(self):
@@ -150,12 +155,12 @@ class UnitStatistics:
             if wrong.any():
                 raise UnitError(f"{each.name} must be finite and not negative, got {array[wrong][0]}")
 
-    def _check_planes(self, manifest: Manifest) -> None:
+    def _check_planes(self, manifest: Manifest, all_planes: Code) -> None:
         spare = -manifest.k_blocks % 8
-        if spare and (self.planes[..., -1] >> (8 - spare)).any():
+        if spare and (all_planes[..., -1] >> (8 - spare)).any():
             raise UnitError(f"planes must have zero bits from key block {manifest.k_blocks} on, got ones")
-        for head in range(self.planes.shape[1]):  # one head at a time fits into the cache
-            planes = self.planes[:, head]
+        for head in range(all_planes.shape[1]):  # one head at a time fits into the cache
+            planes = all_planes[:, head]
             kept = planes[0].max(-1)
             if not kept.all():
                 block = int(kept.argmin())
@@ -213,8 +218,10 @@ def write_unit(path: str | PathLike[str], unit: UnitStatistics, manifest: Manife
     return write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections)
 
 
-def read_unit(path: str | PathLike[str], manifest: Manifest, place: Mapping[str, object]) -> UnitStatistics:
-    """Reads and proves one unit file; the arrays are views of the mapped file.
+def read_unit(
+    path: str | PathLike[str], manifest: Manifest, place: Mapping[str, object], planes: bool = True
+) -> UnitStatistics:
+    """Reads and proves one unit file, or all of it but the planes; the arrays are views of the mapped file.
 
     Raises:
         UnitError: The file is damaged, belongs to another manifest or place, or its arrays break a rule.
@@ -222,17 +229,17 @@ def read_unit(path: str | PathLike[str], manifest: Manifest, place: Mapping[str,
     """
     try:
         file = Container.open(path, magic=MAGIC, version=VERSION)
-        arrays = {name: file.section(name) for name in file.names}
+        arrays = {name: file.section(name) for name in file.names if planes or name != "planes"}
     except PlanError as error:
         raise UnitError(str(error)) from None
     expected = {**place, "manifest": manifest.digest}
     if file.header != expected:
         raise UnitError(f"{path}: the header must be {expected}, got {file.header}")
-    if set(arrays) != set(unit_shapes(manifest)):
-        raise UnitError(f"{path}: the sections must be {sorted(unit_shapes(manifest))}, got {sorted(arrays)}")
-    unit = UnitStatistics(**arrays)
+    if set(file.names) != set(unit_shapes(manifest)):
+        raise UnitError(f"{path}: the sections must be {sorted(unit_shapes(manifest))}, got {sorted(file.names)}")
+    unit = UnitStatistics(planes=arrays.pop("planes", None), **arrays)
     try:
-        unit.check(manifest)
+        unit.check(manifest, planes)
     except UnitError as error:
         raise UnitError(f"{path}: {error}") from None
     return unit

@@ -39,7 +39,7 @@ def test_the_same_statistics_give_the_same_bytes(store: Path, tmp_path: Path) ->
     plan = PlanFile.read(tmp_path / "a.plan")
     assert plan.signature == stats.manifest().model
     assert plan.predicted["density"] <= 0.6
-    assert plan.passes.startswith("vote{agreement=0.5},protect{")
+    assert plan.passes.startswith("protect{sinks=false,")
     assert "select{target-density=0.6," in plan.passes
     assert plan.notes == "a note"
     assert plan.provenance["samples"] == ["s0", "s1", "s2"]
@@ -67,7 +67,7 @@ def test_the_report(store: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     value = json.loads(report.read_text())
     plan = PlanFile.read(tmp_path / "p.plan")
-    assert [each["name"] for each in value["accounts"]][::7] == ["dense", "lower"]
+    assert [each["name"] for each in value["accounts"]][::6] == ["dense", "lower"]
     assert value["passes"] == plan.passes
     assert value["file_bytes"] == (tmp_path / "p.plan").stat().st_size
     assert value["density_by_time_and_layer"] == [[s.density for s in layers] for layers in plan.schedules]

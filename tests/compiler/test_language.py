@@ -51,7 +51,7 @@ def test_the_registry_gives_frozen_dataclasses_of_that_name(name: str) -> None:
     assert is_dataclass(kind)
     assert issubclass(kind, Pass)
     assert kind.name == name
-    assert set(get_type_hints(kind)) - {each.name for each in fields(kind)} == {"name", "decides"}
+    assert set(get_type_hints(kind)) - {each.name for each in fields(kind)} == {"name", "decides", "planes"}
     for hint in (get_type_hints(kind)[each.name] for each in fields(kind)):
         assert hint in (bool, int, float, str) or isinstance(hint, UnionType)
     with pytest.raises(FrozenInstanceError):
@@ -60,11 +60,10 @@ def test_the_registry_gives_frozen_dataclasses_of_that_name(name: str) -> None:
 
 def test_the_default_passes_print_with_every_option() -> None:
     assert print_passes(parse_passes(DEFAULT_PASSES)) == (
-        "vote{agreement=0.5},"
         "protect{sinks=false,diagonal=false,first-times=0,last-times=0,first-layers=0,last-layers=0},"
-        "select{target-density=0.5,attention-share=0.75,menu=planes+windows+cuts,levels-per-octave=4},"
+        "select{target-density=0.5,attention-share=0.75,menu=windows+cuts,levels-per-octave=4},"
         "anchors{safety=4.0,max-group-rows=4},"
-        "select{target-density=0.5,attention-share=0.75,menu=planes+windows+cuts,levels-per-octave=4},schedule,lower"
+        "select{target-density=0.5,attention-share=0.75,menu=windows+cuts,levels-per-octave=4},schedule,lower"
     )
 
 

@@ -214,7 +214,10 @@ def test_without_block_error_planes_cost_what_was_measured_and_cuts_are_refused(
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
-        ("select", r"select: planes must have been voted \(vote comes before select\), got time 0, layer 0"),
+        (
+            "select{menu=planes}",
+            r"select: planes must have been voted \(vote comes before select\), got time 0, layer 0",
+        ),
         ("vote,select,schedule,select", "select: schedule must come after, got time 0, layer 0"),
         ("vote,protect,select{target-density=0.1}", "leave room for the least that the menu can keep, density 0.4"),
     ],

@@ -29,7 +29,7 @@ class MemoryStore:
         self.samples = tuple(sorted({sample for sample, _, _ in units}))
         self.weights = weights
 
-    def unit(self, sample: str, time_index: int, layer: int) -> UnitStatistics:
+    def unit(self, sample: str, time_index: int, layer: int, planes: bool = True) -> UnitStatistics:
         return self.units[sample, time_index, layer]
 
     def layer_factor(self) -> np.ndarray:
