@@ -111,7 +111,7 @@ def stages(passes: Sequence[Pass]) -> list[Stage]:
     """Cuts a list of passes before every one that decides."""
     parts: list[list[Pass]] = [[]]
     for each in passes:
-        if each.decides:
+        if each.decides or each.by_layer:
             parts.append([])
         parts[-1].append(each)
     after = [*(part[0] for part in parts[1:]), None]
@@ -161,7 +161,12 @@ def run(
         for position, each in enumerate([*names, *stage.passes]):
             accounts.append(_sum(job, each, [unit.accounts[position] for unit in ordered]))
             after(accounts[-1])
-        if stage.survey is not None:
+        if stage.survey is not None and stage.survey.by_layer:
+            layers = [None] * job.manifest.model.layers
+            by_layer = dict(over(partial(_decide_layer, job, stage, shelf), layers))
+            places = [job.place(index) for index in range(job.units)]
+            decisions = [by_layer[layer][time_index] for time_index, layer in places]
+        elif stage.survey is not None:
             decisions = stage.survey.decide(job, [each.survey for each in ordered])
     total = accounts[-1].error
     if job.error_budget is not None and total > job.error_budget * (1 + 1e-9):
@@ -212,7 +217,10 @@ def _work(store: Samples, job: Job, stage: Stage, shelf: Shelf, printing: bool, 
         unit, known_ratios = shelf.unit(stage.number - 1, index), None
     for each in stage.passes:
         start = time.perf_counter()
-        findings = each.change(job, unit, decision if each.decides else None)
+        given = decision if each.decides else None
+        if each.by_layer:
+            given = (decision, partial(_unit_at, job, shelf, stage.number - 1, unit.layer))
+        findings = each.change(job, unit, given)
         seconds = time.perf_counter() - start
         verify(unit, each.name)
         accounts.append(_account(job, unit, seconds, findings, printing))
@@ -222,6 +230,15 @@ def _work(store: Samples, job: Job, stage: Stage, shelf: Shelf, printing: bool, 
     found = Found(tuple(accounts), survey, known_ratios)
     shelf.put(stage.number, index, unit, found, last=stage.survey is None)
     return found
+
+
+def _unit_at(job: Job, shelf: Shelf, stage: int, layer: int, time_index: int) -> UnitIR:
+    return shelf.unit(stage, time_index * job.manifest.model.layers + layer)
+
+
+def _decide_layer(job: Job, stage: Stage, shelf: Shelf, layer: int, _: None) -> Sequence[Any]:
+    assert stage.survey is not None
+    return stage.survey.decide_layer(job, layer, partial(_unit_at, job, shelf, stage.number, layer))
 
 
 def _account(job: Job, unit: UnitIR, seconds: float, findings: Findings, printing: bool) -> UnitAccount:

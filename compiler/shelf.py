@@ -42,16 +42,20 @@ class MemoryShelf:
 
     def __init__(self) -> None:
         self.units: dict[int, UnitIR] = {}
+        """As the last stage left them."""
+        self._units: dict[tuple[int, int], UnitIR] = {}
         self._found: dict[tuple[int, int], Any] = {}
 
     def found(self, stage: int, index: int) -> Any | None:
         return self._found.get((stage, index))
 
     def unit(self, stage: int, index: int) -> UnitIR:
-        return self.units[index]
+        unit = copy.copy(self._units[stage, index])
+        unit.anchors, unit.packed, unit.choice = list(unit.anchors), dict(unit.packed), list(unit.choice)
+        return unit
 
     def put(self, stage: int, index: int, unit: UnitIR, found: Any, last: bool) -> None:
-        self.units[index] = unit
+        self._units[stage, index] = self.units[index] = unit
         self._found[stage, index] = found
 
     def forget(self, stage: int) -> None:

@@ -1,7 +1,8 @@
 """A layer's schedule with its block lists as packed bits, and how a plan file stores them.
 
 Bits are what the compiler computes with and what compresses; the lists of a `LayerSchedule` follow in milliseconds.
-Neighbouring times differ in few blocks, so a layer is stored as its difference from the same layer of a *base* segment.
+Neighbouring times differ in few blocks, so a layer is stored as its difference from the same layer of a neighbour, its
+*base*; some segments are their own base, so that no more than a few frames make a layer wherever one starts.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from calibatt.plans.schema import Blocks, TokenGrid
 
 UInt8 = npt.NDArray[np.uint8]
 
-GROUP_SEGMENTS = 8
-"""Neighbouring segments that share a base, in the middle of them."""
+MAX_BASES = 4
+"""Segments between one and what is stored whole, itself not counted."""
 LEVEL, BASE_LEVEL = 6, 12
 """Effort of compression; a base is stored once and read for all of its group."""
 CACHED_LAYERS = 2
@@ -249,10 +250,24 @@ def _prediction(layer: PackedLayer, base: PackedLayer) -> UInt8:
     return found
 
 
+def check_bases(bases: Sequence[int]) -> bool:
+    """Whether every segment reaches one that is its own base within `MAX_BASES` steps."""
+    place = np.array(bases, np.int64)
+    if ((place < 0) | (place >= len(place))).any():
+        return False
+    at = np.arange(len(place))
+    for _ in range(MAX_BASES):
+        at = place[at]
+    return bool((place[at] == at).all())
+
+
 def base_segments(segments: int) -> tuple[int, ...]:
-    """The base of each segment: the middle one of its group; a base is its own."""
-    starts = [segment - segment % GROUP_SEGMENTS for segment in range(segments)]
-    return tuple(min(start + GROUP_SEGMENTS // 2, segments - 1) for start in starts)
+    """The base of each segment: its neighbour towards the middle of its group; the middle one is its own."""
+    group, bases = 2 * MAX_BASES, []
+    for segment in range(segments):
+        middle = min(segment - segment % group + MAX_BASES, segments - 1)
+        bases.append(segment + (segment < middle) - (segment > middle))
+    return tuple(bases)
 
 
 class StoredLayers(Sequence[Sequence[LayerSchedule]]):
@@ -263,7 +278,7 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
         grid: The token sequence.
         blocks: Block sizes.
         heads: Of every layer.
-        bases: The base of each segment.
+        bases: The base of each segment; `check_bases` holds.
         layers: ``[segment][layer]``.
     """
 

@@ -12,11 +12,13 @@ import numpy as np
 from calibatt.plans.container import Container, FilePath, write_container
 from calibatt.plans.errors import ScheduleError, SchemaError, SectionError, UnsupportedVersion
 from calibatt.plans.packed import (
+    MAX_BASES,
     SMALL_ARRAYS,
     EncodedLayer,
     PackedLayer,
     StoredLayers,
     base_segments,
+    check_bases,
     encode,
 )
 from calibatt.plans.schedule import Int64, LayerSchedule
@@ -269,12 +271,12 @@ _HEADER_KEYS = ("model", "grid", "blocks", "segments", "bases", *_FREE_KEYS)
 
 
 def _bases(value: object, segments: int) -> tuple[int, ...]:
-    """Each segment's base, whose base is itself: two frames at most make a layer."""
+    """Each segment's base; few steps lead to one that is its own."""
     _require_kind("bases", value, list)
     assert isinstance(value, list)
     right = len(value) == segments and all(type(base) is int and 0 <= base < segments for base in value)
-    if not right or any(value[base] != base for base in value):
-        rule = f"name for each of {segments} segments one that is its own base"
+    if not right or not check_bases(value):
+        rule = f"lead from each of {segments} segments to one that is its own base in at most {MAX_BASES} steps"
         raise SchemaError(f"bases must {rule}, got {str(value)[:80]}")
     return tuple(value)
 

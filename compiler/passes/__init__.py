@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.ir import Job, UnitIR
 
+UnitAt = Callable[[int], UnitIR]
 Findings = dict[str, float]
 """What a pass counted in one unit; the pipeline adds them up."""
 
@@ -24,12 +25,14 @@ class Pass(ABC):
     """One step of the compiler.
 
     Most passes see one unit at a time. One with `decides` looks at every unit first (`survey`), then once at all that
-    was found (`decide`), and then changes every unit by what was decided.
+    was found (`decide`), and then changes every unit by what was decided. One with `by_layer` looks at all times of one
+    layer instead (`decide_layer`), and may look at them again while it changes one.
     """
 
     name: ClassVar[str]
     """In pass strings; kebab-case."""
     decides: ClassVar[bool] = False
+    by_layer: ClassVar[bool] = False
     planes: ClassVar[bool] = False
     """The samples' keep planes must be read for it."""
 
@@ -49,9 +52,24 @@ class Pass(ABC):
         """
         return [None] * len(surveys)
 
+    def decide_layer(self, job: Job, layer: int, unit_at: UnitAt) -> Sequence[Any]:
+        """What is to be done with each time of a layer.
+
+        Args:
+            job: Read only.
+            layer: Which.
+            unit_at: The layer's unit at a time index, as the passes before left it; read only.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
         """Changes a unit; the job is read only.
+
+        Args:
+            job: Read only.
+            unit: To be changed.
+            decision: Of `decide`; of a pass with `by_layer` a pair of that of `decide_layer` and its `unit_at`.
 
         Raises:
             PassError: The unit lacks what the pass requires.
@@ -81,6 +99,9 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "protect": _load("protect", "Protect"),
     "select": _load("select", "Select"),
     "anchors": _load("anchors", "Anchors"),
+    "fill-gaps": _load("fill_gaps", "FillGaps"),
+    "merge-times": _load("merge_times", "MergeTimes"),
+    "merge-heads": _load("merge_heads", "MergeHeads"),
     "schedule": _load("schedule", "Schedule"),
     "lower": _load("lower", "Lower"),
 }

@@ -23,6 +23,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "attention_share": st.floats(0, 1, exclude_min=True),
     "menu": st.sampled_from(["planes", "cuts+windows", "planes+windows+cuts"]),
     "levels_per_octave": st.sampled_from([1, 2, 4, 8]),
+    "max_growth": st.floats(0, 1),
+    "max_times": st.integers(1, 50),
     "safety": st.floats(1e-9, 1e9),
     "max_group_rows": st.integers(1, 99),
 }
@@ -51,7 +53,7 @@ def test_the_registry_gives_frozen_dataclasses_of_that_name(name: str) -> None:
     assert is_dataclass(kind)
     assert issubclass(kind, Pass)
     assert kind.name == name
-    assert set(get_type_hints(kind)) - {each.name for each in fields(kind)} == {"name", "decides", "planes"}
+    assert set(get_type_hints(kind)) - {each.name for each in fields(kind)} == {"name", "decides", "by_layer", "planes"}
     for hint in (get_type_hints(kind)[each.name] for each in fields(kind)):
         assert hint in (bool, int, float, str) or isinstance(hint, UnionType)
     with pytest.raises(FrozenInstanceError):
@@ -77,7 +79,8 @@ def test_the_default_passes_print_with_every_option() -> None:
         (
             "merge",
             PassSyntaxError,
-            "a pass must be one of vote, uniform, protect, select, anchors, schedule, lower, got 'merge'",
+            "a pass must be one of vote, uniform, protect, select, anchors, fill-gaps, merge-times, merge-heads, schedule, lower, "
+            "got 'merge'",
         ),
         ("vote{agree=1}", PassSyntaxError, "vote: an option must be one of agreement, got 'agree'"),
         ("lower{x=1}", PassSyntaxError, "lower: an option must not be given (it has none), got 'x'"),

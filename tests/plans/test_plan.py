@@ -26,7 +26,7 @@ from calibatt.plans import (
     write_container,
     write_plan,
 )
-from calibatt.plans.packed import PackedLayer, base_segments, decode, encode
+from calibatt.plans.packed import PackedLayer, base_segments, check_bases, decode, encode
 from calibatt.plans.plan import ARRAYS, FIRST_VERSION, MAGIC, VERSION
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.plan"
@@ -268,9 +268,13 @@ def more_lists(header: dict[str, Any], sections: dict[str, np.ndarray]) -> None:
 BAD_SECOND: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], object], type[Exception], str]] = {
     "no bases": (lambda header, _: header.pop("bases"), errors.SchemaError, "header must have the key 'bases'"),
     "bases a map": (set_header("bases", {}), errors.SchemaError, "bases must be of type list, got dict"),
-    "one base": (set_header("bases", [0]), errors.SchemaError, "bases must name for each of 2 segments"),
-    "base beyond": (set_header("bases", [0, 2]), errors.SchemaError, "bases must name for each of 2 segments"),
-    "a base with a base": (set_header("bases", [1, 0]), errors.SchemaError, "one that is its own base, got [1, 0]"),
+    "one base": (set_header("bases", [0]), errors.SchemaError, "bases must lead from each of 2 segments"),
+    "base beyond": (set_header("bases", [0, 2]), errors.SchemaError, "bases must lead from each of 2 segments"),
+    "a base with a base": (
+        set_header("bases", [1, 0]),
+        errors.SchemaError,
+        "its own base in at most 4 steps, got [1, 0]",
+    ),
     "junk": (junk, errors.MaskError, "segment 0, layer 0: masks must be one zstd frame, got"),
     "more lists": (more_lists, errors.MaskError, "segment 0, layer 0: masks must hold 10 bytes for 10 lists, got 9"),
     "missing masks": (lambda _, sections: sections.pop("1/masks"), errors.MissingSection, "'1/masks'"),
@@ -326,8 +330,12 @@ def test_another_major_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_bases_are_in_the_middle_of_their_groups() -> None:
-    assert base_segments(3) == (2, 2, 2)
-    assert base_segments(10) == (4,) * 8 + (9,) * 2
+    assert base_segments(3) == (1, 2, 2)
+    assert base_segments(10) == (1, 2, 3, 4, 4, 4, 5, 6, 9, 9)
+    for count in range(1, 40):
+        assert check_bases(base_segments(count))
+    assert not check_bases([1, 2, 3, 4, 5, 5])
+    assert not check_bases([1, 0])
 
 
 @given(st.data())

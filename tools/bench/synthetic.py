@@ -152,12 +152,13 @@ class Synthetic:
         """Codes ``(H, Q, K)``, code that each plane keeps in each row ``(T, H, Q)``, menu errors, peaks ``(H,)``."""
         manifest = self.manifest
         time, kinds = manifest.times[time_index], self.kinds(layer)
-        rng = np.random.default_rng([self.seed, 5, time_index, layer])
+        rng, own = (np.random.default_rng([self.seed, 5, *key]) for key in ((time_index, layer), (layer,)))
         heads = manifest.model.heads
         codes = np.stack([self._head(kind, layer, head, time) for head, kind in enumerate(kinds)])
         mass = np.exp2(-np.arange(256) / (2 * OCTAVE))
         kept = np.empty((len(manifest.thresholds), heads, manifest.q_blocks), np.uint8)
-        peak = (10 ** rng.normal(-4, 0.7, heads) / (manifest.q_blocks * manifest.k_blocks) * 100).astype(np.float32)
+        size = own.normal(-2, 0.7, heads) + 0.3 * np.sin(2 * np.pi * (time + own.random(heads)))
+        peak = (10**size / (manifest.q_blocks * manifest.k_blocks)).astype(np.float32)
         windows = [window_keep(each, manifest.grid, manifest.blocks)[::MENU_STRIDE] for each in manifest.windows]
         menu = np.empty((len(manifest.menu), heads), np.float32)
         base = np.arange(manifest.q_blocks)[:, None] * 256
@@ -172,7 +173,8 @@ class Synthetic:
             error = np.exp2(some / np.float32(-OCTAVE)) * peak[head]
             masks = [some <= rows[::MENU_STRIDE, None] for rows in kept[:, head]] + windows
             menu[:, head] = [error[~mask].sum() / len(some) for mask in masks]
-        menu *= np.float32(self.mix.coherence) * rng.lognormal(0, 0.3, menu.shape).astype(np.float32)
+        noise = own.normal(0, 0.3, menu.shape) + rng.normal(0, 0.05, menu.shape)
+        menu *= self.mix.coherence * np.exp(noise)
         return codes, kept, menu, peak
 
     def unit(self, sample: int, time_index: int, layer: int) -> UnitStatistics:
@@ -202,7 +204,7 @@ class Synthetic:
         row_error = np.broadcast_to(base * np.abs(offsets), (heads, *rows.shape)).astype(np.float32)
         row_error[:, (rows < 0) | (rows >= manifest.grid.height)] = np.nan
         size = np.full(heads, 1e-2, np.float32)
-        menu = menu * rng.lognormal(0, 0.2, menu.shape).astype(np.float32)
+        menu = menu * np.exp(own.normal(0, 0.2, menu.shape) + rng.normal(0, 0.05, menu.shape)).astype(np.float32)
         return UnitStatistics(
             planes=planes,
             menu_error=menu / size,
@@ -211,7 +213,7 @@ class Synthetic:
             row_error=row_error,
             row_residual_error=row_error * size[:, None, None],
             block_error=error,
-            block_error_peak=peak * np.float32(rng.lognormal(0, 0.2)),
+            block_error_peak=peak * np.exp(own.normal(0, 0.2) + rng.normal(0, 0.05)).astype(np.float32),
         )
 
     def write(self, path: Path, samples: int, done: Callable[[], None] = lambda: None) -> None:
