@@ -16,18 +16,18 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from calibatt.compiler import report
+from calibatt.compiler import from_plan, report
 from calibatt.compiler.cost import DEVICES, device_named
-from calibatt.compiler.emit import make_plan, require_lowered
+from calibatt.compiler.emit import make_plan, provenance, require_lowered, segments
 from calibatt.compiler.errors import CompileError, PassSyntaxError
-from calibatt.compiler.gather import make_job
+from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.language import DEFAULT_PASSES, parse_passes, print_passes
 from calibatt.compiler.passes import Pass
 from calibatt.compiler.passes.select import Select
 from calibatt.compiler.pipeline import Account, Map, Work, processes, run
 from calibatt.compiler.shelf import DiskShelf
 from calibatt.compiler.stats import Store, StoreError
-from calibatt.plans import PlanError, write_plan
+from calibatt.plans import Blocks, PlanError, write_plan
 
 BUDGETS = ("target_density", "max_error", "target_speedup")
 
@@ -60,9 +60,11 @@ def with_budget(text: str, budget: dict[str, float | None], attention_share: flo
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("stats_dirs", nargs=-1, required=True, metavar="STATS_DIR...", type=click.Path(path_type=Path))
+@click.argument("stats_dirs", nargs=-1, metavar="STATS_DIR...", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, metavar="OUT.plan", type=click.Path(path_type=Path), help="The plan.")
-@click.option("--passes", "text", default=DEFAULT_PASSES, show_default=True, help="name{option=value,...},name,...")
+@click.option("--from-plan", "old", metavar="OLD.plan", type=click.Path(path_type=Path), help="Instead of statistics.")
+@click.option("--block-size", type=int, help="Of a plan from a plan: a multiple of the old one's.")
+@click.option("--passes", "text", help=f"name{{option=value,...}},name,... [{DEFAULT_PASSES}]")
 @click.option("--target-density", type=float, help="Most of dense attention's blocks to compute. Default 0.5.")
 @click.option("--max-error", type=float, help="Most output error times time weight over the whole job, instead.")
 @click.option("--target-speedup", type=float, help="Least predicted speed-up of a whole forward, instead.")
@@ -79,7 +81,9 @@ def with_budget(text: str, budget: dict[str, float | None], attention_share: flo
 def command(
     stats_dirs: tuple[Path, ...],
     output: Path,
-    text: str,
+    old: Path | None,
+    block_size: int | None,
+    text: str | None,
     target_density: float | None,
     max_error: float | None,
     target_speedup: float | None,
@@ -94,15 +98,32 @@ def command(
     notes: str,
     force: bool,
 ) -> None:
-    """Compiles statistics of one or several stores into a plan."""
+    """Compiles statistics of one or several stores into a plan, or a plan into another."""
     try:
         _refuse_overwriting([output, report_path], force)
         budget = dict(zip(BUDGETS, (target_density, max_error, target_speedup), strict=True))
+        if (old is None) == (not stats_dirs):
+            raise CompileError(f"a plan must come from statistics or --from-plan, got {'both' if old else 'neither'}")
+        if text is None:
+            text = DEFAULT_PASSES if old is None else from_plan.DEFAULT_PASSES
         passes = with_budget(text, budget, attention_share)
         require_lowered(passes)
         coefficients = device_named(device)
-        store = Store.open(stats_dirs)
-        job = make_job(store, coefficients)
+        source: StatisticsSource | from_plan.PlanSource
+        if old is not None:
+            from_plan.check_passes(passes)
+            source = from_plan.PlanSource(old, None if block_size is None else Blocks(block_size, block_size))
+            job = source.make_job(coefficients)
+            origin = {**source.plan.provenance, "from_plan": source.plan.digest, "from_passes": source.plan.passes}
+            parts, key = source.plan.segments, [source.plan.digest, str(block_size)]
+        else:
+            if block_size is not None:
+                raise CompileError(f"--block-size must come with --from-plan, got {block_size} with statistics")
+            store = Store.open(stats_dirs)
+            source = StatisticsSource(store)
+            job = source.make_job(coefficients)
+            origin, parts = provenance(job, store), segments(job.manifest.times)
+            key = [store.manifest.digest, *store.samples, *(probe.to_json() for probe in store.probes)]
         console = Console()
 
         def after(account: Account) -> None:
@@ -114,11 +135,11 @@ def command(
                     console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
         folder = work or output.with_name(f"{output.name}.work")
-        shelf = DiskShelf.open(folder, _key(store, passes, device), resume)
+        shelf = DiskShelf.open(folder, _key([*key, print_passes(passes), device]), resume)
         try:
             with processes(jobs) as spread, _shown(spread, job.units) as over:
-                found = run(store, job, passes, shelf, over, after, print_after_all)
-                plan = make_plan(job, store, passes, found, shelf, over, notes)
+                found = run(source, job, passes, shelf, over, after, print_after_all)
+                plan = make_plan(job, origin, parts, passes, found, shelf, over, notes)
             file_bytes = write_plan(output, plan)
         except Exception:
             shelf.remove()
@@ -144,11 +165,9 @@ def _refuse_overwriting(paths: list[Path | None], force: bool) -> None:
             raise CompileError(f"{path} must not exist (--force replaces it), got a file there")
 
 
-def _key(store: Store, passes: Sequence[Pass], device: str) -> str:
+def _key(parts: Sequence[str]) -> str:
     """Stands for everything that decides what the units of a job become."""
-    probes = [probe.to_json() for probe in store.probes]
-    parts = [store.manifest.digest, *store.samples, *probes, print_passes(passes), device, version("calibatt")]
-    return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    return blake2b(json.dumps([*parts, version("calibatt")]).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager

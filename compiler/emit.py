@@ -37,9 +37,27 @@ def require_lowered(passes: Sequence[Pass]) -> None:
 
 
 def make_plan(
-    job: Job, store: Store, passes: Sequence[Pass], run: Run, shelf: Shelf, over: Map, notes: str = ""
+    job: Job,
+    provenance: dict[str, Any],
+    parts: tuple[Segment, ...],
+    passes: Sequence[Pass],
+    run: Run,
+    shelf: Shelf,
+    over: Map,
+    notes: str = "",
 ) -> PlanFile:
-    """The plan of a job whose passes have been run and end with `lower`."""
+    """The plan of a job whose passes have been run and end with `lower`.
+
+    Args:
+        job: The job.
+        provenance: Where it comes from.
+        parts: The segments, one a recorded time.
+        passes: What was run.
+        run: What came of it.
+        shelf: Where the units are.
+        over: How units are spread over processes.
+        notes: Stored in the plan.
+    """
     layers, times = job.manifest.model.layers, range(len(job.manifest.times))
     bases = base_segments(len(times))
     last = len(stages(passes)) - 1
@@ -60,10 +78,10 @@ def make_plan(
         signature=manifest.model,
         grid=manifest.grid,
         blocks=manifest.blocks,
-        segments=segments(manifest.times),
+        segments=parts,
         schedules=StoredLayers("", manifest.grid, manifest.blocks, manifest.model.heads, bases, stored),
         passes=print_passes(passes),
-        provenance=provenance(job, store),
+        provenance=provenance,
         predicted=predicted,
         notes=notes,
     )

@@ -32,35 +32,45 @@ class Samples(Protocol):
     def layer_factor(self) -> Float64: ...
 
 
-def make_job(store: Samples, device: Device) -> Job:
-    """What is known before any unit is read."""
-    weights, info = store.time_weight()
-    return Job(
-        manifest=store.manifest,
-        samples=store.samples,
-        weights=weights,
-        unit_weights=weights[:, None] * store.layer_factor(),
-        weights_probed=info.probes > 0,
-        weights_source=str(info),
-        device=device,
-    )
+class StatisticsSource:
+    """A store of statistics as what `run` starts from.
 
-
-def gather(store: Samples, job: Job, time_index: int, layer: int) -> UnitIR:
-    """One (time, layer), read from every sample once.
-
-    Raises:
-        StoreError: A unit is damaged.
+    Args:
+        store: The statistics.
     """
-    manifest, names = job.manifest, job.samples
-    sums = _Sums(manifest, len(names), job.planes)
-    for start in range(0, len(names), TOGETHER):
-        units = [store.unit(name, time_index, layer, job.planes) for name in names[start : start + TOGETHER]]
-        sums.add(units, last=start + TOGETHER >= len(names))
-    means = sums.means()
-    required = row_required(means.error_code, manifest.model.heads, manifest.q_blocks, manifest.k_blocks)
-    weight = float(job.unit_weights[time_index, layer])
-    return UnitIR(time_index, layer, manifest.grid, manifest.blocks, weight, means, required)
+
+    def __init__(self, store: Samples) -> None:
+        self.store = store
+
+    def make_job(self, device: Device) -> Job:
+        """What is known before any unit is read."""
+        weights, info = self.store.time_weight()
+        return Job(
+            manifest=self.store.manifest,
+            samples=self.store.samples,
+            weights=weights,
+            unit_weights=weights[:, None] * self.store.layer_factor(),
+            weights_probed=info.probes > 0,
+            weights_source=str(info),
+            device=device,
+        )
+
+    def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
+        """One (time, layer), read from every sample once.
+
+        Raises:
+            StoreError: A unit is damaged.
+        """
+        manifest, names = job.manifest, job.samples
+        sums = _Sums(manifest, len(names), job.planes)
+        for start in range(0, len(names), TOGETHER):
+            part = names[start : start + TOGETHER]
+            units = [self.store.unit(name, time_index, layer, job.planes) for name in part]
+            sums.add(units, last=start + TOGETHER >= len(names))
+        means = sums.means()
+        required = row_required(means.error_code, manifest.model.heads, manifest.q_blocks, manifest.k_blocks)
+        weight = float(job.unit_weights[time_index, layer])
+        return UnitIR(time_index, layer, manifest.grid, manifest.blocks, weight, means, required)
 
 
 class _Sums:

@@ -186,10 +186,10 @@ class Job:
         return divmod(index, self.manifest.model.layers)
 
     @property
-    def dense_blocks(self) -> int:
-        """Blocks of dense attention over all units and heads."""
+    def unit_dense_blocks(self) -> int:
+        """Blocks of dense attention of a unit, over all heads."""
         manifest = self.manifest
-        return self.units * manifest.model.heads * manifest.q_blocks * manifest.k_blocks
+        return manifest.model.heads * manifest.q_blocks * manifest.k_blocks
 
     def unit_ms(self, unit: UnitIR) -> float:
         """Predicted milliseconds of a unit's attention call."""

@@ -13,19 +13,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from calibatt.compiler.bits import count
 from calibatt.compiler.error_model import coherence, ratios
 from calibatt.compiler.errors import PassError, VerifyError
-from calibatt.compiler.gather import Samples, gather
 from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import print_passes
 from calibatt.compiler.passes import Findings, Pass
 from calibatt.compiler.shelf import Shelf
 from calibatt.plans import ScheduleError
+
+
+class Source(Protocol):
+    """Statistics, or a plan."""
+
+    def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
+        """A unit before any pass."""
+
 
 Work = Callable[[int, Any], Any]
 Map = Callable[[Work, Sequence[Any]], Iterator[tuple[int, Any]]]
@@ -119,7 +126,7 @@ def stages(passes: Sequence[Pass]) -> list[Stage]:
 
 
 def run(
-    store: Samples,
+    source: Source,
     job: Job,
     passes: Sequence[Pass],
     shelf: Shelf,
@@ -130,8 +137,8 @@ def run(
     """Runs passes in order; verifies and accounts after each.
 
     Args:
-        store: The statistics.
-        job: Of `make_job`; what passes decide is written into it.
+        source: What units are made of.
+        job: Of the source; what passes decide is written into it.
         passes: What to run.
         shelf: Where the units are left, after stage ``len(stages(passes)) - 1``.
         over: How units are spread over processes; `in_turn`, or `processes`.
@@ -150,7 +157,7 @@ def run(
     job.planes = any(each.planes for each in passes)
     decisions: Sequence[Any] = [None] * job.units
     for stage in stages(passes):
-        work = partial(_work, store, job, stage, shelf, printing)
+        work = partial(_work, source, job, stage, shelf, printing)
         found = dict(over(work, decisions))
         ordered = [found[index] for index in range(job.units)]
         if stage.number == 0:
@@ -167,7 +174,11 @@ def run(
             places = [job.place(index) for index in range(job.units)]
             decisions = [by_layer[layer][time_index] for time_index, layer in places]
         elif stage.survey is not None:
-            decisions = stage.survey.decide(job, [each.survey for each in ordered])
+            times = job.manifest.times
+            units = [index for index in range(job.units) if stage.survey.covers(times[job.place(index)[0]])]
+            decided = stage.survey.decide(job, units, [ordered[index].survey for index in units])
+            by_unit = dict(zip(units, decided, strict=True))
+            decisions = [by_unit.get(index) for index in range(job.units)]
     total = accounts[-1].error
     if job.error_budget is not None and total > job.error_budget * (1 + 1e-9):
         rule = f"stay within max-error {job.error_budget:g} (another select after anchors sees to it)"
@@ -201,7 +212,7 @@ def processes(jobs: int) -> Iterator[Map]:
         yield over
 
 
-def _work(store: Samples, job: Job, stage: Stage, shelf: Shelf, printing: bool, index: int, decision: Any) -> Found:
+def _work(source: Source, job: Job, stage: Stage, shelf: Shelf, printing: bool, index: int, decision: Any) -> Found:
     """Takes one unit through a stage, unless that has been done before."""
     before = shelf.found(stage.number, index)
     if before is not None:
@@ -210,7 +221,7 @@ def _work(store: Samples, job: Job, stage: Stage, shelf: Shelf, printing: bool, 
     accounts: list[UnitAccount] = []
     start = time.perf_counter()
     if stage.number == 0:
-        unit = gather(store, job, *job.place(index))
+        unit = source.unit(job, *job.place(index))
         known_ratios = ratios(unit.means)
         accounts.append(_account(job, unit, time.perf_counter() - start, {}, printing))
     else:
@@ -220,13 +231,16 @@ def _work(store: Samples, job: Job, stage: Stage, shelf: Shelf, printing: bool, 
         given = decision if each.decides else None
         if each.by_layer:
             given = (decision, partial(_unit_at, job, shelf, stage.number - 1, unit.layer))
-        findings = each.change(job, unit, given)
+        covered = each.covers(job.manifest.times[unit.time_index])
+        findings = each.change(job, unit, given) if covered else {}
         seconds = time.perf_counter() - start
         verify(unit, each.name)
         accounts.append(_account(job, unit, seconds, findings, printing))
     if unit.means.votes:
         unit.means = replace(unit.means, votes=[])
-    survey = stage.survey.survey(job, unit) if stage.survey is not None else None
+    survey = None
+    if stage.survey is not None and stage.survey.covers(job.manifest.times[unit.time_index]):
+        survey = stage.survey.survey(job, unit)
     found = Found(tuple(accounts), survey, known_ratios)
     shelf.put(stage.number, index, unit, found, last=stage.survey is None)
     return found
@@ -280,7 +294,7 @@ def _sum(job: Job, each: Pass | None, units: Iterable[UnitAccount]) -> Account:
         passes="" if each is None else print_passes([each]),
         seconds=sum(unit.seconds for unit in found),
         blocks=blocks,
-        density=blocks / job.dense_blocks,
+        density=blocks / (job.units * job.unit_dense_blocks),
         plan_bytes=sum(unit.plan_bytes for unit in found),
         predicted_ms=float(sum(unit.predicted_ms for unit in found)),
         error=float(sum(unit.error for unit in found)),

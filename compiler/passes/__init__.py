@@ -26,7 +26,12 @@ class Pass(ABC):
 
     Most passes see one unit at a time. One with `decides` looks at every unit first (`survey`), then once at all that
     was found (`decide`), and then changes every unit by what was decided. One with `by_layer` looks at all times of one
-    layer instead (`decide_layer`), and may look at them again while it changes one.
+    layer instead (`decide_layer`), and may look at them again while it changes one. The units outside of its range of
+    times a pass neither sees nor changes.
+
+    Args:
+        from_time: Least denoising time of the units it is for; every one if absent.
+        to_time: Greatest.
     """
 
     name: ClassVar[str]
@@ -35,6 +40,12 @@ class Pass(ABC):
     by_layer: ClassVar[bool] = False
     planes: ClassVar[bool] = False
     """The samples' keep planes must be read for it."""
+    from_time: float | None = None
+    to_time: float | None = None
+
+    def covers(self, time: float) -> bool:
+        """Whether the pass is for units of this denoising time."""
+        return (self.from_time is None or self.from_time <= time) and (self.to_time is None or time <= self.to_time)
 
     def survey(self, job: Job, unit: UnitIR) -> Any:
         """What `decide` needs to know of a unit: small, and able to travel between processes.
@@ -44,8 +55,13 @@ class Pass(ABC):
         """
         return None
 
-    def decide(self, job: Job, surveys: Sequence[Any]) -> Sequence[Any]:
-        """What is to be done with each unit; may set what the job knows.
+    def decide(self, job: Job, units: Sequence[int], surveys: Sequence[Any]) -> Sequence[Any]:
+        """What is to be done with each unit it is for; may set what the job knows.
+
+        Args:
+            job: May be changed.
+            units: Numbers of the units.
+            surveys: One a unit.
 
         Raises:
             PassError: It cannot be done.

@@ -23,7 +23,8 @@ class MergeTimes(Pass):
     """Lets a head keep one mask over contiguous times, the union of theirs, where that saves more than it costs.
 
     A plan stores what changes from time to time; a mask that stays takes no bytes. For each head, dynamic programming
-    finds the partition of the times of least added blocks x worth + blocks that change where a group ends. The worth is the smallest power of 2 with which the head grows by at most `max_growth` over all its times.
+    finds the partition of the times of least added blocks x worth + blocks that change where a group ends. The worth is
+    the smallest power of 2 with which the head grows by at most `max_growth` over all its times.
 
     Requires: masks chosen. Heads with anchors are left alone.
     Ensures: the kept set only grows, that of a head over all times by at most `max_growth`.
@@ -54,7 +55,7 @@ class MergeTimes(Pass):
             self.require(unit.tile_order is None, "schedule", "come after", unit.name)
         for head in range(job.manifest.model.heads):
             masks = [unit.keep[head] for unit in units if unit.keep is not None]
-            free = [head not in unit.packed for unit in units]
+            free = [head not in unit.packed and self.covers(job.manifest.times[unit.time_index]) for unit in units]
             for first, last in groups(masks, free, self.max_growth, self.max_times):
                 for time in range(first, last + 1) if last > first else ():
                     decided[time][head] = (first, last)

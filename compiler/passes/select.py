@@ -31,6 +31,8 @@ class Select(Pass):
     multiplier, the price of a millisecond, decides for all heads and times at once; what it leaves of the budget is
     spent on single changes, and the distance to a proven bound is reported.
 
+    With a range of times the budget is that of the range.
+
     A second `select` after `anchors` spends what those saved: all heads choose anew, those with anchors also among
     staying as they are.
 
@@ -97,12 +99,13 @@ class Select(Pass):
             error[:, 1:] = np.inf
         return np.concatenate([blocks, unit.computed()[1][:, None]], 1).astype(np.int32), error
 
-    def decide(self, job: Job, surveys: Sequence[Any]) -> Sequence[Any]:
+    def decide(self, job: Job, units: Sequence[int], surveys: Sequence[Any]) -> Sequence[Any]:
+        self.require(bool(units), "from-time and to-time", "leave a recorded time", f"{self.from_time}, {self.to_time}")
         columns = self._columns(job)
         blocks = np.concatenate([blocks for blocks, _ in surveys]).astype(np.float64)
         error = np.concatenate([error for _, error in surveys])
         error[:, columns.estimated] *= job.error_factor
-        weight = np.repeat(job.unit_weights.reshape(-1), job.manifest.model.heads)
+        weight = np.repeat(job.unit_weights.reshape(-1)[list(units)], job.manifest.model.heads)
         loss = error * weight[:, None]
         choice = self._solve(job, blocks, loss)
         rows = np.arange(len(loss))
@@ -111,7 +114,7 @@ class Select(Pass):
         job.findings[self.name] = {
             "lambda_per_ms": job.multiplier,
             "predicted_error": spent,
-            "density": float(blocks[rows, choice.pick].sum() / job.dense_blocks),
+            "density": float(blocks[rows, choice.pick].sum() / (job.unit_dense_blocks * len(units))),
             "duality_gap": choice.gap,
             "duality_gap_of": of,
             "relative_gap": choice.gap / choice.loss if choice.loss else 0.0,
@@ -151,9 +154,10 @@ class Select(Pass):
             assert choice is not None, "dense heads lose nothing"
             saved = choice.multiplier * block_ms
             job.multiplier = 1 / saved if saved > 0 else NO_BUDGET_BINDS
-            job.error_budget = self.max_error
+            whole = self.from_time is None and self.to_time is None
+            job.error_budget = self.max_error if whole else None
             return choice
-        dense = job.dense_blocks
+        dense = job.unit_dense_blocks * len(blocks) // job.manifest.model.heads
         least = float(np.where(np.isfinite(loss), blocks, np.inf).min(1).sum()) / dense
         what, target, best = "target-density", self.target_density, f"density {least:.4f}"
         if self.target_speedup is not None:

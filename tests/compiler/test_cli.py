@@ -95,8 +95,8 @@ def test_passes_are_printed_and_timed(store: Path, tmp_path: Path) -> None:
     [
         (
             ["--passes", "vote,fly"],
-            "a pass must be one of vote, uniform, protect, select, anchors, fill-gaps, merge-times, merge-heads, schedule, lower, "
-            "got 'fly'",
+            "a pass must be one of vote, uniform, protect, select, anchors, fill-gaps, merge-times, "
+            "merge-heads, schedule, lower, got 'fly'",
         ),
         (["--passes", "vote,select"], "passes must end with lower, got vote{agreement=0.5},select{"),
         (["--passes", "lower", "--max-error", "1"], "a budget must have a select in --passes, got 'lower'"),

@@ -20,6 +20,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "target_density": st.none() | st.floats(0, 1, exclude_min=True),
     "max_error": st.none(),
     "target_speedup": st.none(),
+    "from_time": st.none() | st.floats(0, 1),
+    "to_time": st.none() | st.floats(0, 1),
     "attention_share": st.floats(0, 1, exclude_min=True),
     "menu": st.sampled_from(["planes", "cuts+windows", "planes+windows+cuts"]),
     "levels_per_octave": st.sampled_from([1, 2, 4, 8]),
@@ -79,11 +81,11 @@ def test_the_default_passes_print_with_every_option() -> None:
         (
             "merge",
             PassSyntaxError,
-            "a pass must be one of vote, uniform, protect, select, anchors, fill-gaps, merge-times, merge-heads, schedule, lower, "
-            "got 'merge'",
+            "a pass must be one of vote, uniform, protect, select, anchors, fill-gaps, merge-times, "
+            "merge-heads, schedule, lower, got 'merge'",
         ),
-        ("vote{agree=1}", PassSyntaxError, "vote: an option must be one of agreement, got 'agree'"),
-        ("lower{x=1}", PassSyntaxError, "lower: an option must not be given (it has none), got 'x'"),
+        ("vote{agree=1}", PassSyntaxError, "vote: an option must be one of from-time, to-time, agreement, got 'agree'"),
+        ("lower{x=1}", PassSyntaxError, "lower: an option must be one of from-time, to-time, got 'x'"),
         ("vote{agreement}", PassSyntaxError, "vote: an option must read option=value, got 'agreement'"),
         ("vote{agreement=1,agreement=1}", PassSyntaxError, "vote: agreement must be given once, got it again"),
         ("vote{agreement=half}", PassSyntaxError, "vote: agreement must be a finite number, got 'half'"),

@@ -255,3 +255,15 @@ def test_the_weight_moves_blocks_to_the_times_that_matter() -> None:
     assert found.findings["select"]["weights"] == "probed"
     assert gathered()[0].weights_source == "time weight: never probed, 1 at every time"
     assert compiled("vote,select")[0].findings["select"]["weights"] == "never probed: 1 at every time"
+
+
+def test_a_range_of_times_has_its_own_budget() -> None:
+    text = "select{to-time=0.5,target-density=0.9},select{from-time=0.6,target-density=0.5},schedule,lower"
+    found, _ = compiled(text)
+    for time, target in ((0, 0.9), (1, 0.5)):
+        density = np.mean([unit.lowered.density for unit in found.at_time(time)])
+        assert target - 0.05 < density <= target
+    alone, _ = compiled("select{from-time=0.6,target-density=0.5},lower")
+    assert {unit.lowered.density for unit in alone.at_time(0)} == {1.0}
+    with pytest.raises(PassError, match=r"from-time and to-time must leave a recorded time, got 0\.8, None"):
+        compiled("select{from-time=0.8}")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from calibatt.compiler.cost import Device
-from calibatt.compiler.gather import gather, make_job
+from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.pipeline import Account, in_turn, run
@@ -53,9 +53,9 @@ def memory_store(of: Manifest, samples: int = 3, seed: int = 0, weights: Any = N
 
 def gathered(of: Manifest | None = None, **options: Any) -> tuple[Job, list[UnitIR]]:
     """A job of random statistics and its units, no pass run yet."""
-    store = memory_store(of or stats.manifest(), **options)
-    found = make_job(store, DEVICE)
-    return found, [gather(store, found, *found.place(index)) for index in range(found.units)]
+    source = StatisticsSource(memory_store(of or stats.manifest(), **options))
+    found = source.make_job(DEVICE)
+    return found, [source.unit(found, *found.place(index)) for index in range(found.units)]
 
 
 class Compiled(Job):
@@ -71,8 +71,9 @@ class Compiled(Job):
 
 def compile_store(store: MemoryStore, passes: str) -> tuple[Compiled, list[Account]]:
     """The job of a store after some passes."""
-    found, shelf = make_job(store, DEVICE), MemoryShelf()
-    accounts = run(store, found, parse_passes(passes), shelf, in_turn).accounts
+    source, shelf = StatisticsSource(store), MemoryShelf()
+    found = source.make_job(DEVICE)
+    accounts = run(source, found, parse_passes(passes), shelf, in_turn).accounts
     found.__class__ = Compiled
     found.all = [shelf.units[index] for index in range(found.units)]
     return found, accounts
