@@ -73,7 +73,9 @@ def with_budget(text: str, budget: dict[str, float | None], attention_share: flo
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes; the plan is the same.")
 @click.option("--resume", is_flag=True, help="Go on with what an interrupted run of this very job has left.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for units in progress [OUT.plan.work].")
-@click.option("--report", "report_path", metavar="REPORT.json", type=click.Path(path_type=Path), help="Report as JSON.")
+@click.option(
+    "--report", "report_path", metavar="REPORT", type=click.Path(path_type=Path), help="Report as .html, or JSON."
+)
 @click.option("--print-after-all", is_flag=True, help="Print every time and layer after every pass.")
 @click.option("--time-passes", is_flag=True, help="Print what each pass took, as it ends.")
 @click.option("--notes", default="", help="Text stored in the plan.")
@@ -147,7 +149,7 @@ def command(
         shelf.remove()
         if report_path is not None:
             value = report.as_json(job, plan, found, file_bytes, attention_share)
-            report_path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", "utf-8")
+            report.write(report_path, value)
         report.show(console, job, plan, found, file_bytes, attention_share)
     except (CompileError, StoreError, PlanError, OSError) as error:
         click.echo(f"calibatt-compile: {' '.join(str(error).split())}", err=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from html import escape
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -66,8 +69,7 @@ def show(console: Console, job: Job, plan: PlanFile, run: Run, file_bytes: int, 
     console.print(_times(job, plan, value["density_by_time_and_layer"]))
     console.print(_densities(job, value["density_by_time_and_layer"]))
     for name, findings in job.findings.items():
-        told = ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in findings.items())
-        console.print(f"{name}: {told}", markup=False, highlight=False)
+        console.print(f"{name}: {_findings(findings)}", markup=False, highlight=False)
     planned, dense = (sum(map(sum, plan.predicted[key])) for key in ("planned_ms", "dense_ms"))
     lines = [
         f"heads: {', '.join(f'{kind} {number}' for kind, number in sorted(_kinds(run).items()))}",
@@ -80,6 +82,69 @@ def show(console: Console, job: Job, plan: PlanFile, run: Run, file_bytes: int, 
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False)
+
+
+def as_html(value: dict[str, Any]) -> str:
+    """The report of `as_json` as a page that needs nothing else."""
+
+    def table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+        head = "".join(f"<th>{escape(name)}</th>" for name in names)
+        body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+        return f"<h2>{escape(title)}</h2><table><tr>{head}</tr>{body}</table>"
+
+    def cell(text: object) -> str:
+        return f"<td>{escape(str(text))}</td>"
+
+    def shade(density: float, told: str) -> str:
+        ink = "#fff" if density > 0.5 else "#000"
+        style = f"background:hsl(210 60% {95 - 65 * density:.0f}%);color:{ink}"
+        return f'<td title="{escape(told)}" style="{style}">{100 * density:.0f}</td>'
+
+    accounts = value["accounts"]
+    passes = []
+    for each in accounts:
+        told = (each["passes"] or "dense", each["blocks"], f"{each['density']:.4f}", each["plan_bytes"])
+        told += (f"{each['predicted_ms']:.4g}", f"{each['error']:.3e}", _findings(each["findings"]))
+        passes.append([cell(text) for text in told])
+    times = value["times"]
+    layers = []
+    for layer in range(len(value["density_by_time_and_layer"][0])):
+        shades = []
+        for index in range(len(times)):
+            heads = value["heads_by_time_and_layer"][index][layer]
+            error = value["error_by_time_and_layer"][index][layer]
+            told = ", ".join(f"{count} {kind}" for kind, count in heads.items()) + f"; error x weight {error:.3e}"
+            shades.append(shade(value["density_by_time_and_layer"][index][layer], told))
+        layers.append([cell(layer), *shades])
+    facts = {
+        "passes": value["passes"],
+        "device": f"{value['device']['name']}: {value['device']['source']}",
+        "time weight": value["weights_source"],
+        "density": f"{value['density']:.4f}",
+        "predicted speed-up of attention": f"{value['attention_speedup']:.3f}",
+        "predicted speed-up of a forward": f"{value['forward_speedup']:.3f}, attention being "
+        f"{value['attention_share']:g} of a dense one",
+        "bytes of the file": f"{value['file_bytes']} (plain CSR {value['plain_csr_bytes']})",
+        "provenance": value["provenance"],
+    }
+    return (
+        '<!doctype html><meta charset="utf-8"><title>calibatt-compile</title>'
+        "<style>body{font:14px sans-serif;margin:2em}"
+        "table{border-collapse:collapse}td,th{padding:2px 6px;text-align:right}td:first-child{text-align:left}</style>"
+        + table("plan", ("", ""), [[cell(name), cell(text)] for name, text in facts.items()])
+        + table("passes", ("pass", "blocks", "density", "bytes", "predicted ms", "error x weight", "found"), passes)
+        + table("density in % by layer and time", ("layer", *(f"{time:.2f}" for time in times)), layers)
+    )
+
+
+def write(path: Path, value: dict[str, Any]) -> None:
+    """Writes the report: HTML where the name ends so, else JSON."""
+    text = as_html(value) if path.suffix == ".html" else json.dumps(value, indent=1, sort_keys=True)
+    path.write_text(text + "\n", "utf-8")
+
+
+def _findings(findings: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in findings.items())
 
 
 def _accounts(accounts: Sequence[Account]) -> Table:

@@ -80,6 +80,17 @@ def test_the_report(store: Path, tmp_path: Path) -> None:
         assert expected in result.stdout
 
 
+def test_the_report_as_a_page(store: Path, tmp_path: Path) -> None:
+    result = invoke(store, "-o", tmp_path / "p.plan", "--report", tmp_path / "r.html", "--notes", "<b>")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "r.html").read_text()
+    assert page.startswith("<!doctype html>")
+    for expected in ("select{target-density=0.5", "duality gap", "predicted speed-up of a forward", "441 TFLOP/s"):
+        assert expected in page
+    assert page.count("<td title=") == 2 * 2
+    assert "http" not in page
+
+
 def test_passes_are_printed_and_timed(store: Path, tmp_path: Path) -> None:
     result = invoke(store, "-o", tmp_path / "p.plan", "--print-after-all", "--time-passes")
     assert result.exit_code == 0
