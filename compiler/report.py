@@ -103,9 +103,9 @@ def as_html(value: dict[str, Any]) -> str:
     accounts = value["accounts"]
     passes = []
     for each in accounts:
-        told = (each["passes"] or "dense", each["blocks"], f"{each['density']:.4f}", each["plan_bytes"])
-        told += (f"{each['predicted_ms']:.4g}", f"{each['error']:.3e}", _findings(each["findings"]))
-        passes.append([cell(text) for text in told])
+        row = [each["passes"] or "dense", each["blocks"], f"{each['density']:.4f}", each["plan_bytes"]]
+        row += [f"{each['predicted_ms']:.4g}", f"{each['error']:.3e}", _findings(each["findings"])]
+        passes.append([cell(text) for text in row])
     times = value["times"]
     layers = []
     for layer in range(len(value["density_by_time_and_layer"][0])):
