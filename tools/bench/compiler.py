@@ -89,7 +89,7 @@ def main(layers: int, times: int, samples: int, jobs: int, store: Path | None, a
     per_unit = cost["processor_seconds"] / units
     scale = FULL_LAYERS * 50 / units
     result = {
-        "command": " ".join(["python -m calibatt.tools.bench.compiler", *sys.argv[1:]]),
+        "command": " ".join(["python -m calibatt.tools.bench.compiler", *sys.argv[1:]]).replace(str(store), "STORE"),
         "date": datetime.date.today().isoformat(),
         "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
