@@ -10,8 +10,6 @@ import numpy.typing as npt
 Bits = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 
-_ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
-
 
 def pack(keep: npt.NDArray[Any]) -> Bits:
     """uint8 ``(..., ceil(K / 8))`` of a bool array ``(..., K)``."""
@@ -25,7 +23,7 @@ def unpack(bits: Bits, k_blocks: int) -> Bool:
 
 def count(bits: Bits, axes: tuple[int, ...] = (-1,)) -> npt.NDArray[np.int64]:
     """Bits set, int64, summed over `axes`."""
-    found: npt.NDArray[np.int64] = _ONES[bits].sum(axis=axes, dtype=np.int64)
+    found: npt.NDArray[np.int64] = np.bitwise_count(bits).sum(axis=axes, dtype=np.int64)
     return found
 
 

@@ -1,4 +1,6 @@
-"""The compiler's intermediate representation: a `Job` of `UnitIR`s, one a recorded time and layer; passes change them.
+"""The compiler's intermediate representation: a `Job`, and a `UnitIR` for each recorded time and layer.
+
+A `Job` is small and knows the whole; a `UnitIR` is large, and only a few are in memory at once.
 
 H heads, Q and K query and key blocks, T thresholds, M menu entries (T planes, then the windows), Y rows of a frame,
 R the row radius. Packed masks are uint8 ``(..., ceil(K / 8))``, bits little-endian.
@@ -16,7 +18,7 @@ import numpy.typing as npt
 from calibatt.compiler.bits import Bits, Bool, Votes, count, pack, unpack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.stats import Manifest
-from calibatt.plans import Blocks, LayerSchedule, TokenGrid
+from calibatt.plans import Blocks, PackedLayer, TokenGrid
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -31,19 +33,17 @@ class UnitMeans:
     """What the samples say of one (time, layer), averaged over them.
 
     Args:
-        samples: How many.
-        votes: Of the keep planes, packed masks ``(T, H, Q, ceil(K / 8))``.
+        votes: Of the keep planes of each head, packed masks ``(T, Q, ceil(K / 8))``; gone when the votes are counted.
         error_code: uint8 ``(H, Q, K)``, codes of the mean block error (`stats.quantise`), or None.
         error_peak: float32 ``(H,)``, what code 0 stands for: squared output error relative to the residual stream.
         menu_error: float64 ``(M, H)``, measured, relative to the head's output.
         menu_residual_error: float64 ``(M, H)``, measured, relative to the residual stream.
-        menu_predicted: float64 ``(M, H)``, the same predicted by summing block errors; None without block error.
+        menu_predicted: float64 ``(M, H)``, the same predicted by summing block errors over some rows; None without.
         output_size: float64 ``(H,)``, the head's output relative to the residual stream.
         row_residual_error: float64 ``(H, Y, 2 R)``, NaN where the offset leaves the frame.
     """
 
-    samples: int
-    votes: Votes
+    votes: list[Votes]
     error_code: npt.NDArray[np.uint8] | None
     error_peak: Float32
     menu_error: Float64
@@ -71,6 +71,8 @@ class UnitIR:
         choice: What each head's mask is: ``dense``, ``plane 0.95``, ``rows(2)``, ``cut``.
         error: float64 ``(H,)``, predicted squared output error of each head, relative to the residual stream.
         anchors: The anchor groups of each head, or None where every row is computed.
+        packed: By head, where it has anchors: the packed mask ``(tiles, ceil(K / 8))`` of its tiles.
+        menu: What `select` found that heads may choose from.
         tile_order: int32, see `LayerSchedule`; set by `schedule`.
         lowered: Set by `lower`.
     """
@@ -88,8 +90,10 @@ class UnitIR:
     choice: list[str] = field(default_factory=list)
     error: Float64 = field(default_factory=lambda: np.zeros(0))
     anchors: list[Groups | None] = field(default_factory=list)
+    packed: dict[int, Bits] = field(default_factory=dict)
+    menu: Any = None
     tile_order: npt.NDArray[np.int32] | None = None
-    lowered: LayerSchedule | None = None
+    lowered: PackedLayer | None = None
 
     @property
     def name(self) -> str:
@@ -112,17 +116,23 @@ class UnitIR:
         """Blocks of one dense head."""
         return self.q_blocks * self.k_blocks
 
+    def tile_bits(self, head: int) -> Bits:
+        """Packed ``(tiles, ceil(K / 8))``: the head's mask over its tiles; all blocks before `select`."""
+        if head in self.packed:
+            return self.packed[head]
+        if self.keep is None:
+            return full_bits(self.q_blocks, self.k_blocks)
+        found: Bits = self.keep[head]
+        return found
+
     def head_keep(self, head: int) -> Bool:
         """bool ``(Q, K)``, the head's mask over the original query blocks; all of them before `select`."""
-        if self.keep is None:
-            return np.ones((self.q_blocks, self.k_blocks), dtype=np.bool_)
-        return unpack(self.keep[head], self.k_blocks)
+        bits = full_bits(self.q_blocks, self.k_blocks) if self.keep is None else self.keep[head]
+        return unpack(bits, self.k_blocks)
 
     def tile_keep(self, head: int) -> Bool:
         """bool ``(tiles, K)``, the head's mask over its packed tiles (those of the anchor rows, where it has any)."""
-        groups = self.anchors[head] if self.anchors else None
-        keep = self.head_keep(head)
-        return keep if groups is None else packed_keep(keep, self.grid, self.blocks, groups[1])
+        return unpack(self.tile_bits(head), self.k_blocks)
 
     def computed(self) -> tuple[Int64, Int64]:
         """Tiles and computed blocks of each head, both int64 ``(H,)``."""
@@ -130,26 +140,25 @@ class UnitIR:
         blocks = np.full(self.heads, self.dense_blocks, dtype=np.int64)
         if self.keep is not None:
             blocks = count(self.keep, (1, 2))
-        for head, groups in enumerate(self.anchors):
-            if groups is not None:
-                keep = self.tile_keep(head)
-                tiles[head], blocks[head] = len(keep), int(keep.sum())
+        for head, bits in self.packed.items():
+            tiles[head], blocks[head] = len(bits), count(bits, (0, 1))
         return tiles, blocks
 
 
 @dataclass(eq=False)
 class Job:
-    """Everything known of all units, in order of time and then layer.
+    """What is known of all units together; small, and given to every process.
 
     Args:
         manifest: Of the statistics.
         samples: Names of the samples.
         weights: float64 ``(times,)``, the time weight w(t).
+        unit_weights: float64 ``(times, layers)``: w(t) times the layer's factor where layers were probed.
         weights_probed: False where the weight is 1 for want of a probe.
         weights_source: Where the weights come from, in words.
         device: What predicts milliseconds.
-        units: ``times * layers`` of them.
-        error_factor: Of `error_model.coherence`.
+        planes: Some pass asks for the keep planes of the samples.
+        error_factor: Of `error_model.coherence`; known once every unit has been gathered.
         multiplier: The price of a millisecond in weighted error (lambda), once `select` has found it.
         error_budget: Most error times weight over all units, where that was asked for.
         findings: What each pass has to report: plain values.
@@ -158,39 +167,69 @@ class Job:
     manifest: Manifest
     samples: tuple[str, ...]
     weights: Float64
+    unit_weights: Float64
     weights_probed: bool
     weights_source: str
     device: Device
-    units: list[UnitIR]
+    planes: bool = True
     error_factor: float = 1.0
     multiplier: float | None = None
     error_budget: float | None = None
     findings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def unit(self, time_index: int, layer: int) -> UnitIR:
-        return self.units[time_index * self.manifest.model.layers + layer]
+    @property
+    def units(self) -> int:
+        return len(self.manifest.times) * self.manifest.model.layers
 
-    def at_time(self, time_index: int) -> list[UnitIR]:
-        """The units of all layers at one time."""
-        layers = self.manifest.model.layers
-        return self.units[time_index * layers : (time_index + 1) * layers]
+    def place(self, index: int) -> tuple[int, int]:
+        """Time index and layer of a unit: layers of one time come one after the other."""
+        return divmod(index, self.manifest.model.layers)
 
-    def total_error(self) -> float:
-        """Predicted error times weight over all units."""
-        return float(sum(unit.error.sum() * unit.weight for unit in self.units))
+    @property
+    def unit_dense_blocks(self) -> int:
+        """Blocks of dense attention of a unit, over all heads."""
+        manifest = self.manifest
+        return manifest.model.heads * manifest.q_blocks * manifest.k_blocks
 
     def unit_ms(self, unit: UnitIR) -> float:
         """Predicted milliseconds of a unit's attention call."""
         tiles, blocks = unit.computed()
-        return self._ms(unit, int(tiles.sum()), int(blocks.sum()))
+        return self._ms(int(tiles.sum()), int(blocks.sum()))
 
-    def dense_ms(self, unit: UnitIR) -> float:
+    @property
+    def dense_unit_ms(self) -> float:
         """The same, were every head dense."""
-        return self._ms(unit, unit.heads * unit.q_blocks, unit.heads * unit.dense_blocks)
+        manifest = self.manifest
+        tiles = manifest.model.heads * manifest.q_blocks
+        return self._ms(tiles, tiles * manifest.k_blocks)
 
-    def _ms(self, unit: UnitIR, tiles: int, blocks: int) -> float:
-        stored = unit.heads * unit.grid.tokens
-        return self.device.predict_ms(tiles, blocks, stored, unit.blocks, self.manifest.model.head_dim)
+    def forward_speedup(self, density: float, attention_share: float) -> float:
+        """Predicted speed-up of a forward at a density, given the share of dense attention in a dense forward."""
+        manifest = self.manifest
+        tiles = manifest.model.heads * manifest.q_blocks
+        planned = self._ms(tiles, density * tiles * manifest.k_blocks)
+        return 1 / (1 - attention_share * (1 - planned / self.dense_unit_ms))
+
+    def density_for(self, speedup: float, attention_share: float) -> float:
+        """The density at which `forward_speedup` is that; may be beyond what is possible."""
+        manifest = self.manifest
+        tiles = manifest.model.heads * manifest.q_blocks
+        planned = (1 - (1 - 1 / speedup) / attention_share) * self.dense_unit_ms
+        fixed = self._ms(tiles, 0)
+        return (planned - fixed) / (self.dense_unit_ms - fixed)
+
+    def _ms(self, tiles: int, blocks: float) -> float:
+        manifest = self.manifest
+        stored = manifest.model.heads * manifest.grid.tokens
+        return self.device.predict_ms(tiles, blocks, stored, manifest.blocks, manifest.model.head_dim)
+
+
+@lru_cache(maxsize=8)
+def full_bits(q_blocks: int, k_blocks: int) -> Bits:
+    """Packed ``(Q, ceil(K / 8))`` of a dense head; read only."""
+    bits = pack(np.ones((q_blocks, k_blocks), dtype=np.bool_))
+    bits.flags.writeable = False
+    return bits
 
 
 def packed_keep(keep: Bool, grid: TokenGrid, blocks: Blocks, frame_anchors: tuple[int, ...]) -> Bool:
@@ -241,6 +280,7 @@ def row_required(error_code: npt.NDArray[np.uint8] | None, heads: int, q_blocks:
         column = np.broadcast_to(own, (heads, q_blocks))
     else:
         column = error_code.argmin(axis=2)
-    keep = np.zeros((heads, q_blocks, k_blocks), dtype=np.bool_)
-    np.put_along_axis(keep, column[..., None], True, axis=2)
-    return pack(keep)
+    keep = np.zeros((heads, q_blocks, -(-k_blocks // 8)), dtype=np.uint8)
+    bit = (1 << (column % 8)).astype(np.uint8)
+    np.put_along_axis(keep, column[..., None] // 8, bit[..., None], axis=2)
+    return keep

@@ -1,21 +1,42 @@
-"""Running passes: everything that happens between them happens here."""
+"""Running passes: everything that happens between them happens here.
+
+Passes are run in *stages*. A stage takes one unit through the changes of several passes and ends with the survey of the
+next pass that decides over all units; so a unit is read, changed and put away once a stage, in any process.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
+from typing import Any, Protocol
 
 import numpy as np
 
+from calibatt.compiler.bits import count
+from calibatt.compiler.error_model import coherence, ratios
 from calibatt.compiler.errors import PassError, VerifyError
 from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import print_passes
-from calibatt.compiler.passes import Pass
+from calibatt.compiler.passes import Findings, Pass
+from calibatt.compiler.shelf import Shelf
 from calibatt.plans import ScheduleError
 
-ARRAYS = ("row_ptr", "col_idx", "head_list", "head_anchor", "anchor_ptr", "group_start", "anchor_row", "tile_order")
+
+class Source(Protocol):
+    """Statistics, or a plan."""
+
+    def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
+        """A unit before any pass."""
+
+
+Work = Callable[[int, Any], Any]
+Map = Callable[[Work, Sequence[Any]], Iterator[tuple[int, Any]]]
+"""Applies a function to each unit's number and argument, in any order and process; yields number and result."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +46,14 @@ class Account:
     Args:
         name: Of the pass; ``dense`` for the job before any.
         passes: The pass with its options, as in a pass string.
-        seconds: What the pass took.
+        seconds: What the pass took, over all processes; reading statistics counts as ``dense``.
         blocks: Computed over all times, layers and heads.
         density: `blocks` / those of dense attention.
-        plan_bytes: Of the arrays of schedules; before `lower`, of the block lists with nothing shared.
+        plan_bytes: Of the block lists as plain CSR, nothing shared; after `lower` with what heads share.
         predicted_ms: Milliseconds of one attention call, summed over all times and layers.
         error: Predicted output error times weight, summed over all.
         findings: What the pass reports.
+        units: One line a unit.
     """
 
     name: str
@@ -43,61 +65,265 @@ class Account:
     predicted_ms: float
     error: float
     findings: dict[str, Any] = field(default_factory=dict)
+    units: tuple[str, ...] = ()
 
 
-def run(job: Job, passes: Sequence[Pass], after: Callable[[Account], None] = lambda _: None) -> list[Account]:
+@dataclass(frozen=True)
+class UnitAccount:
+    """What a unit amounts to after a pass; see `Account`. `head_error` is not yet weighted with `weight`."""
+
+    seconds: float
+    blocks: int
+    plan_bytes: int
+    predicted_ms: float
+    error: float
+    head_error: tuple[float, ...]
+    weight: float
+    findings: Findings
+    kinds: dict[str, int]
+    line: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `run` did: an account for each pass, and one for each unit after the last."""
+
+    accounts: list[Account]
+    units: list[UnitAccount]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The changes of some passes, and the survey of the pass that decides next.
+
+    Args:
+        number: 0 gathers units from the statistics.
+        passes: What changes units; if the first one decides, the decision is given to it.
+        survey: What decides next, if anything does.
+    """
+
+    number: int
+    passes: tuple[Pass, ...]
+    survey: Pass | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a stage says of one unit."""
+
+    accounts: tuple[UnitAccount, ...]
+    survey: Any
+    ratios: Any
+
+
+def stages(passes: Sequence[Pass]) -> list[Stage]:
+    """Cuts a list of passes before every one that decides."""
+    parts: list[list[Pass]] = [[]]
+    for each in passes:
+        if each.decides or each.by_layer:
+            parts.append([])
+        parts[-1].append(each)
+    after = [*(part[0] for part in parts[1:]), None]
+    return [Stage(number, tuple(part), survey) for number, (part, survey) in enumerate(zip(parts, after, strict=True))]
+
+
+def run(
+    source: Source,
+    job: Job,
+    passes: Sequence[Pass],
+    shelf: Shelf,
+    over: Map,
+    after: Callable[[Account], None] = lambda _: None,
+    printing: bool = False,
+) -> Run:
     """Runs passes in order; verifies and accounts after each.
 
     Args:
-        job: Changed in place.
+        source: What units are made of.
+        job: Of the source; what passes decide is written into it.
         passes: What to run.
+        shelf: Where the units are left, after stage ``len(stages(passes)) - 1``.
+        over: How units are spread over processes; `in_turn`, or `processes`.
         after: Called after each pass.
+        printing: Give `Account.units`.
 
     Returns:
-        The account of the job before any pass, then one a pass.
+        The accounts: of the job before any pass, then one a pass; and of every unit after the last.
 
     Raises:
+        StoreError: The statistics are damaged.
         PassError: A pass lacks what it requires, or the last one leaves more error than was allowed.
-        VerifyError: A pass left a broken job.
+        VerifyError: A pass left a broken unit.
     """
-    accounts = [account(job, "dense", "", 0.0)]
-    for each in passes:
-        start = time.perf_counter()
-        each.apply(job)
-        seconds = time.perf_counter() - start
-        for unit in job.units:
-            verify(unit, each.name)
-        accounts.append(account(job, each.name, print_passes([each]), seconds))
-        after(accounts[-1])
-    if job.error_budget is not None and job.total_error() > job.error_budget * (1 + 1e-9):
+    accounts: list[Account] = []
+    job.planes = any(each.planes for each in passes)
+    decisions: Sequence[Any] = [None] * job.units
+    for stage in stages(passes):
+        work = partial(_work, source, job, stage, shelf, printing)
+        found = dict(over(work, decisions))
+        ordered = [found[index] for index in range(job.units)]
+        if stage.number == 0:
+            job.error_factor = coherence(each.ratios for each in ordered)
+        else:
+            shelf.forget(stage.number - 1)
+        names: list[Pass | None] = [None] if stage.number == 0 else []
+        for position, each in enumerate([*names, *stage.passes]):
+            accounts.append(_sum(job, each, [unit.accounts[position] for unit in ordered]))
+            after(accounts[-1])
+        if stage.survey is not None and stage.survey.by_layer:
+            layers = [None] * job.manifest.model.layers
+            by_layer = dict(over(partial(_decide_layer, job, stage, shelf), layers))
+            places = [job.place(index) for index in range(job.units)]
+            decisions = [by_layer[layer][time_index] for time_index, layer in places]
+        elif stage.survey is not None:
+            times = job.manifest.times
+            units = [index for index in range(job.units) if stage.survey.covers(times[job.place(index)[0]])]
+            decided = stage.survey.decide(job, units, [ordered[index].survey for index in units])
+            by_unit = dict(zip(units, decided, strict=True))
+            decisions = [by_unit.get(index) for index in range(job.units)]
+    total = accounts[-1].error
+    if job.error_budget is not None and total > job.error_budget * (1 + 1e-9):
         rule = f"stay within max-error {job.error_budget:g} (another select after anchors sees to it)"
-        raise PassError(f"passes must {rule}, got {job.total_error():.6g}")
-    return accounts
+        raise PassError(f"passes must {rule}, got {total:.6g}")
+    return Run(accounts, [each.accounts[-1] for each in ordered])
 
 
-def account(job: Job, name: str, passes: str, seconds: float) -> Account:
-    """What the job amounts to now."""
-    blocks = sum(int(unit.computed()[1].sum()) for unit in job.units)
-    dense = sum(unit.heads * unit.dense_blocks for unit in job.units)
-    return Account(
-        name=name,
-        passes=passes,
+def in_turn(work: Work, arguments: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """Applies a function to one unit after the other, in this process."""
+    for index, argument in enumerate(arguments):
+        yield index, work(index, argument)
+
+
+@contextmanager
+def processes(jobs: int) -> Iterator[Map]:
+    """Spreads units over processes; 1 stays in this one."""
+    if jobs == 1:
+        yield in_turn
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+
+        def over(work: Work, arguments: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+            waiting = {pool.submit(work, index, argument): index for index, argument in enumerate(arguments)}
+            try:
+                for future in as_completed(waiting):
+                    yield waiting[future], future.result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+        yield over
+
+
+def _work(source: Source, job: Job, stage: Stage, shelf: Shelf, printing: bool, index: int, decision: Any) -> Found:
+    """Takes one unit through a stage, unless that has been done before."""
+    before = shelf.found(stage.number, index)
+    if before is not None:
+        known: Found = before
+        return known
+    accounts: list[UnitAccount] = []
+    start = time.perf_counter()
+    if stage.number == 0:
+        unit = source.unit(job, *job.place(index))
+        known_ratios = ratios(unit.means)
+        accounts.append(_account(job, unit, time.perf_counter() - start, {}, printing))
+    else:
+        unit, known_ratios = shelf.unit(stage.number - 1, index), None
+    for each in stage.passes:
+        start = time.perf_counter()
+        given = decision if each.decides else None
+        if each.by_layer:
+            given = (decision, partial(_unit_at, job, shelf, stage.number - 1, unit.layer))
+        covered = each.covers(job.manifest.times[unit.time_index])
+        findings = each.change(job, unit, given) if covered else {}
+        seconds = time.perf_counter() - start
+        verify(unit, each.name)
+        accounts.append(_account(job, unit, seconds, findings, printing))
+    if unit.means.votes:
+        unit.means = replace(unit.means, votes=[])
+    survey = None
+    if stage.survey is not None and stage.survey.covers(job.manifest.times[unit.time_index]):
+        survey = stage.survey.survey(job, unit)
+    found = Found(tuple(accounts), survey, known_ratios)
+    shelf.put(stage.number, index, unit, found, last=stage.survey is None)
+    return found
+
+
+def _unit_at(job: Job, shelf: Shelf, stage: int, layer: int, time_index: int) -> UnitIR:
+    return shelf.unit(stage, time_index * job.manifest.model.layers + layer)
+
+
+def _decide_layer(job: Job, stage: Stage, shelf: Shelf, layer: int, _: None) -> Sequence[Any]:
+    assert stage.survey is not None
+    return stage.survey.decide_layer(job, layer, partial(_unit_at, job, shelf, stage.number, layer))
+
+
+def _account(job: Job, unit: UnitIR, seconds: float, findings: Findings, printing: bool) -> UnitAccount:
+    tiles, blocks = unit.computed()
+    return UnitAccount(
         seconds=seconds,
-        blocks=blocks,
-        density=blocks / dense,
-        plan_bytes=sum(_bytes(unit) for unit in job.units),
-        predicted_ms=sum(job.unit_ms(unit) for unit in job.units),
-        error=job.total_error(),
-        findings=dict(job.findings.get(name, {})),
+        blocks=int(blocks.sum()),
+        plan_bytes=_bytes(unit, tiles, blocks),
+        predicted_ms=job.unit_ms(unit),
+        error=float(unit.error.sum() * unit.weight),
+        head_error=tuple(unit.error.tolist()),
+        weight=float(unit.weight),
+        findings=findings,
+        kinds=_kinds(unit, blocks),
+        line=unit_line(unit) if printing else "",
     )
 
 
-def _bytes(unit: UnitIR) -> int:
+def _kinds(unit: UnitIR, blocks: Any) -> dict[str, int]:
+    """Heads that are dense, sparse, and that have anchors; and by kind of mask."""
+    anchored = sum(groups is not None for groups in unit.anchors)
+    dense = int((blocks == unit.dense_blocks).sum())
+    found = {"dense": dense, "sparse": unit.heads - dense - anchored, "anchored": anchored}
+    for choice in unit.choice:
+        found[f"mask {choice}"] = found.get(f"mask {choice}", 0) + 1
+    return found
+
+
+def _sum(job: Job, each: Pass | None, units: Iterable[UnitAccount]) -> Account:
+    found = list(units)
+    total: Findings = {}
+    for unit in found:
+        for name, value in unit.findings.items():
+            total[name] = total.get(name, 0) + value
+    findings = {} if each is None else each.report(job, total)
+    if each is not None:
+        job.findings[each.name] = findings
+    blocks = sum(unit.blocks for unit in found)
+    return Account(
+        name="dense" if each is None else each.name,
+        passes="" if each is None else print_passes([each]),
+        seconds=sum(unit.seconds for unit in found),
+        blocks=blocks,
+        density=blocks / (job.units * job.unit_dense_blocks),
+        plan_bytes=sum(unit.plan_bytes for unit in found),
+        predicted_ms=float(sum(unit.predicted_ms for unit in found)),
+        error=float(sum(unit.error for unit in found)),
+        findings=dict(findings),
+        units=tuple(unit.line for unit in found if unit.line),
+    )
+
+
+def _bytes(unit: UnitIR, tiles: Any, blocks: Any) -> int:
     if unit.lowered is not None:
-        return sum(getattr(unit.lowered, name).nbytes for name in ARRAYS)
-    tiles, blocks = unit.computed()
+        return 4 * len(unit.lowered.list_bits) + 2 * int(count(unit.lowered.list_bits, (0, 1)))
     listed = blocks < tiles * unit.k_blocks
     return int((2 * blocks + 4 * tiles)[listed].sum())
+
+
+def unit_line(unit: UnitIR) -> str:
+    """A unit in one line: what `--print-after-all` prints after each pass."""
+    _, blocks = unit.computed()
+    density = " ".join(f"{share:.3f}" for share in blocks / unit.dense_blocks)
+    anchors = sum(groups is not None for groups in unit.anchors)
+    parts = [f"{unit.name}: density {density}"]
+    parts += [f"masks {', '.join(unit.choice)}"] if unit.choice else []
+    parts += [f"{anchors} with anchors"] if anchors else []
+    parts += ["lowered"] if unit.lowered is not None else []
+    return "; ".join(parts)
 
 
 def verify(unit: UnitIR, after: str) -> None:
@@ -126,6 +352,8 @@ def verify(unit: UnitIR, after: str) -> None:
         right = unit.error.shape == (unit.heads,) and bool((np.isfinite(unit.error) & (unit.error >= 0)).all())
         require(right, "error", f"be {unit.heads} finite numbers, none negative", unit.error)
     require(len(unit.anchors) in (0, unit.heads), "anchors", f"be given for {unit.heads} heads", len(unit.anchors))
+    anchored = {head for head, groups in enumerate(unit.anchors) if groups is not None}
+    require(set(unit.packed) == anchored, "packed masks", f"be those of heads {anchored}", set(unit.packed))
     if unit.lowered is not None:
         try:
             unit.lowered.check()

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from html import escape
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from calibatt.compiler.ir import Job
-from calibatt.compiler.pipeline import Account
+from calibatt.compiler.pipeline import Account, Run
 from calibatt.plans import PlanFile
 
 SHADES = "·░▒▓█"
 
 
-def as_json(job: Job, plan: PlanFile, accounts: Sequence[Account], file_bytes: int) -> dict[str, Any]:
+def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int, attention_share: float) -> dict[str, Any]:
     """The report as plain values; the same input gives the same report but for the seconds."""
-    times = range(len(plan.segments))
+    times, layers = range(len(plan.segments)), job.manifest.model.layers
+    dense = job.manifest.model.heads * job.manifest.q_blocks * job.manifest.k_blocks
+    rows = [run.units[index * layers : (index + 1) * layers] for index in times]
+    accounts = [{key: value for key, value in asdict(each).items() if key != "units"} for each in run.accounts]
+    full_layers = plan.signature.layers
     return {
         "passes": plan.passes,
-        "accounts": [asdict(each) for each in accounts],
+        "accounts": accounts,
         "density": plan.predicted["density"],
-        "density_by_time_and_layer": [[s.density for s in layers] for layers in plan.schedules],
+        "density_by_time_and_layer": [[unit.blocks / dense for unit in units] for units in rows],
+        "error_by_time_and_layer": [[unit.error for unit in units] for units in rows],
+        "heads_by_time_and_layer": [[{k: unit.kinds[k] for k in KINDS} for unit in units] for units in rows],
         "times": list(job.manifest.times),
         "time_weights": job.weights.tolist(),
         "weights_probed": job.weights_probed,
@@ -32,48 +41,110 @@ def as_json(job: Job, plan: PlanFile, accounts: Sequence[Account], file_bytes: i
         "weighted_error_by_time": plan.predicted["weighted_error"],
         "planned_ms": [sum(plan.predicted["planned_ms"][index]) for index in times],
         "dense_ms": [sum(plan.predicted["dense_ms"][index]) for index in times],
+        "attention_speedup": _speedup(plan),
+        "attention_share": attention_share,
+        "forward_speedup": 1 / (1 - attention_share * (1 - 1 / _speedup(plan))),
         "device": {"name": job.device.name, "source": job.device.source},
-        "heads_by_kind": dict(sorted(_kinds(job).items())),
+        "heads_by_kind": dict(sorted(_kinds(run).items())),
         "provenance": dict(plan.provenance),
         "section_bytes": plan.section_bytes(),
         "file_bytes": file_bytes,
+        "file_bytes_per_time_and_layer": file_bytes / (len(plan.segments) * full_layers),
+        "plain_csr_bytes": run.accounts[-2].plan_bytes,
     }
 
 
-def show(console: Console, job: Job, plan: PlanFile, accounts: Sequence[Account], file_bytes: int) -> None:
+KINDS = ("dense", "sparse", "anchored")
+
+
+def _speedup(plan: PlanFile) -> float:
+    planned, dense = (sum(map(sum, plan.predicted[key])) for key in ("planned_ms", "dense_ms"))
+    return float(dense / planned)
+
+
+def show(console: Console, job: Job, plan: PlanFile, run: Run, file_bytes: int, attention_share: float) -> None:
     """Prints the report."""
-    console.print(_accounts(accounts))
-    console.print(_times(job, plan))
-    console.print(_densities(job, plan))
+    value = as_json(job, plan, run, file_bytes, attention_share)
+    console.print(_accounts(run.accounts))
+    console.print(_times(job, plan, value["density_by_time_and_layer"]))
+    console.print(_densities(job, value["density_by_time_and_layer"]))
     for name, findings in job.findings.items():
-        told = ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in findings.items())
-        console.print(f"{name}: {told}", markup=False, highlight=False)
+        console.print(f"{name}: {_findings(findings)}", markup=False, highlight=False)
     planned, dense = (sum(map(sum, plan.predicted[key])) for key in ("planned_ms", "dense_ms"))
     lines = [
-        f"heads: {', '.join(f'{kind} {number}' for kind, number in sorted(_kinds(job).items()))}",
+        f"heads: {', '.join(f'{kind} {number}' for kind, number in sorted(_kinds(run).items()))}",
         job.weights_source,
         f"provenance: {len(job.samples)} samples, manifest {job.manifest.digest}",
         f"device: {job.device.name} ({job.device.source})",
         f"predicted attention: {planned:.4g} ms planned, {dense:.4g} ms dense, {dense / planned:.2f} times",
-        f"density {plan.predicted['density']:.4f}, {file_bytes} bytes",
+        f"predicted forward: {value['forward_speedup']:.2f} times, attention being {attention_share:g} of a dense one",
+        f"density {plan.predicted['density']:.4f}, {file_bytes} bytes, plain CSR {value['plain_csr_bytes']}",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False)
 
 
-def unit_lines(job: Job) -> list[str]:
-    """One line a unit: what `--print-after-all` prints after each pass."""
-    lines = []
-    for unit in job.units:
-        _, blocks = unit.computed()
-        density = " ".join(f"{share:.3f}" for share in blocks / unit.dense_blocks)
-        anchors = sum(groups is not None for groups in unit.anchors)
-        parts = [f"{unit.name}: density {density}"]
-        parts += [f"masks {', '.join(unit.choice)}"] if unit.choice else []
-        parts += [f"{anchors} with anchors"] if anchors else []
-        parts += ["lowered"] if unit.lowered is not None else []
-        lines.append("; ".join(parts))
-    return lines
+def as_html(value: dict[str, Any]) -> str:
+    """The report of `as_json` as a page that needs nothing else."""
+
+    def table(title: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+        head = "".join(f"<th>{escape(name)}</th>" for name in names)
+        body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+        return f"<h2>{escape(title)}</h2><table><tr>{head}</tr>{body}</table>"
+
+    def cell(text: object) -> str:
+        return f"<td>{escape(str(text))}</td>"
+
+    def shade(density: float, told: str) -> str:
+        ink = "#fff" if density > 0.5 else "#000"
+        style = f"background:hsl(210 60% {95 - 65 * density:.0f}%);color:{ink}"
+        return f'<td title="{escape(told)}" style="{style}">{100 * density:.0f}</td>'
+
+    accounts = value["accounts"]
+    passes = []
+    for each in accounts:
+        row = [each["passes"] or "dense", each["blocks"], f"{each['density']:.4f}", each["plan_bytes"]]
+        row += [f"{each['predicted_ms']:.4g}", f"{each['error']:.3e}", _findings(each["findings"])]
+        passes.append([cell(text) for text in row])
+    times = value["times"]
+    layers = []
+    for layer in range(len(value["density_by_time_and_layer"][0])):
+        shades = []
+        for index in range(len(times)):
+            heads = value["heads_by_time_and_layer"][index][layer]
+            error = value["error_by_time_and_layer"][index][layer]
+            told = ", ".join(f"{count} {kind}" for kind, count in heads.items()) + f"; error x weight {error:.3e}"
+            shades.append(shade(value["density_by_time_and_layer"][index][layer], told))
+        layers.append([cell(layer), *shades])
+    facts = {
+        "passes": value["passes"],
+        "device": f"{value['device']['name']}: {value['device']['source']}",
+        "time weight": value["weights_source"],
+        "density": f"{value['density']:.4f}",
+        "predicted speed-up of attention": f"{value['attention_speedup']:.3f}",
+        "predicted speed-up of a forward": f"{value['forward_speedup']:.3f}, attention being "
+        f"{value['attention_share']:g} of a dense one",
+        "bytes of the file": f"{value['file_bytes']} (plain CSR {value['plain_csr_bytes']})",
+        "provenance": value["provenance"],
+    }
+    return (
+        '<!doctype html><meta charset="utf-8"><title>calibatt-compile</title>'
+        "<style>body{font:14px sans-serif;margin:2em}"
+        "table{border-collapse:collapse}td,th{padding:2px 6px;text-align:right}td:first-child{text-align:left}</style>"
+        + table("plan", ("", ""), [[cell(name), cell(text)] for name, text in facts.items()])
+        + table("passes", ("pass", "blocks", "density", "bytes", "predicted ms", "error x weight", "found"), passes)
+        + table("density in % by layer and time", ("layer", *(f"{time:.2f}" for time in times)), layers)
+    )
+
+
+def write(path: Path, value: dict[str, Any]) -> None:
+    """Writes the report: HTML where the name ends so, else JSON."""
+    text = as_html(value) if path.suffix == ".html" else json.dumps(value, indent=1, sort_keys=True)
+    path.write_text(text + "\n", "utf-8")
+
+
+def _findings(findings: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in findings.items())
 
 
 def _accounts(accounts: Sequence[Account]) -> Table:
@@ -87,13 +158,13 @@ def _accounts(accounts: Sequence[Account]) -> Table:
     return table
 
 
-def _times(job: Job, plan: PlanFile) -> Table:
+def _times(job: Job, plan: PlanFile, densities: Sequence[Sequence[float]]) -> Table:
     title = "times" if job.weights_probed else "times (weight never probed: 1 everywhere)"
     table = Table(title=title, title_justify="left")
     for name in ("time", "segment", "weight", "density", "error x weight", "planned ms", "dense ms"):
         table.add_column(name, justify="right")
     for index, segment in enumerate(plan.segments):
-        density = sum(schedule.density for schedule in plan.schedules[index]) / len(plan.schedules[index])
+        density = sum(densities[index]) / len(densities[index])
         error = plan.predicted["weighted_error"][index]
         planned, dense = (sum(plan.predicted[key][index]) for key in ("planned_ms", "dense_ms"))
         cells = [f"{segment.start:.3f}-{segment.stop:.3f}", f"{job.weights[index]:.3g}", f"{density:.4f}"]
@@ -101,24 +172,25 @@ def _times(job: Job, plan: PlanFile) -> Table:
     return table
 
 
-def _densities(job: Job, plan: PlanFile) -> Table:
+def _densities(job: Job, densities: Sequence[Sequence[float]]) -> Table:
     """A row a layer, a shade a time: `SHADES` from 0 to 1."""
     table = Table(title=f"density by layer and time ({SHADES[0]} is 0, {SHADES[-1]} is 1)", title_justify="left")
     table.add_column("layer", justify="right")
     table.add_column("mean", justify="right")
     table.add_column("times, ascending", no_wrap=True)
     for layer in range(job.manifest.model.layers):
-        found = [layers[layer].density for layers in plan.schedules]
+        found = [layers[layer] for layers in densities]
         shades = "".join(SHADES[min(int(share * len(SHADES)), len(SHADES) - 1)] for share in found)
         table.add_row(str(layer), f"{sum(found) / len(found):.4f}", shades)
     return table
 
 
-def _kinds(job: Job) -> Counter[str]:
-    """Heads over all times and layers by kind of mask, and those with anchors."""
-    kinds = Counter(choice for unit in job.units for choice in unit.choice)
-    anchors = sum(groups is not None for unit in job.units for groups in unit.anchors)
-    return kinds + Counter({"with anchors": anchors})
+def _kinds(run: Run) -> Counter[str]:
+    """Heads over all times and layers: dense, sparse, with anchors, and by mask."""
+    kinds: Counter[str] = Counter()
+    for unit in run.units:
+        kinds.update({name: number for name, number in unit.kinds.items() if number})
+    return kinds
 
 
 def _number(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from calibatt.plans.container import Container, write_container
 from calibatt.plans.errors import PlanError, ScheduleError, SchemaError
+from calibatt.plans.packed import EncodedLayer, PackedLayer, StoredLayers, base_segments, encode, longest_first
 from calibatt.plans.plan import PlanFile, write_plan
 from calibatt.plans.schedule import DENSE, NO_ANCHORS, LayerSchedule
 from calibatt.plans.schema import BLOCK_SIZES, MAX_BLOCKS, Blocks, ModelSignature, Segment, TokenGrid
@@ -13,14 +14,20 @@ __all__ = [
     "NO_ANCHORS",
     "Blocks",
     "Container",
+    "EncodedLayer",
     "LayerSchedule",
     "ModelSignature",
+    "PackedLayer",
     "PlanError",
     "PlanFile",
     "ScheduleError",
     "SchemaError",
     "Segment",
+    "StoredLayers",
     "TokenGrid",
+    "base_segments",
+    "encode",
+    "longest_first",
     "write_container",
     "write_plan",
 ]

@@ -51,6 +51,10 @@ class UnknownCodec(PlanError):
     """A section is stored in a way this code cannot decode."""
 
 
+class MaskError(PlanError):
+    """The block lists of a layer cannot be unpacked, or are not as many as the plan says."""
+
+
 class MissingSection(PlanError):
     """A section that is needed is not in the file."""
 

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 import numpy as np
 
 from calibatt.plans.container import Container, FilePath, write_container
-from calibatt.plans.errors import ScheduleError, SchemaError, SectionError
+from calibatt.plans.errors import ScheduleError, SchemaError, SectionError, UnsupportedVersion
+from calibatt.plans.packed import (
+    MAX_BASES,
+    SMALL_ARRAYS,
+    EncodedLayer,
+    PackedLayer,
+    StoredLayers,
+    base_segments,
+    check_bases,
+    encode,
+)
 from calibatt.plans.schedule import Int64, LayerSchedule
 from calibatt.plans.schema import Blocks, ModelSignature, Segment, TokenGrid
 
 MAGIC = b"CALIBPLN"
-VERSION = (1, 0)
+VERSION = (2, 0)
+FIRST_VERSION = (1, 0)
+"""Block lists as they are; still read, no longer written."""
 ARRAYS = (
     "row_ptr",
     "col_idx",
@@ -26,21 +38,25 @@ ARRAYS = (
     "anchor_row",
     "tile_order",
 )
-"""The arrays of a `LayerSchedule`, in the order of the columns of ``s/layers``."""
+"""The arrays of a `LayerSchedule`, in the order of the columns of ``s/layers`` in version 1."""
+COLUMNS = ("masks", "lists", *SMALL_ARRAYS)
+"""Of ``s/layers``; all but ``lists`` are sections."""
 
 Value = TypeVar("Value", ModelSignature, TokenGrid, Blocks)
 
 
 @dataclass(frozen=True, eq=False)
 class PlanFile:
-    """Everything a plan file says, checked when it is made: who holds one need check nothing.
+    """Everything a plan file says. Who holds one need check nothing: schedules are checked when the plan is made, and
+    those of a file or of a compiler when they are first asked for.
 
     Args:
         signature: The model the plan is for.
         grid: The token sequence it is for.
         blocks: Its block sizes.
         segments: Ascending, covering [0, 1] without gap or overlap.
-        schedules: ``schedules[segment][layer]``; all of the plan's grid, blocks and heads.
+        schedules: ``schedules[segment][layer]``; all of the plan's grid, blocks and heads. `StoredLayers` decodes them
+            one by one.
         passes: The pass string that compiled it.
         scheduler_hint: What is known of the sampler it was calibrated with, or None.
         provenance: Where it comes from: samples, digest of the prompts, versions of the tools; plain values.
@@ -59,7 +75,7 @@ class PlanFile:
     grid: TokenGrid
     blocks: Blocks
     segments: tuple[Segment, ...]
-    schedules: tuple[tuple[LayerSchedule, ...], ...]
+    schedules: Sequence[Sequence[LayerSchedule]]
     passes: str = ""
     scheduler_hint: Mapping[str, Any] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -79,12 +95,15 @@ class PlanFile:
         if len(self.schedules) != len(self.segments):
             raise SchemaError(f"schedules must be {len(self.segments)}, one a segment, got {len(self.schedules)}")
         for index, layers in enumerate(self.schedules):
-            if len(layers) != self.signature.layers:
-                raise SchemaError(
-                    f"segment {index} must have {self.signature.layers} schedules, one a layer, got {len(layers)}"
-                )
+            self._check_count(index, len(layers))
+            if isinstance(self.schedules, StoredLayers):
+                continue
             for layer, schedule in enumerate(layers):
                 self._check_schedule(f"segment {index}, layer {layer}", schedule)
+
+    def _check_count(self, index: int, layers: int) -> None:
+        if layers != self.signature.layers:
+            raise SchemaError(f"segment {index} must have {self.signature.layers} schedules, one a layer, got {layers}")
 
     def _check_schedule(self, where: str, schedule: LayerSchedule) -> None:
         if (schedule.grid, schedule.blocks) != (self.grid, self.blocks):
@@ -98,13 +117,19 @@ class PlanFile:
 
     @classmethod
     def read(cls, path: FilePath) -> PlanFile:
-        """Maps a plan file and proves all of it: bytes, header and schedules. The arrays stay in the mapped file.
+        """Maps a plan file and proves its bytes and header; a schedule when it is first asked for.
 
         Raises:
             PlanError: The first broken promise of FORMAT.md; the message names file, rule and value.
             OSError: The file cannot be read.
         """
-        container = Container.open(path, magic=MAGIC, version=VERSION)
+        try:
+            container = Container.open(path, magic=MAGIC, version=VERSION)
+        except UnsupportedVersion:
+            try:
+                container = Container.open(path, magic=MAGIC, version=FIRST_VERSION)
+            except UnsupportedVersion as error:
+                raise UnsupportedVersion(f"{error} (this version reads 1 and 2)") from None
         container.verify()
         try:
             return _parse(container)
@@ -135,11 +160,30 @@ class PlanFile:
         """Blocks computed / blocks of dense attention, mean over the heads."""
         return self.schedules[segment][layer].density
 
+    def packed(self, segment: int, layer: int) -> PackedLayer:
+        """A layer's schedule with its lists as bits."""
+        if isinstance(self.schedules, StoredLayers):
+            return self.schedules.packed(segment, layer)
+        return PackedLayer.of(self.schedules[segment][layer])
+
+    def stored(self) -> StoredLayers:
+        """The schedules as a file holds them."""
+        if isinstance(self.schedules, StoredLayers):
+            return self.schedules
+        bases = base_segments(len(self.segments))
+        packed = [[PackedLayer.of(schedule) for schedule in layers] for layers in self.schedules]
+        encoded = [
+            [encode(layer, None if base == index else packed[base][at]) for at, layer in enumerate(layers)]
+            for index, (base, layers) in enumerate(zip(bases, packed, strict=True))
+        ]
+        return StoredLayers("", self.grid, self.blocks, self.signature.heads, bases, encoded)
+
     def section_bytes(self) -> dict[str, int]:
         """Bytes of every kind of section over all segments."""
-        every = [schedule for layers in self.schedules for schedule in layers]
-        sizes = {name: sum(getattr(schedule, name).nbytes for schedule in every) for name in ARRAYS}
-        return sizes | {"layers": len(self.segments) * (self.signature.layers + 1) * len(ARRAYS) * 8}
+        every = [layer for layers in self.stored().layers for layer in layers]
+        sizes = {name: sum(layer.small[name].nbytes for layer in every) for name in SMALL_ARRAYS}
+        table = len(self.segments) * (self.signature.layers + 1) * len(COLUMNS) * 8
+        return {"masks": sum(layer.masks.nbytes for layer in every), **sizes, "layers": table}
 
 
 def write_plan(path: FilePath, plan: PlanFile) -> int:
@@ -156,10 +200,12 @@ def write_plan(path: FilePath, plan: PlanFile) -> int:
         HeaderError: `provenance`, `predicted` or `scheduler_hint` hold other than plain values.
         OSError: The file cannot be written.
     """
+    stored = plan.stored()
     header = {
         "model": asdict(plan.signature),
         "grid": asdict(plan.grid),
         "blocks": asdict(plan.blocks),
+        "bases": list(stored.bases),
         "segments": [{key: float(value) + 0.0 for key, value in asdict(part).items()} for part in plan.segments],
         "passes": plan.passes,
         "scheduler_hint": plan.scheduler_hint,
@@ -168,19 +214,24 @@ def write_plan(path: FilePath, plan: PlanFile) -> int:
         "license": plan.license,
         "notes": plan.notes,
     }
-    sections = {}
-    for index, layers in enumerate(plan.schedules):
-        starts = np.zeros((len(layers) + 1, len(ARRAYS)), dtype=np.int64)
-        for column, name in enumerate(ARRAYS):
-            parts = [getattr(schedule, name) for schedule in layers]
-            starts[1:, column] = np.cumsum([len(part) for part in parts])
-            sections[f"{index}/{name}"] = np.concatenate(parts)
+    sections: dict[str, Any] = {}
+    for index, layers in enumerate(stored.layers):
+        starts = np.zeros((len(layers) + 1, len(COLUMNS)), dtype=np.int64)
+        parts: list[dict[str, Any]] = [{"masks": layer.masks, **layer.small} for layer in layers]
+        for column, name in enumerate(COLUMNS):
+            if name == "lists":
+                starts[1:, column] = np.cumsum([layer.lists for layer in layers])
+                continue
+            starts[1:, column] = np.cumsum([len(part[name]) for part in parts])
+            sections[f"{index}/{name}"] = np.concatenate([part[name] for part in parts])
         sections[f"{index}/layers"] = starts
     return write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections)
 
 
 def _parse(container: Container) -> PlanFile:
-    header = _known("header", container.header, _HEADER_KEYS, container.newer)
+    first = container.version[0] == FIRST_VERSION[0]
+    keys = tuple(key for key in _HEADER_KEYS if not first or key != "bases")
+    header = _known("header", container.header, keys, container.newer)
     signature = _value(ModelSignature, "model", header, container.newer)
     grid = _value(TokenGrid, "grid", header, container.newer)
     blocks = _value(Blocks, "blocks", header, container.newer)
@@ -189,53 +240,87 @@ def _parse(container: Container) -> PlanFile:
         _segment(f"segments[{index}]", value, container.newer) for index, value in enumerate(header["segments"])
     )
     _check_segments(segments)
-    expected = {f"{index}/{name}" for index in range(len(segments)) for name in (*ARRAYS, "layers")}
+    columns = ARRAYS if first else COLUMNS
+    names = {name for name in columns if name != "lists"} | {"layers"}
+    expected = {f"{index}/{name}" for index in range(len(segments)) for name in names}
     unknown = sorted(set(container.names) - expected)
     if unknown and not container.newer:
         rule = f"have only the sections of its {len(segments)} segments"
         raise SectionError(f"{container.path}: the plan must {rule}, got {unknown[0]!r}")
+    parts = [_layers(container, index, signature.layers, columns) for index in range(len(segments))]
+    schedules: Sequence[Sequence[LayerSchedule]]
+    if first:
+        schedules = tuple(tuple(LayerSchedule(grid, blocks, **arrays) for _, arrays in layers) for layers in parts)
+    else:
+        bases = _bases(header["bases"], len(segments))
+        encoded = [[EncodedLayer(arrays.pop("masks"), lists, arrays) for lists, arrays in layers] for layers in parts]
+        schedules = StoredLayers(f"{container.path}: ", grid, blocks, signature.heads, bases, encoded)
     return PlanFile(
         signature=signature,
         grid=grid,
         blocks=blocks,
         segments=segments,
-        schedules=tuple(_layers(container, index, signature, grid, blocks) for index in range(len(segments))),
+        schedules=schedules,
         digest=container.digest,
         **{key: header[key] for key in _FREE_KEYS},
     )
 
 
 _FREE_KEYS = ("passes", "scheduler_hint", "provenance", "predicted", "license", "notes")
-_HEADER_KEYS = ("model", "grid", "blocks", "segments", *_FREE_KEYS)
+_HEADER_KEYS = ("model", "grid", "blocks", "segments", "bases", *_FREE_KEYS)
+
+
+def _bases(value: object, segments: int) -> tuple[int, ...]:
+    """Each segment's base; few steps lead to one that is its own."""
+    _require_kind("bases", value, list)
+    assert isinstance(value, list)
+    right = len(value) == segments and all(type(base) is int and 0 <= base < segments for base in value)
+    if not right or not check_bases(value):
+        rule = f"lead from each of {segments} segments to one that is its own base in at most {MAX_BASES} steps"
+        raise SchemaError(f"bases must {rule}, got {str(value)[:80]}")
+    return tuple(value)
 
 
 def _layers(
-    container: Container, index: int, signature: ModelSignature, grid: TokenGrid, blocks: Blocks
-) -> tuple[LayerSchedule, ...]:
-    arrays = {name: container.section(f"{index}/{name}") for name in ARRAYS}
+    container: Container, index: int, layers: int, columns: tuple[str, ...]
+) -> list[tuple[int, dict[str, Any]]]:
+    """Of each layer the number of lists (0 in version 1) and its part of every section."""
+    arrays = {name: container.section(f"{index}/{name}") for name in columns if name != "lists"}
     name = f"{index}/layers"
     starts: Int64 = container.section(name)
-    shape = (signature.layers + 1, len(ARRAYS))
+    shape = (layers + 1, len(columns))
     if starts.dtype != np.int64 or starts.shape != shape:
         found = f"{starts.dtype} of {starts.shape}"
         raise SectionError(f"{container.path}: section {name!r} must be int64 of shape {shape}, got {found}")
-    for column, array in enumerate(arrays.values()):
+    for column, of in enumerate(columns):
         ptr = starts[:, column]
-        if array.ndim != 1 or ptr[0] != 0 or ptr[-1] != array.size or (ptr[1:] < ptr[:-1]).any():
-            rule = f"rise from 0 to the length of section '{index}/{ARRAYS[column]}', {array.shape}"
+        stop = ptr[-1] if of == "lists" else arrays[of].size
+        flat = of == "lists" or arrays[of].ndim == 1
+        if not flat or ptr[0] != 0 or ptr[-1] != stop or (ptr[1:] < ptr[:-1]).any() or stop > MAX_LISTS:
+            what = (
+                f"{MAX_LISTS} at most" if of == "lists" else f"the length of section '{index}/{of}', {arrays[of].shape}"
+            )
             found = f"{ptr[:4].tolist()}..{ptr[-1]}"
-            raise SectionError(f"{container.path}: column {column} of section {name!r} must {rule}, got {found}")
-    return tuple(
-        LayerSchedule(
-            grid,
-            blocks,
-            **{
-                array_name: array[starts[layer, column] : starts[layer + 1, column]]
-                for column, (array_name, array) in enumerate(arrays.items())
-            },
+            raise SectionError(
+                f"{container.path}: column {column} of section {name!r} must rise from 0 to {what}, got {found}"
+            )
+    kinds = {"masks": np.dtype(np.uint8), "col_idx": np.dtype(np.uint16)}
+    for of, array in arrays.items():
+        if (kind := kinds.get(of, np.dtype(np.int32))) != array.dtype:
+            raise ScheduleError(
+                f"segment {index}, layer 0: {of} must be a one-dimensional {kind} array, got {array.dtype}"
+            )
+    at = columns.index("lists") if "lists" in columns else None
+    return [
+        (
+            0 if at is None else int(starts[layer + 1, at] - starts[layer, at]),
+            {of: arrays[of][starts[layer, i] : starts[layer + 1, i]] for i, of in enumerate(columns) if of != "lists"},
         )
-        for layer in range(signature.layers)
-    )
+        for layer in range(layers)
+    ]
+
+
+MAX_LISTS = 1 << 40
 
 
 def _check_segments(segments: tuple[Segment, ...]) -> None:

@@ -48,8 +48,8 @@ def test_no_import_crosses_a_fence(folder: str) -> None:
         assert not crossed(imports(path.read_text("utf-8")), FORBIDDEN[folder]), path
 
 
-def test_plans_import_numpy_and_msgpack_only() -> None:
-    allowed = {"calibatt", "numpy", "msgpack", *sys.stdlib_module_names}
+def test_plans_import_numpy_msgpack_and_zstandard_only() -> None:
+    allowed = {"calibatt", "numpy", "msgpack", "zstandard", *sys.stdlib_module_names}
     for path in files("plans"):
         assert {module.split(".")[0] for module in imports(path.read_text("utf-8"))} <= allowed, path
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
+from calibatt.compiler.bits import Bits, count, pack, unpack
 from calibatt.compiler.ir import Float64, Groups, Int64, Job, UnitIR, packed_keep
-from calibatt.compiler.passes import Pass
+from calibatt.compiler.passes import Findings, Pass
+from calibatt.plans import Blocks, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -42,35 +44,37 @@ class Anchors(Pass):
         self.require(self.safety > 0, "safety", "be positive", self.safety)
         self.require(self.max_group_rows >= 1, "max-group-rows", "be at least 1", self.max_group_rows)
 
-    def apply(self, job: Job) -> None:
+    def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
         multiplier = job.multiplier
-        self.require(multiplier is not None, "select", "come before", "no multiplier")
+        self.require(multiplier is not None and unit.keep is not None, "select", "come before", "no multiplier")
         assert multiplier is not None
-        grid, radius = job.manifest.grid, job.manifest.row_radius
+        self.require(not unit.anchors, "anchors", "come once", unit.name)
+        grid, radius = unit.grid, job.manifest.row_radius
+        unit.anchors = [None] * unit.heads
+        found = {"heads_with_anchors": 0.0, "heads": unit.heads, "dearer_when_lowered": 0.0, "rows": 0.0}
+        if radius == 0 or self.max_group_rows == 1 or unit.force_dense:
+            return found
         share = self.safety * grid.frames * grid.width / grid.tokens
-        adopted, refused, rows = 0, 0, 0
-        for unit in job.units:
-            self.require(not unit.anchors, "anchors", "come once", unit.name)
-            unit.anchors = [None] * unit.heads
-            if radius == 0 or self.max_group_rows == 1 or unit.force_dense:
+        errors = copy_errors(unit.means.row_residual_error, self.max_group_rows) * (share * unit.weight)
+        price = multiplier * _head_ms(job, unit) / grid.height
+        for head, (groups, error) in enumerate(best_groups(errors, price)):
+            if len(groups[0]) == grid.height:
                 continue
-            errors = copy_errors(unit.means.row_residual_error, self.max_group_rows) * (share * unit.weight)
-            price = multiplier * _head_ms(job, unit) / grid.height
-            for head, (groups, error) in enumerate(best_groups(errors, price)):
-                if len(groups[0]) == grid.height:
-                    continue
-                if multiplier * saved_ms(job, unit, head, groups) <= error:
-                    refused += 1
-                    continue
-                unit.anchors[head] = groups
-                unit.error[head] += error / unit.weight
-                adopted, rows = adopted + 1, rows + len(groups[0])
-        job.findings[self.name] = {
-            "heads_with_anchors": adopted,
-            "heads": len(job.units) * job.manifest.model.heads,
-            "dearer_when_lowered": refused,
-            "rows_computed_in_them": rows / (adopted * grid.height) if adopted else 1.0,
-        }
+            before = unit.tile_bits(head)
+            after = packed_bits(before, unit.k_blocks, grid, unit.blocks, groups[1])
+            if multiplier * saved_ms(job, unit, before, after) <= error:
+                found["dearer_when_lowered"] += 1
+                continue
+            unit.anchors[head], unit.packed[head] = groups, after
+            unit.error[head] += error / unit.weight
+            found["heads_with_anchors"] += 1
+            found["rows"] += len(groups[0])
+        return found
+
+    def report(self, job: Job, total: Findings) -> dict[str, Any]:
+        adopted, rows = total["heads_with_anchors"], total.pop("rows")
+        found: dict[str, Any] = {name: int(value) for name, value in total.items()}
+        return {**found, "rows_computed_in_them": rows / (adopted * job.manifest.grid.height) if adopted else 1.0}
 
 
 def copy_errors(row_error: Float64, most_rows: int) -> Float64:
@@ -144,12 +148,14 @@ def _head_ms(job: Job, unit: UnitIR) -> Float64:
     return np.array(ms)
 
 
-def saved_ms(job: Job, unit: UnitIR, head: int, groups: Groups) -> float:
+def packed_bits(bits: Bits, k_blocks: int, grid: TokenGrid, blocks: Blocks, frame_anchors: tuple[int, ...]) -> Bits:
+    """`packed_keep` of a packed mask."""
+    return pack(packed_keep(unpack(bits, k_blocks), grid, blocks, frame_anchors))
+
+
+def saved_ms(job: Job, unit: UnitIR, before: Bits, after: Bits) -> float:
     """Milliseconds that a head saves with these anchors, as lowered; negative if it would compute more blocks."""
-    before = unit.head_keep(head)
-    after = packed_keep(before, unit.grid, unit.blocks, groups[1])
-    if after.sum() > before.sum():
+    blocks = int(count(before, (0, 1))) - int(count(after, (0, 1)))
+    if blocks < 0:
         return -1.0
-    dim = job.manifest.model.head_dim
-    tiles, blocks = len(before) - len(after), int(before.sum()) - int(after.sum())
-    return job.device.predict_ms(tiles, blocks, 0, unit.blocks, dim)
+    return job.device.predict_ms(len(before) - len(after), blocks, 0, unit.blocks, job.manifest.model.head_dim)

@@ -1,20 +1,21 @@
-"""From masks and anchors to the arrays that the file stores and the runtime executes."""
+"""From masks and anchors to what the file stores and the runtime executes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
+from calibatt.compiler.bits import Bits, count
 from calibatt.compiler.ir import Groups, Job, UnitIR
-from calibatt.compiler.passes import Pass
-from calibatt.plans import DENSE, NO_ANCHORS, LayerSchedule
+from calibatt.compiler.passes import Findings, Pass
+from calibatt.plans import DENSE, NO_ANCHORS, PackedLayer
 
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Makes every unit's `LayerSchedule`: dense heads list nothing, identical heads share lists and anchor patterns.
+    """Makes every unit's `PackedLayer`: dense heads list nothing, identical heads share lists and anchor patterns.
 
     Requires: nothing; what no pass has decided stays dense, and in order.
     Ensures: every schedule keeps the promises of `LayerSchedule`.
@@ -22,48 +23,44 @@ class Lower(Pass):
 
     name: ClassVar[str] = "lower"
 
-    def apply(self, job: Job) -> None:
-        for unit in job.units:
-            unit.lowered = lowered(unit)
-            unit.lowered.check()
+    def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
+        unit.lowered = lowered(unit)
+        return {}
 
 
-def lowered(unit: UnitIR) -> LayerSchedule:
+def lowered(unit: UnitIR) -> PackedLayer:
     """The unit's schedule."""
-    grid, blocks = unit.grid, unit.blocks
-    columns: list[np.ndarray[tuple[int], np.dtype[np.uint16]]] = []
-    lengths: list[int] = []
+    grid = unit.grid
+    masks: list[Bits] = []
     lists: dict[bytes, int] = {}
     patterns: dict[Groups, int] = {}
-    head_list, head_anchor, tiles = [], [], 0
+    head_list, head_anchor, tiles, listed = [], [], 0, 0
     for head in range(unit.heads):
         groups = unit.anchors[head] if unit.anchors else None
         head_anchor.append(NO_ANCHORS if groups is None else patterns.setdefault(groups, len(patterns)))
-        keep = unit.tile_keep(head)
-        tiles += len(keep)
-        if keep.all():
+        bits = unit.tile_bits(head)
+        tiles += len(bits)
+        if count(bits, (0, 1)) == len(bits) * unit.k_blocks:
             head_list.append(DENSE)
             continue
-        key = np.packbits(keep, axis=1).tobytes()
+        key = bits.tobytes()
         if key not in lists:
-            lists[key] = len(lengths)
-            lengths += keep.sum(1).tolist()
-            columns.append(np.nonzero(keep)[1].astype(np.uint16))
+            lists[key] = listed
+            listed += len(bits)
+            masks.append(bits)
         head_list.append(lists[key])
     frames = np.arange(grid.frames)[:, None] * grid.height
     starts = [(frames + np.array(start)).reshape(-1) for start, _ in patterns]
     rows = [(frames + np.array(anchor)).reshape(-1) for _, anchor in patterns]
     empty = [np.zeros(0, np.int64)]
-    order = np.arange(tiles, dtype=np.int32) if unit.tile_order is None else unit.tile_order
-    return LayerSchedule(
+    return PackedLayer(
         grid=grid,
-        blocks=blocks,
-        row_ptr=np.append(0, np.cumsum(lengths)).astype(np.int32),
-        col_idx=np.concatenate([np.zeros(0, np.uint16), *columns]),
+        blocks=unit.blocks,
+        list_bits=np.concatenate([np.zeros((0, -(-unit.k_blocks // 8)), np.uint8), *masks]),
         head_list=np.array(head_list, np.int32),
         head_anchor=np.array(head_anchor, np.int32),
         anchor_ptr=np.append(0, np.cumsum([len(part) for part in starts])).astype(np.int32),
         group_start=np.concatenate(starts or empty).astype(np.int32),
         anchor_row=np.concatenate(rows or empty).astype(np.int32),
-        tile_order=order,
+        tile_order=np.arange(tiles, dtype=np.int32) if unit.tile_order is None else unit.tile_order,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import numpy as np
 
 from calibatt.compiler.bits import Bool, pack
-from calibatt.compiler.ir import Job
-from calibatt.compiler.passes import Pass
+from calibatt.compiler.ir import Job, UnitIR
+from calibatt.compiler.passes import Findings, Pass
 from calibatt.plans import Blocks, TokenGrid
 
 
@@ -48,26 +49,25 @@ class Protect(Pass):
             value = getattr(self, option)
             self.require(value >= 0, option.replace("_", "-"), "not be negative", value)
 
-    def apply(self, job: Job) -> None:
+    def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
         manifest = job.manifest
-        required = protected(manifest.grid, manifest.blocks, self.sinks, self.diagonal)
-        bits = pack(required)
+        self.require(unit.keep is None, "masks", "be chosen later (protect comes before select)", unit.name)
+        unit.required = unit.required | pack(protected(manifest.grid, manifest.blocks, self.sinks, self.diagonal))
         times, layers = len(manifest.times), manifest.model.layers
-        for unit in job.units:
-            self.require(unit.keep is None, "masks", "be chosen later (protect comes before select)", unit.name)
-            unit.required = unit.required | bits
-            noisiest = times - 1 - unit.time_index
-            dense = noisiest < self.first_times or unit.time_index < self.last_times
-            dense |= unit.layer < self.first_layers or layers - 1 - unit.layer < self.last_layers
-            unit.force_dense |= dense
-        job.findings[self.name] = {
-            "protected_density": float(required.mean()),
-            "dense_units": sum(unit.force_dense for unit in job.units),
-        }
+        noisiest = times - 1 - unit.time_index
+        dense = noisiest < self.first_times or unit.time_index < self.last_times
+        dense |= unit.layer < self.first_layers or layers - 1 - unit.layer < self.last_layers
+        unit.force_dense |= dense
+        return {"dense_units": int(unit.force_dense)}
+
+    def report(self, job: Job, total: Findings) -> dict[str, Any]:
+        required = protected(job.manifest.grid, job.manifest.blocks, self.sinks, self.diagonal)
+        return {"protected_density": float(required.mean()), **total}
 
 
+@lru_cache(maxsize=4)
 def protected(grid: TokenGrid, blocks: Blocks, sinks: bool, diagonal: bool) -> Bool:
-    """bool ``(Q, K)``: blocks with a text query or key, and those that the options name."""
+    """bool ``(Q, K)``: blocks with a text query or key, and those that the options name; read only."""
     tokens = np.arange(grid.tokens)
     text = (tokens < grid.text_before) | (tokens >= grid.text_before + grid.video_tokens)
     columns = text.copy()
@@ -77,6 +77,7 @@ def protected(grid: TokenGrid, blocks: Blocks, sinks: bool, diagonal: bool) -> B
     keep: Bool = rows[:, None] | _any(columns, blocks.block_k)[None, :]
     if diagonal:
         keep[tokens // blocks.block_q, tokens // blocks.block_k] = True
+    keep.flags.writeable = False
     return keep
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
-
-from calibatt.compiler.ir import Job
-from calibatt.compiler.passes import Pass
+from calibatt.compiler.bits import count
+from calibatt.compiler.ir import Job, UnitIR
+from calibatt.compiler.passes import Findings, Pass
+from calibatt.plans import longest_first
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,7 @@ class Schedule(Pass):
 
     name: ClassVar[str] = "schedule"
 
-    def apply(self, job: Job) -> None:
-        for unit in job.units:
-            order, first = [], 0
-            for head in range(unit.heads):
-                length = unit.tile_keep(head).sum(1)
-                order.append(first + np.argsort(-length, kind="stable"))
-                first += len(length)
-            unit.tile_order = np.concatenate(order).astype(np.int32)
+    def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
+        lengths = [count(unit.tile_bits(head)) for head in range(unit.heads)]
+        unit.tile_order = longest_first(lengths)
+        return {}

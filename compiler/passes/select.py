@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from calibatt.compiler.bits import Bits, count, pack, unpack
+from calibatt.compiler.bits import count, pack, unpack
 from calibatt.compiler.budget import Choice, choose
-from calibatt.compiler.error_model import CODES, HeadErrors, head_errors
-from calibatt.compiler.ir import Float64, Int64, Job, UnitIR, query_weights
-from calibatt.compiler.passes import Pass
-from calibatt.compiler.stats import window_keep
+from calibatt.compiler.error_model import CODES, code_counts
+from calibatt.compiler.ir import Float64, Int64, Job, UnitIR, full_bits
+from calibatt.compiler.passes import Findings, Pass
+from calibatt.compiler.stats import code_values, window_keep
 from calibatt.compiler.stats.unit import STEPS_PER_OCTAVE
 
 KINDS = ("planes", "windows", "cuts")
 DEFAULT_DENSITY = 0.5
-LADDER_OCTAVES = 48
 NO_BUDGET_BINDS = 1e100
 """The multiplier where an error budget leaves every head its fewest blocks."""
 
@@ -27,9 +26,12 @@ NO_BUDGET_BINDS = 1e100
 class Select(Pass):
     """Picks masks so that the whole job loses least within its budget.
 
-    A head may be dense, keep a voted plane, a window, or a *cut*: the blocks whose mean block error times the time
-    weight is above a level. All heads and times share one ladder of levels, so that one multiplier cuts the whole job.
-    A mask costs its predicted milliseconds and loses its output error, relative to the residual stream, times w(t).
+    A head may be dense, keep a voted plane, a window, or a *cut*: the blocks whose mean block error is above a level.
+    A mask costs its predicted milliseconds and loses its output error, relative to the residual stream, times w(t). One
+    multiplier, the price of a millisecond, decides for all heads and times at once; what it leaves of the budget is
+    spent on single changes, and the distance to a proven bound is reported.
+
+    With a range of times the budget is that of the range.
 
     A second `select` after `anchors` spends what those saved: all heads choose anew, those with anchors also among
     staying as they are.
@@ -39,205 +41,228 @@ class Select(Pass):
 
     Args:
         target_density: Most blocks computed, as a share of dense attention over all times, layers and heads; 0.5 if
-            neither budget is given.
+            no budget is given.
         max_error: Most error times weight, summed over all times, layers and heads (with probed weights: the
             predicted squared error of the final latent, relative to its size).
-        menu: What heads may choose beside dense: `planes`, `windows`, `cuts`, joined by ``+``.
-        levels_per_octave: Steps of the ladder of cuts in a factor of 2.
+        target_speedup: Least predicted speed-up of a whole forward, not of attention alone.
+        attention_share: Share of dense attention in the time of a dense forward; only for `target_speedup`.
+        menu: What heads may choose beside dense: `planes`, `windows`, `cuts`, joined by ``+``. Without planes, which no
+            cut of as many blocks loses to, those of the samples need not be read.
+        levels_per_octave: Steps of the cuts' levels in a factor of 2.
 
     Raises:
-        PassError: Both budgets, one out of range or too small for the required blocks, or a menu that cannot be had.
+        PassError: Several budgets, one out of range or beyond the best that can be reached (which is named), or a menu
+            that cannot be had.
     """
 
     name: ClassVar[str] = "select"
+    decides: ClassVar[bool] = True
     target_density: float | None = None
     max_error: float | None = None
-    menu: str = "planes+windows+cuts"
+    target_speedup: float | None = None
+    attention_share: float = 0.75
+    menu: str = "windows+cuts"
     levels_per_octave: int = 4
 
     def __post_init__(self) -> None:
-        both = self.target_density is not None and self.max_error is not None
-        self.require(not both, "target-density and max-error", "not both be given", "both")
-        if self.target_density is None and self.max_error is None:
+        density, error, speedup = self.target_density, self.max_error, self.target_speedup
+        given = sum(each is not None for each in (density, error, speedup))
+        self.require(given <= 1, "target-density, max-error and target-speedup", "not be given together", given)
+        if not given:
             object.__setattr__(self, "target_density", DEFAULT_DENSITY)
-        density, error = self.target_density, self.max_error
         self.require(density is None or 0 < density <= 1, "target-density", "be in (0, 1]", density)
         self.require(error is None or 0 <= error < np.inf, "max-error", "be finite and not negative", error)
+        rule = "be finite and at least 1"
+        self.require(speedup is None or 1 <= speedup < np.inf, "target-speedup", rule, speedup)
+        self.require(0 < self.attention_share <= 1, "attention-share", "be in (0, 1]", self.attention_share)
         parts = self.menu.split("+")
         known = set(parts) <= set(KINDS) and len(set(parts)) == len(parts)
         self.require(known, "menu", f"name some of {', '.join(KINDS)}, joined by +", self.menu)
-        self.require(1 <= self.levels_per_octave <= 8, "levels-per-octave", "be 1 to 8", self.levels_per_octave)
+        whole = self.levels_per_octave in (1, 2, 4, 8)
+        self.require(whole, "levels-per-octave", "be 1, 2, 4 or 8", self.levels_per_octave)
 
-    def apply(self, job: Job) -> None:
+    def survey(self, job: Job, unit: UnitIR) -> Any:
         parts = self.menu.split("+")
-        for unit in job.units:
-            self.require(unit.tile_order is None, "schedule", "come after", unit.name)
-            voted = unit.voted is not None or "planes" not in parts
-            self.require(voted, "planes", "have been voted (vote comes before select)", unit.name)
+        self.require(unit.tile_order is None, "schedule", "come after", unit.name)
+        voted = unit.voted is not None or "planes" not in parts
+        self.require(voted, "planes", "have been voted (vote comes before select)", unit.name)
         has_error = job.manifest.has_block_error
         rule = "have block error in the store (menu=planes+windows does without)"
         self.require(has_error or "cuts" not in parts, "cuts", rule, "none")
-        levels = self._ladder(job) if "cuts" in parts else np.zeros(0)
-        tables = [_Menu(job, unit, parts, levels) for unit in job.units]
-        blocks = np.concatenate([table.blocks for table in tables]).astype(np.float64)
-        loss = np.concatenate([table.error * unit.weight for table, unit in zip(tables, job.units, strict=True)])
+        columns = self._columns(job)
+        if unit.menu is None or unit.menu[0] != columns.key:
+            unit.menu = (columns.key, *columns.table(job, unit))
+        _, blocks, error = unit.menu
+        anchored = np.array([groups is not None for groups in unit.anchors] or [False] * unit.heads)
+        now = np.where(anchored, unit.error if unit.anchors else 0.0, np.inf)
+        error = np.concatenate([error, now[:, None]], 1)
+        if unit.force_dense:
+            error[:, 1:] = np.inf
+        return np.concatenate([blocks, unit.computed()[1][:, None]], 1).astype(np.int32), error
+
+    def decide(self, job: Job, units: Sequence[int], surveys: Sequence[Any]) -> Sequence[Any]:
+        self.require(bool(units), "from-time and to-time", "leave a recorded time", f"{self.from_time}, {self.to_time}")
+        columns = self._columns(job)
+        blocks = np.concatenate([blocks for blocks, _ in surveys]).astype(np.float64)
+        error = np.concatenate([error for _, error in surveys])
+        error[:, columns.estimated] *= job.error_factor
+        weight = np.repeat(job.unit_weights.reshape(-1)[list(units)], job.manifest.model.heads)
+        loss = error * weight[:, None]
         choice = self._solve(job, blocks, loss)
-        picks = choice.pick.reshape(len(job.units), -1)
-        for unit, table, pick in zip(job.units, tables, picks, strict=True):
-            table.take(unit, pick)
-        kinds = Counter(choice_name.split()[0].split("(")[0] for unit in job.units for choice_name in unit.choice)
+        rows = np.arange(len(loss))
+        spent = float(loss[rows, choice.pick].sum())
+        of = "error" if self.max_error is None else "blocks"
         job.findings[self.name] = {
             "lambda_per_ms": job.multiplier,
-            "predicted_error": float(loss[np.arange(len(loss)), choice.pick].sum()),
-            "density": float(blocks[np.arange(len(loss)), choice.pick].sum() / _dense_blocks(job)),
+            "predicted_error": spent,
+            "density": float(blocks[rows, choice.pick].sum() / (job.unit_dense_blocks * len(units))),
             "duality_gap": choice.gap,
-            "duality_gap_of": "blocks" if self.target_density is None else "error",
+            "duality_gap_of": of,
+            "relative_gap": choice.gap / choice.loss if choice.loss else 0.0,
             "candidates": int(np.isfinite(loss).sum()),
-            "heads_by_kind": dict(sorted(kinds.items())),
-            "heads_with_anchors": sum(groups is not None for unit in job.units for groups in unit.anchors),
             "weights": "probed" if job.weights_probed else "never probed: 1 at every time",
             "error_estimate": f"block error x {job.error_factor:.3g}"
-            if has_error
+            if job.manifest.has_block_error
             else "measured errors of planes and windows",
         }
+        shape = (len(surveys), -1)
+        return list(zip(choice.pick.reshape(shape), error[rows, choice.pick].reshape(shape), strict=True))
+
+    def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
+        pick, error = decision
+        self._columns(job).take(unit, pick)
+        unit.error = error.copy()
+        found: Findings = {"with anchors": sum(groups is not None for groups in unit.anchors)}
+        for choice in unit.choice:
+            kind = choice.split()[0].split("(")[0]
+            found[kind] = found.get(kind, 0) + 1
+        return found
+
+    def report(self, job: Job, total: Findings) -> dict[str, Any]:
+        anchored = total.pop("with anchors")
+        kinds = {kind: int(number) for kind, number in sorted(total.items())}
+        return {**job.findings[self.name], "heads_by_kind": kinds, "heads_with_anchors": int(anchored)}
+
+    def _columns(self, job: Job) -> _Columns:
+        return _Columns(job, self.menu, self.levels_per_octave)
 
     def _solve(self, job: Job, blocks: Float64, loss: Float64) -> Choice:
         block_ms = job.device.block_ms(job.manifest.blocks, job.manifest.model.head_dim)
-        if self.target_density is not None:
-            dense = _dense_blocks(job)
-            limit = float(np.floor(self.target_density * dense))
-            limit += (limit + 1) / dense <= self.target_density  # 0.3 of 1000 is 300, not 299
-            choice = choose(loss, blocks, limit)
-            least = float(np.where(np.isfinite(loss), blocks, np.inf).min(1).sum()) / dense
-            rule = f"leave room for the least that the menu can keep, density {least:.4f}"
-            self.require(choice is not None, "target-density", rule, self.target_density)
-            assert choice is not None
-            job.multiplier = choice.multiplier / block_ms
+        if self.max_error is not None:
+            usable = np.isfinite(loss)
+            limit = self.max_error * (1 - 1e-12)  # sums in another order differ
+            choice = choose(np.where(usable, blocks, np.inf), np.where(usable, loss, 0.0), limit)
+            assert choice is not None, "dense heads lose nothing"
+            saved = choice.multiplier * block_ms
+            job.multiplier = 1 / saved if saved > 0 else NO_BUDGET_BINDS
+            whole = self.from_time is None and self.to_time is None
+            job.error_budget = self.max_error if whole else None
             return choice
-        assert self.max_error is not None
-        usable = np.isfinite(loss)
-        limit = self.max_error * (1 - 1e-12)  # sums in another order differ
-        choice = choose(np.where(usable, blocks, np.inf), np.where(usable, loss, 0.0), limit)
-        assert choice is not None, "dense heads lose nothing"
-        saved = choice.multiplier * block_ms
-        job.multiplier = 1 / saved if saved > 0 else NO_BUDGET_BINDS
-        job.error_budget = self.max_error
-        return choice
-
-    def _ladder(self, job: Job) -> Float64:
-        """Levels of mean block error x weight, falling, that all cuts of the job share."""
-        peaks = np.array([unit.means.error_peak * unit.weight for unit in job.units])
-        top = float(peaks.max())
-        self.require(top > 0, "block error", "not be 0 everywhere (cuts need it)", top)
-        octaves = min(LADDER_OCTAVES, np.log2(top / peaks[peaks > 0].min()) + CODES / STEPS_PER_OCTAVE)
-        steps = int(np.ceil(octaves * self.levels_per_octave))
-        return top * 2.0 ** (-np.arange(1, steps + 1) / self.levels_per_octave)
-
-
-def _dense_blocks(job: Job) -> float:
-    return float(sum(unit.heads * unit.dense_blocks for unit in job.units))
+        dense = job.unit_dense_blocks * len(blocks) // job.manifest.model.heads
+        least = float(np.where(np.isfinite(loss), blocks, np.inf).min(1).sum()) / dense
+        what, target, best = "target-density", self.target_density, f"density {least:.4f}"
+        if self.target_speedup is not None:
+            most = job.forward_speedup(least, self.attention_share)
+            what, target, best = "target-speedup", self.target_speedup, f"a speed-up of {most:.4f}"
+            density = job.density_for(self.target_speedup, self.attention_share)
+        else:
+            assert self.target_density is not None
+            density = self.target_density
+        limit = float(np.floor(density * dense))
+        limit += (limit + 1) / dense <= density  # 0.3 of 1000 is 300, not 299
+        found = choose(loss, blocks, limit)
+        self.require(found is not None, what, f"leave room for the least that the menu can keep, {best}", target)
+        assert found is not None
+        job.multiplier = found.multiplier / block_ms
+        return found
 
 
-class _Menu:
-    """Blocks and errors of all candidates of all heads of one unit, and how to make the masks of those picked.
+class _Columns:
+    """The candidates of every head, in the order of a table's columns, and the masks of those picked.
 
-    Candidates: dense, planes, windows, cuts, and, for a head with anchors, what it is. `blocks` int64 and `error`
-    float64 are ``(H, candidates)``; the error of what there is not is infinite.
+    Dense, planes, windows, cuts; and last, not in the table, what a head with anchors is now.
     """
 
-    def __init__(self, job: Job, unit: UnitIR, parts: list[str], levels: Float64) -> None:
-        manifest, means = job.manifest, unit.means
-        thresholds = manifest.thresholds if "planes" in parts else ()
-        windows = manifest.windows if "windows" in parts else ()
-        self.planes = [(f"plane {threshold:g}", index) for index, threshold in enumerate(thresholds)]
-        self.windows = [
-            (str(window), index, pack(window_keep(window, unit.grid, unit.blocks)))
-            for index, window in enumerate(windows, len(manifest.thresholds))
-        ]
-        errors = [np.zeros((unit.heads, 1))]
-        queries = query_weights(unit.grid, unit.blocks)
-        models = [head_errors(means, head, queries, job.error_factor) for head in range(unit.heads)]
-        blocks = [np.full((unit.heads, 1), unit.dense_blocks, dtype=np.int64)]
-        for _, index in self.planes:
-            keep = self.plane(unit, index)
-            blocks.append(count(keep, (1, 2))[:, None])
-            errors.append(_plane_error(unit, models, keep, index)[:, None])
-        for _, index, window in self.windows:
-            blocks.append(count(window | unit.required, (1, 2))[:, None])
-            errors.append(means.menu_residual_error[index][:, None])
-        if len(levels):
-            self.codes = cut_codes(unit, levels)
-            pairs = [_cuts(unit, head, models[head], self.codes[head]) for head in range(unit.heads)]
-            blocks.append(np.stack([kept for kept, _ in pairs]))
-            errors.append(np.stack([error for _, error in pairs]))
-        anchored = np.array([groups is not None for groups in unit.anchors] or [False] * unit.heads)
-        errors.append(np.where(anchored, unit.error if unit.anchors else 0.0, np.inf)[:, None])
-        blocks.append(unit.computed()[1][:, None])
-        self.blocks: Int64 = np.concatenate(blocks, 1)
-        self.error: Float64 = np.concatenate(errors, 1)
-        if unit.force_dense:
-            self.error[:, 1:] = np.inf
+    def __init__(self, job: Job, menu: str, levels_per_octave: int) -> None:
+        manifest, parts = job.manifest, menu.split("+")
+        self.key = (menu, levels_per_octave)
+        self.planes = manifest.thresholds if "planes" in parts else ()
+        self.windows = manifest.windows if "windows" in parts else ()
+        step = STEPS_PER_OCTAVE // levels_per_octave
+        self.cuts = np.arange(0, CODES, step) if "cuts" in parts else np.zeros(0, np.int64)
+        """A cut keeps the blocks whose code is below this."""
+        first = 1 + len(self.planes) + len(self.windows)
+        estimated = np.zeros(first + len(self.cuts) + 1, np.bool_)
+        estimated[first:-1] = True
+        estimated[1 : 1 + len(self.planes)] = manifest.has_block_error
+        self.estimated = estimated
+        """bool ``(columns,)``: errors that are sums of block errors, still without the job's factor."""
 
-    def plane(self, unit: UnitIR, index: int) -> Bits:
-        assert unit.voted is not None
-        keep: Bits = unit.voted[index] | unit.required
-        return keep
+    def table(self, job: Job, unit: UnitIR) -> tuple[Int64, Float64]:
+        """Blocks int64 and errors float64 of all candidates but the last, both ``(H, columns - 1)``."""
+        blocks = np.full((unit.heads, len(self.estimated) - 1), unit.dense_blocks, np.int64)
+        error = np.zeros(blocks.shape)
+        planes, at = len(self.planes), 1 + len(self.planes)
+        if unit.means.error_code is not None:
+            for head in range(unit.heads):
+                self._from_codes(unit, head, blocks[head], error[head])
+        elif planes:
+            assert unit.voted is not None
+            blocks[:, 1:at] = count(unit.voted | unit.required, (2, 3)).T
+            error[:, 1:at] = unit.means.menu_residual_error[:planes].T
+        for index, window in enumerate(self.windows):
+            bits = pack(window_keep(window, unit.grid, unit.blocks))
+            blocks[:, at + index] = count(bits | unit.required, (1, 2))
+            error[:, at + index] = unit.means.menu_residual_error[len(job.manifest.thresholds) + index]
+        return blocks, error
+
+    def _from_codes(self, unit: UnitIR, head: int, blocks: Int64, error: Float64) -> None:
+        """Planes and cuts of one head from counts of its codes: no mask is made.
+
+        The class of a block is the number of planes that keep it, or, for a required block, one more than there are.
+        """
+        planes = len(self.planes)
+        required = unpack(unit.required[head], unit.k_blocks).view(np.uint8)
+        classes = required * np.uint8(planes + 1)
+        if planes:
+            assert unit.voted is not None
+            for plane in unpack(unit.voted[:, head], unit.k_blocks).view(np.uint8):
+                classes += plane * (1 - required)
+        number, weighted = code_counts(unit, head, classes, planes + 2)
+        priced = weighted[:-1] * code_values(float(unit.means.error_peak[head]))
+        blocks[1 : 1 + planes] = unit.dense_blocks - np.cumsum(number[:planes].sum(1))[::-1]
+        error[1 : 1 + planes] = np.cumsum(priced[:planes].sum(1))[::-1]
+        if len(self.cuts):
+            dropped = np.cumsum(number[:-1].sum(0)[::-1])[::-1]
+            blocks[-len(self.cuts) :] = unit.dense_blocks - dropped[self.cuts]
+            error[-len(self.cuts) :] = np.cumsum(priced.sum(0)[::-1])[::-1][self.cuts]
 
     def take(self, unit: UnitIR, pick: Int64) -> None:
         """Gives the unit the masks picked, int64 ``(H,)``."""
-        full = pack(np.ones((unit.q_blocks, unit.k_blocks), dtype=np.bool_))
-        keep = np.empty((unit.heads, *full.shape), dtype=np.uint8)
+        keep = np.empty_like(unit.required)
         choice = []
         for head, candidate in enumerate(pick.tolist()):
-            at = candidate - 1
-            if candidate == self.blocks.shape[1] - 1:
+            if candidate == len(self.estimated) - 1:
                 assert unit.keep is not None
                 choice.append(unit.choice[head])
                 keep[head] = unit.keep[head]
                 continue
             if unit.anchors:
                 unit.anchors[head] = None
+                unit.packed.pop(head, None)
+            at = candidate - 1
             if candidate == 0:
-                name, mask = "dense", full
+                name, mask = "dense", full_bits(unit.q_blocks, unit.k_blocks)
             elif at < len(self.planes):
-                name, index = self.planes[at]
-                mask = self.plane(unit, index)[head]
+                assert unit.voted is not None
+                name, mask = f"plane {self.planes[at]:g}", unit.voted[at, head] | unit.required[head]
             elif (at := at - len(self.planes)) < len(self.windows):
-                name, mask = self.windows[at][0], self.windows[at][2] | unit.required[head]
+                bits = pack(window_keep(self.windows[at], unit.grid, unit.blocks))
+                name, mask = str(self.windows[at]), bits | unit.required[head]
             else:
                 assert unit.means.error_code is not None
-                below = self.codes[head, at - len(self.windows)]
+                below = self.cuts[at - len(self.windows)]
                 name, mask = "cut", pack(unit.means.error_code[head] < below) | unit.required[head]
             choice.append(name)
             keep[head] = mask
         unit.keep, unit.choice = keep, choice
-        unit.error = self.error[np.arange(unit.heads), pick]
-
-
-def cut_codes(unit: UnitIR, levels: Float64) -> Int64:
-    """int64 ``(H, levels)``: a cut keeps the blocks whose code is below this."""
-    with np.errstate(divide="ignore"):
-        octaves = np.log2(unit.means.error_peak.astype(np.float64) * unit.weight)[:, None] - np.log2(levels)[None, :]
-    kept: Int64 = np.clip(np.ceil(octaves * STEPS_PER_OCTAVE), 0, CODES - 1).astype(np.int64)
-    return kept
-
-
-def _cuts(unit: UnitIR, head: int, model: HeadErrors, below: Int64) -> tuple[Int64, Float64]:
-    """Blocks and errors of the cuts that keep the codes below each of `below`, without making a mask."""
-    assert unit.means.error_code is not None
-    assert model.block_error is not None
-    optional = ~unpack(unit.required[head], unit.k_blocks)
-    codes = unit.means.error_code[head][optional]
-    kept = np.append(0, np.cumsum(np.bincount(codes, minlength=CODES)))
-    by_code = np.bincount(codes, model.block_error[optional], minlength=CODES)
-    dropped = np.append(np.cumsum(by_code[::-1])[::-1], 0.0)
-    blocks: Int64 = unit.dense_blocks - int(optional.sum()) + kept[below]
-    return blocks, dropped[below]
-
-
-def _plane_error(unit: UnitIR, models: list[HeadErrors], keep: Bits, index: int) -> Float64:
-    """float64 ``(H,)``: errors of a voted plane by the model, or, without block error, as measured on each sample."""
-    if unit.means.error_code is None:
-        measured: Float64 = unit.means.menu_residual_error[index]
-        return measured
-    return np.array([model.of_mask(unpack(keep[head], unit.k_blocks)) for head, model in enumerate(models)])

@@ -16,7 +16,7 @@ from calibatt.compiler.stats.errors import (
 from calibatt.compiler.stats.manifest import DEFAULT_THRESHOLDS, Manifest
 from calibatt.compiler.stats.probes import Probe, TimeWeightInfo
 from calibatt.compiler.stats.store import Store
-from calibatt.compiler.stats.unit import UnitStatistics, dequantise, quantise, unit_shapes
+from calibatt.compiler.stats.unit import UnitStatistics, code_values, dequantise, quantise, unit_shapes
 from calibatt.compiler.stats.windows import Window, default_windows, window_keep
 from calibatt.compiler.stats.writer import SampleWriter, StoreWriter
 
@@ -41,6 +41,7 @@ __all__ = [
     "UnitError",
     "UnitStatistics",
     "Window",
+    "code_values",
     "default_windows",
     "dequantise",
     "quantise",

@@ -120,8 +120,8 @@ class Store:
         """Names of all complete samples, ascending."""
         return tuple(self._folders)
 
-    def unit(self, sample: str, time_index: int, layer: int) -> UnitStatistics:
-        """One unit, proved whole; its arrays are read-only views of the mapped file.
+    def unit(self, sample: str, time_index: int, layer: int, planes: bool = True) -> UnitStatistics:
+        """One unit, proved whole, or all of it but the planes; its arrays are read-only views of the mapped file.
 
         Raises:
             UnitError: There is no such sample, time or layer, or the file breaks a rule.
@@ -136,7 +136,7 @@ class Store:
             if not 0 <= value < count:
                 raise UnitError(f"{what} must be from 0 to {count - 1}, got {value}")
         place = {"sample": sample, "time_index": time_index, "layer": layer}
-        return read_unit(self._folders[sample] / unit_name(time_index, layer), self.manifest, place)
+        return read_unit(self._folders[sample] / unit_name(time_index, layer), self.manifest, place, planes)
 
     def time_weight(self) -> tuple[npt.NDArray[np.float64], TimeWeightInfo]:
         """Squared error of the final latent per unit of attention error at each time, and where it comes from.

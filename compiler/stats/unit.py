@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -56,9 +57,15 @@ def dequantise(codes: Code, peak: npt.ArrayLike) -> Float:
     """The values of `quantise`'s codes, float32 of the codes' shape; `peak` broadcasts."""
     if codes.dtype != np.uint8:
         raise UnitError(f"codes must be uint8, got {codes.dtype}")
-    table = np.exp2(-np.arange(256) / STEPS_PER_OCTAVE)
-    table[ZERO_CODE] = 0
-    return (table[codes] * np.asarray(peak, np.float64)).astype(np.float32)
+    return (_FRACTIONS[codes] * np.asarray(peak, np.float64)).astype(np.float32)
+
+
+def code_values(peak: float) -> Float:
+    """What every code stands for under a peak, float32 (256,): a table for what must be fast."""
+    return (_FRACTIONS * peak).astype(np.float32)
+
+
+_FRACTIONS = np.append(np.exp2(-np.arange(ZERO_CODE) / STEPS_PER_OCTAVE), 0.0)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class UnitStatistics:
 
     Args:
         planes: uint8 (T, H, Q, ceil(K / 8)), bits little-endian: the blocks that reach each threshold's mass. Nested;
-            no query block is empty; bits from K on are 0.
+            no query block is empty; bits from K on are 0. None only where a reader did not ask for them.
         menu_error: float32 (M, H): relative squared output error of each candidate mask.
         menu_residual_error: float32 (M, H): the same after the output projection and gate, relative to the residual.
         output_size: float32 (H,): mean ||O_h W_h||^2 / mean ||x||^2.
@@ -78,7 +85,7 @@ class UnitStatistics:
         block_error_peak: float32 (H,), or None.
     """
 
-    planes: Code
+    planes: Code | None
     menu_error: Float
     menu_residual_error: Float
     output_size: Float
@@ -90,6 +97,8 @@ class UnitStatistics:
 
     def keep(self, plane: int, manifest: Manifest) -> npt.NDArray[np.bool_]:
         """One keep plane, bool (H, Q, K)."""
+        if self.planes is None:
+            raise UnitError("planes must have been read, got none")
         bits = np.unpackbits(self.planes[plane], axis=-1, count=manifest.k_blocks, bitorder="little")
         return bits.astype(np.bool_)
 
@@ -113,13 +122,15 @@ class UnitStatistics:
             raise UnitError("block_error must have been recorded, got none")
         return dequantise(self.block_error, self.block_error_peak[:, None, None])
 
-    def check(self, manifest: Manifest) -> None:
-        """Proves the arrays against the manifest and each other.
+    def check(self, manifest: Manifest, planes: bool = True) -> None:
+        """Proves the arrays against the manifest and each other; without planes, all but them.
 
         Raises:
             UnitError: An array is missing, not announced, of another shape or dtype, or breaks its rule.
         """
         shapes = unit_shapes(manifest)
+        if not planes:
+            del shapes["planes"]
         for each in fields(self):
             array = getattr(self, each.name)
             if (array is None) != (each.name not in shapes):
@@ -127,7 +138,8 @@ class UnitStatistics:
                 raise UnitError(f"{each.name} must {rule} as the manifest says, got {_kind(array)}")
             if array is not None and (_kind(array) != (want := "{} {}".format(*shapes[each.name]))):
                 raise UnitError(f"{each.name} must be {want}, got {_kind(array)}")
-        self._check_planes(manifest)
+        if self.planes is not None:
+            self._check_planes(manifest, self.planes)
         row, offset = np.arange(manifest.grid.height)[:, None], np.array(manifest.row_offsets, np.int64)[None, :]
         outside = (row + offset < 0) | (row + offset >= manifest.grid.height)
         for each in fields(self):
@@ -143,16 +155,21 @@ class UnitStatistics:
             if wrong.any():
                 raise UnitError(f"{each.name} must be finite and not negative, got {array[wrong][0]}")
 
-    def _check_planes(self, manifest: Manifest) -> None:
+    def _check_planes(self, manifest: Manifest, all_planes: Code) -> None:
         spare = -manifest.k_blocks % 8
-        if spare and (self.planes[..., -1] >> (8 - spare)).any():
+        if spare and (all_planes[..., -1] >> (8 - spare)).any():
             raise UnitError(f"planes must have zero bits from key block {manifest.k_blocks} on, got ones")
-        if not self.planes[0].any(-1).all():
-            head, block = np.argwhere(~self.planes[0].any(-1))[0]
-            raise UnitError(f"planes must keep a block for every query block, got none for head {head}, block {block}")
-        if (self.planes[:-1] & ~self.planes[1:]).any():
-            plane = np.argwhere(self.planes[:-1] & ~self.planes[1:])[0][0]
-            raise UnitError(f"planes must be nested, got bits of plane {plane} that plane {plane + 1} lacks")
+        for head in range(all_planes.shape[1]):  # one head at a time fits into the cache
+            planes = all_planes[:, head]
+            kept = planes[0].max(-1)
+            if not kept.all():
+                block = int(kept.argmin())
+                raise UnitError(
+                    f"planes must keep a block for every query block, got none for head {head}, block {block}"
+                )
+            for plane, (inner, outer) in enumerate(itertools.pairwise(planes)):
+                if (inner & ~outer).any():
+                    raise UnitError(f"planes must be nested, got bits of plane {plane} that plane {plane + 1} lacks")
 
 
 def unit_shapes(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -201,8 +218,10 @@ def write_unit(path: str | PathLike[str], unit: UnitStatistics, manifest: Manife
     return write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections)
 
 
-def read_unit(path: str | PathLike[str], manifest: Manifest, place: Mapping[str, object]) -> UnitStatistics:
-    """Reads and proves one unit file; the arrays are views of the mapped file.
+def read_unit(
+    path: str | PathLike[str], manifest: Manifest, place: Mapping[str, object], planes: bool = True
+) -> UnitStatistics:
+    """Reads and proves one unit file, or all of it but the planes; the arrays are views of the mapped file.
 
     Raises:
         UnitError: The file is damaged, belongs to another manifest or place, or its arrays break a rule.
@@ -210,17 +229,17 @@ def read_unit(path: str | PathLike[str], manifest: Manifest, place: Mapping[str,
     """
     try:
         file = Container.open(path, magic=MAGIC, version=VERSION)
-        arrays = {name: file.section(name) for name in file.names}
+        arrays = {name: file.section(name) for name in file.names if planes or name != "planes"}
     except PlanError as error:
         raise UnitError(str(error)) from None
     expected = {**place, "manifest": manifest.digest}
     if file.header != expected:
         raise UnitError(f"{path}: the header must be {expected}, got {file.header}")
-    if set(arrays) != set(unit_shapes(manifest)):
-        raise UnitError(f"{path}: the sections must be {sorted(unit_shapes(manifest))}, got {sorted(arrays)}")
-    unit = UnitStatistics(**arrays)
+    if set(file.names) != set(unit_shapes(manifest)):
+        raise UnitError(f"{path}: the sections must be {sorted(unit_shapes(manifest))}, got {sorted(file.names)}")
+    unit = UnitStatistics(planes=arrays.pop("planes", None), **arrays)
     try:
-        unit.check(manifest)
+        unit.check(manifest, planes)
     except UnitError as error:
         raise UnitError(f"{path}: {error}") from None
     return unit

@@ -10,15 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import stats
-from support.jobs import DEVICE, MemoryStore, compiled, memory_store
+from support.jobs import DEVICE, MemoryStore, compile_store, compiled, memory_store
 
-from calibatt.compiler.collect import collect
+from calibatt.compiler.bits import pack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.ir import packed_keep
-from calibatt.compiler.language import parse_passes
 from calibatt.compiler.passes.anchors import best_groups, copy_errors, saved_ms
-from calibatt.compiler.pipeline import run
 from calibatt.plans import Blocks, TokenGrid
 
 PASSES = "vote,select{target-density=0.9},anchors{safety=1e-3},schedule,lower"
@@ -93,14 +91,14 @@ def test_a_group_reaches_no_further_than_was_measured() -> None:
 
 def test_heads_that_repeat_take_anchors_and_the_schedule_says_so() -> None:
     job, accounts = compiled(PASSES)
-    taken = [(unit, head) for unit in job.units for head in range(unit.heads) if unit.anchors[head] is not None]
+    taken = [(unit, head) for unit in job.all for head in range(unit.heads) if unit.anchors[head] is not None]
     assert taken
     assert job.findings["anchors"]["heads_with_anchors"] == len(taken)
     select, anchors = accounts[2], accounts[3]
     assert anchors.blocks < select.blocks
     assert anchors.error > select.error
     for unit, head in taken:
-        schedule = unit.lowered
+        schedule = unit.lowered.schedule()
         starts, rows = schedule.groups(schedule.head_anchor[head])
         frames = np.arange(unit.grid.frames)[:, None] * unit.grid.height
         assert starts.tolist() == (frames + np.array(unit.anchors[head][0])).reshape(-1).tolist()
@@ -113,7 +111,7 @@ def test_what_copies_cost_is_weighted_and_shared_among_the_tokens() -> None:
     before = compiled(text, weights=(0.5, 2.0))[0]
     after = compiled(f"{text},anchors{{safety=0.03}}", weights=(0.5, 2.0))[0]
     grid, taken = before.manifest.grid, 0
-    for old, new in zip(before.units, after.units, strict=True):
+    for old, new in zip(before.all, after.all, strict=True):
         for head, groups in enumerate(new.anchors):
             if groups is None:
                 continue
@@ -132,16 +130,15 @@ def test_what_copies_cost_is_weighted_and_shared_among_the_tokens() -> None:
 def test_anchors_that_would_compute_more_blocks_save_nothing() -> None:
     of = stats.manifest(grid=TokenGrid(1, 10, 8), row_radius=4)
     job = compiled("vote,select", of)[0]
-    unit = job.units[0]
+    unit = job.all[0]
     keep = np.zeros((5, 5), bool)
     keep[:, 0] = keep[::2] = True
-    unit.keep[0] = np.packbits(keep, axis=-1, bitorder="little")
     apart = ((0, *range(2, 9)), tuple(range(1, 9)))
     packed = packed_keep(keep, unit.grid, unit.blocks, apart[1])
     assert packed.shape == (4, 5)
     assert packed.sum() == 20 > keep.sum()
     job.device = Device("toy", "made up", tflops=1e9, tile_us=1.0, store_us=0.0)
-    assert saved_ms(job, unit, 0, apart) < 0
+    assert saved_ms(job, unit, pack(keep), pack(packed)) < 0
 
 
 def test_what_anchors_save_is_worth_their_error() -> None:
@@ -170,7 +167,7 @@ def test_a_second_select_spends_what_anchors_saved() -> None:
     assert anchors.blocks < second.blocks <= first.blocks
     assert second.error < min(first.error, anchors.error)
     assert last.density <= 0.7
-    for unit in job.units:
+    for unit in job.all:
         assert len(unit.anchors) == unit.heads
 
 
@@ -178,7 +175,7 @@ def test_heads_keep_their_anchors_as_they_are_or_not_at_all() -> None:
     text = "vote,select{target-density=0.7},anchors{safety=0.03}"
     before, after = compiled(text)[0], compiled(f"{text},select{{target-density=0.7}}")[0]
     kept = []
-    for old, new in zip(before.units, after.units, strict=True):
+    for old, new in zip(before.all, after.all, strict=True):
         for head, groups in enumerate(new.anchors):
             kept.append(groups is not None)
             if groups is not None:
@@ -188,7 +185,7 @@ def test_heads_keep_their_anchors_as_they_are_or_not_at_all() -> None:
                 np.testing.assert_array_equal(new.keep[head], old.keep[head])
     assert 0 < sum(kept) <= before.findings["anchors"]["heads_with_anchors"]
     free = compiled(f"{text},select{{target-density=1}}")[0]
-    assert {groups for unit in free.units for groups in unit.anchors} == {None}
+    assert {groups for unit in free.all for groups in unit.anchors} == {None}
 
 
 def test_no_anchors_where_they_cost_too_much_or_may_not_be() -> None:
@@ -198,7 +195,7 @@ def test_no_anchors_where_they_cost_too_much_or_may_not_be() -> None:
     unmeasured = compiled(PASSES, stats.manifest(row_radius=0))[0]
     assert unmeasured.findings["anchors"]["heads_with_anchors"] == 0
     dense = compiled(PASSES.replace("vote", "vote,protect{last-times=1}"))[0]
-    for unit in dense.units:
+    for unit in dense.all:
         assert unit.time_index or unit.anchors == [None] * unit.heads
 
 
@@ -206,9 +203,9 @@ def test_rows_that_are_equal_are_all_copied() -> None:
     of = stats.manifest(row_radius=2)
     store = memory_store(of)
     same = {key: replace(unit, row_residual_error=unit.row_residual_error * 0) for key, unit in store.units.items()}
-    job = collect(MemoryStore(of, same), DEVICE)
-    run(job, parse_passes("vote,select{target-density=0.9},anchors{max-group-rows=5},schedule,lower"))
-    assert {groups for unit in job.units for groups in unit.anchors} == {((0,), (2,))}
+    text = "vote,select{target-density=0.9},anchors{max-group-rows=5},schedule,lower"
+    job, _ = compile_store(MemoryStore(of, same), text)
+    assert {groups for unit in job.all for groups in unit.anchors} == {((0,), (2,))}
 
 
 def test_anchors_need_a_price() -> None:

@@ -43,7 +43,7 @@ def test_the_same_statistics_give_the_same_bytes(store: Path, tmp_path: Path) ->
     plan = PlanFile.read(tmp_path / "a.plan")
     assert plan.signature == stats.manifest().model
     assert plan.predicted["density"] <= 0.6
-    assert plan.passes.startswith("vote{agreement=0.5},protect{")
+    assert plan.passes.startswith("protect{sinks=false,")
     assert "select{target-density=0.6," in plan.passes
     assert plan.notes == "a note"
     assert plan.provenance["samples"] == ["s0", "s1", "s2"]
@@ -67,11 +67,11 @@ def test_a_store_in_two_folders_is_the_same_store(store: Path, tmp_path: Path) -
 
 def test_the_report(store: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    result = invoke(store, "-o", tmp_path / "p.plan", "--json", report, "--device", "cpu-2core", "--max-error", "1")
+    result = invoke(store, "-o", tmp_path / "p.plan", "--report", report, "--device", "cpu-2core", "--max-error", "1")
     assert result.exit_code == 0, result.output
     value = json.loads(report.read_text())
     plan = PlanFile.read(tmp_path / "p.plan")
-    assert [each["name"] for each in value["accounts"]][::7] == ["dense", "lower"]
+    assert [each["name"] for each in value["accounts"]][::6] == ["dense", "lower"]
     assert value["passes"] == plan.passes
     assert value["file_bytes"] == (tmp_path / "p.plan").stat().st_size
     assert value["density_by_time_and_layer"] == [[s.density for s in layers] for layers in plan.schedules]
@@ -79,9 +79,20 @@ def test_the_report(store: Path, tmp_path: Path) -> None:
     assert value["device"]["name"] == "cpu-2core"
     assert sum(value["planned_ms"]) < sum(value["dense_ms"])
     assert value["weights_probed"] is True
-    assert sum(number for kind, number in value["heads_by_kind"].items() if kind != "with anchors") == 2 * 2 * 3
+    assert sum(number for kind, number in value["heads_by_kind"].items() if kind.startswith("mask ")) == 2 * 2 * 3
     for expected in ("passes", "density by layer", "provenance: 3 samples", "provisional", "predicted attention"):
         assert expected in result.stdout
+
+
+def test_the_report_as_a_page(store: Path, tmp_path: Path) -> None:
+    result = invoke(store, "-o", tmp_path / "p.plan", "--report", tmp_path / "r.html", "--notes", "<b>")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "r.html").read_text()
+    assert page.startswith("<!doctype html>")
+    for expected in ("select{target-density=0.5", "duality gap", "predicted speed-up of a forward", "441 TFLOP/s"):
+        assert expected in page
+    assert page.count("<td title=") == 2 * 2
+    assert "http" not in page
 
 
 def test_passes_are_printed_and_timed(store: Path, tmp_path: Path) -> None:
@@ -97,18 +108,25 @@ def test_passes_are_printed_and_timed(store: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--passes", "vote,fly"], "a pass must be one of vote, protect, select, anchors, schedule, lower, got 'fly'"),
+        (
+            ["--passes", "vote,fly"],
+            "a pass must be one of vote, uniform, protect, select, anchors, fill-gaps, merge-times, "
+            "merge-heads, schedule, lower, got 'fly'",
+        ),
         (["--passes", "vote,select"], "passes must end with lower, got vote{agreement=0.5},select{"),
         (["--passes", "lower", "--max-error", "1"], "a budget must have a select in --passes, got 'lower'"),
-        (["--target-density", "0.5", "--max-error", "1"], "a budget must be --target-density or --max-error, got both"),
+        (
+            ["--target-density", "0.5", "--max-error", "1"],
+            "a budget must be one of --target-density, --max-error, --target-speedup, got 2 of them",
+        ),
         (
             ["--passes", "vote,select{ max-error = 1},lower", "--target-density", "1"],
             "a budget must be given in --passes or on the command line, got both",
         ),
         (["--target-density", "2"], "select: target-density must be in (0, 1], got 2.0"),
         (["--max-error", "inf"], "select: max-error must be finite and not negative, got inf"),
-        (["--json", "none/r.json"], "none/r.json must be in a folder that exists, got no folder none"),
-        (["--json", "/"], "/ must be a file, got a folder there"),
+        (["--report", "none/r.json"], "none/r.json must be in a folder that exists, got no folder none"),
+        (["--report", "/"], "/ must be a file, got a folder there"),
         (["--device", "abacus"], "device must be one of h200-triton, cpu-2core, got 'abacus'"),
     ],
 )
@@ -124,11 +142,11 @@ def test_mistakes_are_one_line(store: Path, tmp_path: Path, arguments: list[str]
 def test_files_are_not_replaced_unless_forced(store: Path, tmp_path: Path) -> None:
     for name in ("p.plan", "r.json"):
         (tmp_path / name).write_text("precious")
-        result = invoke(store, "-o", tmp_path / "p.plan", "--json", tmp_path / "r.json")
+        result = invoke(store, "-o", tmp_path / "p.plan", "--report", tmp_path / "r.json")
         assert result.exit_code == 2
         assert "must not exist (--force replaces it), got a file there" in result.stderr
         assert (tmp_path / name).read_text() == "precious"
-    assert invoke(store, "-o", tmp_path / "p.plan", "--json", tmp_path / "r.json", "--force").exit_code == 0
+    assert invoke(store, "-o", tmp_path / "p.plan", "--report", tmp_path / "r.json", "--force").exit_code == 0
     PlanFile.read(tmp_path / "p.plan")
 
 

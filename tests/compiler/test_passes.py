@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import stats
-from support.jobs import compiled, job, memory_store
+from support.jobs import compiled, gathered, memory_store
 
 from calibatt.compiler.bits import Votes, count, pack, unpack
 from calibatt.compiler.errors import PassError, VerifyError
 from calibatt.compiler.ir import UnitIR
-from calibatt.compiler.language import parse_passes
+from calibatt.compiler.passes.lower import lowered
 from calibatt.compiler.passes.protect import protected
-from calibatt.compiler.pipeline import run, verify
+from calibatt.compiler.pipeline import verify
 from calibatt.plans import DENSE, Blocks, TokenGrid
 
 
@@ -45,7 +45,7 @@ def test_a_voted_block_is_kept_by_enough_samples(agreement: float, needed: int) 
     store = memory_store(of, samples=5)
     found, _ = compiled(f"vote{{agreement={agreement}}}", of, samples=5)
     assert found.findings["vote"] == {"samples": 5, "votes_needed": needed}
-    for unit in found.units:
+    for unit in found.all:
         planes = [store.unit(name, unit.time_index, unit.layer).planes for name in store.samples]
         votes = np.sum([unpack(plane, of.k_blocks) for plane in planes], axis=0)
         np.testing.assert_array_equal(unpack(unit.voted, of.k_blocks), votes >= needed)
@@ -71,14 +71,14 @@ def test_protected_blocks_hold_what_the_options_name(grid: TokenGrid, sinks: boo
 
 
 def test_protect_only_adds_and_makes_times_and_layers_dense() -> None:
-    before = [unit.required for unit in job().units]
+    before = [unit.required for unit in gathered()[1]]
     found, _ = compiled("protect{sinks=true,first-times=1,last-layers=1}")
-    for unit, old in zip(found.units, before, strict=True):
+    for unit, old in zip(found.all, before, strict=True):
         assert not (old & ~unit.required).any()
         assert unit.force_dense == (unit.time_index == 1 or unit.layer == 1)
     assert found.findings["protect"]["dense_units"] == 3
     done, _ = compiled("vote,protect{sinks=true,first-times=1},select{target-density=0.95},lower")
-    for unit in done.units:
+    for unit in done.all:
         assert not (unit.required & ~unit.keep).any()
         assert unit.time_index == 0 or (unit.lowered.head_list == DENSE).all()
 
@@ -90,8 +90,8 @@ def test_protect_comes_before_select() -> None:
 
 def test_tiles_are_ordered_head_by_head_longest_first() -> None:
     found, _ = compiled("vote,select{target-density=0.8},anchors{safety=1e-3},schedule,lower")
-    for unit in found.units:
-        schedule = unit.lowered
+    for unit in found.all:
+        schedule = unit.lowered.schedule()
         heads = np.searchsorted(schedule.head_tile_ptr, schedule.tile_order, side="right") - 1
         assert (np.diff(heads) >= 0).all()
         for head in range(unit.heads):
@@ -102,23 +102,22 @@ def test_tiles_are_ordered_head_by_head_longest_first() -> None:
 
 def test_lowering_keeps_the_masks_and_shares_lists() -> None:
     found, _ = compiled("vote,select{target-density=0.8},lower")
-    for unit in found.units:
+    for unit in found.all:
         for head in range(unit.heads):
-            np.testing.assert_array_equal(unit.lowered.tile_keep(head), unit.tile_keep(head))
+            np.testing.assert_array_equal(unit.lowered.schedule().tile_keep(head), unit.tile_keep(head))
             assert (unit.lowered.head_list[head] == DENSE) == bool(unit.tile_keep(head).all())
-    unit = found.units[0]
+    unit = found.all[0]
     unit.keep[:] = pack(np.eye(5, dtype=bool))
     unit.keep[2] = pack(np.tri(5, dtype=bool))
-    unit.required[:] = unit.keep
-    run(found, parse_passes("lower"))
-    assert unit.lowered.head_list.tolist() == [0, 0, 5]
-    assert len(unit.lowered.col_idx) == 5 + 15
+    lists = lowered(unit)
+    assert lists.head_list.tolist() == [0, 0, 5]
+    assert len(lists.schedule().col_idx) == 5 + 15
 
 
 def test_nothing_decided_lowers_to_dense() -> None:
     found, accounts = compiled("lower")
     assert accounts[-1].density == 1.0
-    assert all((unit.lowered.head_list == DENSE).all() for unit in found.units)
+    assert all((unit.lowered.head_list == DENSE).all() for unit in found.all)
 
 
 def spoil_padding(unit: UnitIR) -> None:
@@ -174,7 +173,7 @@ def spoil_mask_after_lower(unit: UnitIR) -> None:
 )
 def test_the_pipeline_proves_every_unit(spoil: Callable[[UnitIR], None], message: str) -> None:
     found, _ = compiled("vote,select{target-density=0.6},schedule,lower")
-    unit = found.units[0]
+    unit = found.all[0]
     verify(unit, "x")
     spoil(unit)
     with pytest.raises(VerifyError) as raised:
@@ -185,10 +184,24 @@ def test_the_pipeline_proves_every_unit(spoil: Callable[[UnitIR], None], message
 def test_accounts_follow_the_masks() -> None:
     found, accounts = compiled("vote,protect,select{target-density=0.6},schedule,lower")
     assert [each.name for each in accounts] == ["dense", "vote", "protect", "select", "schedule", "lower"]
-    kept = sum(int(unit.tile_keep(head).sum()) for unit in found.units for head in range(unit.heads))
+    kept = sum(int(unit.tile_keep(head).sum()) for unit in found.all for head in range(unit.heads))
     assert accounts[0].blocks == 2 * 2 * 3 * 25
     assert accounts[-1].blocks == kept
-    assert accounts[-1].density == pytest.approx(np.mean([unit.lowered.density for unit in found.units]))
+    assert accounts[-1].density == pytest.approx(np.mean([unit.lowered.density for unit in found.all]))
     assert accounts[-1].predicted_ms == pytest.approx(found.device.predict_ms(0, kept, 0, found.manifest.blocks, 8))
-    assert accounts[-1].error == pytest.approx(found.total_error())
+    assert accounts[-1].error == pytest.approx(sum(unit.error.sum() * unit.weight for unit in found.all))
     assert accounts[-1].passes == "lower"
+
+
+def test_uniform_keeps_one_voted_plane_everywhere() -> None:
+    found, _ = compiled("vote,uniform{threshold=0.9},lower")
+    index = found.manifest.thresholds.index(0.9)
+    for unit in found.all:
+        assert unit.voted is not None
+        assert (unit.keep == unit.voted[index] | unit.required).all()
+        assert unit.choice == ["plane 0.9"] * unit.heads
+
+
+def test_uniform_wants_a_threshold_of_the_store() -> None:
+    with pytest.raises(PassError, match=r"threshold must be one of the store's 0.8, 0.9, 0.95, 0.98, got 0.85"):
+        compiled("vote,uniform{threshold=0.85},lower")

@@ -11,16 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import stats
-from support.jobs import DEVICE, MemoryStore, compiled, job, memory_store
+from support.jobs import Compiled, MemoryStore, compile_store, compiled, gathered, memory_store
 
 from calibatt.compiler.bits import pack, unpack
-from calibatt.compiler.collect import collect
-from calibatt.compiler.error_model import coherence, head_errors
+from calibatt.compiler.error_model import coherence, mask_errors, ratios
 from calibatt.compiler.errors import PassError
-from calibatt.compiler.ir import Job, UnitIR, query_weights
-from calibatt.compiler.language import parse_passes
-from calibatt.compiler.passes.select import cut_codes
-from calibatt.compiler.pipeline import run
+from calibatt.compiler.ir import UnitIR, query_weights
 from calibatt.compiler.stats import dequantise, quantise, window_keep
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
 
@@ -38,10 +34,9 @@ def raw(unit: UnitIR, head: int, keep: np.ndarray) -> float:
 def test_means_are_over_the_samples() -> None:
     of = stats.manifest()
     store = memory_store(of)
-    found = collect(store, DEVICE)
-    for unit in found.units:
+    for unit in gathered(of)[1]:
         units = [store.unit(name, unit.time_index, unit.layer) for name in store.samples]
-        assert unit.means.samples == 3
+        assert [votes.voters for votes in unit.means.votes] == [3] * 3
         np.testing.assert_allclose(mean_error(unit), np.mean([each.error() for each in units], 0), rtol=0.045)
         for name in ("menu_error", "menu_residual_error", "output_size", "row_residual_error"):
             expected = np.mean([getattr(each, name).astype(np.float64) for each in units], 0)
@@ -66,7 +61,7 @@ def test_query_weights_are_shares_of_tokens() -> None:
 def test_the_executed_density_never_exceeds_the_target(target: float, seed: int, weights: Any) -> None:
     text = f"vote,protect,select{{target-density={target}}},anchors{{safety=0.1}},schedule,lower"
     found, accounts = compiled(text, seed=seed, weights=weights)
-    executed = [unit.lowered.head_density(head) for unit in found.units for head in range(unit.heads)]
+    executed = [unit.lowered.computed_blocks(head) / 25 for unit in found.all for head in range(unit.heads)]
     assert np.mean(executed) <= target + 1e-12
     assert accounts[3].blocks <= target * accounts[0].blocks
     assert accounts[-1].blocks == round(np.sum(executed) * 25)
@@ -92,10 +87,10 @@ def test_more_density_is_less_error() -> None:
     assert errors[-1] == 0
 
 
-def chosen(found: Job) -> list[tuple[UnitIR, int, str, np.ndarray]]:
+def chosen(found: Compiled) -> list[tuple[UnitIR, int, str, np.ndarray]]:
     return [
         (unit, head, unit.choice[head], unpack(unit.keep[head], unit.k_blocks))
-        for unit in found.units
+        for unit in found.all
         for head in range(unit.heads)
     ]
 
@@ -141,8 +136,8 @@ def test_one_level_cuts_heads_and_times_alike() -> None:
         codes = quantise(error, peak[:, None, None])
         nothing = np.zeros_like(unit.menu_residual_error)
         store.units[key] = replace(unit, block_error=codes, block_error_peak=peak, menu_residual_error=nothing)
-    found = collect(MemoryStore(of, store.units, (4.0, 1.0)), DEVICE)
-    run(found, parse_passes("vote,select{target-density=0.5,menu=cuts,levels-per-octave=8}"))
+    text = "vote,select{target-density=0.5,menu=cuts,levels-per-octave=8}"
+    found, _ = compile_store(MemoryStore(of, store.units, (4.0, 1.0)), text)
     kept, dropped = [], []
     for unit, head, _, keep in chosen(found):
         required = unpack(unit.required[head], of.k_blocks)
@@ -153,23 +148,13 @@ def test_one_level_cuts_heads_and_times_alike() -> None:
     level = np.median([part.min() for part in kept if part.size])
     wrong = (low < level / 2**0.25).sum() + (high > level * 2**0.25).sum()
     assert wrong <= 0.02 * (low.size + high.size)
-    assert sum(unit.lowered is None for unit in found.units) == 4
+    assert sum(unit.lowered is None for unit in found.all) == 4
 
 
-def test_a_cut_keeps_what_is_above_its_level() -> None:
-    unit = job(weights=(0.5, 2.0)).units[0]
-    levels = np.geomspace(2.0, 1e-3, 40)
-    error = unit.weight * mean_error(unit)
-    for head, below in enumerate(cut_codes(unit, levels)):
-        for level, code in zip(levels, below, strict=True):
-            kept = unit.means.error_code[head] < code
-            np.testing.assert_array_equal(kept, error[head] > level)
-
-
-def brute_force(found: Job, limit: float) -> float:
+def brute_force(found: Compiled, limit: float) -> float:
     """Least weighted error over every combination of planes, windows and dense within a number of blocks."""
     options = []
-    for unit in found.units:
+    for unit in found.all:
         for head in range(unit.heads):
             mine = [(unit.dense_blocks, 0.0)]
             for plane in range(len(found.manifest.thresholds)):
@@ -196,19 +181,20 @@ def test_as_good_as_every_combination_within_the_gap(seed: int) -> None:
 
 
 def test_one_factor_brings_predictions_to_what_was_measured() -> None:
-    units = job().units
+    units = gathered()[1]
     means = [unit.means for unit in units]
-    factor = coherence(means)
+    factor = coherence(ratios(each) for each in means)
     assert factor != 1
     measured = np.concatenate([unit.menu_residual_error[unit.menu_predicted > 0] for unit in means])
     predicted = np.concatenate([unit.menu_predicted[unit.menu_predicted > 0] for unit in means])
     above = (measured > factor * predicted).mean()
     assert abs(above - 0.5) <= 1 / len(measured)
-    keep = np.zeros((units[0].q_blocks, units[0].k_blocks), dtype=bool)
-    queries = query_weights(units[0].grid, units[0].blocks)
-    plain, scaled = (head_errors(means[0], 0, queries, by).of_mask(keep) for by in (1.0, factor))
-    assert scaled == pytest.approx(factor * plain)
-    assert coherence([replace(means[0], menu_predicted=None)]) == 1
+    keep = units[0].required
+    plain, scaled = (mask_errors(units[0], keep, by, 0) for by in (1.0, factor))
+    np.testing.assert_allclose(scaled, factor * plain)
+    expected = [raw(units[0], head, unpack(keep[head], units[0].k_blocks)) for head in range(3)]
+    np.testing.assert_allclose(plain, expected, rtol=1e-5)
+    assert coherence([ratios(replace(means[0], menu_predicted=None))]) == 1
 
 
 def test_without_block_error_planes_cost_what_was_measured_and_cuts_are_refused() -> None:
@@ -228,7 +214,10 @@ def test_without_block_error_planes_cost_what_was_measured_and_cuts_are_refused(
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
-        ("select", r"select: planes must have been voted \(vote comes before select\), got time 0, layer 0"),
+        (
+            "select{menu=planes}",
+            r"select: planes must have been voted \(vote comes before select\), got time 0, layer 0",
+        ),
         ("vote,select,schedule,select", "select: schedule must come after, got time 0, layer 0"),
         ("vote,protect,select{target-density=0.1}", "leave room for the least that the menu can keep, density 0.4"),
     ],
@@ -238,12 +227,24 @@ def test_what_select_requires(passes: str, message: str) -> None:
         compiled(passes)
 
 
-def test_block_errors_of_zero_cannot_be_cut() -> None:
+def test_block_errors_of_zero_cost_nothing_to_drop() -> None:
     of = stats.manifest()
     store = memory_store(of)
     blank = {key: replace(unit, block_error=unit.block_error | 255) for key, unit in store.units.items()}
-    with pytest.raises(PassError, match="block error must not be 0 everywhere"):
-        run(collect(MemoryStore(of, blank), DEVICE), parse_passes("vote,select"))
+    _, accounts = compile_store(MemoryStore(of, blank), "vote,select{target-density=0.2},lower")
+    assert accounts[-1].error == 0
+    assert accounts[-1].density <= 0.2
+
+
+def test_a_speed_up_is_a_density_by_the_share_of_attention() -> None:
+    found, accounts = compiled("vote,select{target-speedup=1.25,attention-share=0.5},lower")
+    assert accounts[-1].density <= 0.6
+    assert accounts[-1].density > 0.55
+    assert found.forward_speedup(0.6, 0.5) == pytest.approx(1.25)
+    with pytest.raises(
+        PassError, match=r"target-speedup must leave room for .* keep, a speed-up of 1\.[0-9]+, got 2\.0"
+    ):
+        compiled("vote,select{target-speedup=2,attention-share=0.5},lower")
 
 
 def test_the_weight_moves_blocks_to_the_times_that_matter() -> None:
@@ -252,5 +253,17 @@ def test_the_weight_moves_blocks_to_the_times_that_matter() -> None:
     late = np.mean([unit.head_keep(head).mean() for unit in found.at_time(0) for head in range(3)])
     assert early > late + 0.2
     assert found.findings["select"]["weights"] == "probed"
-    assert job().weights_source == "time weight: never probed, 1 at every time"
+    assert gathered()[0].weights_source == "time weight: never probed, 1 at every time"
     assert compiled("vote,select")[0].findings["select"]["weights"] == "never probed: 1 at every time"
+
+
+def test_a_range_of_times_has_its_own_budget() -> None:
+    text = "select{to-time=0.5,target-density=0.9},select{from-time=0.6,target-density=0.5},schedule,lower"
+    found, _ = compiled(text)
+    for time, target in ((0, 0.9), (1, 0.5)):
+        density = np.mean([unit.lowered.density for unit in found.at_time(time)])
+        assert target - 0.05 < density <= target
+    alone, _ = compiled("select{from-time=0.6,target-density=0.5},lower")
+    assert {unit.lowered.density for unit in alone.at_time(0)} == {1.0}
+    with pytest.raises(PassError, match=r"from-time and to-time must leave a recorded time, got 0\.8, None"):
+        compiled("select{from-time=0.8}")

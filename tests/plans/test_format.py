@@ -9,7 +9,7 @@ from pathlib import Path
 
 import calibatt.plans
 from calibatt.plans import Container, Segment, container, errors, header, schema
-from calibatt.plans.plan import ARRAYS, MAGIC, VERSION
+from calibatt.plans.plan import COLUMNS, MAGIC, MAX_LISTS, VERSION
 
 FORMAT = (Path(calibatt.plans.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
 WORDS = set(re.findall(r"`([^`]+)`", FORMAT))
@@ -26,7 +26,7 @@ def test_every_error_is_specified() -> None:
 def test_every_section_is_specified() -> None:
     specified = re.findall(r"^\| `s/([^`]+)`", FORMAT, re.MULTILINE)
     assert {name.split("/")[1] for name in GOLDEN.names} == set(specified)
-    assert specified == ["layers", *ARRAYS]  # the order of the columns of s/layers
+    assert specified == ["layers", *(name for name in COLUMNS if name != "lists")]  # the order of its columns
 
 
 def test_every_header_key_is_specified() -> None:
@@ -50,6 +50,7 @@ def test_every_limit_is_specified() -> None:
         header.MAX_ITEMS,
         header.MAX_DEPTH,
         schema.MAX_BLOCKS,
+        MAX_LISTS,
     ):
         assert re.search(rf"at most {value}\b", FORMAT)
     assert ", ".join(container.DTYPES) in FORMAT

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from calibatt.compiler.collect import collect
 from calibatt.compiler.cost import Device
-from calibatt.compiler.ir import Job
+from calibatt.compiler.gather import StatisticsSource
+from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import parse_passes
-from calibatt.compiler.pipeline import Account, run
+from calibatt.compiler.pipeline import Account, in_turn, run
+from calibatt.compiler.shelf import MemoryShelf
 from calibatt.compiler.stats import Manifest, Probe, StoreWriter, UnitStatistics
 from calibatt.compiler.stats.probes import TimeWeightInfo
 from support import stats
@@ -20,7 +21,7 @@ DEVICE = Device("test", "made up", tflops=1.0, tile_us=0.0, store_us=0.0)
 
 
 class MemoryStore:
-    """What `collect` asks of a store, from `units[sample, time_index, layer]`."""
+    """What `gather` asks of a store, from `units[sample, time_index, layer]`."""
 
     def __init__(self, of: Manifest, units: dict[tuple[str, int, int], UnitStatistics], weights: Any = None) -> None:
         self.manifest = of
@@ -28,7 +29,7 @@ class MemoryStore:
         self.samples = tuple(sorted({sample for sample, _, _ in units}))
         self.weights = weights
 
-    def unit(self, sample: str, time_index: int, layer: int) -> UnitStatistics:
+    def unit(self, sample: str, time_index: int, layer: int, planes: bool = True) -> UnitStatistics:
         return self.units[sample, time_index, layer]
 
     def layer_factor(self) -> np.ndarray:
@@ -50,15 +51,37 @@ def memory_store(of: Manifest, samples: int = 3, seed: int = 0, weights: Any = N
     return MemoryStore(of, units, weights)
 
 
-def job(of: Manifest | None = None, **options: Any) -> Job:
-    """A job of random statistics, no pass run yet."""
-    return collect(memory_store(of or stats.manifest(), **options), DEVICE)
+def gathered(of: Manifest | None = None, **options: Any) -> tuple[Job, list[UnitIR]]:
+    """A job of random statistics and its units, no pass run yet."""
+    source = StatisticsSource(memory_store(of or stats.manifest(), **options))
+    found = source.make_job(DEVICE)
+    return found, [source.unit(found, *found.place(index)) for index in range(found.units)]
 
 
-def compiled(passes: str, of: Manifest | None = None, **options: Any) -> tuple[Job, list[Account]]:
-    """The job after some passes."""
-    found = job(of, **options)
-    return found, run(found, parse_passes(passes))
+class Compiled(Job):
+    """A job after some passes, with its units in memory."""
+
+    all: list[UnitIR]
+    accounts: list[Account]
+
+    def at_time(self, time_index: int) -> list[UnitIR]:
+        layers = self.manifest.model.layers
+        return self.all[time_index * layers : (time_index + 1) * layers]
+
+
+def compile_store(store: MemoryStore, passes: str) -> tuple[Compiled, list[Account]]:
+    """The job of a store after some passes."""
+    source, shelf = StatisticsSource(store), MemoryShelf()
+    found = source.make_job(DEVICE)
+    accounts = run(source, found, parse_passes(passes), shelf, in_turn).accounts
+    found.__class__ = Compiled
+    found.all = [shelf.units[index] for index in range(found.units)]
+    return found, accounts
+
+
+def compiled(passes: str, of: Manifest | None = None, **options: Any) -> tuple[Compiled, list[Account]]:
+    """The job of random statistics after some passes."""
+    return compile_store(memory_store(of or stats.manifest(), **options), passes)
 
 
 def write_store(path: Path, of: Manifest, samples: int = 3, seed: int = 0, probed: bool = False) -> Path:

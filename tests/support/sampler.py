@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 
-from calibatt.compiler.collect import collect
 from calibatt.compiler.cost import device_named
-from calibatt.compiler.emit import make_plan
+from calibatt.compiler.emit import compile_in_memory
+from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.language import parse_passes
-from calibatt.compiler.pipeline import run
 from calibatt.compiler.stats import Manifest, Store, StoreWriter, default_windows
 from calibatt.plans import Blocks, ModelSignature, PlanFile, TokenGrid
 from calibatt.tools.calibrate.probing import Trajectory
@@ -104,7 +103,5 @@ def tiny_store(path: Path) -> Store:
 
 def tiny_plan(store: Store, density: float = 0.6) -> PlanFile:
     """A plan compiled from it."""
-    job = collect(store, device_named("h200-triton"))
-    passes = parse_passes(f"vote,protect,select{{target-density={density}}},schedule,lower")
-    run(job, passes)
-    return make_plan(job, store, passes)
+    passes = parse_passes(f"vote,protect,select{{target-density={density},menu=planes+windows+cuts}},schedule,lower")
+    return compile_in_memory(store, StatisticsSource(store), passes, device_named("h200-triton"))

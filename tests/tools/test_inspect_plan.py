@@ -204,6 +204,26 @@ def test_a_missing_matplotlib_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "a picture needs matplotlib: pip install 'calibatt[tools]'" in result.output
 
 
+def test_two_plans_are_compared(tmp_path: Path) -> None:
+    assert "the same, byte for byte" in inspect(GOLDEN, "--diff", GOLDEN).output
+    first, second = tiny_schedule(1), tiny_schedule(2)
+    write_plan(tmp_path / "a", tiny_plan(schedules=((first, first), (first, first)), notes="\x1bone"))
+    write_plan(tmp_path / "b", tiny_plan(schedules=((first, first), (first, second)), notes="two"))
+    text = inspect(tmp_path / "a", "--diff", tmp_path / "b").output
+    assert "- notes: \\x1bone\n+ notes: two" in text
+    assert "100.0%" in text
+    value = json.loads(inspect(tmp_path / "a", "--diff", tmp_path / "b", "--json").output)
+    keeps = [np.concatenate([each.tile_keep(head) for head in range(4)]) for each in (first, second)]
+    both, either = (keeps[0] & keeps[1]).sum(), (keeps[0] | keeps[1]).sum()
+    same = keeps[0].sum()
+    assert value["segments"][0]["in_common"] == 1
+    assert value["segments"][1]["in_common"] == pytest.approx((same + both) / (same + either))
+    assert value["segments"][1]["densities"] == pytest.approx([first.density, (first.density + second.density) / 2])
+    write_plan(tmp_path / "c", tiny_plan(segments=(Segment(0.0, 1.0, 0.5),), schedules=((first, first),)))
+    assert "segments" in json.loads(inspect(tmp_path / "a", "--diff", tmp_path / "c", "--json").output)["header"]
+    assert inspect(GOLDEN, "--diff", tmp_path / "none").exit_code == 2
+
+
 def test_help_teaches() -> None:
     text = inspect("--help").output
     for words in ("dense", "sparse", "anchored", "density", "--layer 12 --head 3", "Exit codes"):

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from calibatt.compiler.stats import Manifest, Store, StoreError, StoreWriter, default_windows
+from calibatt.compiler.stats import DEFAULT_THRESHOLDS, Manifest, Store, StoreError, StoreWriter, default_windows
 from calibatt.plans import BLOCK_SIZES, Blocks, PlanError
 from calibatt.runtime.adapters import UnknownModelError, adapter_for
 from calibatt.tools.calibrate.listen import ListenError
@@ -27,8 +27,8 @@ from calibatt.tools.calibrate.statistics import unit_statistics
 NAME = "calibatt-calibrate"
 DEFAULT_SAMPLES = 8
 ROW_RADIUS = 3
-PROBE_PLANE = 0
-"""Probes drop what the lowest threshold's keep plane drops."""
+PROBE_THRESHOLD = 0.8
+"""Probes drop what the keep plane of the threshold nearest to this drops."""
 
 Work = list[tuple[str, int]]
 """Prompts and their seeds."""
@@ -53,7 +53,13 @@ PROMPTS: dict[str, Callable[[int, int], list[str]]] = {"demo": _demo_prompts}
 
 
 def make_manifest(
-    sampler: Sampler, *, block_size: int = 64, times: int | None = None, mass: bool = False, query_stride: int = 1
+    sampler: Sampler,
+    *,
+    block_size: int = 64,
+    times: int | None = None,
+    mass: bool = False,
+    query_stride: int = 1,
+    thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS,
 ) -> Manifest:
     """What to measure of a sampler's model.
 
@@ -63,6 +69,7 @@ def make_manifest(
         times: How many of the steps are recorded, evenly spread from the first to the last; all if absent.
         mass: Also keep the block mass.
         query_stride: Measure every `query_stride`-th query of a block.
+        thresholds: Mass that each keep plane reaches, ascending.
 
     Returns:
         Its manifest.
@@ -81,6 +88,7 @@ def make_manifest(
         grid=sampler.grid,
         blocks=Blocks(block_size, block_size),
         times=tuple(sorted(sampler.times[step] for step in spread(len(sampler.times), count))),
+        thresholds=thresholds,
         windows=default_windows(sampler.grid),
         query_stride=query_stride,
         row_radius=min(ROW_RADIUS, sampler.grid.height - 1),
@@ -137,6 +145,7 @@ def probe(
     A sample that was not recorded just now is sampled once more, for the latents from which its probes start.
     """
     manifest = writer.manifest
+    plane = min(range(len(manifest.thresholds)), key=lambda at: abs(manifest.thresholds[at] - PROBE_THRESHOLD))
     done, wanted = writer.probed(), spread(len(manifest.times), times) if times else []
     by_layer = {wanted[at] for at in spread(len(wanted), min(layer_times, len(wanted)))} if layer_times else set()
     todo = {
@@ -155,7 +164,7 @@ def probe(
         for index in indices if dense else ():
 
             def keep(layer: int, name: str = name, index: int = index) -> torch.Tensor:
-                return torch.from_numpy(store.unit(name, index, layer).keep(PROBE_PLANE, manifest))
+                return torch.from_numpy(store.unit(name, index, layer).keep(plane, manifest))
 
             found = dense.probe(name, index, steps[index], keep, manifest.blocks, layers=index in by_layer)
             if found:
@@ -180,6 +189,20 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise ValueError(f"{path} must have at least one prompt, one a line, got none")
     return prompts
+
+
+def read_thresholds(text: str | None) -> tuple[float, ...]:
+    """Numbers joined by commas; the default ones if absent.
+
+    Raises:
+        ValueError: Something is no number.
+    """
+    if text is None:
+        return DEFAULT_THRESHOLDS
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise ValueError(f"--thresholds must be numbers joined by commas, got {text!r}") from None
 
 
 def plan_work(model: str, path: Path | None, samples: int | None, seed: int) -> Work:
@@ -246,6 +269,7 @@ Exit codes: 0 all is recorded; 1 stopped, run it again to continue; 2 the call o
 @click.option("--probe-samples", type=click.IntRange(0), help="Samples to probe them on [all].")
 @click.option("--layer-probes", type=click.IntRange(0), help="Probed times also probed by layer [all].")
 @click.option("--mass/--no-mass", default=False, show_default=True, help="Keep the block mass: about twice the bytes.")
+@click.option("--thresholds", help=f"Mass of the keep planes [{','.join(map(str, DEFAULT_THRESHOLDS))}].")
 @click.option("--block-size", type=click.Choice([str(size) for size in BLOCK_SIZES]), default="64", show_default=True)
 @click.option("--query-stride", type=click.IntRange(1), default=1, show_default=True, help="Measure every n-th query.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one.")
@@ -261,6 +285,7 @@ def main(
     probe_samples: int | None,
     layer_probes: int | None,
     mass: bool,
+    thresholds: str | None,
     block_size: str,
     query_stride: int,
     device: str,
@@ -286,7 +311,14 @@ def main(
         work = plan_work(model, prompts, samples, seed)
         sampler = SAMPLERS[model](steps, pick_device(device))
         sampler.check([prompt for prompt, _ in work])
-        manifest = make_manifest(sampler, block_size=int(block_size), times=times, mass=mass, query_stride=query_stride)
+        manifest = make_manifest(
+            sampler,
+            block_size=int(block_size),
+            times=times,
+            mass=mass,
+            query_stride=query_stride,
+            thresholds=read_thresholds(thresholds),
+        )
         begun = time.perf_counter()
         with (
             StoreWriter.open(output, manifest) as writer,

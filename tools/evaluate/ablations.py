@@ -43,7 +43,7 @@ console = Console(stderr=True)
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A store as if less had been recorded: what `collect` and `make_plan` ask of a store.
+    """A store as if less had been recorded: what the compiler asks of a store.
 
     Args:
         store: The whole.
@@ -82,16 +82,16 @@ class Part:
         whole = self.store.manifest
         return whole if self.thresholds is None else replace(whole, thresholds=self.thresholds)
 
-    def unit(self, sample: str, time_index: int, layer: int) -> UnitStatistics:
-        unit = self.store.unit(sample, time_index, layer)
+    def unit(self, sample: str, time_index: int, layer: int, planes: bool = True) -> UnitStatistics:
+        unit = self.store.unit(sample, time_index, layer, planes)
         if self.thresholds is None:
             return unit
         whole = self.store.manifest.thresholds
-        planes = [whole.index(threshold) for threshold in self.thresholds]
-        menu = [*planes, *range(len(whole), len(unit.menu_error))]
+        kept = [whole.index(threshold) for threshold in self.thresholds]
+        menu = [*kept, *range(len(whole), len(unit.menu_error))]
         return replace(
             unit,
-            planes=unit.planes[planes],
+            planes=None if unit.planes is None else unit.planes[kept],
             menu_error=unit.menu_error[menu],
             menu_residual_error=unit.menu_residual_error[menu],
         )
@@ -159,10 +159,10 @@ def variants(study: Study) -> dict[str, Callable[[float], Rule]]:
         found[f"menu {menu}"] = compiled(
             study, store, f"vote,protect,select{{target-density=D,menu={menu}}},schedule,lower"
         )
-    found["no anchors"] = compiled(study, store, "vote,protect,select,schedule,lower")
+    found["no anchors"] = compiled(study, store, "protect,select,schedule,lower")
     select = "select{target-density=D}"
     for safety in (1, 16):
-        passes = f"vote,protect,{select},anchors{{safety={safety}}},{select},schedule,lower"
+        passes = f"protect,{select},anchors{{safety={safety}}},{select},schedule,lower"
         found[f"anchors, safety {safety}"] = compiled(study, store, passes)
     found["no time weight"] = compiled(study, Part(store, time_weighted=False, layer_weighted=False))
     found["time weight alike in all layers"] = compiled(study, Part(store, layer_weighted=False))

@@ -27,11 +27,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from calibatt.compiler.collect import collect
 from calibatt.compiler.cost import device_named
-from calibatt.compiler.emit import make_plan
+from calibatt.compiler.emit import compile_in_memory
+from calibatt.compiler.gather import StatisticsSource
+from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import DEFAULT_PASSES, parse_passes
-from calibatt.compiler.pipeline import run
 from calibatt.compiler.stats import Store
 from calibatt.runtime import Plan
 from calibatt.tools.calibrate.__main__ import SAMPLERS, pick_device, plan_work, read_prompts
@@ -64,6 +64,20 @@ OURS = "compiled"
 console = Console(stderr=True)
 
 
+class _Remembered:
+    """Units that are gathered once and compiled many times."""
+
+    def __init__(self, source: StatisticsSource) -> None:
+        self._source = source
+        self._units: dict[tuple[bool, int, int], UnitIR] = {}
+
+    def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
+        key = job.planes, time_index, layer
+        if key not in self._units:
+            self._units[key] = self._source.unit(job, time_index, layer)
+        return copy.deepcopy(self._units[key])
+
+
 class Study:
     """All that the methods share, made when first asked for.
 
@@ -82,16 +96,16 @@ class Study:
         return bench.see(self.bench)
 
     @cached_property
-    def job(self) -> Any:
-        return collect(self.store, device_named("h200-triton"))
+    def source(self) -> _Remembered:
+        return _Remembered(StatisticsSource(self.store))
 
     def compiled(self, density: float, passes: str = DEFAULT_PASSES) -> Rule:
         """What calibatt-compile makes of the store."""
-        job = copy.deepcopy(self.job)
         text = passes.replace("select", f"select{{target-density={density:g}}}") if "{" not in passes else passes
         parsed = parse_passes(text)
-        run(job, parsed)
-        return Planned(self.bench, Plan(make_plan(job, self.store, parsed)))
+        return Planned(
+            self.bench, Plan(compile_in_memory(self.store, self.source, parsed, device_named("h200-triton")))
+        )
 
     # scores of static masks, (T, L, H, Q, K)
 
@@ -250,7 +264,7 @@ METHODS: dict[str, Callable[[Study, float], Rule]] = {
     "compiled, planes + windows": lambda study, d: study.compiled(
         d, f"vote,protect,select{{target-density={d:g},menu=planes+windows}},schedule,lower"
     ),
-    "compiled, no anchors": lambda study, d: study.compiled(d, "vote,protect,select,schedule,lower"),
+    "compiled, no anchors": lambda study, d: study.compiled(d, "protect,select,schedule,lower"),
     "budget: measured menu": lambda study, d: study.under_budget(MENU, d),
     "budget: measured menu, weights by final video": lambda study, d: study.under_budget(
         MENU, d, normalised(study.layer_probes)

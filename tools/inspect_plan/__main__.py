@@ -11,7 +11,7 @@ from typing import NoReturn
 import click
 
 from calibatt.plans import PlanError, PlanFile
-from calibatt.tools.inspect_plan import summary
+from calibatt.tools.inspect_plan import compare, summary
 
 NAME = "calibatt-inspect"
 
@@ -26,6 +26,7 @@ NAME = "calibatt-inspect"
     type=click.FloatRange(0, 1),
     help="Denoising time of the mask to draw: 1 is pure noise, 0 the finished video.  [default: 0.5]",
 )
+@click.option("--diff", "other", type=click.Path(path_type=Path), help="Show what is different in this plan.")
 @click.option("--png", type=click.Path(path_type=Path), help="Draw the mask of --layer and --head into this file.")
 @click.option(
     "--overview-png",
@@ -38,6 +39,7 @@ def main(
     layer: int | None,
     head: int | None,
     time: float | None,
+    other: Path | None,
     png: Path | None,
     overview_png: Path | None,
 ) -> None:
@@ -54,6 +56,8 @@ def main(
       calibatt-inspect wan.plan --layer 12 --head 3 --time 0.2 --png mask.png
     Draw every head's density:
       calibatt-inspect wan.plan --overview-png overview.png
+    See what another compilation changed:
+      calibatt-inspect wan.plan --diff wan_new.plan
     Ask a script's question:
       calibatt-inspect wan.plan --json | jq .density
 
@@ -70,16 +74,22 @@ def main(
     for option, value, count in (("--layer", layer, plan.signature.layers), ("--head", head, plan.signature.heads)):
         if value is not None and value >= count:
             raise click.UsageError(f"{option} must be 0 to {count - 1} in this plan, got {value}")
-    if as_json:
-        click.echo(json.dumps(summary.summarise(plan, file), indent=2, default=bytes.hex))
-    elif png is None and overview_png is None:
-        summary.show(plan, file)
     try:
+        if other is not None:
+            found = compare.compare(plan, PlanFile.read(other))
+            if as_json:
+                click.echo(json.dumps(found, indent=2))
+            else:
+                compare.show(found)
+        elif as_json:
+            click.echo(json.dumps(summary.summarise(plan, file), indent=2, default=bytes.hex))
+        elif png is None and overview_png is None:
+            summary.show(plan, file)
         if png is not None and layer is not None and head is not None:
             _drawing().draw_mask(plan, layer, head, 0.5 if time is None else time, file.name, png)
         if overview_png is not None:
             _drawing().draw_overview(plan, file.name, overview_png)
-    except OSError as error:
+    except (PlanError, OSError) as error:
         _fail(error)
 
 

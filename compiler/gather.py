@@ -1,0 +1,193 @@
+"""From the samples of a store to one unit: means, votes and codes, head by head, so that the work stays in cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from calibatt.compiler.bits import Bits, Votes, unpack
+from calibatt.compiler.cost import Device
+from calibatt.compiler.ir import Float32, Float64, Job, UnitIR, UnitMeans, query_weights, row_required
+from calibatt.compiler.stats import Manifest, TimeWeightInfo, UnitStatistics, code_values, quantise, window_keep
+
+TOGETHER = 8
+"""Samples that are mapped at once: memory does not grow with their number."""
+PREDICTED_ROWS = 24
+"""At least so many query blocks of a head are looked at to compare measured with predicted errors."""
+
+
+class Samples(Protocol):
+    """What a job is gathered from: a `Store`, or what stands in for it in a test."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+    @property
+    def samples(self) -> tuple[str, ...]: ...
+    def unit(self, sample: str, time_index: int, layer: int, planes: bool = True) -> UnitStatistics: ...
+    def time_weight(self) -> tuple[Float64, TimeWeightInfo]: ...
+    def layer_factor(self) -> Float64: ...
+
+
+class StatisticsSource:
+    """A store of statistics as what `run` starts from.
+
+    Args:
+        store: The statistics.
+    """
+
+    def __init__(self, store: Samples) -> None:
+        self.store = store
+
+    def make_job(self, device: Device) -> Job:
+        """What is known before any unit is read."""
+        weights, info = self.store.time_weight()
+        return Job(
+            manifest=self.store.manifest,
+            samples=self.store.samples,
+            weights=weights,
+            unit_weights=weights[:, None] * self.store.layer_factor(),
+            weights_probed=info.probes > 0,
+            weights_source=str(info),
+            device=device,
+        )
+
+    def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
+        """One (time, layer), read from every sample once.
+
+        Raises:
+            StoreError: A unit is damaged.
+        """
+        manifest, names = job.manifest, job.samples
+        sums = _Sums(manifest, len(names), job.planes)
+        for start in range(0, len(names), TOGETHER):
+            part = names[start : start + TOGETHER]
+            units = [self.store.unit(name, time_index, layer, job.planes) for name in part]
+            sums.add(units, last=start + TOGETHER >= len(names))
+        means = sums.means()
+        required = row_required(means.error_code, manifest.model.heads, manifest.q_blocks, manifest.k_blocks)
+        weight = float(job.unit_weights[time_index, layer])
+        return UnitIR(time_index, layer, manifest.grid, manifest.blocks, weight, means, required)
+
+
+class _Sums:
+    """Running sums over the samples of one (time, layer)."""
+
+    def __init__(self, manifest: Manifest, samples: int, planes: bool) -> None:
+        heads, q_blocks, k_blocks = manifest.model.heads, manifest.q_blocks, manifest.k_blocks
+        self.manifest = manifest
+        self.samples = samples
+        self.votes = [Votes() for _ in range(heads if planes else 0)]
+        self.small: dict[str, Float64] = {}
+        self.errors: dict[int, Float32] = {}
+        self.values = np.empty(q_blocks * k_blocks + 1, np.float32)
+        self.code = np.empty((heads, q_blocks, k_blocks), np.uint8) if manifest.has_block_error else None
+        self.peak = np.zeros(heads, np.float32)
+        self.predicted = np.zeros((len(manifest.menu), heads))
+        self.rows = slice(None, None, max(1, q_blocks // PREDICTED_ROWS))
+        queries = query_weights(manifest.grid, manifest.blocks)[self.rows]
+        self.queries = (queries / queries.sum()).astype(np.float32)[:, None]
+        windows = [window_keep(window, manifest.grid, manifest.blocks)[self.rows] for window in manifest.windows]
+        self.dropped = [(~window).astype(np.float32) * self.queries for window in windows]
+
+    def add(self, units: Sequence[UnitStatistics], last: bool) -> None:
+        """Counts some samples; `last`: there are no more."""
+        for unit in units:
+            for name in ("menu_error", "menu_residual_error", "output_size", "row_residual_error"):
+                values = getattr(unit, name).astype(np.float64)
+                self.small[name] = self.small[name] + values if name in self.small else values
+        for head in range(self.manifest.model.heads):
+            for unit in units if self.votes else ():
+                assert unit.planes is not None
+                self.votes[head].add(unit.planes[:, head])
+            if self.code is not None:
+                self._add_error(units, head, last)
+
+    def _add_error(self, units: Sequence[UnitStatistics], head: int, last: bool) -> None:
+        assert self.code is not None
+        total = self.errors.pop(head, None)
+        for unit in units:
+            assert unit.block_error is not None
+            assert unit.block_error_peak is not None
+            error = self._values(unit.block_error[head], unit.block_error_peak[head] / self.samples)
+            total = error.copy() if total is None else np.add(total, error, out=total)
+            if unit.planes is not None:
+                self._predict(unit.planes[:, head, self.rows], error[self.rows], head)
+        assert total is not None
+        if not last:
+            self.errors[head] = total
+            return
+        planes = len(self.manifest.thresholds)
+        rows = total[self.rows]
+        for index, weights in enumerate(self.dropped, planes):
+            self.predicted[index, head] = (rows * weights).sum(dtype=np.float64)
+        self.peak[head] = total.max()
+        self.code[head] = fast_codes(total, self.peak[head])
+
+    def _values(self, codes: npt.NDArray[np.uint8], peak: np.float32) -> Float32:
+        """What the codes stand for, float32 in a buffer that the next call overwrites; two codes a look-up."""
+        flat = codes.reshape(-1)
+        even = len(flat) // 2 * 2
+        _pairs().take(flat[:even].view(np.uint16), out=self.values[:even].view(np.complex64), mode="clip")
+        if even < len(flat):
+            self.values[even] = code_values(1.0)[flat[-1]]
+        found = self.values[: len(flat)]
+        found *= np.float32(peak)
+        return found.reshape(codes.shape)
+
+    def _predict(self, planes: Bits, error: Float32, head: int) -> None:
+        """Adds the mean over some rows of the block errors that this sample's planes drop."""
+        weighted = error * self.queries
+        kept = unpack(planes, self.manifest.k_blocks)
+        for index, keep in enumerate(kept):
+            self.predicted[index, head] += np.where(keep, 0, weighted).sum(dtype=np.float64)
+
+    def means(self) -> UnitMeans:
+        means: dict[str, Any] = {name: total / self.samples for name, total in self.small.items()}
+        known = self.code is not None
+        return UnitMeans(
+            votes=self.votes,
+            error_code=self.code,
+            error_peak=self.peak,
+            menu_predicted=self.predicted if known else None,
+            **means,
+        )
+
+
+_TOP_BITS = 15
+
+
+def fast_codes(values: Float32, peak: np.float32) -> npt.NDArray[np.uint8]:
+    """`quantise` by table: a value's code by its exponent and 8 bits of its mantissa, at most 0.2 % from exact.
+
+    Args:
+        values: float32, any shape, 0 <= values <= peak.
+        peak: What code 0 stands for.
+    """
+    if peak <= 0:
+        return quantise(np.zeros(values.shape), 0.0)
+    relative = values * np.float32(1 / peak)
+    found: npt.NDArray[np.uint8] = _table().take(relative.view(np.uint32) >> _TOP_BITS, mode="clip")
+    return found
+
+
+@lru_cache(maxsize=1)
+def _pairs() -> npt.NDArray[np.complex64]:
+    """For two codes as one little-endian number, both values under peak 1 as one number of two parts."""
+    values = code_values(1.0)
+    pairs = np.empty((256, 256, 2), np.float32)
+    pairs[..., 0], pairs[..., 1] = values[None, :], values[:, None]
+    found: npt.NDArray[np.complex64] = pairs.reshape(-1).view(np.complex64)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _table() -> npt.NDArray[np.uint8]:
+    top = int(np.float32(1).view(np.uint32)) >> _TOP_BITS
+    middles = ((np.arange(top + 1, dtype=np.uint32) << _TOP_BITS) + (1 << (_TOP_BITS - 1))).view(np.float32)
+    codes = quantise(np.minimum(middles, 1), 1.0)
+    codes[0] = 255  # an exact zero
+    return codes

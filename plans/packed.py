@@ -1,0 +1,350 @@
+"""A layer's schedule with its block lists as packed bits, and how a plan file stores them.
+
+Bits are what the compiler computes with and what compresses; the lists of a `LayerSchedule` follow in milliseconds.
+Neighbouring times differ in few blocks, so a layer is stored as its difference from the same layer of a neighbour, its
+*base*; some segments are their own base, so that no more than a few frames make a layer wherever one starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from calibatt.plans.errors import MaskError, ScheduleError
+from calibatt.plans.schedule import DENSE, Int32, LayerSchedule
+from calibatt.plans.schema import Blocks, TokenGrid
+
+UInt8 = npt.NDArray[np.uint8]
+
+MAX_BASES = 4
+"""Segments between one and what is stored whole, itself not counted."""
+LEVEL, BASE_LEVEL = 6, 12
+"""Effort of compression; a base is stored once and read for all of its group."""
+CACHED_LAYERS = 2
+"""Decoded schedules are kept for so many segments' worth of layers, the last used ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayer:
+    """What a `LayerSchedule` says, lists as bits.
+
+    Args:
+        grid: The token sequence.
+        blocks: Block sizes.
+        list_bits: uint8 ``(lists, ceil(K / 8))``: bit j, little-endian, is set if list i holds key block j.
+        head_list: int32 ``(heads,)``, as in `LayerSchedule`; so are the others.
+        head_anchor: int32 ``(heads,)``.
+        anchor_ptr: int32 ``(patterns + 1,)``.
+        group_start: int32 ``(groups,)``.
+        anchor_row: int32 ``(groups,)``.
+        tile_order: int32 ``(tiles,)``.
+    """
+
+    grid: TokenGrid
+    blocks: Blocks
+    list_bits: UInt8
+    head_list: Int32
+    head_anchor: Int32
+    anchor_ptr: Int32
+    group_start: Int32
+    anchor_row: Int32
+    tile_order: Int32
+
+    @classmethod
+    def of(cls, schedule: LayerSchedule) -> PackedLayer:
+        """The packed form of a schedule that keeps its promises."""
+        k_blocks, lengths = schedule.k_blocks, np.diff(schedule.row_ptr)
+        keep = np.zeros((len(lengths), k_blocks), np.bool_)
+        keep[np.repeat(np.arange(len(lengths)), lengths), schedule.col_idx] = True
+        return cls(
+            grid=schedule.grid,
+            blocks=schedule.blocks,
+            list_bits=np.packbits(keep, axis=1, bitorder="little"),
+            **{name: getattr(schedule, name) for name in SMALL_ARRAYS},
+        )
+
+    @property
+    def heads(self) -> int:
+        return len(self.head_list)
+
+    @property
+    def k_blocks(self) -> int:
+        return self.blocks.k_blocks(self.grid.tokens)
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """int64 ``(lists,)``: blocks of each list."""
+        found: npt.NDArray[np.int64] = np.bitwise_count(self.list_bits).sum(1, dtype=np.int64)
+        return found
+
+    @cached_property
+    def _shell(self) -> LayerSchedule:
+        """The schedule with one block in each list: all but the lists themselves."""
+        lists = len(self.list_bits)
+        row_ptr, col_idx = np.arange(lists + 1, dtype=np.int32), np.zeros(lists, np.uint16)
+        small = {name: getattr(self, name) for name in SMALL_ARRAYS}
+        return LayerSchedule(grid=self.grid, blocks=self.blocks, row_ptr=row_ptr, col_idx=col_idx, **small)
+
+    def tiles(self, head: int) -> int:
+        return self._shell.tiles(head)
+
+    def head_bits(self, head: int) -> UInt8 | None:
+        """uint8 ``(tiles, ceil(K / 8))``: the head's mask over its tiles; None if it is dense."""
+        first = int(self.head_list[head])
+        return None if first == DENSE else self.list_bits[first : first + self.tiles(head)]
+
+    def computed_blocks(self, head: int) -> int:
+        """Key blocks that the head computes over all its tiles."""
+        first, tiles = int(self.head_list[head]), self.tiles(head)
+        return tiles * self.k_blocks if first == DENSE else int(self.lengths[first : first + tiles].sum())
+
+    @property
+    def density(self) -> float:
+        """Blocks computed / blocks of dense attention, mean over the heads."""
+        dense = self.heads * self.blocks.q_blocks(self.grid.tokens) * self.k_blocks
+        return sum(self.computed_blocks(head) for head in range(self.heads)) / dense
+
+    def check(self) -> None:
+        """Proves that the bits are lists and that all else keeps the promises of `LayerSchedule`.
+
+        Raises:
+            ScheduleError: The first broken promise.
+        """
+        width, spare = -(-self.k_blocks // 8), -self.k_blocks % 8
+        if self.list_bits.dtype != np.uint8 or self.list_bits.ndim != 2 or self.list_bits.shape[1] != width:
+            found = f"{self.list_bits.dtype} of {self.list_bits.shape}"
+            raise ScheduleError(f"list_bits must be uint8 of (lists, {width}), got {found}")
+        if spare and (self.list_bits[:, -1] >> (8 - spare)).any():
+            raise ScheduleError(f"list_bits must have zero bits from key block {self.k_blocks} on, got ones")
+        if len(self.lengths) and not self.lengths.all():
+            raise ScheduleError(f"list_bits must hold a block in each list, got none in {int(self.lengths.argmin())}")
+        self._shell.check()
+
+    def schedule(self) -> LayerSchedule:
+        """The lowered form, what kernels use; of a layer that keeps its promises."""
+        row_ptr = np.zeros(len(self.list_bits) + 1, np.int32)
+        np.cumsum(self.lengths, out=row_ptr[1:])
+        col_idx = np.empty(int(row_ptr[-1]), np.uint16)
+        width = 8 * self.list_bits.shape[1]
+        for start in range(0, len(self.list_bits), _ROWS_AT_ONCE):  # a part at a time stays in the cache
+            stop = min(start + _ROWS_AT_ONCE, len(self.list_bits))
+            bits = np.unpackbits(self.list_bits[start:stop].reshape(-1), bitorder="little")
+            place = np.flatnonzero(bits.view(np.bool_)).astype(np.uint16)  # modulo 65536, and so is what follows
+            first = (np.arange(stop - start) * width).astype(np.uint16)
+            part = slice(int(row_ptr[start]), int(row_ptr[stop]))
+            np.subtract(place, np.repeat(first, self.lengths[start:stop]), out=col_idx[part])
+        small = {name: getattr(self, name) for name in SMALL_ARRAYS}
+        return LayerSchedule(grid=self.grid, blocks=self.blocks, row_ptr=row_ptr, col_idx=col_idx, **small)
+
+    @cached_property
+    def natural_order(self) -> Int32:
+        """The tile order that a plan file need not store: `longest_first`."""
+        every = [self.head_bits(head) for head in range(self.heads)]
+        dense = [np.full(self.tiles(head), self.k_blocks) for head in range(self.heads)]
+        firsts = self.head_list.tolist()
+        lengths = [
+            dense[head] if bits is None else self.lengths[firsts[head] : firsts[head] + len(bits)]
+            for head, bits in enumerate(every)
+        ]
+        return longest_first(lengths)
+
+
+_ROWS_AT_ONCE = 512
+SMALL_ARRAYS = ("head_list", "head_anchor", "anchor_ptr", "group_start", "anchor_row", "tile_order")
+
+
+def longest_first(lengths: Sequence[npt.NDArray[np.int64]]) -> Int32:
+    """Tile ids head by head, within a head by falling length, equal ones by their place."""
+    order, first = [np.zeros(0, np.int64)], 0
+    for each in lengths:
+        order.append(first + np.argsort(-each, kind="stable"))
+        first += len(each)
+    return np.concatenate(order).astype(np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedLayer:
+    """A layer as a plan file holds it.
+
+    Args:
+        masks: uint8, a zstd frame of the lists' bits, or of their difference from those of the base.
+        lists: How many lists there are.
+        small: `SMALL_ARRAYS` by name; ``tile_order`` is empty where it is the natural one.
+    """
+
+    masks: UInt8
+    lists: int
+    small: dict[str, Int32]
+
+
+def encode(layer: PackedLayer, base: PackedLayer | None) -> EncodedLayer:
+    """The stored form of a layer."""
+    bits = np.ascontiguousarray(layer.list_bits)
+    if base is not None:
+        bits = bits ^ _prediction(layer, base)
+    level = BASE_LEVEL if base is None else LEVEL
+    frame = zstandard.ZstdCompressor(level=level, write_content_size=True).compress(bits.tobytes())
+    small = {name: getattr(layer, name) for name in SMALL_ARRAYS}
+    if np.array_equal(layer.tile_order, layer.natural_order):
+        small["tile_order"] = np.zeros(0, np.int32)
+    return EncodedLayer(np.frombuffer(frame, np.uint8), len(layer.list_bits), small)
+
+
+def decode(stored: EncodedLayer, base: PackedLayer | None, grid: TokenGrid, blocks: Blocks) -> PackedLayer:
+    """The layer that was stored, proved.
+
+    Raises:
+        MaskError: The frame is none, or not of so many lists.
+        ScheduleError: A promise of `LayerSchedule` is broken.
+    """
+    width = -(-blocks.k_blocks(grid.tokens) // 8)
+    frame, size = stored.masks.tobytes(), stored.lists * width
+    try:
+        if zstandard.frame_content_size(frame) != size:
+            rule = f"hold {size} bytes for {stored.lists} lists"
+            raise MaskError(f"masks must {rule}, got {zstandard.frame_content_size(frame)}")
+        data = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise MaskError(f"masks must be one zstd frame, got {error}") from None
+    bits = np.frombuffer(data, np.uint8).reshape(stored.lists, width)
+    layer = PackedLayer(grid=grid, blocks=blocks, list_bits=bits, **stored.small)
+    natural = len(stored.small["tile_order"]) == 0
+    if natural:
+        tiles = int(_tiles_in_order(layer))
+        layer = replace(layer, tile_order=np.arange(tiles, dtype=np.int32))
+    layer._shell.check()
+    if base is not None:
+        layer = replace(layer, list_bits=bits ^ _prediction(layer, base))
+    if natural:
+        layer = replace(layer, tile_order=layer.natural_order)
+    layer.check()
+    return layer
+
+
+def _tiles_in_order(layer: PackedLayer) -> int:
+    """Tiles of all heads; proves first what that takes."""
+    patterns = len(layer.anchor_ptr) - 1
+    if ((layer.head_anchor < -1) | (layer.head_anchor >= patterns)).any():
+        raise ScheduleError(f"head_anchor must be -1 or below {patterns} patterns, got {layer.head_anchor.tolist()}")
+    return int(layer._shell.head_tile_ptr[-1])
+
+
+def _prediction(layer: PackedLayer, base: PackedLayer) -> UInt8:
+    """Bits of the base in the places of the layer's lists; 0 where nothing corresponds.
+
+    The lists of a head correspond if neither is dense and both have as many tiles; of heads that share lists the first
+    one counts.
+    """
+    found = np.zeros_like(layer.list_bits)
+    for head in reversed(range(layer.heads)):
+        bits = base.head_bits(head)
+        first, tiles = int(layer.head_list[head]), layer.tiles(head)
+        if first != DENSE and bits is not None and len(bits) == tiles:
+            found[first : first + tiles] = bits
+    return found
+
+
+def check_bases(bases: Sequence[int]) -> bool:
+    """Whether every segment reaches one that is its own base within `MAX_BASES` steps."""
+    place = np.array(bases, np.int64)
+    if ((place < 0) | (place >= len(place))).any():
+        return False
+    at = np.arange(len(place))
+    for _ in range(MAX_BASES):
+        at = place[at]
+    return bool((place[at] == at).all())
+
+
+def base_segments(segments: int) -> tuple[int, ...]:
+    """The base of each segment: its neighbour towards the middle of its group; the middle one is its own."""
+    group, bases = 2 * MAX_BASES, []
+    for segment in range(segments):
+        middle = min(segment - segment % group + MAX_BASES, segments - 1)
+        bases.append(segment + (segment < middle) - (segment > middle))
+    return tuple(bases)
+
+
+class StoredLayers(Sequence[Sequence[LayerSchedule]]):
+    """The schedules of a plan, decoded and proved when they are asked for; ``[segment][layer]``.
+
+    Args:
+        where: What errors name.
+        grid: The token sequence.
+        blocks: Block sizes.
+        heads: Of every layer.
+        bases: The base of each segment; `check_bases` holds.
+        layers: ``[segment][layer]``.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        grid: TokenGrid,
+        blocks: Blocks,
+        heads: int,
+        bases: Sequence[int],
+        layers: Sequence[Sequence[EncodedLayer]],
+    ) -> None:
+        self.where, self.grid, self.blocks, self.heads = where, grid, blocks, heads
+        self.bases, self.layers = tuple(bases), layers
+        per_segment = len(layers[0]) if layers else 1
+        cached = max(256, CACHED_LAYERS * per_segment) if self._small() else CACHED_LAYERS * per_segment
+        self.packed = lru_cache(maxsize=cached)(self._packed)
+        self.schedule = lru_cache(maxsize=cached)(self._schedule)
+
+    def _small(self) -> bool:
+        return self.blocks.q_blocks(self.grid.tokens) * self.blocks.k_blocks(self.grid.tokens) < 1 << 14
+
+    def _packed(self, segment: int, layer: int) -> PackedLayer:
+        """A layer's packed form.
+
+        Raises:
+            MaskError, ScheduleError: What is stored breaks a promise; names plan, segment and layer.
+        """
+        base = self.bases[segment]
+        above = None if base == segment else self.packed(base, layer)
+        try:
+            found = decode(self.layers[segment][layer], above, self.grid, self.blocks)
+            if found.heads != self.heads:
+                raise ScheduleError(f"head_list must have {self.heads} heads, got {found.heads}")
+        except (MaskError, ScheduleError) as error:
+            raise type(error)(f"{self.where}segment {segment}, layer {layer}: {error}") from None
+        return found
+
+    def _schedule(self, segment: int, layer: int) -> LayerSchedule:
+        return self.packed(segment, layer).schedule()
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence[LayerSchedule]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sequence[LayerSchedule]]: ...
+    def __getitem__(self, index: int | slice) -> Sequence[LayerSchedule] | Sequence[Sequence[LayerSchedule]]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(len(self))[index]]
+        return _StoredSegment(self, range(len(self))[index])
+
+
+class _StoredSegment(Sequence[LayerSchedule]):
+    def __init__(self, of: StoredLayers, segment: int) -> None:
+        self._of, self._segment = of, segment
+
+    def __len__(self) -> int:
+        return len(self._of.layers[self._segment])
+
+    @overload
+    def __getitem__(self, index: int) -> LayerSchedule: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LayerSchedule]: ...
+    def __getitem__(self, index: int | slice) -> LayerSchedule | Sequence[LayerSchedule]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(len(self))[index]]
+        return self._of.schedule(self._segment, range(len(self))[index])
