@@ -15,7 +15,7 @@ from calibatt.compiler.stats.errors import ProbeError
 ENOUGH_TIMES = 6
 ENOUGH_SAMPLES = 8
 ROUNDS = 50
-"""Of the fit of time weights where samples are not probed at the same times."""
+"""In which weights and factors are fitted to each other."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ def time_weight(times: Sequence[float], probes: Sequence[Probe]) -> tuple[npt.ND
     """The weight of every recorded time: typical of the samples, log-linear between probed times, held beyond them.
 
     How much a sample suffers from errors differs up to 100-fold from sample to sample, at all times alike, so that a
-    plain mean is the weight of the few that suffer most. Here every sample has a factor and every time a weight, fitted
-    to the logarithms of all probes (geometric means, where every sample was probed at every time), and the weights are
-    scaled so that probes are, on average, as large as them.
+    plain mean is the weight of the few that suffer most. Here every sample has a factor and every time a weight: the
+    factor is the mean of the sample's probes relative to the weights, the weight the mean of the time's probes relative
+    to the factors. Means, not medians: a time at which probes differ much is a time at which errors may cost much.
 
     Args:
         times: Recorded times, ascending.
@@ -137,12 +137,13 @@ def time_weight(times: Sequence[float], probes: Sequence[Probe]) -> tuple[npt.ND
     found = np.array([probe.weight for probe in probes])
     time = np.array([indices.index(probe.time_index) for probe in probes])
     sample = np.array([samples.index(probe.sample) for probe in probes])
-    logs, factors = np.log(found), np.zeros(len(samples))
-    for _ in range(ROUNDS):  # least squares by turns; with every sample probed at every time the first round is exact
-        level = np.bincount(time, logs - factors[sample]) / np.bincount(time)
-        factors = np.bincount(sample, logs - level[time]) / np.bincount(sample)
-    level += math.log((found / np.exp(level[time])).mean())
-    return np.exp(np.interp(times, [times[index] for index in indices], level)), info
+    factors = np.ones(len(samples))
+    for _ in range(ROUNDS):
+        weight = np.bincount(time, found / factors[sample]) / np.bincount(time)
+        factors = np.bincount(sample, found / weight[time]) / np.bincount(sample)
+        factors /= factors.mean()
+    weight = np.bincount(time, found / factors[sample]) / np.bincount(time)
+    return np.exp(np.interp(times, [times[index] for index in indices], np.log(weight))), info
 
 
 def layer_factor(times: Sequence[float], layers: int, probes: Sequence[Probe]) -> npt.NDArray[np.float64]:

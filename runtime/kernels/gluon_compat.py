@@ -1,0 +1,65 @@
+"""What differs between the releases of Triton for which the Gluon kernel was compiled: all drift is absorbed here.
+
+Gluon is experimental and changes without notice. A release that was not tried is refused, with the reason; `auto` then
+takes the triton backend.
+"""
+
+from __future__ import annotations
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = ["TESTED_RELEASES", "TensorDescriptor", "load_tile", "refusal", "store_tile"]
+
+TESTED_RELEASES = ("3.6", "3.9")
+"""Compiled for sm_90a by the tests; executed on an H200 under 3.6."""
+
+
+def refusal(version: str = triton.__version__) -> str | None:
+    """Why the Gluon kernel must not be used with a release of Triton; None if it may."""
+    if ".".join(version.split(".")[:2]) in TESTED_RELEASES:
+        return None
+    return f"the hopper kernel was tested with triton {' and '.join(TESTED_RELEASES)}, got {version}"
+
+
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+
+    @gluon.jit
+    def as_described(buffer, desc):
+        """A ``[rows, D]`` shared tile with the leading ones and the layout of its descriptor's tiles."""
+        return buffer.reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+
+else:
+
+    @gluon.jit
+    def as_described(buffer, desc):
+        """A ``[rows, D]`` shared tile with the leading ones and the layout of its descriptor's tiles."""
+        return buffer._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+
+
+if hasattr(tma, "async_store"):
+
+    @gluon.jit
+    def load_tile(desc, coord, barrier, buffer):
+        """Begins to copy what is at `coord` into a shared tile."""
+        tma.async_load(desc, coord, barrier, as_described(buffer, desc))
+
+    @gluon.jit
+    def store_tile(desc, coord, buffer):
+        """Begins to copy a shared tile to `coord`."""
+        tma.async_store(desc, coord, as_described(buffer, desc))
+
+else:
+
+    @gluon.jit
+    def load_tile(desc, coord, barrier, buffer):
+        """Begins to copy what is at `coord` into a shared tile."""
+        tma.async_copy_global_to_shared(desc, coord, barrier, as_described(buffer, desc))
+
+    @gluon.jit
+    def store_tile(desc, coord, buffer):
+        """Begins to copy a shared tile to `coord`."""
+        tma.async_copy_shared_to_global(desc, coord, as_described(buffer, desc))
