@@ -19,8 +19,9 @@ BACKENDS = {
     "reference": "calibatt.runtime.reference",
     "torch": "calibatt.runtime.backends.torch",
     "triton": "calibatt.runtime.backends.triton",
+    "hopper": "calibatt.runtime.backends.hopper",
 }
-AUTO = ("triton", "torch")
+AUTO = ("hopper", "triton", "torch")
 """What `auto` tries, best first."""
 
 

@@ -1,18 +1,12 @@
 """What differs between the releases of Triton for which the Gluon kernel was compiled: all drift is absorbed here.
 
-Gluon is experimental and changes without notice. A release that was not tried is refused, with the reason; `auto` then
-takes the triton backend.
+Gluon is experimental and changes without notice. A release that was not tried is refused, with the reason, before
+anything of Gluon is imported; `auto` then takes the triton backend.
 """
 
 from __future__ import annotations
 
 import triton
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-__all__ = ["TESTED_RELEASES", "TensorDescriptor", "load_tile", "refusal", "store_tile"]
 
 TESTED_RELEASES = ("3.6", "3.9")
 """Compiled for sm_90a by the tests; executed on an H200 under 3.6."""
@@ -22,7 +16,18 @@ def refusal(version: str = triton.__version__) -> str | None:
     """Why the Gluon kernel must not be used with a release of Triton; None if it may."""
     if ".".join(version.split(".")[:2]) in TESTED_RELEASES:
         return None
-    return f"the hopper kernel was tested with triton {' and '.join(TESTED_RELEASES)}, got {version}"
+    return f"triton must be {' or '.join(TESTED_RELEASES)}, for which the kernel was tested, got {version}"
+
+
+if reason := refusal():
+    raise ImportError(reason)
+
+from triton.experimental import gluon  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon.language.nvidia.hopper import tma  # noqa: E402
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
+
+__all__ = ["TESTED_RELEASES", "TensorDescriptor", "load_tile", "refusal", "store_tile"]
 
 
 if hasattr(gl.shared_memory_descriptor, "reinterpret"):

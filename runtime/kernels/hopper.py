@@ -24,6 +24,8 @@ Row sums are kept per lane and added across lanes at the end of a tile; every ou
 order, so that equal inputs give equal bits, whichever CTA computes a tile.
 """
 
+import functools
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -450,6 +452,12 @@ def hopper_forward(
         (_producer, (q_desc, packed_q_desc, k_desc, v_desc, q_slots, k_slots, v_slots, facts, barriers, tiles, columns,
                      counter, tokens, tiles_of_batch, work, ANCHORED, KV_SLOTS)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+
+
+@functools.cache
+def described_layout() -> gl.NVMMASharedLayout:
+    """The layout of the tiles of a descriptor of ``(B, H, N, D)``."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
 def kv_slots(head_dim: int, block_k: int) -> int:
