@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The oldest release for which the Gluon kernel is tested; only compiled with, beside the installed one.
+OLDER_TRITON := $(VENV)/triton-3.6
 # The CPU build of PyTorch where the index has one; a CUDA machine can set TORCH to its own build.
 TORCH ?= torch==2.13.0
 
@@ -12,13 +14,14 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[runtime,tools,models,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDER_TRITON) triton==3.6.0
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/calibatt-demo -o demo
 
 test: lint
-	$(BIN)/python -m pytest
+	CALIBATT_OLDER_TRITON=$(CURDIR)/$(OLDER_TRITON) $(BIN)/python -m pytest
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,18 +1,19 @@
-"""The hopper backend: one launch of `kernels.hopper` for all heads of a layer, with two small ones for anchor rows. sm90."""
+"""The hopper backend: one launch of `kernels.hopper` for all heads of a layer, two small ones for anchor rows. sm90."""
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from calibatt.plans.schedule import NO_ANCHORS
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
+from calibatt.runtime.kernels import gluon_compat
 from calibatt.runtime.kernels.anchors import pack_queries, spread_rows
-from calibatt.runtime.kernels.gluon_compat import TensorDescriptor
 from calibatt.runtime.kernels.hopper import BLOCK_Q, GROUP_Q, LAUNCH_OPTIONS, described_layout, hopper_forward, kv_slots
 from calibatt.runtime.schedule import DeviceSchedule
 
@@ -36,11 +37,13 @@ class Prepared:
         tiles: int32 ``(tiles, 4)``: place, start, stop, last key block; see `kernels.hopper.hopper_forward`.
         anchored: int32, the heads that compute anchor rows only.
         packed_tokens: The most packed queries of such a head.
+        compiled: Variants of the kernel that have been launched for this schedule.
     """
 
     tiles: torch.Tensor
     anchored: torch.Tensor
     packed_tokens: int
+    compiled: dict[Any, Any] = field(default_factory=dict)
 
 
 def supports(core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -100,34 +103,47 @@ def run(
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if return_lse else None
     ready = bound.derived(prepare)
     tiles, block_k = len(ready.tiles), bound.core.blocks.block_k
-    layout = described_layout()
-    q_desc, out_desc = describe(q, GROUP_Q.value, layout), describe(out, GROUP_Q.value, layout)
-    packed_q_desc, packed_out_desc = q_desc, out_desc
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    packed_q = packed_out = packed_lse = None
+    packed_grid = (-(-ready.packed_tokens // PACKED_ROWS), len(ready.anchored), batch)
+    if bound.anchored:
+        packed_q, packed_out = (q.new_empty(batch, heads, ready.packed_tokens, head_dim) for _ in range(2))
+        packed_lse = lse.new_empty(batch, heads, ready.packed_tokens) if lse is not None else None
+    arguments = {
+        "q_desc": describe(q, GROUP_Q.value),
+        "packed_q_desc": None if packed_q is None else describe(packed_q, GROUP_Q.value),
+        "k_desc": describe(k, block_k),
+        "v_desc": describe(v, block_k),
+        "out_desc": describe(out, GROUP_Q.value),
+        "packed_out_desc": None if packed_out is None else describe(packed_out, GROUP_Q.value),
+        "lse_ptr": lse,
+        "packed_lse_ptr": packed_lse,
+        "tiles": ready.tiles,
+        "columns": bound.columns,
+        "counter": torch.zeros(1, dtype=torch.int32, device=q.device),
+        "tokens": tokens,
+        "packed_tokens": ready.packed_tokens,
+        "heads": heads,
+        "tiles_of_batch": tiles,
+        "work": tiles * batch,
+        "scale_log2": scale * math.log2(math.e),
+        "ANCHORED": bound.anchored,
+        "LSE": return_lse,
+        "KV_SLOTS": kv_slots(head_dim, block_k),
+        **LAUNCH_OPTIONS,
+    }
     with torch.cuda.device_of(q):
-        packed_lse = lse
-        if bound.anchored:
-            shape = (batch, heads, ready.packed_tokens, head_dim)
-            packed_q, packed_out = q.new_empty(shape), q.new_empty(shape)
-            packed_q_desc, packed_out_desc = (describe(x, GROUP_Q.value, layout) for x in (packed_q, packed_out))
-            packed_lse = lse.new_empty(shape[:3]) if lse is not None else None
-            grid = (-(-ready.packed_tokens // PACKED_ROWS), len(ready.anchored), batch)
-            pack_queries[grid](
+        if packed_q is not None:
+            pack_queries[packed_grid](
                 q, packed_q, ready.anchored, bound.heads, bound.query_token, *q.stride()[:3], heads,
                 ready.packed_tokens, ROWS=PACKED_ROWS, HEAD_DIM=head_dim,
             )  # fmt: skip
-        hopper_forward[(min(processors(q.device), tiles * batch),)](
-            q_desc, packed_q_desc, describe(k, block_k, layout), describe(v, block_k, layout), out_desc,
-            packed_out_desc, lse if return_lse else out, packed_lse if return_lse else out, ready.tiles,
-            bound.columns, counter, tokens, ready.packed_tokens, heads, tiles, tiles * batch,
-            scale * math.log2(math.e), ANCHORED=bound.anchored, LSE=return_lse,
-            KV_SLOTS=kv_slots(head_dim, block_k), **LAUNCH_OPTIONS,
-        )  # fmt: skip
-        if bound.anchored:
-            spread_rows[grid](
-                packed_out, packed_lse if return_lse else out, out, lse if return_lse else out, ready.anchored,
-                bound.heads, bound.query_first, bound.query_copies, *out.stride()[:3], heads, ready.packed_tokens,
-                tokens, bound.core.grid.width, ROWS=PACKED_ROWS, HEAD_DIM=head_dim, LSE=return_lse,
+        grid = (min(processors(q.device), tiles * batch), 1, 1)
+        gluon_compat.launch(hopper_forward, ready.compiled, (batch, q.dtype, head_dim, return_lse), grid, arguments)
+        if packed_q is not None:
+            spread_rows[packed_grid](
+                packed_out, packed_lse, out, lse, ready.anchored, bound.heads, bound.query_first, bound.query_copies,
+                *out.stride()[:3], heads, ready.packed_tokens, tokens, bound.core.grid.width,
+                ROWS=PACKED_ROWS, HEAD_DIM=head_dim, LSE=return_lse,
             )  # fmt: skip
     return out, lse
 
@@ -141,11 +157,11 @@ def addressable(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def describe(x: torch.Tensor, rows: int, layout: object) -> TensorDescriptor:
-    """TMA descriptor of ``(B, H, N, D)`` in tiles of some rows; the stride of a dimension of one is any."""
+def describe(x: torch.Tensor, rows: int) -> Any:
+    """TMA descriptor of ``(B, H, N, D)`` in tiles of some rows; the stride of a dimension of one may be any."""
     head_dim = x.shape[3]
     strides = [stride if size > 1 else head_dim for stride, size in zip(x.stride()[:3], x.shape, strict=False)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, head_dim], layout)
+    return gluon_compat.describe(x, [*strides, 1], [1, 1, rows, head_dim], described_layout())
 
 
 @functools.cache

@@ -15,7 +15,8 @@ def pack_queries(
 ):  # fmt: skip
     """``packed[b, h, p] = q[b, h, token[p]]`` of anchored heads, 0 past a head's last packed query.
 
-    Grid: (packed_tokens / ROWS, anchored heads, batch). anchored int32: which heads. packed ``(B, H, packed_tokens, D)``.
+    Grid: (packed_tokens / ROWS, anchored heads, batch). anchored int32: which heads. packed has the shape
+    ``(B, H, packed_tokens, D)``.
     """
     head = tl.load(anchored_ptr + tl.program_id(1))
     batch = tl.program_id(2).to(tl.int64)

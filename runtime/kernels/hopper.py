@@ -12,12 +12,12 @@ compute. They share queues in shared memory and meet at mbarriers:
             └◀── q_free ───────────┘   the tile's output has left the slot that its queries came in
 
 Consumers, step g:   S = Q K_g^T  and  O += P_{g-1} V_{g-1}  are in flight together; the softmax of S runs beside the
-second one and makes P_g. A tile's last product runs beside the first scores of the next tile: the pipeline never drains.
+second one and makes P_g. A tile's last product runs beside the first scores of the next one: the pipeline never drains.
 
-Softmax without a running maximum. The reference m of a row is the exact maximum of its tile's first block, and stays: no
-maximum, no shuffle and no rescaling in the loop. After every step the 128 threads of a warpgroup vote on whether a
-partial sum of probabilities overshoots a bound; if one does (rare), they compute the scores again from the keys that are
-still in shared memory, take the exact maximum and rescale. The result is an exact softmax in all cases. Lists are
+Softmax without a running maximum. The reference m of a row is the exact maximum of its tile's first block, and stays:
+no maximum, no shuffle and no rescaling in the loop. After every step the 128 threads of a warpgroup vote on whether a
+partial sum of probabilities overshoots a bound; if one does (rare), they compute the scores again from the keys that
+are still in shared memory, take the exact maximum and rescale. The result is an exact softmax in all cases. Lists are
 ascending and taken from their end, so that a partial last key block comes first, where a maximum is taken anyway.
 
 Row sums are kept per lane and added across lanes at the end of a tile; every output is the sum of its blocks in list
@@ -105,9 +105,7 @@ def hold_asm(group):
 @gluon.jit
 def _any_overshoots(sums, GROUP: gl.constexpr, BOUND: gl.constexpr):
     """Whether any partial sum of the consumer exceeds the bound; NaN does not."""
-    gl.inline_asm_elementwise(
-        vote_asm(GROUP, BOUND), "=f,=f,f,f", [sums], dtype=gl.float32, is_pure=False, pack=2
-    )
+    gl.inline_asm_elementwise(vote_asm(GROUP, BOUND), "=f,=f,f,f", [sums], dtype=gl.float32, is_pure=False, pack=2)
     return gl.inline_asm_elementwise(verdict_asm(GROUP), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -127,7 +125,7 @@ def _advance(index, parity, SLOTS: gl.constexpr):
 
 @gluon.jit
 def _row_max(scores, BLOCK_K: gl.constexpr, ROW: gl.constexpr):
-    """Row maxima ``[64]``: a tree over a lane's registers (gl.max is one serial chain), then over a row's four lanes."""
+    """Row maxima ``[64]``: a tree over registers (gl.max is one serial chain), then over a row's four lanes."""
     x = scores.reshape([GROUP_Q, BLOCK_K // 32, 4, 4, 2])
     x = gl.max(gl.max(gl.max(x, axis=4), axis=2), axis=1)
     return gl.convert_layout(gl.max(x, axis=1), ROW)

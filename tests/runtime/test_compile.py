@@ -1,4 +1,4 @@
-"""The triton kernel compiles for GPUs that this machine need not have, without spilling registers on the main one."""
+"""The kernels compile for GPUs that this machine need not have, without spilling registers on the main one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from support import compile_kernel
+from support import compile_hopper, compile_kernel
+
+from calibatt.runtime.kernels.gluon_compat import TESTED_RELEASES, refusal
 
 SM90 = [
     {"arch": 90, "head_dim": 128, "block_q": 128, "block_k": 128, "dtype": "bf16", "anchored": True},
@@ -20,6 +22,16 @@ OTHERS = [
     {"arch": 90, "head_dim": 256, "block_q": 256, "block_k": 256, "dtype": "bf16", "anchored": True},
     {"arch": 80, "head_dim": 128, "block_q": 128, "block_k": 128, "dtype": "bf16", "anchored": True},
 ]
+HOPPER = [
+    {"head_dim": 128, "block_k": 128, "dtype": "bf16", "anchored": False, "lse": False},
+    {"head_dim": 128, "block_k": 128, "dtype": "bf16", "anchored": True},
+    {"head_dim": 128, "block_k": 128, "dtype": "fp16", "anchored": True},
+    {"head_dim": 128, "block_k": 64, "dtype": "bf16", "anchored": True},
+    {"head_dim": 64, "block_k": 128, "dtype": "bf16", "anchored": True},
+    {"head_dim": 64, "block_k": 64, "dtype": "fp16", "anchored": True},
+]
+OLDER_TRITON = "CALIBATT_OLDER_TRITON"
+"""Environment variable: a folder with the oldest of the tested releases (``make test`` installs it)."""
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +52,36 @@ def test_sm90_uses_the_tensor_cores_and_spills_nothing(compiled: list[dict[str, 
 def test_shared_memory_fits(compiled: list[dict[str, int]]) -> None:
     for case, usage in zip(SM90 + OTHERS, compiled, strict=True):
         assert usage["shared_bytes"] <= compile_kernel.SHARED_BYTES[case["arch"]], (case, usage)
+
+
+def test_hopper_compiles_under_the_installed_triton() -> None:
+    check_hopper(None)
+
+
+def test_hopper_compiles_under_the_oldest_tested_triton() -> None:
+    folder = os.environ.get(OLDER_TRITON)
+    if folder is None:
+        pytest.skip(f"{OLDER_TRITON} must be a folder with triton {TESTED_RELEASES[0]}")
+    assert {usage["triton"].rsplit(".", 1)[0] for usage in check_hopper(folder)} == {TESTED_RELEASES[0]}
+
+
+def check_hopper(folder: str | None) -> list[dict[str, int | str]]:
+    """Compiles every case with the installed triton or with the one in a folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if folder is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, environment.get("PYTHONPATH")]))
+    command = [sys.executable, compile_hopper.__file__, json.dumps(HOPPER)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    usages = json.loads(result.stdout.splitlines()[0])
+    for case, usage in zip(HOPPER, usages, strict=True):
+        assert usage["stack_bytes"] == 0, (case, usage)
+        assert usage["registers"] == 168, (case, usage)
+        assert usage["shared_bytes"] <= compile_kernel.SHARED_BYTES[90], (case, usage)
+        assert usage["wgmma"] > 0, (case, usage)
+    return usages
+
+
+def test_an_untested_triton_is_refused() -> None:
+    assert refusal(f"{TESTED_RELEASES[0]}.7") is None
+    assert refusal("3.10.0") == "triton must be 3.6 or 3.9, for which the kernel was tested, got 3.10.0"

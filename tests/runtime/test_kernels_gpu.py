@@ -1,6 +1,6 @@
-"""The triton backend on a GPU: real sizes and dtypes, addresses beyond 2^31, no waiting for the device.
+"""The kernels on a GPU: real sizes and dtypes, addresses beyond 2^31, no waiting for the device.
 
-The rest of the triton tests (test_backends.py) run on the GPU as well where there is one.
+The hopper tests need an sm90. The rest of the triton tests (test_backends.py) run on the GPU too where there is one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.gpu
 WAN_480P = TokenGrid(frames=21, height=30, width=52)
 WAN_720P = TokenGrid(frames=21, height=45, width=80)
 SAMPLED_QUERIES = 300
+KERNELS = ["triton", "hopper"]
 
 
 def made(grid: TokenGrid, blocks: Blocks, density: float = 0.2) -> LayerSchedule:
@@ -52,10 +53,86 @@ def check(schedule: LayerSchedule, dtype: torch.dtype, head_dim: int, batch: int
         assert torch.equal(lse[:, head], lse[:, head, source])
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grid", [WAN_480P, WAN_720P], ids=["480p", "720p"])
-def test_wan(grid: TokenGrid, dtype: torch.dtype) -> None:
-    check(made(grid, Blocks(128, 128)), dtype, head_dim=128)
+def test_wan(grid: TokenGrid, dtype: torch.dtype, backend: str) -> None:
+    check(made(grid, Blocks(128, 128)), dtype, head_dim=128, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block_k", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_variants_with_text(head_dim: int, block_k: int, dtype: torch.dtype) -> None:
+    grid = TokenGrid(frames=5, height=12, width=26, text_before=77, text_after=130)
+    check(made(grid, Blocks(128, block_k)), dtype, head_dim, batch=2, backend="hopper")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257])
+@pytest.mark.parametrize("block_k", [64, 128])
+def test_hopper_tails(tokens: int, block_k: int) -> None:
+    core = random_schedule(np.random.default_rng(tokens), TokenGrid(1, 1, tokens), Blocks(128, block_k), 3, 0.5)
+    check(LayerSchedule(core), torch.bfloat16, 128, backend="hopper")
+
+
+@pytest.mark.parametrize("layout", ["side by side", "one tensor", "one head", "not aligned"])
+def test_hopper_takes_any_strides(layout: str) -> None:
+    heads = 1 if layout == "one head" else 4
+    grid = TokenGrid(frames=3, height=7, width=26)
+    schedule = LayerSchedule(random_schedule(np.random.default_rng(0), grid, Blocks(128, 128), heads))
+    torch.manual_seed(0)
+    size = {"side by side": 128, "one tensor": 128, "one head": 128, "not aligned": 132}[layout]
+    shape = (2, heads, grid.tokens, size) if layout == "not aligned" else (2, grid.tokens, 3, heads, size)
+    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    if layout == "not aligned":
+        q = k = v = x[..., :128]
+    else:
+        q, k, v = (x[:, :, part].transpose(1, 2) for part in range(3))
+        if layout == "side by side":
+            q, k, v = (part.contiguous() for part in (q, k, v))
+    out = planned_attention(q, k, v, schedule, backend="hopper")
+    check_against_oracle(out, q, k, v, schedule)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rising", [False, True], ids=["level", "rising"])
+@pytest.mark.parametrize("size", [6, 40])
+def test_hopper_scores_that_overshoot_the_first_blocks_maximum(size: int, rising: bool, dtype: torch.dtype) -> None:
+    """Lists are taken from their end: keys that grow towards the first one overshoot in every block."""
+    schedule = made(TokenGrid(frames=5, height=12, width=26), Blocks(128, 128), density=0.5)
+    q, k, v = inputs(schedule, dtype, 128)
+    q = q * size
+    if rising:
+        k = k * torch.linspace(1, 0.02, schedule.grid.tokens, device="cuda", dtype=dtype)[:, None]
+    out, lse = planned_attention(q, k, v, schedule, backend="hopper", return_lse=True)
+    check_against_oracle(out, q, k, v, schedule, lse=lse)
+
+
+def test_hopper_confines_what_is_not_finite_to_its_rows() -> None:
+    core = random_schedule(np.random.default_rng(0), TokenGrid(3, 12, 26), Blocks(128, 128), 3, 0.5, dense_heads=[2])
+    schedule = LayerSchedule(core)
+    q, k, v = inputs(schedule, torch.bfloat16, 128)
+    expected = planned_attention(q, k, v, schedule, backend="hopper")
+    broken = q.clone()
+    rows = [(0, 0, 300), (0, 1, 301), (0, 2, 63)]
+    for row, value in zip(rows, (torch.nan, torch.inf, -torch.inf), strict=True):
+        broken[row] = value
+    found = planned_attention(broken, k, v, schedule, backend="hopper")
+    assert [tuple(row) for row in (found != expected).any(-1).nonzero().tolist()] == rows
+
+
+@pytest.mark.parametrize("anchored", [[], [1, 3]], ids=["plain", "anchored"])
+def test_hopper_gives_equal_bits_every_time(anchored: list[int]) -> None:
+    core = random_schedule(
+        np.random.default_rng(0), TokenGrid(9, 30, 52), Blocks(128, 128), 8, 0.3, anchored_heads=anchored
+    )
+    schedule = LayerSchedule(core)
+    q, k, v = inputs(schedule, torch.bfloat16, 128)
+    expected = planned_attention(q, k, v, schedule, backend="hopper")
+    differ = torch.zeros((), dtype=torch.bool, device="cuda")
+    for _ in range(1000):
+        differ |= (attend(q, k, v, schedule, "hopper") != expected).any()
+    assert not differ
 
 
 @pytest.mark.parametrize("blocks", [Blocks(64, 64), Blocks(128, 64), Blocks(256, 256), Blocks(16, 32)], ids=str)
@@ -74,34 +151,38 @@ def test_torch_backend() -> None:
     check(made(WAN_480P, Blocks(128, 128)), torch.bfloat16, head_dim=128, backend="torch")
 
 
-def test_auto_is_triton() -> None:
-    assert choose_backend(made(WAN_480P, Blocks(128, 128)), "cuda", torch.bfloat16, 128) == "triton"
+def test_auto_takes_the_fastest_that_can() -> None:
+    best = "hopper" if torch.cuda.get_device_capability() == (9, 0) else "triton"
+    assert choose_backend(made(WAN_480P, Blocks(128, 128)), "cuda", torch.bfloat16, 128) == best
+    assert choose_backend(made(WAN_480P, Blocks(64, 64)), "cuda", torch.bfloat16, 128) == "triton"
 
 
-def test_tensors_beyond_two_to_the_31_elements() -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_tensors_beyond_two_to_the_31_elements(backend: str) -> None:
     """The last of six batches, in which element 2^31 lies, is what the same batch is alone."""
     core = random_schedule(np.random.default_rng(0), WAN_720P, Blocks(128, 128), 40, 0.01, anchored_heads=[39])
     schedule = LayerSchedule(core)
     x = inputs(schedule, torch.bfloat16, 128, batch=6)[0]
     assert x.numel() > 2**31
-    out = planned_attention(x, x, x, schedule, backend="triton")[5:]
+    out = planned_attention(x, x, x, schedule, backend=backend)[5:]
     alone = x[5:].clone()
-    assert torch.equal(out, planned_attention(alone, alone, alone, schedule, backend="triton"))
+    assert torch.equal(out, planned_attention(alone, alone, alone, schedule, backend=backend))
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_a_bound_schedule_runs_without_waiting_and_in_a_graph() -> None:
+def test_a_bound_schedule_runs_without_waiting_and_in_a_graph(backend: str) -> None:
     schedule = made(WAN_480P, Blocks(128, 128))
     q, k, v = inputs(schedule, torch.bfloat16, 128)
-    expected = attend(q, k, v, schedule, "triton")
+    expected = attend(q, k, v, schedule, backend)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attend(q, k, v, schedule, "triton")
+        attend(q, k, v, schedule, backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attend(q, k, v, schedule, "triton")
+        out = attend(q, k, v, schedule, backend)
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)

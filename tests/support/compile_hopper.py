@@ -23,12 +23,12 @@ DESCRIBED = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank
 OPTIONS = {name: value for name, value in hopper.LAUNCH_OPTIONS.items() if name != "num_ctas"}
 
 
-def compile_case(head_dim: int, block_k: int, dtype: str, anchored: bool) -> dict[str, int | str]:
+def compile_case(head_dim: int, block_k: int, dtype: str, anchored: bool, lse: bool = True) -> dict[str, int | str]:
     """Registers, stack bytes (spills) and shared memory of the kernel as the launcher would configure it."""
     kernel = hopper.hopper_forward
     constants = {
         "ANCHORED": anchored,
-        "LSE": True,
+        "LSE": lse,
         "KV_SLOTS": hopper.kv_slots(head_dim, block_k),
         "num_warps": OPTIONS["num_warps"],
     }
@@ -38,6 +38,10 @@ def compile_case(head_dim: int, block_k: int, dtype: str, anchored: bool) -> dic
 
     signature, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
+        if not anchored and name.startswith("packed_") and name != "packed_tokens":
+            constants[name] = None
+        if not lse and name in ("lse_ptr", "packed_lse_ptr"):
+            constants[name] = None
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_desc"):
