@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 
 from calibatt.plans.schedule import NO_ANCHORS
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
-from calibatt.runtime.kernels import gluon_compat
 from calibatt.runtime.kernels.anchors import pack_queries, spread_rows
-from calibatt.runtime.kernels.hopper import BLOCK_Q, GROUP_Q, LAUNCH_OPTIONS, described_layout, hopper_forward, kv_slots
 from calibatt.runtime.schedule import DeviceSchedule
 
+TESTED_RELEASES = ("3.6", "3.9")
+"""Of Triton: Gluon is experimental. The kernel is compiled under both by the tests, and was executed under the first."""
+BLOCKS_Q = (128,)
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128)
 BLOCKS_K = (64, 128)
@@ -48,7 +50,7 @@ class Prepared:
 
 def supports(core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     """Why this backend cannot execute the schedule; empty if it can."""
-    reasons = []
+    reasons = [refusal] if (refusal := refused_release()) else []
     if device.type != "cuda":
         reasons.append(f"the device must be cuda, got {device}")
     elif not torch.cuda.is_available():
@@ -60,7 +62,7 @@ def supports(core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_
     for what, known, value in (
         ("the dtype", DTYPES, dtype),
         ("head_dim", HEAD_DIMS, head_dim),
-        ("block_q", (BLOCK_Q,), blocks.block_q),
+        ("block_q", BLOCKS_Q, blocks.block_q),
         ("block_k", BLOCKS_K, blocks.block_k),
     ):
         if value not in known:
@@ -69,6 +71,13 @@ def supports(core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_
         if value > most:
             reasons.append(f"the number of {what} must be at most {most}, got {value}")
     return reasons
+
+
+def refused_release(version: str = triton.__version__) -> str | None:
+    """Why the kernel must not be used with a release of Triton; None if it may."""
+    if ".".join(version.split(".")[:2]) in TESTED_RELEASES:
+        return None
+    return f"triton must be {' or '.join(TESTED_RELEASES)}, for which the kernel was tested, got {version}"
 
 
 def prepare(bound: DeviceSchedule) -> Prepared:
@@ -97,6 +106,8 @@ def run(
         out: ``(B, H, N, D)``, laid out in memory as q.
         lse: fp32 ``(B, H, N)`` if asked for.
     """
+    from calibatt.runtime.kernels import gluon_compat, hopper  # Gluon: only where it is used
+
     batch, heads, tokens, head_dim = q.shape
     q, k, v = addressable(q), addressable(k), addressable(v)
     out = torch.empty_like(q)
@@ -108,13 +119,18 @@ def run(
     if bound.anchored:
         packed_q, packed_out = (q.new_empty(batch, heads, ready.packed_tokens, head_dim) for _ in range(2))
         packed_lse = lse.new_empty(batch, heads, ready.packed_tokens) if lse is not None else None
+    group_q, layout = hopper.GROUP_Q.value, hopper.described_layout()
+
+    def describe(x: torch.Tensor | None, rows: int) -> Any:
+        return None if x is None else gluon_compat.describe(x, tile_strides(x), [1, 1, rows, head_dim], layout)
+
     arguments = {
-        "q_desc": describe(q, GROUP_Q.value),
-        "packed_q_desc": None if packed_q is None else describe(packed_q, GROUP_Q.value),
+        "q_desc": describe(q, group_q),
+        "packed_q_desc": describe(packed_q, group_q),
         "k_desc": describe(k, block_k),
         "v_desc": describe(v, block_k),
-        "out_desc": describe(out, GROUP_Q.value),
-        "packed_out_desc": None if packed_out is None else describe(packed_out, GROUP_Q.value),
+        "out_desc": describe(out, group_q),
+        "packed_out_desc": describe(packed_out, group_q),
         "lse_ptr": lse,
         "packed_lse_ptr": packed_lse,
         "tiles": ready.tiles,
@@ -128,8 +144,8 @@ def run(
         "scale_log2": scale * math.log2(math.e),
         "ANCHORED": bound.anchored,
         "LSE": return_lse,
-        "KV_SLOTS": kv_slots(head_dim, block_k),
-        **LAUNCH_OPTIONS,
+        "KV_SLOTS": hopper.kv_slots(head_dim, block_k),
+        **hopper.LAUNCH_OPTIONS,
     }
     with torch.cuda.device_of(q):
         if packed_q is not None:
@@ -138,7 +154,9 @@ def run(
                 ready.packed_tokens, ROWS=PACKED_ROWS, HEAD_DIM=head_dim,
             )  # fmt: skip
         grid = (min(processors(q.device), tiles * batch), 1, 1)
-        gluon_compat.launch(hopper_forward, ready.compiled, (batch, q.dtype, head_dim, return_lse), grid, arguments)
+        gluon_compat.launch(
+            hopper.hopper_forward, ready.compiled, (batch, q.dtype, head_dim, return_lse), grid, arguments
+        )
         if packed_q is not None:
             spread_rows[packed_grid](
                 packed_out, packed_lse, out, lse, ready.anchored, bound.heads, bound.query_first, bound.query_copies,
@@ -157,11 +175,11 @@ def addressable(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def describe(x: torch.Tensor, rows: int) -> Any:
-    """TMA descriptor of ``(B, H, N, D)`` in tiles of some rows; the stride of a dimension of one may be any."""
+def tile_strides(x: torch.Tensor) -> list[int]:
+    """Strides of ``(B, H, N, D)`` for TMA; that of a dimension of one may be any."""
     head_dim = x.shape[3]
     strides = [stride if size > 1 else head_dim for stride, size in zip(x.stride()[:3], x.shape, strict=False)]
-    return gluon_compat.describe(x, [*strides, 1], [1, 1, rows, head_dim], described_layout())
+    return [*strides, 1]
 
 
 @functools.cache

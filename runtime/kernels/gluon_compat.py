@@ -1,36 +1,17 @@
 """What differs between the releases of Triton for which the Gluon kernel was compiled: all drift is absorbed here.
 
-Gluon is experimental and changes without notice. A release that was not tried is refused, with the reason, before
-anything of Gluon is imported; `auto` then takes the triton backend.
+Gluon is experimental and changes without notice; which releases are trusted is said in `runtime.backends.hopper`.
 """
 
 from __future__ import annotations
 
-import triton
+from typing import Any
 
-TESTED_RELEASES = ("3.6", "3.9")
-"""Compiled for sm_90a by the tests; executed on an H200 under 3.6."""
-
-
-def refusal(version: str = triton.__version__) -> str | None:
-    """Why the Gluon kernel must not be used with a release of Triton; None if it may."""
-    if ".".join(version.split(".")[:2]) in TESTED_RELEASES:
-        return None
-    return f"triton must be {' or '.join(TESTED_RELEASES)}, for which the kernel was tested, got {version}"
-
-
-if reason := refusal():
-    raise ImportError(reason)
-
-from typing import Any  # noqa: E402
-
-import torch  # noqa: E402
-from triton.experimental import gluon  # noqa: E402
-from triton.experimental.gluon import language as gl  # noqa: E402
-from triton.experimental.gluon.language.nvidia.hopper import tma  # noqa: E402
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
-
-__all__ = ["TESTED_RELEASES", "describe", "launch", "load_tile", "refusal", "store_tile"]
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
 def describe(x: torch.Tensor, strides: list[int], tile: list[int], layout: Any) -> TensorDescriptor:

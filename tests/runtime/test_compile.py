@@ -10,7 +10,7 @@ import sys
 import pytest
 from support import compile_hopper, compile_kernel
 
-from calibatt.runtime.kernels.gluon_compat import TESTED_RELEASES, refusal
+from calibatt.runtime.backends.hopper import TESTED_RELEASES, refused_release
 
 SM90 = [
     {"arch": 90, "head_dim": 128, "block_q": 128, "block_k": 128, "dtype": "bf16", "anchored": True},
@@ -83,5 +83,5 @@ def check_hopper(folder: str | None) -> list[dict[str, int | str]]:
 
 
 def test_an_untested_triton_is_refused() -> None:
-    assert refusal(f"{TESTED_RELEASES[0]}.7") is None
-    assert refusal("3.10.0") == "triton must be 3.6 or 3.9, for which the kernel was tested, got 3.10.0"
+    assert refused_release(f"{TESTED_RELEASES[0]}.7") is None
+    assert refused_release("3.10.0") == "triton must be 3.6 or 3.9, for which the kernel was tested, got 3.10.0"
