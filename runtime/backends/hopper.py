@@ -17,7 +17,7 @@ from calibatt.runtime.kernels.anchors import pack_queries, spread_rows
 from calibatt.runtime.schedule import DeviceSchedule
 
 TESTED_RELEASES = ("3.6", "3.9")
-"""Of Triton: Gluon is experimental. The kernel is compiled under both by the tests, and was executed under the first."""
+"""Of Triton. Gluon is experimental: the tests compile the kernel under both, and it was executed under the first."""
 BLOCKS_Q = (128,)
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128)

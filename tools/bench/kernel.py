@@ -1,9 +1,10 @@
-"""The attention backends against torch's dense attention: `python -m calibatt.tools.bench.kernel -o FILE.json`.
+"""Attention kernels side by side: ``calibatt-bench kernel -o FILE.json --figure FILE.png``.
 
-On a CUDA device: triton against the flash and cuDNN kernels of scaled_dot_product_attention, at the sizes of Wan 2.1
-14B (480p and 720p, 81 frames). On a CPU: the torch backend against scaled_dot_product_attention, at the size of the
-demo. The masks are synthetic: neighbouring query blocks keep similar key blocks, and the number kept varies by 20 %.
-All cases of a size take turns, so that clocks and temperature favour none.
+On a CUDA device the hopper and triton backends against the dense kernels of scaled_dot_product_attention, and, where
+they are installed, FlashAttention-4 (dense and block sparse) and FlexAttention on the same masks and tensors; on a CPU
+the torch backend against scaled_dot_product_attention. The masks are synthetic: *structured*, where neighbouring query
+blocks keep similar key blocks and the number kept varies by 20 %, or *random*. All cases of a size and density take
+turns, so that clocks and temperature favour none. TFLOP/s count the blocks that are computed.
 """
 
 from __future__ import annotations
@@ -11,25 +12,29 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import sys
+import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibatt.plans import Blocks, TokenGrid
 from calibatt.plans import LayerSchedule as CoreSchedule
 from calibatt.runtime.backends import load_backend
-from calibatt.runtime.ops import attend
+from calibatt.runtime.ops import attend, supports
 from calibatt.runtime.schedule import LayerSchedule
+from calibatt.tools.bench.peers import DENSE_PEERS, SPARSE_PEERS, dense_peer, sparse_peer
+
+OURS = ("hopper", "triton", "torch")
+PEAK_TFLOPS = {"NVIDIA H200": 989.4, "NVIDIA H100 80GB HBM3": 989.4}
+"""Dense bf16, from the data sheets; the roof of the figure."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +50,26 @@ class Size:
     densities: tuple[float, ...]
 
 
-GPU_SIZES = tuple(
-    Size(name, TokenGrid(21, height, width), 128, 40, 128, torch.bfloat16, (1.0, 0.5, 0.3, 0.1))
-    for name, height, width in (("480p", 30, 52), ("720p", 45, 80))
+USUAL = (1.0, 0.5, 0.3, 0.2, 0.1)
+GPU_SIZES = (
+    Size("480p", TokenGrid(21, 30, 52), 128, 40, 128, torch.bfloat16, USUAL),
+    Size("720p", TokenGrid(21, 45, 80), 128, 40, 128, torch.bfloat16, USUAL),
+    Size("mochi", TokenGrid(28, 30, 53), 128, 24, 128, torch.bfloat16, (0.3,)),
+    Size("few heads", TokenGrid(21, 45, 80), 128, 3, 128, torch.bfloat16, (0.3,)),
+    Size("head size 64", TokenGrid(13, 30, 45), 128, 30, 64, torch.bfloat16, (0.3,)),
+    Size("small", TokenGrid(4, 32, 32), 128, 24, 128, torch.bfloat16, (0.3,)),
 )
 CPU_SIZES = (Size("demo", TokenGrid(8, 24, 24), 64, 4, 64, torch.float32, (1.0, 0.7, 0.5, 0.35, 0.2)),)
 SWEEP = [(128, block_n, warps, stages) for block_n in (64, 128) for warps in (4, 8) for stages in (2, 3, 4)]
 """Configurations of the triton kernel for `--sweep`."""
+GROUP_ROWS = 3
+"""Rows of an anchor group in the anchored cases."""
 
 
 def structured_schedule(
     grid: TokenGrid, blocks: Blocks, heads: int, density: float, seed: int = 0, neighbours: int = 8
 ) -> LayerSchedule:
-    """A schedule of listed heads, in the order of their tiles, whose masks change slowly from one tile to the next.
+    """A schedule of listed heads, longest tiles first within a head, whose masks change slowly from tile to tile.
 
     Args:
         grid: The token sequence.
@@ -65,7 +77,7 @@ def structured_schedule(
         heads: Number of heads.
         density: Mean share of key blocks kept; a tile keeps up to 20 % more or fewer.
         seed: Of the generator.
-        neighbours: Over how many tiles the random scores of a key block are averaged.
+        neighbours: Over how many tiles the random scores of a key block are averaged; 1: masks are random.
     """
     rng = np.random.default_rng(seed)
     tiles, columns = blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens)
@@ -78,48 +90,88 @@ def structured_schedule(
         lists += [
             np.sort(row[-n:]) for row, n in zip(ranking, np.clip(kept.round(), 1, columns).astype(int), strict=True)
         ]
+    lengths = np.array([len(each) for each in lists])
     core = CoreSchedule(
         grid=grid,
         blocks=blocks,
-        row_ptr=np.cumsum([0, *map(len, lists)], dtype=np.int32),
+        row_ptr=np.append(0, lengths.cumsum()).astype(np.int32),
         col_idx=np.concatenate(lists).astype(np.uint16),
         head_list=np.arange(heads, dtype=np.int32) * tiles,
         head_anchor=np.full(heads, -1, dtype=np.int32),
         anchor_ptr=np.zeros(1, dtype=np.int32),
         group_start=np.zeros(0, dtype=np.int32),
         anchor_row=np.zeros(0, dtype=np.int32),
-        tile_order=np.arange(heads * tiles, dtype=np.int32),
+        tile_order=np.lexsort((-lengths, np.repeat(np.arange(heads), tiles))).astype(np.int32),
     )
     core.check()
     return LayerSchedule(core)
 
 
-def cases(size: Size, device: torch.device, sweep: bool) -> dict[tuple[str, float], Callable[[], object]]:
-    """Every (backend, density) of a size as a function to time."""
+def anchored_schedule(schedule: LayerSchedule) -> LayerSchedule:
+    """The same with groups of `GROUP_ROWS` rows in every head; a packed tile keeps what its first query's tile did."""
+    core = schedule.core
+    grid, blocks, heads = core.grid, core.blocks, core.heads
+    starts = np.concatenate([np.arange(0, grid.height, GROUP_ROWS) + f * grid.height for f in range(grid.frames)])
+    stops = np.append(starts[1:], grid.rows)
+    anchors = (starts + np.minimum(starts + 1, stops - 1) - starts).astype(np.int32)
+    first = grid.text_before + anchors.astype(np.int64) * grid.width
+    packed = len(anchors) * grid.width
+    token = (first[:, None] + np.arange(grid.width)).reshape(-1)
+    source = token[:: blocks.block_q] // blocks.block_q
+    lists = [
+        core.col_idx[core.row_ptr[core.head_list[head] + tile] : core.row_ptr[core.head_list[head] + tile + 1]]
+        for head in range(heads)
+        for tile in source
+    ]
+    lengths, tiles = np.array([len(each) for each in lists]), blocks.q_blocks(packed)
+    made = replace(
+        core,
+        row_ptr=np.append(0, lengths.cumsum()).astype(np.int32),
+        col_idx=np.concatenate(lists),
+        head_list=np.arange(heads, dtype=np.int32) * tiles,
+        head_anchor=np.zeros(heads, np.int32),
+        anchor_ptr=np.array([0, len(anchors)], np.int32),
+        group_start=starts.astype(np.int32),
+        anchor_row=anchors,
+        tile_order=np.lexsort((-lengths, np.repeat(np.arange(heads), tiles))).astype(np.int32),
+    )
+    made.check()
+    return LayerSchedule(made)
+
+
+def cases(
+    size: Size, density: float, device: torch.device, mask: str, peers: bool, sweep: bool, missing: dict[str, str]
+) -> dict[tuple[str, float], Callable[[], object]]:
+    """Every (kernel, density) of a size and a density as a function to time; why others are `missing`."""
     shape = (1, size.grid.tokens, size.heads, size.head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=size.dtype).transpose(1, 2) for _ in range(3))
-    on_gpu = device.type == "cuda"
-    backend = "triton" if on_gpu else "torch"
-
-    def dense(kernel: SDPBackend) -> torch.Tensor:
-        with sdpa_kernel(kernel):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    made: dict[tuple[str, float], Callable[[], object]] = {
-        ("sdpa-flash", 1.0): partial(dense, SDPBackend.FLASH_ATTENTION)
-    }
-    if on_gpu:
-        made["sdpa-cudnn", 1.0] = partial(dense, SDPBackend.CUDNN_ATTENTION)
-    for density in size.densities:
-        schedule = structured_schedule(size.grid, Blocks(size.block, size.block), size.heads, density)
-        made[backend, schedule.density] = partial(attend, q, k, v, schedule, backend)
-        if sweep and on_gpu:
-            triton = load_backend("triton")
-            for config in (triton.Config(*fields) for fields in SWEEP):
-                if config.shared_bytes(size.head_dim) <= triton.shared_bytes(device):
-                    run = partial(triton.run, q, k, v, schedule.bind(device), size.head_dim**-0.5, False, config)
-                    made[str(config), schedule.density] = run
-    return made
+    blocks = Blocks(size.block, size.block)
+    neighbours = 1 if mask == "random" else 8
+    schedule = structured_schedule(size.grid, blocks, size.heads, density, neighbours=neighbours)
+    found: dict[tuple[str, float], Any] = {}
+    dense = (name for name in DENSE_PEERS if peers or name.startswith("sdpa"))
+    found.update({(name, 1.0): dense_peer(name, q, k, v) for name in dense})
+    ours = [name for name in OURS if name != "torch" or device.type == "cpu"]
+    for name in ours:
+        if reasons := supports(schedule, device, size.dtype, size.head_dim, name):
+            missing[name] = "; ".join(reasons)
+            continue
+        found[name, schedule.density] = partial(attend, q, k, v, schedule, name)
+    if peers and device.type == "cuda":
+        found.update({(name, schedule.density): sparse_peer(name, q, k, v, schedule) for name in SPARSE_PEERS})
+    if device.type == "cuda" and density < 1 and ("hopper", schedule.density) in found:
+        anchored = anchored_schedule(schedule)
+        found["hopper anchored", anchored.density] = partial(attend, q, k, v, anchored, "hopper")
+        rising = k * torch.linspace(1, 0.02, size.grid.tokens, device=device, dtype=k.dtype)[:, None]
+        found["hopper overshooting", schedule.density] = partial(attend, 40 * q, rising, v, schedule, "hopper")
+    if sweep and device.type == "cuda":
+        triton = load_backend("triton")
+        for config in (triton.Config(*fields) for fields in SWEEP):
+            if config.shared_bytes(size.head_dim) <= triton.shared_bytes(device):
+                run = partial(triton.run, q, k, v, schedule.bind(device), size.head_dim**-0.5, False, config)
+                found[str(config), schedule.density] = run
+    missing.update({name: each for (name, _), each in found.items() if isinstance(each, str)})
+    return {case: each for case, each in found.items() if not isinstance(each, str)}
 
 
 def milliseconds(function: Callable[[], object], device: torch.device) -> float:
@@ -135,12 +187,14 @@ def milliseconds(function: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def measure(size: Size, device: torch.device, rounds: int, sweep: bool) -> list[dict[str, Any]]:
+def measure(
+    size: Size, made: dict[tuple[str, float], Callable[[], object]], device: torch.device, rounds: int
+) -> list[dict[str, Any]]:
     """One record a case: what it was, its median and spread over the rounds, and how fast it computed kept blocks."""
-    made = cases(size, device, sweep)
     for function in made.values():
-        milliseconds(function, device)
-    times = {case: [] for case in made}
+        for _ in range(2):
+            milliseconds(function, device)
+    times: dict[tuple[str, float], list[float]] = {case: [] for case in made}
     for _ in range(rounds):
         for case, function in made.items():
             times[case].append(milliseconds(function, device))
@@ -153,44 +207,194 @@ def measure(size: Size, device: torch.device, rounds: int, sweep: bool) -> list[
     return records
 
 
-@click.command()
+def host_us(device: torch.device, backend: str, calls: int = 300) -> float:
+    """Microseconds that a call takes the host, for a schedule so small that the device never lags behind."""
+    schedule = structured_schedule(TokenGrid(1, 16, 16), Blocks(128, 128), 4, 0.5)
+    q = torch.randn(1, 4, 256, 128, device=device, dtype=torch.bfloat16)
+    for _ in range(20):
+        attend(q, q, q, schedule, backend)
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(calls):
+        attend(q, q, q, schedule, backend)
+    spent = time.perf_counter() - begin
+    torch.cuda.synchronize(device)
+    return spent / calls * 1e6
+
+
+def versions() -> dict[str, str]:
+    """Of whatever was compared."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "flash-attn-4", "nvidia-cutlass-dsl"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.backends.cudnn.is_available():
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return found
+
+
+def state(device: torch.device) -> dict[str, str]:
+    """Clocks, power and temperature of a GPU right now, as its driver tells them; empty where it does not."""
+    if device.type != "cuda":
+        return {}
+    query = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+    try:
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", str(device.index or 0)]
+        values = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(query.split(","), (value.strip() for value in values.strip().split(",")), strict=True))
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Milliseconds and TFLOP/s against density, one row for each size that has several densities."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colours = {
+        "hopper": "#1b3d78",
+        "triton": "#2694a0",
+        "torch": "#1b3d78",
+        "flash-attention-4 sparse": "#e4572e",
+        "flash-attention-4": "#e4a03a",
+        "flex-attention": "#7a5ea8",
+        "sdpa-cudnn": "#5a606b",
+        "sdpa-flash": "#9aa0aa",
+    }
+    records = report["measurements"]
+    names = [size["name"] for size in report["sizes"]]
+    shown = [
+        name
+        for name in names
+        if len({row["density"] for row in records if row["size"] == name and row["backend"] in OURS}) > 2
+    ]
+    figure = Figure(figsize=(11, 3.9 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), 2, squeeze=False)
+    for line, name in zip(grid, shown, strict=True):
+        for backend, colour in colours.items():
+            rows = sorted(
+                (row for row in records if (row["size"], row["backend"]) == (name, backend)),
+                key=lambda row: row["density"],
+            )
+            if not rows:
+                continue
+            for axis, key in zip(line, ("median_ms", "tflops"), strict=True):
+                dense = backend in DENSE_PEERS
+                x = [0.05, 1.0] if dense else [row["density"] for row in rows]
+                middle = float(np.median([row[key] for row in rows]))
+                y = [middle, middle] if dense else [row[key] for row in rows]
+                axis.plot(
+                    x, y, color=colour, linestyle="--" if dense else "-", marker="" if dense else "o", markersize=4,
+                    linewidth=2.2 if backend == "hopper" else 1.4, label=backend,
+                )  # fmt: skip
+        left, right = line
+        left.set_xscale("log")
+        left.set_yscale("log")
+        left.set_ylabel("milliseconds a call")
+        right.set_ylabel("TFLOP/s of computed blocks")
+        right.set_ylim(bottom=0)
+        roof = PEAK_TFLOPS.get(report["device"])
+        if roof:
+            right.axhline(roof, color="#c24f7a", linewidth=1)
+            right.annotate("data sheet peak", (0.5, roof), fontsize=8, va="bottom", color="#c24f7a")
+            tokens, heads, dim = (
+                next(size for size in report["sizes"] if size["name"] == name)[key]
+                for key in ("tokens", "heads", "head_dim")
+            )
+            x = np.array([0.05, 1.0])
+            left.plot(x, 4 * tokens**2 * dim * heads * x / roof / 1e9, color="#c24f7a", linewidth=1, label="peak")
+        for axis in line:
+            axis.set_title(f"{name}: {report['mask']} masks")
+            axis.set_xlabel("density: share of blocks computed (dense kernels: dashed)")
+            axis.grid(color="#e4e2dc")
+            axis.spines[["top", "right"]].set_visible(False)
+        left.legend(fontsize=8, frameon=False)
+    told = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
+    figure.suptitle(f"{report['device']}, {report['date'][:10]}; {told}", fontsize=9)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=130, facecolor="white")
+
+
+@click.command(help=__doc__)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--sizes", help="Names, separated by commas [all].")
+@click.option("--mask", type=click.Choice(["structured", "random"]), default="structured", show_default=True)
+@click.option("--peers/--no-peers", default=True, show_default=True, help="FlashAttention-4 and FlexAttention too.")
 @click.option("--rounds", default=10, show_default=True, help="Measurements of each case.")
+@click.option("--seconds", type=float, default=float("inf"), help="Begin no density after so many seconds.")
 @click.option("--sweep", is_flag=True, help="Also every configuration of the triton kernel.")
 @click.option("--threads", type=int, help="Threads of torch, on a CPU.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the measurements here, as JSON.")
-def main(device: str, rounds: int, sweep: bool, threads: int | None, output: Path | None) -> None:
-    """Times the attention backends against torch's dense attention."""
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON to write after every density.")
+@click.option("--figure", type=click.Path(path_type=Path), help="PNG to draw.")
+def main(
+    device: str,
+    sizes: str | None,
+    mask: str,
+    peers: bool,
+    rounds: int,
+    seconds: float,
+    sweep: bool,
+    threads: int | None,
+    output: Path | None,
+    figure: Path | None,
+) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     where = torch.device(device)
     on_gpu = where.type == "cuda"
+    known = {size.name: size for size in (GPU_SIZES if on_gpu else CPU_SIZES)}
+    names = [name.strip() for name in sizes.split(",")] if sizes else list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise click.UsageError(f"--sizes must be some of {', '.join(known)}; got {unknown[0]!r}")
+    missing: dict[str, str] = {}
+    options = f" --sizes '{sizes}'" if sizes else ""
+    options += f" --mask {mask} --rounds {rounds}" + ("" if peers else " --no-peers")
     report: dict[str, Any] = {
-        "command": " ".join(["python", "-m", "calibatt.tools.bench.kernel", *sys.argv[1:]]),
+        "command": f"calibatt-bench kernel{options}",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(where) if on_gpu else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "sizes": [],
+        "versions": versions(),
+        "mask": mask,
+        "sizes": [{**asdict(known[name]), "dtype": str(known[name].dtype), "tokens": known[name].grid.tokens}
+                  for name in names],
+        "states": [],
+        "missing": missing,
         "measurements": [],
-    }
-    if on_gpu:
-        report["versions"] |= {
-            "triton": load_backend("triton").triton.__version__,
-            "cudnn": torch.backends.cudnn.version(),
-        }
+    }  # fmt: skip
     click.echo(f"{report['device']}, {report['versions']}")
-    for size in GPU_SIZES if on_gpu else CPU_SIZES:
-        report["sizes"].append({**asdict(size), "dtype": str(size.dtype)})
-        for record in measure(size, where, rounds, sweep):
-            report["measurements"].append(record)
-            click.echo(
-                "{size:>5} {backend:>12} density {density:.3f}: {median_ms:8.2f} ms "
-                "({p10_ms:.2f} to {p90_ms:.2f}), {tflops:.3g} TFLOP/s".format(**record)
-            )
-    if output is not None:
-        output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    begun = time.perf_counter()
+    if on_gpu:
+        ours = [name for name in OURS if name != "torch"]
+        runnable = [name for name in ours if not _tiny_refused(where, name)]
+        report["host_us_a_call"] = {name: round(host_us(where, name), 1) for name in runnable}
+        click.echo(f"host microseconds a call: {report['host_us_a_call']}")
+    for size in (known[name] for name in names):
+        for density in size.densities:
+            if time.perf_counter() - begun > seconds:
+                click.echo(f"out of time before {size.name} at density {density:g}")
+                continue
+            for record in measure(size, cases(size, density, where, mask, peers, sweep, missing), where, rounds):
+                report["measurements"].append(record)
+                click.echo(
+                    "{size:>12} {backend:>24} density {density:.3f}: {median_ms:8.2f} ms "
+                    "({p10_ms:.2f} to {p90_ms:.2f}), {tflops:.3g} TFLOP/s".format(**record)
+                )
+            report["states"].append({"size": size.name, "density": density, **state(where)})
+            if output is not None:
+                output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    for name, reason in missing.items():
+        click.echo(f"not measured: {name}: {reason}")
+    if figure is not None:
+        draw(report, figure)
+
+
+def _tiny_refused(device: torch.device, backend: str) -> list[str]:
+    schedule = structured_schedule(TokenGrid(1, 16, 16), Blocks(128, 128), 1, 0.5)
+    return supports(schedule, device, torch.bfloat16, 128, backend)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""What a user has instead: dense kernels, and other block-sparse ones on the same masks and tensors.
+
+A peer is asked for by name and is either a function to time or the reason why it is not available here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from calibatt.plans.schedule import DENSE
+from calibatt.runtime.schedule import LayerSchedule
+
+DENSE_PEERS = ("sdpa-flash", "sdpa-cudnn", "flash-attention-4")
+SPARSE_PEERS = ("flash-attention-4 sparse", "flex-attention")
+
+Timed = Callable[[], object]
+
+
+def dense_peer(name: str, q: Tensor, k: Tensor, v: Tensor) -> Timed | str:
+    """A dense kernel.
+
+    Args:
+        name: One of `DENSE_PEERS`.
+        q: ``(B, H, N, D)``, as k and v.
+    """
+    if name == "flash-attention-4":
+        return _flash_attention_4(q, k, v, None)
+    if name == "sdpa-cudnn" and not q.is_cuda:
+        return "cuDNN needs a CUDA device"
+    kernel = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION}[name]
+
+    def run() -> Tensor:
+        with sdpa_kernel(kernel):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return run
+
+
+def sparse_peer(name: str, q: Tensor, k: Tensor, v: Tensor, schedule: LayerSchedule) -> Timed | str:
+    """Another block-sparse kernel on a schedule's block lists; anchor rows are ours alone.
+
+    Args:
+        name: One of `SPARSE_PEERS`.
+        q: ``(B, H, N, D)``, as k and v.
+        schedule: Without anchor rows.
+    """
+    counts, indices = block_lists(schedule, q.device)
+    if name == "flex-attention":
+        return _flex_attention(q, k, v, schedule, counts, indices)
+    if (schedule.blocks.block_q, schedule.blocks.block_k) != (128, 128):
+        return f"blocks must be 128 x 128, got {schedule.blocks}"
+    return _flash_attention_4(q, k, v, (counts, indices))
+
+
+def block_lists(schedule: LayerSchedule, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept key blocks as the peers want them: counts int32 ``(1, H, Q)`` and indices int32 ``(1, H, Q, K)``."""
+    core = schedule.core
+    keep = torch.zeros(core.heads, core.q_blocks, core.k_blocks, dtype=torch.bool)
+    for head in range(core.heads):
+        first = int(core.head_list[head])
+        if first == DENSE:
+            keep[head] = True
+            continue
+        for tile in range(core.q_blocks):
+            start, stop = core.row_ptr[first + tile], core.row_ptr[first + tile + 1]
+            keep[head, tile, torch.from_numpy(core.col_idx[start:stop].astype("int64"))] = True
+    keep = keep.to(device)
+    indices = keep.to(torch.int8).argsort(dim=-1, descending=True, stable=True).int()
+    return keep.sum(-1, dtype=torch.int32)[None], indices[None].contiguous()
+
+
+def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, Tensor] | None) -> Timed | str:
+    try:
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+        from flash_attn.cute.interface import flash_attn_func
+    except Exception as error:  # it fails in many ways where its compiler is not complete
+        return f"cannot be imported: {type(error).__name__}: {error}"
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if lists is None:
+        return lambda: flash_attn_func(q, k, v)
+    counts, indices = lists
+    sparse = BlockSparseTensorsTorch(
+        mask_block_cnt=torch.zeros_like(counts),
+        mask_block_idx=torch.zeros_like(indices),
+        full_block_cnt=counts,
+        full_block_idx=indices,
+    )
+    return lambda: flash_attn_func(q, k, v, block_sparse_tensors=sparse)
+
+
+def _flex_attention(
+    q: Tensor, k: Tensor, v: Tensor, schedule: LayerSchedule, counts: Tensor, indices: Tensor
+) -> Timed | str:
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    blocks, tokens = schedule.blocks, schedule.grid.tokens
+    mask = BlockMask.from_kv_blocks(
+        torch.zeros_like(counts),
+        torch.zeros_like(indices),
+        counts,
+        indices,
+        BLOCK_SIZE=(blocks.block_q, blocks.block_k),
+        seq_lengths=(tokens, tokens),
+    )
+    return partial(torch.compile(flex_attention, dynamic=False), q, k, v, block_mask=mask)
