@@ -297,7 +297,7 @@ def test_time_weight(tmp_path):
         with pytest.raises(ProbeError, match="must be below 5"):
             writer.write_probe(probe("a", 5))
     weight, info = Store.open(tmp_path / "s").time_weight()
-    # b costs 3 times what a does at the one time that both were probed: so would it have at the other, 96 for the 32 of a
+    # b costs 3 times what a does at the one time that both were probed: so it would have at the other, 96 for 32
     np.testing.assert_allclose(weight, [2, 2, 128**0.5, 64, 64], rtol=1e-6)
     assert (info.probes, info.samples, info.time_indices, info.seconds) == (3, ("a", "b"), (1, 3), 3.0)
     assert "rough" in str(info)

@@ -124,7 +124,7 @@ def sabotaged(plan: PlanFile, step: int, layer: int, head: int) -> PlanFile:
 def test_a_sabotaged_head_is_found_and_named(tmp_path, plan_path, sampler):
     plan = PlanFile.read(plan_path)
     segment, layer, head = 0, 0, 0
-    assert plan.schedules[segment][layer].head_density(head) > 0.8, "a head that the compiler found worth its blocks"
+    assert plan.schedules[segment][layer].head_density(head) > 0.7, "a head that the compiler found worth its blocks"
     bad = tmp_path / "bad.plan"
     write_plan(bad, sabotaged(plan, segment, layer, head))
     found = evaluate(tmp_path, "--plan", plan_path, "--plan", bad, "-o", tmp_path / "a", "--require", "broken<=0")
