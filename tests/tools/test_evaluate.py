@@ -17,6 +17,7 @@ pytest.importorskip("diffusers")
 from support.sampler import CALIBRATED, GRID, TinyVideoSampler, tiny_plan, tiny_store
 
 from calibatt.plans import PlanFile, write_plan
+from calibatt.tools.calibrate import models
 from calibatt.tools.evaluate import __main__ as command
 from calibatt.tools.evaluate import evaluation, gate, metrics
 from calibatt.tools.evaluate.masks import schedule_of
@@ -43,7 +44,7 @@ def plan_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sampler(monkeypatch: pytest.MonkeyPatch) -> TinyVideoSampler:
     """What `--model demo` stands for here."""
     found = TinyVideoSampler()
-    monkeypatch.setitem(command.SAMPLERS, "demo", lambda steps, device: found)
+    monkeypatch.setitem(models.SAMPLERS, "demo", lambda steps, device: found)
     return found
 
 
