@@ -5,7 +5,8 @@ This is the seam of the project: the compiler lowers into it, the file stores it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -173,6 +174,46 @@ class LayerSchedule:
         keep = self.tile_keep(head)[position[source] // self.blocks.block_q]
         return source, keep
 
+    def select(self, heads: Sequence[int]) -> LayerSchedule:
+        """The schedule of some heads, numbered anew in the order given; their tiles keep their order.
+
+        Args:
+            heads: Distinct heads, at least one.
+
+        Raises:
+            ValueError: A head is not of this schedule, is given twice, or none is given.
+        """
+        chosen = np.array(heads, dtype=np.int64)
+        inside = ((chosen >= 0) & (chosen < self.heads)).all()
+        if len(chosen) == 0 or not inside or len(np.unique(chosen)) < len(chosen):
+            raise ValueError(f"heads must be distinct, 0 to {self.heads - 1} and at least one, got {list(heads)}")
+        tiles = np.diff(self.head_tile_ptr)
+        used = np.zeros(len(self.row_ptr) - 1, dtype=np.bool_)
+        for first, count in zip(self.head_list[chosen], tiles[chosen], strict=True):
+            if first != DENSE:
+                used[first : first + count] = True
+        shown = np.zeros(len(self.anchor_ptr) - 1, dtype=np.bool_)
+        shown[self.head_anchor[chosen][self.head_anchor[chosen] != NO_ANCHORS]] = True
+        kept, groups = np.diff(self.row_ptr), np.diff(self.anchor_ptr)
+        in_shown = np.repeat(shown, groups)
+        number = np.full(int(self.head_tile_ptr[-1]), -1)
+        before = 0
+        for head in chosen:
+            number[self.head_tile_ptr[head] : self.head_tile_ptr[head + 1]] = before + np.arange(tiles[head])
+            before += int(tiles[head])
+        order = number[self.tile_order]
+        return replace(
+            self,
+            row_ptr=_starts(kept[used]),
+            col_idx=self.col_idx[np.repeat(used, kept)],
+            head_list=_renumber(self.head_list[chosen], used),
+            head_anchor=_renumber(self.head_anchor[chosen], shown),
+            anchor_ptr=_starts(groups[shown]),
+            group_start=self.group_start[in_shown],
+            anchor_row=self.anchor_row[in_shown],
+            tile_order=order[order >= 0].astype(np.int32),
+        )
+
     def check(self) -> None:
         """Proves every promise of the class docstring.
 
@@ -183,6 +224,16 @@ class LayerSchedule:
         _check_lists(self)
         _check_anchors(self)
         _check_heads(self)
+
+
+def _starts(counts: npt.NDArray[np.integer]) -> Int32:
+    """Where each of so many begins, and where the last ends."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+
+
+def _renumber(indices: Int32, stay: Bool) -> Int32:
+    """Indices into what stays; -1 stays -1."""
+    return np.append(np.cumsum(stay) - 1, -1)[indices].astype(np.int32)
 
 
 def _fail(array: str, rule: str, value: object) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from support.schedules import layer_schedules, random_schedule
 
-from calibatt.plans import NO_ANCHORS, Blocks, LayerSchedule, ScheduleError, TokenGrid
+from calibatt.plans import DENSE, NO_ANCHORS, Blocks, LayerSchedule, ScheduleError, TokenGrid
 
 GRID = TokenGrid(frames=2, height=3, width=10, text_before=4, text_after=5)
 BLOCKS = Blocks(16, 16)
@@ -61,6 +62,29 @@ def test_dense_is_what_the_vocabulary_says(schedule: LayerSchedule) -> None:
         computed = sum(len(schedule.columns(head, tile)) for tile in range(schedule.tiles(head)))
         assert schedule.computed_blocks(head) == computed == schedule.tile_keep(head).sum()
         assert 0.0 < schedule.head_density(head) <= 1.0
+
+
+@given(st.data(), layer_schedules(heads=st.integers(1, 5)))
+def test_a_selection_is_the_chosen_heads_in_the_order_asked_for(data: st.DataObject, schedule: LayerSchedule) -> None:
+    heads = data.draw(st.permutations(range(schedule.heads)))[: data.draw(st.integers(1, schedule.heads))]
+    made = schedule.select(heads)
+    made.check()
+    order = [(head, tile) for head in range(schedule.heads) for tile in range(schedule.tiles(head))]
+    order = [order[number] for number in schedule.tile_order if order[number][0] in heads]
+    found = [(heads[head], tile) for head in range(made.heads) for tile in range(made.tiles(head))]
+    assert [found[number] for number in made.tile_order] == order
+    for head, original in enumerate(heads):
+        for mine, wanted in zip(made.dense(head), schedule.dense(original), strict=True):
+            assert np.array_equal(mine, wanted)
+    listed = {(first, made.tiles(head)) for head, first in enumerate(made.head_list) if first != DENSE}
+    assert len(made.row_ptr) - 1 <= sum(tiles for _, tiles in listed), "lists of nobody are left out"
+    assert set(made.head_anchor) - {NO_ANCHORS} == set(range(len(made.anchor_ptr) - 1))
+
+
+@pytest.mark.parametrize("heads", [[], [4], [-1], [1, 1]])
+def test_a_selection_must_be_of_heads_there_are(heads: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"heads must be distinct, 0 to 3 and at least one, got \["):
+        example().select(heads)
 
 
 def changed(name: str, **entries: Any) -> LayerSchedule:
