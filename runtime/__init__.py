@@ -5,6 +5,7 @@ from calibatt.runtime.attachment import Attachment, PipelineAttachment, PlanMism
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptionLostError
 from calibatt.runtime.ops import planned_attention
+from calibatt.runtime.parallel import ParallelismError
 from calibatt.runtime.plan import Plan, PlanSet, load_plan, load_plans
 from calibatt.runtime.schedule import LayerSchedule
 
@@ -13,6 +14,7 @@ __all__ = [
     "Attachment",
     "InterceptionLostError",
     "LayerSchedule",
+    "ParallelismError",
     "PipelineAttachment",
     "Plan",
     "PlanMismatchError",

@@ -14,9 +14,11 @@ from torch import nn
 
 from calibatt.plans import ModelSignature, PlanError, TokenGrid
 from calibatt.runtime import custom_op, ops
-from calibatt.runtime.adapters import Adapter, Arguments, UnknownModelError, adapter_for
+from calibatt.runtime.adapters import Adapter, Arguments, UnknownModelError, adapter_for, unwrap
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptedSite, Interception
+from calibatt.runtime.parallel import Place, Share, Ulysses, ulysses_of
+from calibatt.runtime.schedule import LayerSchedule
 
 if TYPE_CHECKING:
     from calibatt.runtime.plan import Plan, PlanSet
@@ -44,6 +46,9 @@ class Attachment:
             check_signature(plan.signature, adapter.signature(model))
         self.plans = tuple(plans)
         self._session = _Session(self.plans, backend, on_mismatch == "dense")
+        self._session.join(unwrap(model), adapter.sites(model))
+        for plan in plans:
+            self._session.check_parallel(plan)
         weight = adapter.output_weight(adapter.sites(model)[0].attention)
         self._session.prepare(weight.device, weight.dtype)
         self._session.interception = _intercept(model, adapter, self._session)
@@ -71,6 +76,8 @@ class Attachment:
             counts = Counter(name for index in entries for name in chosen[index])
             named = ", ".join(f"{name} ({count} schedules)" for name, count in sorted(counts.items()))
             lines.append(f"backend on {device}, {str(dtype).removeprefix('torch.')}: {named}")
+        if ulysses := self._session.ulysses:
+            lines.append(f"heads by work: this is rank {ulysses.rank} of {ulysses.ranks} of one sequence (Ulysses)")
         lines.append("density (share of dense work) by segment, layers 0 to last:")
         for index in reversed(range(len(plan.segments))):
             segment = plan.segments[index]
@@ -166,6 +173,30 @@ class _Session:
         self.device = torch.device("cpu")
         self.backends: dict[tuple[torch.device, torch.dtype], list[list[str]]] = {}
         """Who executes each entry and layer, for every device and dtype met so far."""
+        self.ulysses: Ulysses | None = None
+        """The ranks that run each forward together, if any."""
+        self._shares: dict[tuple[int, int, torch.device], Share] = {}
+        """What this rank executes of an entry and layer; made once."""
+
+    def join(self, model: nn.Module, places: Sequence[Place]) -> None:
+        """Learns how the model is spread over ranks now.
+
+        Raises:
+            ParallelismError: In a way that plans cannot follow.
+        """
+        found = ulysses_of(model, places)
+        if found != self.ulysses:
+            self.ulysses = found
+            self._shares.clear()
+
+    def check_parallel(self, plan: Plan) -> None:
+        """Proves that a plan can be spread over the ranks.
+
+        Raises:
+            ParallelismError: It cannot.
+        """
+        if self.ulysses:
+            self.ulysses.check(plan.signature.heads, plan.grid.tokens)
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> list[list[str]]:
         """Chooses who executes every schedule on a device; the noisiest segment of a lone plan is put there.
@@ -196,12 +227,28 @@ class _Session:
         return self.backend
 
     def _bind(self, entry: int, device: torch.device) -> None:
+        for layer in range(self.entries[entry][0].signature.layers):
+            self._schedule(entry, layer, device).bind(device)
+
+    def _schedule(self, entry: int, layer: int, device: torch.device) -> LayerSchedule:
+        """What is executed here: all heads, or this rank's."""
+        return self._share(entry, layer, device).schedule if self.ulysses else self._whole(entry, layer)
+
+    def _whole(self, entry: int, layer: int) -> LayerSchedule:
         plan, segment = self.entries[entry]
-        for schedule in plan.layers(segment):
-            schedule.bind(device)
+        return plan.layers(segment)[layer]
+
+    def _share(self, entry: int, layer: int, device: torch.device) -> Share:
+        assert self.ulysses
+        share = self._shares.get((entry, layer, device))
+        if share is None:
+            share = Share.of(self._whole(entry, layer), self.ulysses, device)
+            self._shares[entry, layer, device] = share
+        return share
 
     def resolve(self, time: float, grid: tuple[int, ...]) -> int:
         self.interception.verify()
+        self.join(self.interception.model, self.interception.sites)
         found = TokenGrid(*grid)
         plan = self.plans.get(found)
         if plan is None:
@@ -212,6 +259,7 @@ class _Session:
                 self.warned.add(found)
                 warnings.warn(f"{message}; such forwards run the model's own attention", stacklevel=2)
             return STOCK
+        self.check_parallel(plan)
         entry = self.first_entry[found] + plan.file.segment_index(time)
         self._bind(entry, self.device)
         return entry
@@ -220,11 +268,21 @@ class _Session:
         if segment == STOCK:
             return self.interception.sites[layer].stock(q, k, v)
         backend = self.prepare(q.device, q.dtype)[segment][layer]
-        plan, segment = self.entries[segment]
-        out = ops.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), plan.layers(segment)[layer], backend)
+        plan, number = self.entries[segment]
+        tokens, heads = plan.grid.tokens, plan.signature.heads
+        here = self.ulysses.lengths(tokens)[self.ulysses.rank] if self.ulysses else tokens
+        if tuple(q.shape[1:3]) != (here, heads):
+            raise PlanMismatchError(
+                f"attention of layer {layer} must get {here} tokens of {heads} heads, got {q.shape[1]} of {q.shape[2]}"
+            )
+        if self.ulysses:
+            share = self._share(segment, layer, q.device)
+            q, k, v = self.ulysses.tokens_to_heads(q, k, v, share.heads, tokens)
+        schedule = self._schedule(segment, layer, q.device)
+        out = ops.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), schedule, backend).transpose(1, 2)
         # Time falls: while the device computes, this layer's arrays of the segment below get there.
-        plan.layers(max(segment - 1, 0))[layer].bind(q.device)
-        return out.transpose(1, 2)
+        self._schedule(segment - (number > 0), layer, q.device).bind(q.device)
+        return self.ulysses.heads_to_tokens(out, share.heads) if self.ulysses else out
 
 
 def _intercept(model: nn.Module, adapter: Adapter, session: _Session) -> Interception:
@@ -240,7 +298,7 @@ def _intercept(model: nn.Module, adapter: Adapter, session: _Session) -> Interce
     ) -> torch.Tensor:
         return torch.ops.calibatt.attend(q, k, v, segment, site.index, session.number)
 
-    return Interception(model, adapter, attend, begin=begin)
+    return Interception(model, adapter, attend, begin=begin, parallel=True)
 
 
 def check_signature(plan: ModelSignature, model: ModelSignature) -> None:

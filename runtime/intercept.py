@@ -45,7 +45,11 @@ class InterceptedSite:
         """What the model itself would have computed from q, k, v; all ``(B, N, H, D)``."""
         if self._heads_first:
             return self._stock(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-        return self._stock(q, k, v, backend=getattr(self.attention.processor, "_attention_backend", None))
+        processor = self.attention.processor
+        options = {"backend": getattr(processor, "_attention_backend", None)}
+        if (config := getattr(processor, "_parallel_config", None)) is not None:
+            options["parallel_config"] = config
+        return self._stock(q, k, v, **options)
 
 
 class Interception:
@@ -60,6 +64,8 @@ class Interception:
         attend: ``attend(q, k, v, site, context) -> out``, all ``(B, N, H, D)``; scores are scaled by ``D ** -0.5``.
         begin: Called with the model's arguments before a forward does anything; what it returns is `context`.
         enter_block: ``enter_block(site, arguments)``, called with a block's arguments before the block does anything.
+        parallel: Whether `attend` takes part in context parallelism: it then gets this rank's part of the sequence.
+            Otherwise such calls are refused.
 
     Raises:
         ValueError: A processor's code does not call the function that the adapter names.
@@ -73,11 +79,13 @@ class Interception:
         *,
         begin: Callable[[Arguments], Any] | None = None,
         enter_block: Callable[[InterceptedSite, Arguments], None] | None = None,
+        parallel: bool = False,
     ) -> None:
         self.model = unwrap(model)
         self.adapter = adapter
         self._attend = attend
         self._begin = begin
+        self._parallel = parallel
         self._context: Any = None
         self._above = 0
         sites = adapter.sites(self.model)
@@ -111,7 +119,8 @@ class Interception:
     def detach(self) -> None:
         """Puts back the processors found when this began, the same objects; a second call does nothing.
 
-        A processor that someone else put there since stays.
+        They take over what was set on ours since, such as a parallel config. A processor that someone else put there
+        since stays.
         """
         for hook in self._hooks:
             hook.remove()
@@ -121,6 +130,9 @@ class Interception:
             above = None
             for processor in _stack(mine.site.attention):
                 if processor is mine:
+                    mine.beneath.__dict__.update(
+                        {name: value for name, value in vars(mine).items() if name not in _OURS}
+                    )
                     if above is None:
                         mine.site.attention.processor = mine.beneath
                     else:
@@ -158,6 +170,10 @@ class Interception:
             self._context = self._begin(dict(zip(self._parameters, args, strict=False)) | kwargs)
 
 
+_OURS = ("interception", "site", "beneath")
+"""Attributes of an intercepting processor that its stock processor has not."""
+
+
 class _Running(threading.local):
     """The intercepting processor whose code runs now: the function that it calls is not told who calls."""
 
@@ -179,9 +195,9 @@ def _intercepted(stock: type, dispatch: str) -> type:
         raise ValueError(f"{stock.__name__} must call {dispatch}, got code without {', '.join(sorted(missing))}")
 
     def attend(query: Any, key: Any, value: Any, **options: Any) -> Any:
-        _reject(options)
         processor = _running.processor
         interception = processor.interception
+        _reject(options, interception._parallel)
         return interception._attend(query, key, value, processor.site, interception._context)
 
     def attend_heads_first(query: Any, key: Any, value: Any, **options: Any) -> Any:
@@ -211,9 +227,11 @@ def _intercepted(stock: type, dispatch: str) -> type:
     return type(f"Intercepted{stock.__name__}", (stock,), {"__call__": call})
 
 
-def _reject(options: dict[str, Any]) -> None:
+def _reject(options: dict[str, Any], parallel: bool) -> None:
     """What no row's self-attention asks for today, and what would be wrong to ignore."""
     for option in ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "parallel_config"):
+        if parallel and option == "parallel_config":
+            continue
         value = options.get(option)
         if isinstance(value, torch.Tensor) or value:
             raise NotImplementedError(f"self-attention must be called without {option}, got {type(value).__name__}")

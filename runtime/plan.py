@@ -69,7 +69,8 @@ class Plan:
         """Runs the model's self-attention by this plan, from now until `Attachment.detach` or the end of a ``with``.
 
         Inference only. Attach after whatever replaces attention processors. The model's device and dtype may change
-        later: the backend is then chosen, and an explicit one checked, anew.
+        later: the backend is then chosen, and an explicit one checked, anew. So may `enable_parallelism` of diffusers
+        be called later, with a ulysses_degree: every rank then executes some of the heads.
 
         Args:
             model: The transformer, compiled or not.
@@ -80,6 +81,7 @@ class Plan:
             adapter: The model's row, for a family that `adapters.ADAPTERS` lacks.
 
         Raises:
+            ParallelismError: The model is spread over ranks by more than Ulysses, or heads or tokens do not divide.
             PlanMismatchError: The plan is for another model; lists all differences.
             UnknownModelError: The model's family is not known.
             UnsupportedBackendError: The backend cannot execute the plan where the model is now.

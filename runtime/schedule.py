@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -60,6 +60,19 @@ class LayerSchedule:
         """
         source, keep = self.core.dense(head)
         return torch.from_numpy(source), torch.from_numpy(keep)
+
+    @property
+    def work(self) -> list[int]:
+        """Blocks that each head computes."""
+        return [self.core.computed_blocks(head) for head in range(self.heads)]
+
+    def select(self, heads: Sequence[int]) -> LayerSchedule:
+        """The schedule of some heads, numbered anew in the order given.
+
+        Raises:
+            ValueError: A head is not of this schedule, is given twice, or none is given.
+        """
+        return LayerSchedule(self.core.select(heads))
 
     def bind(self, device: torch.device | str) -> DeviceSchedule:
         """Index arrays of this schedule on `device`, made at the first call for that device and kept until `unbind`.

@@ -398,16 +398,6 @@ def test_bfloat16() -> None:
         torch.testing.assert_close(got, model(**values)[0], rtol=0, atol=0.05)
 
 
-def test_context_parallelism_is_refused_not_ignored() -> None:
-    model = make_model()
-    with make_plan().attach(model):
-        model.blocks[0].attn1.processor._parallel_config = object()
-        with pytest.raises(
-            NotImplementedError, match="self-attention must be called without parallel_config, got object"
-        ):
-            run(model)
-
-
 def test_options_are_checked() -> None:
     model = make_model()
     row = dataclasses.replace(adapter_for(model), dispatch="sdpa")
