@@ -17,7 +17,7 @@ from calibatt.runtime import custom_op, ops
 from calibatt.runtime.adapters import Adapter, Arguments, UnknownModelError, adapter_for, unwrap
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptedSite, Interception
-from calibatt.runtime.parallel import Place, Share, Ulysses, ulysses_of
+from calibatt.runtime.parallel import Place, Share, Ulysses, slowest_rank, ulysses_of
 from calibatt.runtime.schedule import LayerSchedule
 
 if TYPE_CHECKING:
@@ -77,7 +77,12 @@ class Attachment:
             named = ", ".join(f"{name} ({count} schedules)" for name, count in sorted(counts.items()))
             lines.append(f"backend on {device}, {str(dtype).removeprefix('torch.')}: {named}")
         if ulysses := self._session.ulysses:
-            lines.append(f"heads by work: this is rank {ulysses.rank} of {ulysses.ranks} of one sequence (Ulysses)")
+            works = (schedule.work for segment in range(len(plan.segments)) for schedule in plan.layers(segment))
+            divided, in_order = slowest_rank(works, ulysses.ranks)
+            lines.append(
+                f"rank {ulysses.rank} of {ulysses.ranks} (Ulysses), heads spread by work: the slowest rank has "
+                f"{divided:.3f} times the mean, {in_order:.3f} if heads were in order"
+            )
         lines.append("density (share of dense work) by segment, layers 0 to last:")
         for index in reversed(range(len(plan.segments))):
             segment = plan.segments[index]

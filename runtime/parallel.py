@@ -153,6 +153,25 @@ def divide(work: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(heads) for heads in found]
 
 
+def slowest_rank(works: Iterable[Sequence[int]], ranks: int) -> tuple[float, float]:
+    """How long all ranks wait for the slowest one, who is another one in every layer.
+
+    Args:
+        works: For each layer, the work of each head.
+        ranks: At most as many as heads.
+
+    Returns:
+        Work of the slowest rank / mean work of a rank, over all layers: with heads spread by `divide`, and in order.
+    """
+    divided = in_order = mean = 0.0
+    for work in works:
+        divided += max(sum(work[head] for head in heads) for heads in divide(work, ranks))
+        parts = torch.tensor(work).split(even_counts(len(work), ranks))
+        in_order += max(int(part.sum()) for part in parts)
+        mean += sum(work) / ranks
+    return divided / mean, in_order / mean
+
+
 def even_counts(count: int, ranks: int) -> list[int]:
     """How many each rank has, as `torch.tensor_split` cuts: equally many, or one less for the last ranks."""
     return [count // ranks + (rank < count % ranks) for rank in range(ranks)]

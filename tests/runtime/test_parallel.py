@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from support.ranks import run_ranks
 from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
-from calibatt.runtime import ParallelismError, Plan, PlanMismatchError
+from calibatt.runtime import ParallelismError, Plan, PlanMismatchError, load_plan
 from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.intercept import Interception
-from calibatt.runtime.parallel import Share, Ulysses, divide, even_counts
+from calibatt.runtime.parallel import Share, Ulysses, divide, even_counts, slowest_rank
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -300,3 +301,14 @@ def test_heads_are_spread_evenly_by_work(work: list[int], ranks: int) -> None:
 def test_much_work_is_not_left_to_one_rank() -> None:
     assert divide([9, 9, 1, 1], 2) == [[0, 2], [1, 3]]
     assert divide([1, 9, 5, 5, 4, 2], 2) == [[0, 1, 4], [2, 3, 5]]
+
+
+def test_spreading_by_work_gains_on_the_demo_plan() -> None:
+    """Four heads: two ranks have a choice, four have none."""
+    plan = load_plan(resources.files("calibatt.plans") / "demo.plan")
+    works = [schedule.work for segment in range(len(plan.segments)) for schedule in plan.layers(segment)]
+    divided, in_order = slowest_rank(works, 2)
+    assert 1 <= divided < 0.98 * in_order
+    divided, in_order = slowest_rank(works, 4)
+    assert 1 < divided == in_order
+    assert slowest_rank([[3, 3, 1, 1]] * 2, 2) == (1.0, 1.5)
