@@ -44,7 +44,7 @@ from calibatt.compiler.stats.unit import UnitStatistics, write_unit
 
 
 class StoreWriter:
-    """One process's hold on one store; a context manager. Use `StoreWriter.open`."""
+    """One process's hold on one store; a context manager. Use `StoreWriter.open`, and `join` in its helpers."""
 
     def __init__(self, path: Path, manifest: Manifest, lock: int) -> None:
         """Use `StoreWriter.open`."""
@@ -86,6 +86,32 @@ class StoreWriter:
             os.close(lock)
             raise
         return cls(folder, manifest, lock)
+
+    @classmethod
+    def join(cls, path: str | os.PathLike[str], manifest: Manifest) -> StoreWriter:
+        """Helps another process of the same job, which has the store open and keeps it open for as long.
+
+        The processes agree among themselves who writes which samples and probes: nobody checks.
+
+        Raises:
+            StoreBusy: Nobody has it open.
+            ManifestMismatch: It is of another manifest; every difference is listed.
+            ManifestError: It has no manifest, or a broken one.
+            OSError: It cannot be read.
+        """
+        folder = Path(path)
+        found = read_manifest(folder)
+        if different := found.differences(manifest):
+            raise ManifestMismatch(
+                f"{folder} must be joined with its own manifest, got (its, new): {'; '.join(different)}"
+            )
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return cls(folder, manifest, lock)
+        os.close(lock)
+        raise StoreBusy(f"{folder} must be open in another process of this job, got nobody")
 
     def close(self) -> None:
         """Lets another writer in; what was not finished stays interrupted."""

@@ -173,6 +173,28 @@ def test_sigkill_loses_the_sample_in_progress_and_no_other(tmp_path):
     assert_whole(Store.open(path), "a", "b")
 
 
+def test_helpers_write_while_another_has_it_open(tmp_path):
+    path = tmp_path / "s"
+    with StoreWriter.open(path, M) as writer:
+        with StoreWriter.join(path, M) as helper, StoreWriter.join(path, M) as another:
+            fill(helper, "a")
+            fill(writer, "b")
+            fill(another, "c")
+        assert writer.done() == ("a", "b", "c")
+        with pytest.raises(StoreBusy, match="must be open for writing"):
+            helper.begin("d")
+        with pytest.raises(ManifestMismatch, match=r"joined with its own .* got \(its, new\): has_mass: True, False"):
+            StoreWriter.join(path, manifest(has_mass=False))
+        with pytest.raises(StoreBusy, match="must have one writer"):
+            StoreWriter.open(path, M)
+    assert_whole(Store.open(path), "a", "b", "c")
+    with pytest.raises(StoreBusy, match="must be open in another process of this job, got nobody"):
+        StoreWriter.join(path, M)
+    with pytest.raises(ManifestError, match="must be a store of statistics"):
+        StoreWriter.join(tmp_path / "none", M)
+    StoreWriter.open(path, M).close()
+
+
 def test_writer_refuses(tmp_path):
     path = make(tmp_path / "s", "a")
     with pytest.raises(ManifestMismatch, match=r"got \(its, new\): has_mass: True, False; row_radius: 2, 1"):
