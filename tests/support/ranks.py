@@ -1,11 +1,16 @@
-"""A function in several processes at once, which form a process group on the CPU."""
+"""Several processes at once, which form a process group on the CPU: of a function, or of a command by torchrun."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +28,27 @@ def run_ranks(function: Callable[..., None], ranks: int, folder: Path, *argument
     Where one fails the others are ended, and its traceback is in the error.
 
     Args:
-        function: Of a module, for others to find it there.
+        function: Of a module, for others to find it there; the process group is there already.
         ranks: How many.
         folder: Where the ranks find each other.
         arguments: What to call it with.
     """
+    _start(_in_group, ranks, folder, function, arguments)
+
+
+def run_commands(function: Callable[..., None], ranks: int, folder: Path, *arguments: Any) -> None:
+    """`run_ranks` of a function that makes its process group itself, as under torchrun."""
+    _start(_as_command, ranks, folder, function, arguments)
+
+
+def _start(wrapper: Callable[..., None], ranks: int, folder: Path, *arguments: Any) -> None:
     # The server imports once what every process needs.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "diffusers.models.transformers"])
-    torch.multiprocessing.start_processes(
-        _rank, (ranks, folder / "ranks", function, arguments), ranks, start_method="forkserver"
-    )
+    meeting = folder / "meeting"
+    torch.multiprocessing.start_processes(wrapper, (ranks, meeting, *arguments), ranks, start_method="forkserver")
 
 
-def _rank(rank: int, ranks: int, meeting: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _in_group(rank: int, ranks: int, meeting: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # diffusers calls what torch will replace
     torch.set_num_threads(1)
     torch.accelerator.device_count = lambda: 1  # what diffusers divides by, even on a CPU
@@ -45,3 +58,53 @@ def _rank(rank: int, ranks: int, meeting: Path, function: Callable[..., None], a
         function(*arguments)
     finally:
         dist.destroy_process_group()
+
+
+def _as_command(
+    rank: int, ranks: int, meeting: Path, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    # A file instead of the port of torchrun.
+    store = dist.FileStore(str(meeting), ranks)
+    dist.init_process_group = partial(dist.init_process_group, store=store, rank=rank, world_size=ranks)
+    function(*arguments)
+
+
+class Torchrun:
+    """A command in several processes, started; a context manager, which ends them all.
+
+    Args:
+        ranks: How many.
+        arguments: What ``python`` would get.
+    """
+
+    def __init__(self, ranks: int, *arguments: Any) -> None:
+        tests = str(Path(__file__).parents[1])
+        paths = [tests, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # Standalone: the ranks meet at a port that is free.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+            + [str(argument) for argument in arguments],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self) -> tuple[int, str, str]:
+        """Exit code, what was written to stdout, and to stderr."""
+        out, err = self._process.communicate(timeout=TIMEOUT.total_seconds())
+        return self._process.returncode, out, err
+
+    def __enter__(self) -> Torchrun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGTERM)  # torchrun ends its processes
+            self._process.wait(30)
+        for stream in (self._process.stdout, self._process.stderr):
+            if stream:
+                stream.close()

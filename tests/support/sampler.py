@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,26 @@ class TinyVideoSampler:
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         return latent.clamp(-1, 1)
+
+
+def tiny_sampler(steps: int | None, device: str) -> TinyVideoSampler:
+    """What ``--model`` may name."""
+    return TinyVideoSampler()
+
+
+def second_rank_fails(steps: int | None, device: str) -> TinyVideoSampler:
+    """A sampler that fails in the second process of a job, at its second prompt."""
+    made = TinyVideoSampler()
+    run = made.run
+
+    def fail(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if made.runs:
+            raise ValueError("the sampler must sample, got an error")
+        return run(*args, **kwargs)
+
+    if os.environ.get("RANK") == "1":
+        made.run = fail  # type: ignore[method-assign]
+    return made
 
 
 def tiny_store(path: Path) -> Store:

@@ -21,6 +21,7 @@ from calibatt.runtime.adapters import UnknownModelError, adapter_for
 from calibatt.tools.calibrate.listen import ListenError
 from calibatt.tools.calibrate.models import MODEL_HELP, PROMPTS, default_prompts, make_sampler
 from calibatt.tools.calibrate.probing import Trajectory
+from calibatt.tools.calibrate.ranks import RankLostError, Ranks
 from calibatt.tools.calibrate.recorder import Measure, Recorder, nearest_step, sample_name
 from calibatt.tools.calibrate.sampler import Sampler
 from calibatt.tools.calibrate.statistics import unit_statistics
@@ -89,18 +90,42 @@ def spread(size: int, count: int) -> list[int]:
     return sorted({int(index) for index in np.linspace(0, size - 1, min(count, size)).round()})
 
 
-def record(
-    writer: StoreWriter, sampler: Sampler, work: Work, measure: Measure, probed: Work, progress: Progress
-) -> dict[tuple[str, int], Trajectory]:
-    """Records what is not done yet; returns the trajectories of those recorded now that will be probed."""
-    done = set(writer.done())
+def open_store(path: Path, manifest: Manifest, ranks: Ranks) -> StoreWriter:
+    """The one store that all ranks write, each its own samples.
+
+    Raises:
+        StoreError: It cannot be continued with this manifest, or another job has it open.
+        RankLostError: A rank has failed.
+    """
+    writer = StoreWriter.open(path, manifest) if ranks.is_first else None
+    ranks.wait()
+    return writer or StoreWriter.join(path, manifest)
+
+
+def outstanding(writer: StoreWriter, work: Work, probed: Work, ranks: Ranks, console: Console) -> tuple[Work, Work]:
+    """What this rank records, and what it probes: of the samples recorded now, its own.
+
+    Raises:
+        RankLostError: A rank has failed.
+    """
+    # Of rank 0, before anyone writes: all must divide the same work.
+    done, interrupted = ranks.from_first((writer.done(), writer.interrupted()))
     todo = [(prompt, seed) for prompt, seed in work if sample_name(prompt, seed) not in done]
     if len(todo) < len(work):
-        progress.console.print(f"{len(work) - len(todo)} of {len(work)} samples are done: skipped")
-    for name in writer.interrupted():
+        console.print(f"{len(work) - len(todo)} of {len(work)} samples are done: skipped")
+    for name in interrupted:
         again = name in {sample_name(prompt, seed) for prompt, seed in todo}
         fate = "discarded and recorded again" if again else "left aside: not among these prompts"
-        progress.console.print(f"sample {name} was interrupted: {fate}")
+        console.print(f"sample {name} was interrupted: {fate}")
+    mine = ranks.share(todo)
+    older = ranks.share([sample for sample in probed if sample not in todo])
+    return mine, [sample for sample in probed if sample in mine or sample in older]
+
+
+def record(
+    writer: StoreWriter, sampler: Sampler, todo: Work, measure: Measure, probed: Work, progress: Progress
+) -> dict[tuple[str, int], Trajectory]:
+    """Records samples; returns the trajectories of those that will be probed."""
     manifest = writer.manifest
     task = progress.add_task("units", total=len(todo) * len(manifest.times) * manifest.model.layers)
     recorder = Recorder(sampler, manifest, measure, on_unit=lambda: progress.advance(task))
@@ -240,6 +265,7 @@ Examples:
   calibatt-calibrate -o stats/
   calibatt-calibrate --prompts prompts.txt --samples 4 --query-stride 8 -o stats/
   calibatt-calibrate --model my_wan:sampler --steps 30 --times 15 --block-size 128 --query-stride 8 -o stats/
+  torchrun --nproc-per-node 8 -m calibatt.tools.calibrate --model my_wan:sampler --block-size 128 -o stats/
   calibatt-compile stats/ -o plans/mine.plan
 
 Exit codes: 0 all is recorded; 1 stopped, run it again to continue; 2 the call or the store is wrong.
@@ -295,12 +321,16 @@ def main(
 
     Run it again to continue where it stopped: finished samples are skipped, and at most the sample in progress is
     lost. Stores made on several machines with one set of options are given to calibatt-compile together.
+
+    Started by torchrun, every process has a GPU and samples its part of the prompts; all write one store, and where one
+    fails all end.
     """
-    console = Console(stderr=True)
+    ranks = Ranks.of_environment()
+    console = Console(stderr=True, quiet=not ranks.is_first)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         work = plan_work(model, prompts, samples, seed)
-        sampler = make_sampler(model, steps, pick_device(device))
+        sampler = make_sampler(model, steps, ranks.own_device(pick_device(device)))
         sampler.check([prompt for prompt, _ in work])
         manifest = make_manifest(
             sampler,
@@ -312,25 +342,29 @@ def main(
         )
         begun = time.perf_counter()
         with (
-            StoreWriter.open(output, manifest) as writer,
-            Progress(*columns, TimeRemainingColumn(), console=console) as progress,
+            ranks,
+            open_store(output, manifest, ranks) as writer,
+            Progress(*columns, TimeRemainingColumn(), console=console, disable=not ranks.is_first) as progress,
         ):
-            before, probed = len(writer.done()), work[:probe_samples] if probes else []
-            trajectories = record(writer, sampler, work, unit_statistics, probed, progress)
+            todo, probed = outstanding(writer, work, work[:probe_samples] if probes else [], ranks, console)
+            trajectories = record(writer, sampler, todo, unit_statistics, probed, progress)
+            ranks.wait()  # a probe needs a store in which every sample is whole
             by_layer = probes if layer_probes is None else layer_probes
-            silent = probe(writer, sampler, probed, probes, by_layer, trajectories, progress)
-            recorded, seconds = len(writer.done()) - before, time.perf_counter() - begun
-        if silent:
-            console.print(f"{silent} probes dropped nothing and say nothing of their time")
-        click.echo(_summary(writer, recorded, seconds))
-    except (StoreError, PlanError, UnknownModelError, ListenError, OSError, ValueError) as error:
-        _fail(error)
+            silent = ranks.total(probe(writer, sampler, probed, probes, by_layer, trajectories, progress))
+            recorded, seconds = ranks.total(len(todo)), time.perf_counter() - begun
+            if ranks.is_first:
+                if silent:
+                    console.print(f"{silent} probes dropped nothing and say nothing of their time")
+                click.echo(_summary(writer, recorded, seconds))
+    except (StoreError, PlanError, UnknownModelError, ListenError, RankLostError, OSError, ValueError) as error:
+        _fail(error, ranks)
 
 
-def _fail(error: Exception) -> NoReturn:
+def _fail(error: Exception, ranks: Ranks) -> NoReturn:
     """One line for the user, exit code 2."""
     told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    click.echo(f"{NAME}: {' '.join(told.split())}", err=True)
+    who = f"{NAME}: rank {ranks.rank}" if ranks.count > 1 else NAME
+    click.echo(f"{who}: {' '.join(told.split())}", err=True)
     raise SystemExit(2)
 
 
