@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import LayerSchedule, move
 
 Heads = Sequence[torch.Tensor]
 """For each rank, the heads that it computes: int64 ``(heads of the rank,)`` on the device."""
@@ -129,8 +129,8 @@ class Share:
     def of(cls, schedule: LayerSchedule, ulysses: Ulysses, device: torch.device) -> Share:
         """This rank's share of a layer; every rank finds the same heads for each."""
         heads = divide(schedule.work, ulysses.ranks)
-        chosen = schedule.select(heads[ulysses.rank])
-        return cls(tuple(torch.tensor(some, device=device) for some in heads), chosen)
+        order = move(torch.tensor([head for some in heads for head in some]), device)
+        return cls(order.split([len(some) for some in heads]), schedule.select(heads[ulysses.rank]))
 
 
 def divide(work: Sequence[int], ranks: int) -> list[list[int]]:

@@ -141,15 +141,15 @@ def _bind(core: CoreSchedule, device: torch.device) -> DeviceSchedule:
     )  # head_anchor is -1 where every query is computed: the last start
     columns = np.concatenate([core.col_idx, np.arange(core.k_blocks, dtype=np.uint16), np.zeros(1, dtype=np.uint16)])
 
-    def move(array: np.ndarray[Any, Any]) -> torch.Tensor:
-        host = torch.from_numpy(array)
-        if device.type == "cuda":
-            host = host.pin_memory()  # a copy from pageable memory would wait for the stream
-        return host.to(device, non_blocking=True)
+    arrays = _tiles(core), columns, heads, token, first, copies
+    return DeviceSchedule(core, device, *(move(torch.from_numpy(array), device) for array in arrays))
 
-    return DeviceSchedule(
-        core, device, move(_tiles(core)), move(columns), move(heads), move(token), move(first), move(copies)
-    )
+
+def move(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, made on the current stream without waiting for it."""
+    if device.type == "cuda":
+        host = host.pin_memory()  # a copy from pageable memory would wait for the stream
+    return host.to(device, non_blocking=True)
 
 
 def _tiles(core: CoreSchedule) -> Int32:
