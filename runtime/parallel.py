@@ -205,4 +205,4 @@ def ulysses_of(model: nn.Module, places: Iterable[Place]) -> Ulysses | None:
             f"the model's parallel config at {', '.join(deaf)}"
         )
     group = context._ulysses_mesh.get_group()
-    return Ulysses(group, context._ulysses_local_rank, group.size(), bool(context.ulysses_anything))
+    return Ulysses(group, context._ulysses_local_rank, group.size(), bool(getattr(context, "ulysses_anything", False)))

@@ -70,7 +70,8 @@ class Plan:
 
         Inference only. Attach after whatever replaces attention processors. The model's device and dtype may change
         later: the backend is then chosen, and an explicit one checked, anew. So may `enable_parallelism` of diffusers
-        be called later, with a ulysses_degree: every rank then executes some of the heads.
+        be called later, with a ulysses_degree: every rank then executes some of the heads, and must attach the same
+        plan.
 
         Args:
             model: The transformer, compiled or not.
