@@ -352,10 +352,10 @@ def main(
             by_layer = probes if layer_probes is None else layer_probes
             silent = ranks.total(probe(writer, sampler, probed, probes, by_layer, trajectories, progress))
             recorded, seconds = ranks.total(len(todo)), time.perf_counter() - begun
-            if ranks.is_first:
-                if silent:
-                    console.print(f"{silent} probes dropped nothing and say nothing of their time")
-                click.echo(_summary(writer, recorded, seconds))
+        if silent:
+            console.print(f"{silent} probes dropped nothing and say nothing of their time")
+        if ranks.is_first:
+            click.echo(_summary(writer, recorded, seconds))
     except (StoreError, PlanError, UnknownModelError, ListenError, RankLostError, OSError, ValueError) as error:
         _fail(error, ranks)
 
