@@ -150,7 +150,8 @@ class LayerSchedule:
     @property
     def density(self) -> float:
         """Mean of `head_density` over the heads."""
-        return sum(self.head_density(head) for head in range(self.heads)) / self.heads
+        computed = sum(self.computed_blocks(head) for head in range(self.heads))
+        return computed / (self.heads * self.q_blocks * self.k_blocks)
 
     def tile_keep(self, head: int) -> Bool:
         """bool ``(tiles, k_blocks)``: the head's block mask over its packed tiles."""

@@ -12,15 +12,18 @@ from typing import Literal
 import torch
 from torch import nn
 
-from calibatt.plans import Blocks, ModelSignature, PlanError, PlanFile, Segment, TokenGrid
+from calibatt.plans import Blocks, ModelSignature, PlanError, PlanFile, Segment, StoredLayers, TokenGrid
 from calibatt.runtime import custom_op, ops
 from calibatt.runtime.adapters import Adapter, Arguments, adapter_for
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptedSite, Interception
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import LayerSchedule, StoredSchedule
 
 STOCK = -1
 """In place of a segment: the model's own attention."""
+RESIDENT_BYTES = 1 << 30
+"""Index arrays of a plan stay on devices up to so many bytes, and always those of the segment at work and the next one.
+A small plan is put there once; a segment of a large one each time that it comes."""
 
 
 class PlanMismatchError(PlanError):
@@ -28,7 +31,9 @@ class PlanMismatchError(PlanError):
 
 
 class Plan:
-    """A plan that is ready to run; immutable. Index arrays that it puts on a device stay there while it lives.
+    """A plan that is ready to run; immutable.
+
+    A schedule is decoded when it is put on a device, and the last used ones stay there, up to `RESIDENT_BYTES`.
 
     Args:
         file: The plan's contents.
@@ -36,7 +41,14 @@ class Plan:
 
     def __init__(self, file: PlanFile) -> None:
         self.file = file
-        self._schedules = tuple(tuple(map(LayerSchedule, layers)) for layers in file.schedules)
+        layers, stored = range(file.signature.layers), file.schedules
+        self._schedules: tuple[tuple[LayerSchedule, ...], ...] = tuple(
+            tuple(StoredSchedule(stored, segment, layer) for layer in layers)
+            if isinstance(stored, StoredLayers)
+            else tuple(map(LayerSchedule, stored[segment]))
+            for segment in range(len(file.segments))
+        )
+        self._last_used: list[int] = []
 
     @property
     def signature(self) -> ModelSignature:
@@ -68,6 +80,20 @@ class Plan:
         """The schedules of all layers in one segment."""
         return self._schedules[segment]
 
+    def make_room(self, *segments: int) -> None:
+        """Lets go of the arrays of the segments used longest ago, beyond `RESIDENT_BYTES`; never of those named."""
+        others = [each for each in self._last_used if each not in segments]
+        self._last_used = [*segments, *others]
+        total = sum(self._bound_bytes(each) for each in segments)
+        for each in others:
+            total += self._bound_bytes(each)
+            if total > RESIDENT_BYTES:
+                for schedule in self._schedules[each]:
+                    schedule.unbind()
+
+    def _bound_bytes(self, segment: int) -> int:
+        return sum(schedule.bound_bytes for schedule in self._schedules[segment])
+
     def attach(
         self,
         model: nn.Module,
@@ -98,13 +124,15 @@ class Plan:
 
 
 def load_plan(path: str | PathLike[str]) -> Plan:
-    """Maps a plan file and proves it; its arrays stay in the file until they are needed.
+    """Maps a plan file and proves all of it; masks stay in the file until they are needed.
 
     Raises:
         PlanError: The first broken promise of FORMAT.md; the message names file, rule and value.
         OSError: The file cannot be read.
     """
-    return Plan(PlanFile.read(path))
+    file = PlanFile.read(path)
+    file.prove()
+    return Plan(file)
 
 
 class Attachment:
@@ -142,9 +170,10 @@ class Attachment:
             named = ", ".join(f"{name} ({count} schedules)" for name, count in sorted(counts.items()))
             lines.append(f"backend on {device}, {str(dtype).removeprefix('torch.')}: {named}")
         lines.append("density (share of dense work) by segment, layers 0 to last:")
+        every = {(segment, layer): packed.density for segment, layer, packed in plan.file.walk()}
         for index in reversed(range(len(plan.segments))):
             segment = plan.segments[index]
-            densities = [schedule.density for schedule in plan.layers(index)]
+            densities = [every[index, layer] for layer in range(plan.signature.layers)]
             row = " ".join(f"{density:.3f}" for density in densities)
             lines.append(
                 f"  time {segment.start:.4f} to {segment.stop:.4f}: mean {sum(densities) / len(densities):.3f}; {row}"
@@ -170,6 +199,9 @@ class _Session:
         self.warned = False
         self.number = custom_op.open_session(self)
         self.device = torch.device("cpu")
+        self.segment = len(plan.segments) - 1
+        self.after: dict[int, int] = {}
+        """The segment that came after one, the last time."""
         self.backends: dict[tuple[torch.device, torch.dtype], list[list[str]]] = {}
         """Who executes each segment and layer, for every device and dtype met so far."""
 
@@ -187,7 +219,8 @@ class _Session:
                 for segment in range(len(self.plan.segments))
             ]
             self.backends[device, dtype] = chosen
-            self._bind(len(chosen) - 1, device)
+            for schedule in self.plan.layers(self.segment):
+                schedule.bind(device)
         self.device = device
         return chosen
 
@@ -201,10 +234,6 @@ class _Session:
             )
         return self.backend
 
-    def _bind(self, segment: int, device: torch.device) -> None:
-        for schedule in self.plan.layers(segment):
-            schedule.bind(device)
-
     def resolve(self, time: float, grid: tuple[int, ...]) -> int:
         self.interception.verify()
         found = TokenGrid(*grid)
@@ -217,8 +246,16 @@ class _Session:
                 warnings.warn(f"{message}; such forwards run the model's own attention", stacklevel=2)
             return STOCK
         segment = self.plan.file.segment_index(time)
-        self._bind(segment, self.device)
+        if segment != self.segment:
+            self.after[self.segment] = segment
+            self.segment = segment
+            self.plan.make_room(segment, self._following(segment))
+        self.plan.layers(segment)[0].bind(self.device)
         return segment
+
+    def _following(self, segment: int) -> int:
+        """The segment that should be next: time falls, and after the last video comes another."""
+        return self.after.get(segment, (segment or len(self.plan.segments)) - 1)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: int, layer: int) -> torch.Tensor:
         if segment == STOCK:
@@ -226,8 +263,10 @@ class _Session:
         schedule = self.plan.layers(segment)[layer]
         backend = self.prepare(q.device, q.dtype)[segment][layer]
         out = ops.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), schedule, backend)
-        # Time falls: while the device computes, this layer's arrays of the segment below get there.
-        self.plan.layers(max(segment - 1, 0))[layer].bind(q.device)
+        # While the device computes, arrays get there: the next layer's, if need be, and this layer's of what follows.
+        if layer + 1 < self.plan.signature.layers:
+            self.plan.layers(segment)[layer + 1].bind(q.device)
+        self.plan.layers(self._following(segment))[layer].bind(q.device)
         return out.transpose(1, 2)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from calibatt.plans.packed import StoredLayers
 from calibatt.plans.schedule import DENSE, NO_ANCHORS, Int32
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
@@ -16,16 +17,36 @@ from calibatt.plans.schema import Blocks, TokenGrid
 T = TypeVar("T")
 
 
+class Outline(Protocol):
+    """What is known of a schedule before its lists: enough to say who can execute it."""
+
+    @property
+    def grid(self) -> TokenGrid: ...
+    @property
+    def blocks(self) -> Blocks: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def q_blocks(self) -> int: ...
+    @property
+    def k_blocks(self) -> int: ...
+
+
 class LayerSchedule:
     """The schedule of all heads of one layer in one segment; immutable.
 
     Args:
-        core: The schedule as the plan file stores it. It is trusted: `core.check()` has passed.
+        core: The schedule as the plan file means it. It is trusted: `core.check()` has passed.
     """
 
     def __init__(self, core: CoreSchedule) -> None:
-        self.core = core
-        self._bound: dict[torch.device, DeviceSchedule] = {}
+        self._core = core
+        self._bound: dict[object, DeviceSchedule] = {}
+
+    @property
+    def core(self) -> CoreSchedule:
+        """The schedule as the plan file means it."""
+        return self._core
 
     @property
     def grid(self) -> TokenGrid:
@@ -38,6 +59,14 @@ class LayerSchedule:
     @property
     def heads(self) -> int:
         return self.core.heads
+
+    @property
+    def q_blocks(self) -> int:
+        return self.blocks.q_blocks(self.grid.tokens)
+
+    @property
+    def k_blocks(self) -> int:
+        return self.blocks.k_blocks(self.grid.tokens)
 
     @property
     def density(self) -> float:
@@ -64,19 +93,65 @@ class LayerSchedule:
     def bind(self, device: torch.device | str) -> DeviceSchedule:
         """Index arrays of this schedule on `device`, made at the first call for that device and kept until `unbind`.
 
-        The first call copies on the current stream, without waiting for it; a later one does nothing.
+        The first call copies on the current stream, without waiting for it; a later one does nothing. Every stream has
+        its own: what is let go while a kernel of its stream still reads it is safe, of another's it would not be.
         """
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        bound = self._bound.get(device)
+        key = (device, torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else device
+        bound = self._bound.get(key)
         if bound is None:
-            bound = self._bound[device] = _bind(self.core, device)
+            bound = self._bound[key] = _bind(self.core, device)
         return bound
 
     def unbind(self) -> None:
         """Lets go of the arrays on every device; the next `bind` makes them again."""
         self._bound.clear()
+
+    @property
+    def bound_bytes(self) -> int:
+        """Bytes of the arrays on all devices, as `bind` made them."""
+        return sum(bound.nbytes for bound in tuple(self._bound.values()))
+
+
+class StoredSchedule(LayerSchedule):
+    """A schedule that stays packed until it is bound or asked for its lists.
+
+    Args:
+        stored: The schedules of a plan.
+        segment: Which one, from 0.
+        layer: Of which layer, from 0.
+    """
+
+    def __init__(self, stored: StoredLayers, segment: int, layer: int) -> None:
+        self._stored, self._segment, self._layer = stored, segment, layer
+        self._bound = {}
+
+    @property
+    def core(self) -> CoreSchedule:
+        """The schedule, decoded and lowered anew unless it was among the last ones used.
+
+        Raises:
+            PlanError: What is stored breaks a promise of FORMAT.md.
+        """
+        return self._stored.schedule(self._segment, self._layer)
+
+    @property
+    def grid(self) -> TokenGrid:
+        return self._stored.grid
+
+    @property
+    def blocks(self) -> Blocks:
+        return self._stored.blocks
+
+    @property
+    def heads(self) -> int:
+        return self._stored.heads
+
+    @property
+    def density(self) -> float:
+        return self._stored.packed(self._segment, self._layer).density
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +187,12 @@ class DeviceSchedule:
     def anchored(self) -> bool:
         """Whether some head computes anchor rows only."""
         return len(self.query_token) > 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays, what backends derived not counted."""
+        arrays = (self.tiles, self.columns, self.heads, self.query_token, self.query_first, self.query_copies)
+        return sum(array.nbytes for array in arrays)
 
     def derived(self, make: Callable[[DeviceSchedule], T]) -> T:
         """What a backend derives from the schedule: ``make(self)``, called once and kept."""
