@@ -21,7 +21,7 @@ import numpy.typing as npt
 import zstandard
 
 from calibatt.plans.errors import MaskError, ScheduleError
-from calibatt.plans.schedule import DENSE, Int32, LayerSchedule
+from calibatt.plans.schedule import DENSE, Int32, LayerSchedule, check_anchors, check_types
 from calibatt.plans.schema import Blocks, TokenGrid
 
 UInt8 = npt.NDArray[np.uint8]
@@ -221,6 +221,10 @@ def _unpack(stored: EncodedLayer, base: PackedLayer | None, grid: TokenGrid, blo
     """The layer, all proved but its bits; tiles in order of their ids if the file says nothing. Enough for a base."""
     width = -(-blocks.k_blocks(grid.tokens) // 8)
     size = stored.lists * width
+    outline = PackedLayer(grid=grid, blocks=blocks, list_bits=np.zeros((0, width), np.uint8), **stored.small)
+    tiles = _tiles_in_order(outline)
+    if stored.lists > tiles:
+        raise MaskError(f"masks must have at most a list for each of {tiles} tiles, got {stored.lists} lists")
     try:
         if zstandard.frame_content_size(stored.masks.data) != size:
             rule = f"hold {size} bytes for {stored.lists} lists"
@@ -230,9 +234,8 @@ def _unpack(stored: EncodedLayer, base: PackedLayer | None, grid: TokenGrid, blo
     except zstandard.ZstdError as error:
         raise MaskError(f"masks must be one zstd frame, got {error}") from None
     bits = np.frombuffer(data, np.uint8).reshape(stored.lists, width)
-    layer = PackedLayer(grid=grid, blocks=blocks, list_bits=bits, **stored.small)
-    if len(stored.small["tile_order"]) == 0:
-        layer = replace(layer, tile_order=np.arange(_tiles_in_order(layer), dtype=np.int32))
+    natural = {} if len(stored.small["tile_order"]) else {"tile_order": np.arange(tiles, dtype=np.int32)}
+    layer = replace(outline, list_bits=bits, **natural)
     layer._shell.check()
     if base is None:
         return layer
@@ -252,6 +255,8 @@ def _finish(layer: PackedLayer, natural: bool) -> PackedLayer:
 
 def _tiles_in_order(layer: PackedLayer) -> int:
     """Tiles of all heads; proves first what that takes."""
+    check_types(layer._shell)
+    check_anchors(layer._shell)
     patterns = len(layer.anchor_ptr) - 1
     if ((layer.head_anchor < -1) | (layer.head_anchor >= patterns)).any():
         raise ScheduleError(f"head_anchor must be -1 or below {patterns} patterns, got {layer.head_anchor.tolist()}")

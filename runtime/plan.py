@@ -219,6 +219,7 @@ class _Session:
                 for segment in range(len(self.plan.segments))
             ]
             self.backends[device, dtype] = chosen
+            self.plan.make_room(self.segment, self._following(self.segment))
             for schedule in self.plan.layers(self.segment):
                 schedule.bind(device)
         self.device = device

@@ -259,6 +259,14 @@ def junk(header: dict[str, Any], sections: dict[str, np.ndarray]) -> None:
     sections["0/masks"] = sections["0/masks"] ^ np.uint8(255)
 
 
+def set_lists(count: int) -> Callable[[dict[str, Any], dict[str, np.ndarray]], None]:
+    def change(header: dict[str, Any], sections: dict[str, np.ndarray]) -> None:
+        sections["0/layers"] = sections["0/layers"].copy()
+        sections["0/layers"][-1, 1] = count
+
+    return change
+
+
 def more_lists(header: dict[str, Any], sections: dict[str, np.ndarray]) -> None:
     table = sections["0/layers"].copy()
     table[1:, 1] += 1
@@ -274,6 +282,18 @@ BAD_SECOND: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], ob
         set_header("bases", [1, 0]),
         errors.SchemaError,
         "its own base in at most 4 steps, got [1, 0]",
+    ),
+    "2**60 frames": (set_header("grid/frames", 2**60), errors.ScheduleError, "at most 65536 key blocks"),
+    "2**60 heads": (set_header("model/heads", 2**60), errors.ScheduleError, "must have 1152921504606846976 heads"),
+    "2**31 groups": (
+        set_section("0/anchor_ptr", np.array([0, 2**31 - 1, 0, 1], np.int32)),
+        errors.ScheduleError,
+        "segment 0, layer 0: anchor_ptr must rise from 0 to",
+    ),
+    "2**40 lists": (
+        set_lists(2**40),
+        errors.MaskError,
+        "segment 0, layer 1: masks must have at most a list for each of 19 tiles, got",
     ),
     "junk": (junk, errors.MaskError, "segment 0, layer 0: masks must be one zstd frame, got"),
     "more lists": (more_lists, errors.MaskError, "segment 0, layer 0: masks must hold 10 bytes for 10 lists, got 9"),
@@ -297,18 +317,23 @@ EVERY_BAD = [(FIRST_GOLDEN, case) for case in BAD_FILES] + [(GOLDEN, case) for c
 
 @pytest.mark.parametrize(("golden", "case"), EVERY_BAD)
 def test_refuses_a_file_that_contradicts_itself(tmp_path: Path, golden: Path, case: str) -> None:
-    """A plan's bytes and header are proved when it is opened, a schedule when it is first asked for."""
+    """A plan's bytes and header are proved when it is opened, a schedule when it is first asked for, all by `prove`."""
     version, cases = (FIRST_VERSION, BAD_FILES) if golden == FIRST_GOLDEN else (VERSION, BAD_SECOND)
     change, kind, words = cases[case]
     header, sections = parts(golden)
     change(header, sections)
     path = tmp_path / "bad.plan"
     write_container(path, magic=MAGIC, version=version, header=header, sections=sections)
-    with pytest.raises(errors.PlanError) as caught:
-        [list(layers) for layers in PlanFile.read(path).schedules]
-    assert type(caught.value) is kind
-    assert words in str(caught.value)
-    assert str(caught.value).count(str(path)) == 1
+    for see_all in (
+        lambda plan: [list(layers) for layers in plan.schedules],
+        PlanFile.prove,
+        lambda plan: [*plan.walk()],
+    ):
+        with pytest.raises(errors.PlanError) as caught:
+            see_all(PlanFile.read(path))
+        assert type(caught.value) is kind
+        assert words in str(caught.value)
+        assert str(caught.value).count(str(path)) == 1
 
 
 @pytest.mark.parametrize(("golden", "version"), [(FIRST_GOLDEN, (1, 1)), (GOLDEN, (2, 1))])
