@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from calibatt.compiler.bits import Bits, Votes, unpack
 from calibatt.compiler.cost import Device
+from calibatt.compiler.error_model import dropped_error, priced_rows
 from calibatt.compiler.ir import Float32, Float64, Job, UnitIR, UnitMeans, query_weights, row_required
 from calibatt.compiler.stats import Manifest, TimeWeightInfo, UnitStatistics, code_values, quantise, window_keep
 
@@ -87,11 +88,11 @@ class _Sums:
         self.code = np.empty((heads, q_blocks, k_blocks), np.uint8) if manifest.has_block_error else None
         self.peak = np.zeros(heads, np.float32)
         self.predicted = np.zeros((len(manifest.menu), heads))
-        self.rows = slice(None, None, max(1, q_blocks // PREDICTED_ROWS))
+        self.rows = priced_rows(q_blocks, PREDICTED_ROWS)
         queries = query_weights(manifest.grid, manifest.blocks)[self.rows]
-        self.queries = (queries / queries.sum()).astype(np.float32)[:, None]
+        self.queries = (queries / queries.sum()).astype(np.float32)
         windows = [window_keep(window, manifest.grid, manifest.blocks)[self.rows] for window in manifest.windows]
-        self.dropped = [(~window).astype(np.float32) * self.queries for window in windows]
+        self.dropped = [~window for window in windows]
 
     def add(self, units: Sequence[UnitStatistics], last: bool) -> None:
         """Counts some samples; `last`: there are no more."""
@@ -122,8 +123,8 @@ class _Sums:
             return
         planes = len(self.manifest.thresholds)
         rows = total[self.rows]
-        for index, weights in enumerate(self.dropped, planes):
-            self.predicted[index, head] = (rows * weights).sum(dtype=np.float64)
+        for index, drop in enumerate(self.dropped, planes):
+            self.predicted[index, head] = dropped_error(rows, drop, self.queries)
         self.peak[head] = total.max()
         self.code[head] = fast_codes(total, self.peak[head])
 
@@ -139,11 +140,9 @@ class _Sums:
         return found.reshape(codes.shape)
 
     def _predict(self, planes: Bits, error: Float32, head: int) -> None:
-        """Adds the mean over some rows of the block errors that this sample's planes drop."""
-        weighted = error * self.queries
+        """Adds what this sample's planes are predicted to lose, over some rows."""
         kept = unpack(planes, self.manifest.k_blocks)
-        for index, keep in enumerate(kept):
-            self.predicted[index, head] += np.where(keep, 0, weighted).sum(dtype=np.float64)
+        self.predicted[: len(kept), head] += dropped_error(error, ~kept, self.queries)
 
     def means(self) -> UnitMeans:
         means: dict[str, Any] = {name: total / self.samples for name, total in self.small.items()}

@@ -38,7 +38,7 @@ class UnitMeans:
         error_peak: float32 ``(H,)``, what code 0 stands for: squared output error relative to the residual stream.
         menu_error: float64 ``(M, H)``, measured, relative to the head's output.
         menu_residual_error: float64 ``(M, H)``, measured, relative to the residual stream.
-        menu_predicted: float64 ``(M, H)``, the same predicted by summing block errors over some rows; None without.
+        menu_predicted: float64 ``(M, H)``, the same predicted from block errors over some rows; None without.
         output_size: float64 ``(H,)``, the head's output relative to the residual stream.
         row_residual_error: float64 ``(H, Y, 2 R)``, NaN where the offset leaves the frame.
     """

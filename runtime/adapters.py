@@ -98,7 +98,18 @@ def _wan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, in
     return frames // patch[0], height // patch[1], width // patch[2], 0, 0
 
 
-def _wan_time(arguments: Arguments) -> torch.Tensor:
+def _ltx_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+    # The pipeline has already cut the latents into patches; the sizes come beside them.
+    return arguments["num_frames"], arguments["height"], arguments["width"], 0, 0
+
+
+def _ltx_gate(block: nn.Module, arguments: Arguments) -> torch.Tensor:
+    # The time embedding is (B, 1, 6 dim), or (B, N, 6 dim) with a time for each token; entry 2 is the gate.
+    gates = block.scale_shift_table[2].float() + arguments["temb"].unflatten(-1, (6, -1)).select(-2, 2).float()
+    return gates[:, 0] if gates.shape[1] == 1 else gates
+
+
+def _thousandths(arguments: Arguments) -> torch.Tensor:
     return arguments["timestep"].max().to("cpu", torch.float64) / 1000
 
 
@@ -114,10 +125,21 @@ ADAPTERS = (
         dispatch="dispatch_attention_fn",
         heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_wan_grid,
-        time=_wan_time,
+        time=_thousandths,
         output_weight=lambda attention: attention.to_out[0].weight,
         residual=lambda arguments: arguments["hidden_states"],
         gate=_wan_gate,
+    ),
+    Adapter(
+        architecture="LTXVideoTransformer3DModel",
+        attentions=(("transformer_blocks", "attn1"),),
+        dispatch="dispatch_attention_fn",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=_ltx_grid,
+        time=_thousandths,
+        output_weight=lambda attention: attention.to_out[0].weight,
+        residual=lambda arguments: arguments["hidden_states"],
+        gate=_ltx_gate,
     ),
 )
 """The families that need no row from the user."""

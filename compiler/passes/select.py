@@ -10,10 +10,10 @@ import numpy as np
 
 from calibatt.compiler.bits import count, pack, unpack
 from calibatt.compiler.budget import Choice, choose
-from calibatt.compiler.error_model import CODES, code_counts
+from calibatt.compiler.error_model import CODES, code_counts, row_weights
 from calibatt.compiler.ir import Float64, Int64, Job, UnitIR, full_bits
 from calibatt.compiler.passes import Findings, Pass
-from calibatt.compiler.stats import code_values, window_keep
+from calibatt.compiler.stats import window_keep
 from calibatt.compiler.stats.unit import STEPS_PER_OCTAVE
 
 KINDS = ("planes", "windows", "cuts")
@@ -121,7 +121,7 @@ class Select(Pass):
             "relative_gap": choice.gap / choice.loss if choice.loss else 0.0,
             "candidates": int(np.isfinite(loss).sum()),
             "weights": "probed" if job.weights_probed else "never probed: 1 at every time",
-            "error_estimate": f"block error x {job.error_factor:.3g}"
+            "error_estimate": f"(sum of roots of block errors)^2 x {job.error_factor:.3g}"
             if job.manifest.has_block_error
             else "measured errors of planes and windows",
         }
@@ -228,14 +228,15 @@ class _Columns:
             assert unit.voted is not None
             for plane in unpack(unit.voted[:, head], unit.k_blocks).view(np.uint8):
                 classes += plane * (1 - required)
-        number, weighted = code_counts(unit, head, classes, planes + 2)
-        priced = weighted[:-1] * code_values(float(unit.means.error_peak[head]))
+        number, sums = code_counts(unit, head, classes, planes + 2)
+        weights = row_weights(unit)
         blocks[1 : 1 + planes] = unit.dense_blocks - np.cumsum(number[:planes].sum(1))[::-1]
-        error[1 : 1 + planes] = np.cumsum(priced[:planes].sum(1))[::-1]
+        error[1 : 1 + planes] = (weights @ np.cumsum(sums[:, :planes].sum(2), 1) ** 2)[::-1]
         if len(self.cuts):
             dropped = np.cumsum(number[:-1].sum(0)[::-1])[::-1]
             blocks[-len(self.cuts) :] = unit.dense_blocks - dropped[self.cuts]
-            error[-len(self.cuts) :] = np.cumsum(priced.sum(0)[::-1])[::-1][self.cuts]
+            by_code = np.cumsum(sums[:, :-1].sum(1)[:, ::-1], 1)[:, ::-1]
+            error[-len(self.cuts) :] = (weights @ by_code**2)[self.cuts]
 
     def take(self, unit: UnitIR, pick: Int64) -> None:
         """Gives the unit the masks picked, int64 ``(H,)``."""

@@ -14,6 +14,7 @@ from support.stats import unit
 
 from calibatt.compiler.stats import Manifest, MissingUnits, Store, StoreWriter
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
+from calibatt.tools.calibrate import models
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -251,8 +252,8 @@ def test_a_probe_that_drops_nothing_says_nothing():
 def tiny(monkeypatch):
     """The command on the tiny model, with fake statistics."""
     fake = Fake()
-    monkeypatch.setitem(command.SAMPLERS, "demo", lambda steps, device: TinySampler())
-    monkeypatch.setitem(command.PROMPTS, "demo", lambda count, seed: [f"prompt {index}" for index in range(count)])
+    monkeypatch.setitem(models.SAMPLERS, "demo", lambda steps, device: TinySampler())
+    monkeypatch.setitem(models.PROMPTS, "demo", lambda count, seed: [f"prompt {index}" for index in range(count)])
     monkeypatch.setattr(command, "unit_statistics", fake)
     return fake
 

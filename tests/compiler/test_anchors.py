@@ -109,7 +109,7 @@ def test_heads_that_repeat_take_anchors_and_the_schedule_says_so() -> None:
 def test_what_copies_cost_is_weighted_and_shared_among_the_tokens() -> None:
     text = "vote,select{target-density=0.7}"
     before = compiled(text, weights=(0.5, 2.0))[0]
-    after = compiled(f"{text},anchors{{safety=0.03}}", weights=(0.5, 2.0))[0]
+    after = compiled(f"{text},anchors{{safety=2}}", weights=(0.5, 2.0))[0]
     grid, taken = before.manifest.grid, 0
     for old, new in zip(before.all, after.all, strict=True):
         for head, groups in enumerate(new.anchors):
@@ -120,7 +120,7 @@ def test_what_copies_cost_is_weighted_and_shared_among_the_tokens() -> None:
             offset = source - np.arange(grid.height)
             errors = old.means.row_residual_error[head]
             copied = sum(errors[row, d + 2 - (d > 0)] for row, d in enumerate(offset.tolist()) if d)
-            added = 0.03 * copied * grid.frames * grid.width / grid.tokens
+            added = 2 * copied * grid.frames * grid.width / grid.tokens
             assert new.error[head] - old.error[head] == pytest.approx(added)
             row_ms = DEVICE.predict_ms(0, int(old.head_keep(head).sum()), 0, old.blocks, 8) / grid.height
             assert new.weight * added <= before.multiplier * row_ms * (grid.height - len(groups[0])) * (1 + 1e-9)
@@ -159,7 +159,7 @@ def test_an_error_budget_still_holds() -> None:
 
 
 def test_a_second_select_spends_what_anchors_saved() -> None:
-    text = "vote,select{target-density=0.7},anchors{safety=1},select{target-density=0.7},schedule,lower"
+    text = "vote,select{target-density=0.7},anchors{safety=6},select{target-density=0.7},schedule,lower"
     job, accounts = compiled(text)
     first, anchors, second, last = (accounts[index] for index in (2, 3, 4, 6))
     taken = job.findings["anchors"]["heads_with_anchors"]

@@ -26,9 +26,9 @@ def mean_error(unit: UnitIR) -> np.ndarray:
 
 
 def raw(unit: UnitIR, head: int, keep: np.ndarray) -> float:
-    """Mean over queries of the sum of the mean block errors dropped."""
+    """Mean over queries of the squared sum of the roots of the mean block errors dropped."""
     queries = query_weights(unit.grid, unit.blocks)
-    return float((np.where(keep, 0, mean_error(unit)[head]) * queries[:, None]).sum())
+    return float(np.where(keep, 0, np.sqrt(mean_error(unit)[head])).sum(1) ** 2 @ queries)
 
 
 def test_means_are_over_the_samples() -> None:
@@ -49,7 +49,9 @@ def test_means_are_over_the_samples() -> None:
                     keep = each.keep(index, of)
                 else:
                     keep = window_keep(of.windows[index - len(of.thresholds)], of.grid, of.blocks)
-                predicted.append((np.where(keep, 0, each.error()) * queries[None, :, None]).sum((1, 2)))
+                # planes are those of a sample, and so are their errors; windows are priced as any other mask is
+                error = each.error() if index < len(of.thresholds) else np.mean([other.error() for other in units], 0)
+                predicted.append(np.where(keep, 0, np.sqrt(error)).sum(2) ** 2 @ queries)
             np.testing.assert_allclose(unit.means.menu_predicted[index], np.mean(predicted, 0), rtol=1e-5)
 
 

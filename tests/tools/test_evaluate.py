@@ -17,6 +17,7 @@ pytest.importorskip("diffusers")
 from support.sampler import CALIBRATED, GRID, TinyVideoSampler, tiny_plan, tiny_store
 
 from calibatt.plans import PlanFile, write_plan
+from calibatt.tools.calibrate import models
 from calibatt.tools.evaluate import __main__ as command
 from calibatt.tools.evaluate import evaluation, gate, metrics
 from calibatt.tools.evaluate.masks import schedule_of
@@ -43,7 +44,7 @@ def plan_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sampler(monkeypatch: pytest.MonkeyPatch) -> TinyVideoSampler:
     """What `--model demo` stands for here."""
     found = TinyVideoSampler()
-    monkeypatch.setitem(command.SAMPLERS, "demo", lambda steps, device: found)
+    monkeypatch.setitem(models.SAMPLERS, "demo", lambda steps, device: found)
     return found
 
 
@@ -124,7 +125,7 @@ def sabotaged(plan: PlanFile, step: int, layer: int, head: int) -> PlanFile:
 def test_a_sabotaged_head_is_found_and_named(tmp_path, plan_path, sampler):
     plan = PlanFile.read(plan_path)
     segment, layer, head = 0, 0, 0
-    assert plan.schedules[segment][layer].head_density(head) > 0.8, "a head that the compiler found worth its blocks"
+    assert plan.schedules[segment][layer].head_density(head) > 0.7, "a head that the compiler found worth its blocks"
     bad = tmp_path / "bad.plan"
     write_plan(bad, sabotaged(plan, segment, layer, head))
     found = evaluate(tmp_path, "--plan", plan_path, "--plan", bad, "-o", tmp_path / "a", "--require", "broken<=0")

@@ -18,6 +18,7 @@ from calibatt.compiler.stats import Store
 from calibatt.plans import Blocks, TokenGrid
 from calibatt.runtime.reference import reference_attention
 from calibatt.runtime.schedule import LayerSchedule
+from calibatt.tools.calibrate import models
 from calibatt.tools.calibrate.statistics import keep_planes
 from calibatt.tools.evaluate import ablations, baselines, bench, masks, pareto
 from calibatt.tools.evaluate.bench import Bench, Kept
@@ -174,7 +175,7 @@ def test_probes_of_all_prompts_say_what_an_error_costs():
 
 
 def test_every_method_runs_and_says_the_same_again(store, tmp_path, monkeypatch):
-    monkeypatch.setitem(pareto.SAMPLERS, "demo", lambda steps, device: TinyVideoSampler())
+    monkeypatch.setitem(models.SAMPLERS, "demo", lambda steps, device: TinyVideoSampler())
     monkeypatch.setattr(pareto, "SHARES", (0.2, 0.6))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("three\nfour words\n")
@@ -207,7 +208,7 @@ def test_every_method_runs_and_says_the_same_again(store, tmp_path, monkeypatch)
 
 
 def test_ablations_change_one_thing_each(store, tmp_path, monkeypatch):
-    monkeypatch.setitem(pareto.SAMPLERS, "demo", lambda steps, device: TinyVideoSampler())
+    monkeypatch.setitem(models.SAMPLERS, "demo", lambda steps, device: TinyVideoSampler())
     monkeypatch.setattr(pareto, "SHARES", (0.2, 0.6))
     prompts, output, markdown = (tmp_path / name for name in ("prompts.txt", "a.json", "a.md"))
     prompts.write_text("three\nfour words\n")

@@ -292,10 +292,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
         left, right = line
         left.set_xscale("log")
         left.set_yscale("log")
+        left.set_xticks([0.05, 0.1, 0.2, 0.3, 0.5, 1.0], ["0.05", "0.1", "0.2", "0.3", "0.5", "1"])
+        left.minorticks_off()
+        left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         left.set_ylabel("milliseconds a call")
         right.set_ylabel("TFLOP/s of computed blocks")
-        right.set_ylim(bottom=0)
         roof = PEAK_TFLOPS.get(report["device"])
+        right.set_ylim(0, 1.06 * roof if roof else None)
         if roof:
             right.axhline(roof, color="#c24f7a", linewidth=1)
             right.annotate("data sheet peak", (0.5, roof), fontsize=8, va="bottom", color="#c24f7a")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +19,7 @@ from calibatt.compiler.stats import DEFAULT_THRESHOLDS, Manifest, Store, StoreEr
 from calibatt.plans import BLOCK_SIZES, Blocks, PlanError
 from calibatt.runtime.adapters import UnknownModelError, adapter_for
 from calibatt.tools.calibrate.listen import ListenError
+from calibatt.tools.calibrate.models import MODEL_HELP, PROMPTS, default_prompts, make_sampler
 from calibatt.tools.calibrate.probing import Trajectory
 from calibatt.tools.calibrate.recorder import Measure, Recorder, nearest_step, sample_name
 from calibatt.tools.calibrate.sampler import Sampler
@@ -32,24 +33,6 @@ PROBE_THRESHOLD = 0.8
 
 Work = list[tuple[str, int]]
 """Prompts and their seeds."""
-
-
-def _demo(steps: int | None, device: str) -> Sampler:
-    from calibatt.tools.demo.sampler import STEPS, DemoSampler
-
-    return DemoSampler(steps=steps or STEPS, device=device)
-
-
-def _demo_prompts(count: int, seed: int) -> list[str]:
-    from calibatt.tools.demo.sampler import training_prompts
-
-    return training_prompts(count, seed)
-
-
-SAMPLERS: dict[str, Callable[[int | None, str], Sampler]] = {"demo": _demo}
-"""What ``--model`` may name."""
-PROMPTS: dict[str, Callable[[int, int], list[str]]] = {"demo": _demo_prompts}
-"""Models that have prompts of their own."""
 
 
 def make_manifest(
@@ -209,7 +192,7 @@ def plan_work(model: str, path: Path | None, samples: int | None, seed: int) -> 
     """The prompts and their seeds: `seed` for the first, one more for each.
 
     Raises:
-        ValueError: More samples than prompts, or a model that has no prompts of its own and no file.
+        ValueError: More samples than prompts.
         OSError: The file cannot be read.
     """
     if path is not None:
@@ -220,7 +203,12 @@ def plan_work(model: str, path: Path | None, samples: int | None, seed: int) -> 
     elif model in PROMPTS:
         prompts = PROMPTS[model](samples or DEFAULT_SAMPLES, seed)
     else:
-        raise ValueError(f"--prompts must be given for --model {model}, got none")
+        known = default_prompts()
+        if samples is not None and samples > len(known):
+            raise ValueError(
+                f"--samples must be at most our {len(known)} prompts, or come with --prompts, got {samples}"
+            )
+        prompts = known[: samples or DEFAULT_SAMPLES]
     return [(prompt, seed + index) for index, prompt in enumerate(prompts)]
 
 
@@ -251,6 +239,7 @@ EPILOG = """\b
 Examples:
   calibatt-calibrate -o stats/
   calibatt-calibrate --prompts prompts.txt --samples 4 --query-stride 8 -o stats/
+  calibatt-calibrate --model my_wan:sampler --steps 30 --times 15 --block-size 128 --query-stride 8 -o stats/
   calibatt-compile stats/ -o plans/mine.plan
 
 Exit codes: 0 all is recorded; 1 stopped, run it again to continue; 2 the call or the store is wrong.
@@ -258,8 +247,10 @@ Exit codes: 0 all is recorded; 1 stopped, run it again to continue; 2 the call o
 
 
 @click.command(name=NAME, epilog=EPILOG)
-@click.option("--model", type=click.Choice(sorted(SAMPLERS)), default="demo", show_default=True)
-@click.option("--prompts", type=click.Path(path_type=Path), help="One prompt a line; the demo model has its own.")
+@click.option("--model", default="demo", show_default=True, help=MODEL_HELP)
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="One prompt a line [ours; the demo model has its own]."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Store to create or continue.")
 @click.option("--samples", type=click.IntRange(1), help=f"Prompts to record [all of the file, or {DEFAULT_SAMPLES}].")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first prompt; +1 for each.")
@@ -309,7 +300,7 @@ def main(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         work = plan_work(model, prompts, samples, seed)
-        sampler = SAMPLERS[model](steps, pick_device(device))
+        sampler = make_sampler(model, steps, pick_device(device))
         sampler.check([prompt for prompt, _ in work])
         manifest = make_manifest(
             sampler,

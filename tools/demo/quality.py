@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import sys
 from pathlib import Path
 
 import click
@@ -25,7 +24,7 @@ from calibatt.runtime import Plan, load_plan
 from calibatt.tools.calibrate.statistics import block_statistics, keep_planes
 from calibatt.tools.demo import measure, world
 from calibatt.tools.demo.model import STEPS, DemoModel, generate, times
-from calibatt.tools.evaluate.harness import FIRST_SEED, attending, executed_density, written_out
+from calibatt.tools.evaluate.harness import FIRST_SEED, attending, executed_density, typed, written_out
 from calibatt.tools.evaluate.metrics import psnr_db, summarise
 
 FLOOR_PROMPTS = 8
@@ -112,7 +111,7 @@ def main(plan: Path, prompts: int, device: str, output: Path) -> None:
     except (PlanError, OSError, RuntimeError) as error:
         raise click.ClickException(" ".join(str(error).split())) from None
     about = {
-        "command": " ".join(["python -m calibatt.tools.demo.quality", *sys.argv[1:]]),
+        "command": typed("python -m calibatt.tools.demo.quality"),
         "date": datetime.date.today().isoformat(),
         "device": measure.device_name(device),
         "python": platform.python_version(),

@@ -28,6 +28,7 @@ from calibatt.compiler.stats import Store
 from calibatt.runtime import Plan, load_plan
 from calibatt.tools.demo import measure
 from calibatt.tools.demo.model import DemoModel, generate, times
+from calibatt.tools.evaluate.harness import executed_density, typed
 
 FIRST_SEED = 5000
 DENSITIES = "0.15,0.2,0.25,0.3,0.35,0.4,0.5,0.6"
@@ -99,7 +100,7 @@ def main(
             for group, reference in zip(groups, dense, strict=True):
                 found += measure.psnr_db(generate(model, held_out[group], seeds[group]), reference).tolist()
         error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
-        density = measure.executed_density(plan, times()[:-1].tolist())
+        density = executed_density(plan, times()[:-1].tolist())
         result = {"density": round(density, 4), "psnr_db": round(statistics.mean(found), 2), "error": round(error, 2)}
         click.echo(f"{name}: {result}")
         return {"name": name, **result, "psnr_db_by_prompt": [round(value, 2) for value in found]}
@@ -117,7 +118,7 @@ def main(
             for each in densities.split(",")
         ]
     result = {
-        "command": " ".join(["python -m calibatt.tools.demo.tradeoff", *sys.argv[1:]]),
+        "command": typed("python -m calibatt.tools.demo.tradeoff"),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "python": platform.python_version(),

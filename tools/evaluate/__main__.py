@@ -15,8 +15,9 @@ from rich.table import Table
 
 from calibatt.plans import PlanError, PlanFile
 from calibatt.runtime import Plan, UnknownModelError
-from calibatt.tools.calibrate.__main__ import SAMPLERS, pick_device, read_prompts
+from calibatt.tools.calibrate.__main__ import pick_device, read_prompts
 from calibatt.tools.calibrate.listen import ListenError
+from calibatt.tools.calibrate.models import MODEL_HELP, make_sampler
 from calibatt.tools.evaluate import evaluation, gate
 from calibatt.tools.evaluate.evaluation import Candidate, Cells, EvaluationError, Work
 from calibatt.tools.evaluate.harness import FIRST_SEED, about
@@ -37,7 +38,7 @@ console = Console(stderr=True)
 @click.command(
     epilog="Exit codes: 0 all is well; 1 a requirement does not hold, or a plan has drifted; 2 a wrong call."
 )
-@click.option("--model", type=click.Choice(sorted(SAMPLERS)), default="demo", show_default=True)
+@click.option("--model", default="demo", show_default=True, help=MODEL_HELP)
 @click.option("--plan", "paths", type=click.Path(path_type=Path), multiple=True, required=True, help="May be repeated.")
 @click.option("--prompts", type=click.Path(path_type=Path), required=True, help="Held-out prompts, one a line.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Videos of each prompt.")
@@ -98,7 +99,7 @@ def main(
         lines = read_prompts(prompts)
         work = [(p, first_seed + i) for i, p in enumerate(p for p in lines for _ in range(seeds))]
         evaluation.check_held_out(candidates, work)
-        sampler = SAMPLERS[model](steps or (QUICK_STEPS if quick else None), pick_device(device))
+        sampler = make_sampler(model, steps or (QUICK_STEPS if quick else None), pick_device(device))
         sampler.check(lines)
         if quick:
             sys.exit(_quick(sampler, candidates, work[:QUICK_PROMPTS]))

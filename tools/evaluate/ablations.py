@@ -26,7 +26,7 @@ from rich.console import Console
 from calibatt.compiler.language import DEFAULT_PASSES
 from calibatt.compiler.stats import Manifest, Probe, Store, UnitStatistics
 from calibatt.compiler.stats.probes import TimeWeightInfo, layer_factor, time_weight
-from calibatt.tools.calibrate.__main__ import SAMPLERS
+from calibatt.tools.calibrate.models import MODEL_HELP
 from calibatt.tools.evaluate import bench
 from calibatt.tools.evaluate.bench import Kept, Measured, Rule
 from calibatt.tools.evaluate.harness import about
@@ -208,7 +208,7 @@ def _cell(row: dict[str, Any] | None, base: dict[str, Any] | None, target: float
 
 
 @click.command(help=__doc__)
-@click.option("--model", type=click.Choice(sorted(SAMPLERS)), default="demo", show_default=True)
+@click.option("--model", default="demo", show_default=True, help=MODEL_HELP)
 @click.option("--stats", "stores", type=click.Path(path_type=Path), multiple=True, required=True)
 @click.option("--held-out", type=click.Path(path_type=Path), help="One prompt a line; the demo model has its own.")
 @click.option("--prompts", type=click.IntRange(1), default=64, show_default=True)

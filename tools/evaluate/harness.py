@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,18 @@ FIRST_SEED = 5000
 """Of the first held-out video; one more for each."""
 
 
+def typed(command: str) -> str:
+    """The command with the arguments of this process; of absolute paths just the names, since folders are private."""
+    return " ".join([command, *(Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:])])
+
+
 def about(command: str, sampler: Sampler) -> dict[str, str]:
     """Command, device, versions and date of a measurement."""
     on_gpu = next(sampler.transformer.parameters()).is_cuda
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return {
-        "command": " ".join([command, *sys.argv[1:]]),
+        "command": typed(command),
         "device": device,
         "versions": versions,
         "date": datetime.date.today().isoformat(),

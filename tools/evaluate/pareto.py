@@ -34,7 +34,8 @@ from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import DEFAULT_PASSES, parse_passes
 from calibatt.compiler.stats import Store
 from calibatt.runtime import Plan
-from calibatt.tools.calibrate.__main__ import SAMPLERS, pick_device, plan_work, read_prompts
+from calibatt.tools.calibrate.__main__ import pick_device, plan_work, read_prompts
+from calibatt.tools.calibrate.models import MODEL_HELP, make_sampler
 from calibatt.tools.evaluate import baselines, bench
 from calibatt.tools.evaluate.bench import (
     Bench,
@@ -382,7 +383,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--model", type=click.Choice(sorted(SAMPLERS)), default="demo", show_default=True)
+@click.option("--model", default="demo", show_default=True, help=MODEL_HELP)
 @click.option("--stats", "stores", type=click.Path(path_type=Path), multiple=True, required=True)
 @click.option("--held-out", type=click.Path(path_type=Path), help="One prompt a line; the demo model has its own.")
 @click.option("--prompts", type=click.IntRange(1), default=64, show_default=True, help="Held-out prompts.")
@@ -465,7 +466,7 @@ def make_study(
 ) -> Study:
     """The study of a model from its statistics; the sampler's steps must be the times of the store."""
     store = Store.open(stores)
-    sampler = SAMPLERS[model](steps, pick_device(device))
+    sampler = make_sampler(model, steps, pick_device(device))
     if held_out is not None:
         lines = read_prompts(held_out)[:prompts]
     elif model == "demo":
