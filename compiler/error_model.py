@@ -16,8 +16,8 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from calibatt.compiler.bits import Bits, unpack
-from calibatt.compiler.ir import Bool, Float32, Float64, UnitIR, UnitMeans, query_weights
+from calibatt.compiler.bits import Bits, Bool, unpack
+from calibatt.compiler.ir import Float32, Float64, UnitIR, UnitMeans, query_weights
 from calibatt.compiler.stats import code_values
 
 CODES = 256
@@ -59,7 +59,8 @@ def code_counts(unit: UnitIR, head: int, classes: npt.NDArray[np.uint8] | None, 
     by_row = np.arange(len(some))[:, None] * (kinds * CODES) + some
     sums = np.bincount(by_row.reshape(-1), minlength=len(some) * kinds * CODES).reshape(-1, kinds, CODES)
     sizes = np.sqrt(code_values(float(unit.means.error_peak[head])), dtype=np.float64)
-    return number.reshape(kinds, CODES), sums * sizes
+    sizes_by_row: Float64 = sums * sizes
+    return number.reshape(kinds, CODES), sizes_by_row
 
 
 def mask_errors(unit: UnitIR, keep: Bits, factor: float, plane: int) -> Float64:

@@ -234,8 +234,9 @@ def _unpack(stored: EncodedLayer, base: PackedLayer | None, grid: TokenGrid, blo
     except zstandard.ZstdError as error:
         raise MaskError(f"masks must be one zstd frame, got {error}") from None
     bits = np.frombuffer(data, np.uint8).reshape(stored.lists, width)
-    natural = {} if len(stored.small["tile_order"]) else {"tile_order": np.arange(tiles, dtype=np.int32)}
-    layer = replace(outline, list_bits=bits, **natural)
+    natural = len(stored.small["tile_order"]) == 0
+    order = np.arange(tiles, dtype=np.int32) if natural else stored.small["tile_order"]
+    layer = replace(outline, list_bits=bits, tile_order=order)
     layer._shell.check()
     if base is None:
         return layer
