@@ -97,7 +97,7 @@ Exit codes: 0 the plan is written; 2 the call or the statistics are wrong, and n
 @click.option("--max-error", type=float, help="Most output error times time weight over the whole job, instead.")
 @click.option("--target-speedup", type=float, help="Least predicted speed-up of a whole forward, instead.")
 @click.option("--attention-share", type=float, default=0.75, show_default=True, help="Of a dense forward's time.")
-@click.option("--device", default="h200-triton", show_default=True, help=f"Whose time: {', '.join(DEVICES)}.")
+@click.option("--device", default="h200-hopper", show_default=True, help=f"Whose time: {', '.join(DEVICES)}.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes; the plan is the same.")
 @click.option("--resume", is_flag=True, help="Go on with what an interrupted run of this very job has left.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for units in progress [OUT.plan.work].")

@@ -15,7 +15,7 @@ from calibatt.plans.schedule import NO_ANCHORS
 from calibatt.runtime.kernels.anchors import pack_queries, spread_rows
 from calibatt.runtime.schedule import DeviceSchedule, Outline
 
-TESTED_RELEASES = ("3.6", "3.9")
+TESTED_RELEASES = ("3.6.0", "3.9.0")
 """Of Triton. Gluon is experimental: the tests compile the kernel under both, and it was executed under the first."""
 BLOCKS_Q = (128,)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -74,7 +74,7 @@ def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_di
 
 def refused_release(version: str = triton.__version__) -> str | None:
     """Why the kernel must not be used with a release of Triton; None if it may."""
-    if ".".join(version.split(".")[:2]) in TESTED_RELEASES:
+    if version.split("+")[0] in TESTED_RELEASES:
         return None
     return f"triton must be {' or '.join(TESTED_RELEASES)}, for which the kernel was tested, got {version}"
 

@@ -91,7 +91,7 @@ def test_the_report_as_a_page(store: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     page = (tmp_path / "r.html").read_text()
     assert page.startswith("<!doctype html>")
-    for expected in ("select{target-density=0.5", "duality gap", "predicted speed-up of a forward", "441 TFLOP/s"):
+    for expected in ("select{target-density=0.5", "duality gap", "predicted speed-up of a forward", "718 TFLOP/s"):
         assert expected in page
     assert page.count("<td title=") == 2 * 2
     assert "http" not in page
@@ -129,7 +129,7 @@ def test_passes_are_printed_and_timed(store: Path, tmp_path: Path) -> None:
         (["--max-error", "inf"], "select: max-error must be finite and not negative, got inf"),
         (["--report", "none/r.json"], "none/r.json must be in a folder that exists, got no folder none"),
         (["--report", "/"], "/ must be a file, got a folder there"),
-        (["--device", "abacus"], "device must be one of h200-triton, cpu-2core, got 'abacus'"),
+        (["--device", "abacus"], "device must be one of h200-hopper, h200-triton, cpu-2core, got 'abacus'"),
     ],
 )
 def test_mistakes_are_one_line(store: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
