@@ -58,9 +58,8 @@ def code_counts(unit: UnitIR, head: int, classes: npt.NDArray[np.uint8] | None, 
     some = index[priced_rows(unit.q_blocks)]
     by_row = np.arange(len(some))[:, None] * (kinds * CODES) + some
     sums = np.bincount(by_row.reshape(-1), minlength=len(some) * kinds * CODES).reshape(-1, kinds, CODES)
-    sizes = np.sqrt(code_values(float(unit.means.error_peak[head])), dtype=np.float64)
-    sizes_by_row: Float64 = sums * sizes
-    return number.reshape(kinds, CODES), sizes_by_row
+    sizes: Float64 = np.sqrt(code_values(float(unit.means.error_peak[head])).astype(np.float64))
+    return number.reshape(kinds, CODES), sums * sizes
 
 
 def mask_errors(unit: UnitIR, keep: Bits, factor: float, plane: int) -> Float64:
