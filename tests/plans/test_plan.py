@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.plans import tiny_plan, tiny_schedule
-from support.schedules import all_blocks, grids, layer_schedules
+from support.schedules import all_blocks, grids, layer_schedules, random_schedule
 
 from calibatt.plans import (
     Blocks,
     Container,
+    LayerSchedule,
     ModelSignature,
     PlanFile,
     Segment,
@@ -377,6 +378,31 @@ def test_a_layer_is_what_was_packed(data: st.DataObject) -> None:
         found = decode(encode(packed, above), above, grid, blocks).schedule()
         for name in ARRAYS:
             np.testing.assert_array_equal(getattr(found, name), getattr(schedule, name))
+
+
+@given(st.integers(1, 21), st.integers(1, 3), st.integers(0, 2**32))
+def test_a_walk_sees_every_layer_once_whatever_the_bases(segments: int, layers: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    grid, blocks = TokenGrid(2, 3, 10, 4, 5), Blocks(16, 16)
+    edges = np.linspace(0, 1, segments + 1).tolist()
+    parts = tuple(Segment(start, stop, stop) for start, stop in pairwise(edges))
+    schedules = [
+        [random_schedule(rng, grid, blocks, 2, 0.5, anchored_heads=(0,)) for _ in range(layers)] for _ in parts
+    ]
+    plan = PlanFile(ModelSignature("Tiny", layers, 2, 8), grid, blocks, parts, schedules)
+    stored = replace(plan, schedules=plan.stored())
+    stored.prove()
+    for each in (plan, stored):
+        found = {(segment, layer): packed for segment, layer, packed in each.walk()}
+        assert len(found) == segments * layers
+        for (segment, layer), packed in found.items():
+            assert_same_schedule(packed.schedule(), schedules[segment][layer])
+            assert_same_schedule(each.packed(segment, layer).schedule(), schedules[segment][layer])
+
+
+def assert_same_schedule(found: LayerSchedule, expected: LayerSchedule) -> None:
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
