@@ -366,6 +366,11 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
     def _schedule(self, segment: int, layer: int) -> LayerSchedule:
         return self.packed(segment, layer).schedule()
 
+    def forget(self) -> None:
+        """Lets go of the layers that were kept because they were used."""
+        for cached in (self._unpacked, self.packed, self.schedule):
+            cached.cache_clear()
+
     def walk(self) -> Iterator[tuple[int, int, PackedLayer]]:
         """Segment, layer and packed form of every layer: each is decoded once, and few are held at a time.
 
