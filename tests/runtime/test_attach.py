@@ -439,6 +439,10 @@ def test_a_plan_is_proved_when_it_is_loaded(tmp_path: Any) -> None:
     write_plan(tmp_path / "a.plan", dataclasses.replace(make_plan().file, schedules=layers))
     with pytest.raises(ScheduleError, match=r"a\.plan: segment 0, layer 2: list_bits must hold a block in each list"):
         load_plan(tmp_path / "a.plan")
+    later = load_plan(tmp_path / "a.plan", prove=False)
+    assert later.schedule(0.6, 2).density > 0
+    with pytest.raises(ScheduleError, match=r"a\.plan: segment 0, layer 2: list_bits must hold a block in each list"):
+        later.schedule(0.1, 2).bind("cpu")
 
 
 def test_a_deleted_model_is_freed_and_a_forgotten_attachment_works_on(calls: list[Any]) -> None:

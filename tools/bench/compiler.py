@@ -76,9 +76,9 @@ def lower_all(path: Path) -> dict:
 
 
 OPEN = """
-import json, resource, sys, time
+import json, sys, time
 from calibatt.plans import PlanFile
-memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+memory = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e3
 before, start = memory(), time.perf_counter()
 plan = PlanFile.read(sys.argv[1])
 opened = time.perf_counter()
