@@ -1,20 +1,26 @@
-"""Plans at run time: `load_plan(path).attach(model)`, and planned attention as a function."""
+"""Plans at run time: `load_plan(path).attach(model)`, sets of plans, and planned attention as a function."""
 
-from calibatt.runtime.adapters import UnknownModelError
+from calibatt.runtime.adapters import Adapter, UnknownModelError
+from calibatt.runtime.attachment import Attachment, PipelineAttachment, PlanMismatchError, attach
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptionLostError
 from calibatt.runtime.ops import planned_attention
-from calibatt.runtime.plan import Attachment, Plan, PlanMismatchError, load_plan
+from calibatt.runtime.plan import Plan, PlanSet, load_plan, load_plans
 from calibatt.runtime.schedule import LayerSchedule
 
 __all__ = [
+    "Adapter",
     "Attachment",
     "InterceptionLostError",
     "LayerSchedule",
+    "PipelineAttachment",
     "Plan",
     "PlanMismatchError",
+    "PlanSet",
     "UnknownModelError",
     "UnsupportedBackendError",
+    "attach",
     "load_plan",
+    "load_plans",
     "planned_attention",
 ]

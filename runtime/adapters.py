@@ -46,13 +46,15 @@ class Adapter:
     Args:
         architecture: Class name of the transformer.
         attentions: (list of blocks, name of the self-attention in a block), in execution order.
-        dispatch: The function that the family's attention processors call, as a global of their module, with q, k and
-            v of ``(B, N, H, D)`` after all normalisation and rotation.
+        dispatch: The function that the family's attention processors call with q, k and v after all normalisation and
+            rotation: a global of their module, called with ``(B, N, H, D)``, or a member of such a global, called with
+            ``(B, H, N, D)`` as ``F.scaled_dot_product_attention`` is.
         heads: (heads, channels of a head) from the model's configuration.
         grid: (frames, height, width, text_before, text_after) in tokens, from configuration and arguments of the model.
         time: Denoising time from the arguments of the model: float64 ``()`` on the CPU, 1 is pure noise. The noisiest
             where the samples or tokens of a batch differ.
-        output_weight: ``(dim, heads * head_dim)``; of the projection after a site's attention, bias excluded.
+        output_weight: ``(dim, heads * head_dim)``; of the projection after a site's attention, bias excluded. This and
+            what follows is of the video tokens, where those of the text have their own.
         residual: ``(B, N, dim)``; the residual stream that enters a block, from the arguments of the block.
         gate: float32 ``(B, dim)``, or ``(B, N, dim)`` where each token has a time of its own: what a block multiplies
             its self-attention with before it adds it to the residual stream, from block and arguments of the block.
@@ -118,6 +120,18 @@ def _wan_gate(block: nn.Module, arguments: Arguments) -> torch.Tensor:
     return block.scale_shift_table[0, 2].float() + arguments["temb"].select(-2, 2).float()
 
 
+def _cogvideox_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+    frames, _, height, width = arguments["hidden_states"].shape[1:]
+    patch = config.patch_size
+    text = arguments["encoder_hidden_states"].shape[1]
+    return frames // (config.patch_size_t or 1), height // patch, width // patch, text, 0
+
+
+def _cogvideox_gate(block: nn.Module, arguments: Arguments) -> torch.Tensor:
+    norm = block.norm1
+    return norm.linear(norm.silu(arguments["temb"])).chunk(6, dim=1)[2].float()
+
+
 ADAPTERS = (
     Adapter(
         architecture="WanTransformer3DModel",
@@ -140,6 +154,17 @@ ADAPTERS = (
         output_weight=lambda attention: attention.to_out[0].weight,
         residual=lambda arguments: arguments["hidden_states"],
         gate=_ltx_gate,
+    ),
+    Adapter(
+        architecture="CogVideoXTransformer3DModel",
+        attentions=(("transformer_blocks", "attn1"),),
+        dispatch="F.scaled_dot_product_attention",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=_cogvideox_grid,
+        time=_thousandths,
+        output_weight=lambda attention: attention.to_out[0].weight,
+        residual=lambda arguments: arguments["hidden_states"],
+        gate=_cogvideox_gate,
     ),
 )
 """The families that need no row from the user."""

@@ -1,14 +1,14 @@
 """Any model's self-attention through a function of ours: on the model object alone, and undone exactly.
 
 The stock processor's own code runs (projections, normalisation, rotation), with one global name of it bound to us: the
-function that computes attention from q, k and v.
+function that computes attention from q, k and v, or the module that holds it.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -32,16 +32,19 @@ class InterceptedSite:
     tensor on the CPU: a Python number would be compiled in, one graph a layer.
     """
 
-    def __init__(self, site: Site, stock: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, site: Site, stock: Callable[..., torch.Tensor], heads_first: bool) -> None:
         self.layer = site.layer
         self.index = torch.tensor(site.layer, device="cpu")
         self.name = site.name
         self.attention = site.attention
         self.block = site.block
         self._stock = stock
+        self._heads_first = heads_first
 
     def stock(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """What the model itself would have computed from q, k, v; all ``(B, N, H, D)``."""
+        if self._heads_first:
+            return self._stock(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
         return self._stock(q, k, v, backend=getattr(self.attention.processor, "_attention_backend", None))
 
 
@@ -59,7 +62,7 @@ class Interception:
         enter_block: ``enter_block(site, arguments)``, called with a block's arguments before the block does anything.
 
     Raises:
-        ValueError: A processor's code does not pass its ``_attention_backend`` to the function that the adapter names.
+        ValueError: A processor's code does not call the function that the adapter names.
     """
 
     def __init__(
@@ -135,10 +138,11 @@ class Interception:
         processor = object.__new__(_intercepted(type(stock), self.adapter.dispatch))
         processor.__dict__.update(beneath.__dict__)
         processor.interception = self
-        processor.site = InterceptedSite(site, type(stock).__call__.__globals__[self.adapter.dispatch])
+        module, _, name = self.adapter.dispatch.rpartition(".")
+        names = type(stock).__call__.__globals__
+        original = getattr(names[module], name) if module else names[name]
+        processor.site = InterceptedSite(site, original, heads_first=bool(module))
         processor.beneath = beneath
-        processor.inner = copy.copy(stock)
-        processor.inner._attention_backend = processor
         return processor
 
     def _beneath(self) -> list[Interception]:
@@ -154,32 +158,54 @@ class Interception:
             self._context = self._begin(dict(zip(self._parameters, args, strict=False)) | kwargs)
 
 
-@functools.cache
-def _intercepted(stock: type, name: str) -> type:
-    """The processor class `stock`, its calls of the global function `name` sent to the processor's interception.
+class _Running(threading.local):
+    """The intercepting processor whose code runs now: the function that it calls is not told who calls."""
 
-    One class for all layers, models and interceptions, so that what is compiled for one serves all. The stock code
-    runs on `inner` and passes its ``_attention_backend`` on to the function: that is the way back to the processor.
+    processor: Any = None
+
+
+_running = _Running()
+
+
+@functools.cache
+def _intercepted(stock: type, dispatch: str) -> type:
+    """The processor class `stock`, its calls of the function `dispatch` sent to the processor's interception.
+
+    One class for all layers, models and interceptions, so that what is compiled for one serves all.
     """
     original = stock.__call__
-    missing = {name, "_attention_backend"} - set(original.__code__.co_names)
-    if missing:
-        raise ValueError(f"{stock.__name__} must pass its _attention_backend to {name}, got code without {missing}")
+    module, _, name = dispatch.rpartition(".")
+    if missing := {*filter(None, (module, name))} - set(original.__code__.co_names):
+        raise ValueError(f"{stock.__name__} must call {dispatch}, got code without {', '.join(sorted(missing))}")
 
-    def dispatch(query: Any, key: Any, value: Any, *, backend: Any, **options: Any) -> Any:
-        _reject(options | {"parallel_config": getattr(backend, "_parallel_config", None)})
-        interception = backend.interception
-        return interception._attend(query, key, value, backend.site, interception._context)
+    def attend(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        _reject(options)
+        processor = _running.processor
+        interception = processor.interception
+        return interception._attend(query, key, value, processor.site, interception._context)
+
+    def attend_heads_first(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        parts = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return attend(*parts, **options).transpose(1, 2)
 
     # Compiled code looks globals up through the module that __name__ names: there it would find the stock function.
-    names = {key: value for key, value in original.__globals__.items() if key != "__name__"} | {name: dispatch}
+    names = {key: value for key, value in original.__globals__.items() if key != "__name__"}
+    if module:
+        stand_in = {key: value for key, value in vars(names[module]).items() if key in original.__code__.co_names}
+        names[module] = types.SimpleNamespace(**stand_in | {name: attend_heads_first})
+    else:
+        names[name] = attend
     rebound = types.FunctionType(
         original.__code__, names, original.__name__, original.__defaults__, original.__closure__
     )
     rebound.__kwdefaults__ = original.__kwdefaults__
 
     def call(processor: Any, *args: Any, **kwargs: Any) -> Any:
-        return rebound(processor.inner, *args, **kwargs)
+        _running.processor = processor
+        try:
+            return rebound(processor, *args, **kwargs)
+        finally:
+            _running.processor = None
 
     call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return type(f"Intercepted{stock.__name__}", (stock,), {"__call__": call})

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from types import TracebackType
+from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
-from calibatt.plans import Blocks, ModelSignature, PlanError, PlanFile, Segment, StoredLayers, TokenGrid
-from calibatt.runtime import custom_op, ops
-from calibatt.runtime.adapters import Adapter, Arguments, adapter_for
-from calibatt.runtime.backends import UnsupportedBackendError
-from calibatt.runtime.intercept import InterceptedSite, Interception
+from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid
+from calibatt.runtime.adapters import Adapter, adapter_for
+from calibatt.runtime.attachment import Attachment, PlanMismatchError, check_signature
 from calibatt.runtime.schedule import LayerSchedule, StoredSchedule
 
-STOCK = -1
-"""In place of a segment: the model's own attention."""
+OnMismatch = Literal["error", "dense"]
 RESIDENT_BYTES = 1 << 30
 """Index arrays of a plan stay on devices up to so many bytes, and always those of the segment at work and the next one.
 A small plan is put there once; a segment of a large one each time that it comes."""
-
-
-class PlanMismatchError(PlanError):
-    """A plan is not for this model or this resolution; says everything that differs."""
 
 
 class Plan:
@@ -99,7 +89,7 @@ class Plan:
         model: nn.Module,
         *,
         backend: str = "auto",
-        on_mismatch: Literal["error", "dense"] = "error",
+        on_mismatch: OnMismatch = "error",
         adapter: Adapter | None = None,
     ) -> Attachment:
         """Runs the model's self-attention by this plan, from now until `Attachment.detach` or the end of a ``with``.
@@ -111,7 +101,8 @@ class Plan:
             model: The transformer, compiled or not.
             backend: ``auto``, or the name of the backend that must execute.
             on_mismatch: What a forward at another resolution does: ``error`` raises before any work, ``dense`` runs
-                the model's own attention, with one warning. A model of another signature is always an error.
+                the model's own attention, with one warning a resolution. A model of another signature is always an
+                error.
             adapter: The model's row, for a family that `adapters.ADAPTERS` lacks.
 
         Raises:
@@ -120,7 +111,58 @@ class Plan:
             UnsupportedBackendError: The backend cannot execute the plan where the model is now.
             ValueError: An option has an unknown value.
         """
-        return Attachment(self, model, backend, on_mismatch, adapter)
+        return Attachment((self,), model, backend, on_mismatch, adapter)
+
+
+class PlanSet:
+    """Plans of several models and resolutions, of which every forward gets its own.
+
+    Args:
+        plans: By name, such as the names of their files.
+    """
+
+    def __init__(self, plans: Mapping[str, Plan]) -> None:
+        self.plans = dict(plans)
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        backend: str = "auto",
+        on_mismatch: OnMismatch = "error",
+        adapter: Adapter | None = None,
+    ) -> Attachment:
+        """`Plan.attach` of all plans that are for this model: at each call, the one of the call's resolution runs.
+
+        Args:
+            model: As of `Plan.attach`.
+            backend: As of `Plan.attach`.
+            on_mismatch: What a forward does at a resolution that no plan is for, as of `Plan.attach`.
+            adapter: As of `Plan.attach`.
+
+        Raises:
+            PlanMismatchError: No plan is for this model, says what differs from each; or several are, at one
+                resolution. And whatever `Plan.attach` raises.
+        """
+        row = adapter_for(model) if adapter is None else adapter
+        signature = row.signature(model)
+        names: dict[TokenGrid, str] = {}
+        refused = []
+        for name, plan in self.plans.items():
+            try:
+                check_signature(plan.signature, signature)
+            except PlanMismatchError as error:
+                refused.append(f"{name}: {error}")
+                continue
+            if plan.grid in names:
+                raise PlanMismatchError(
+                    f"one plan at most must be for {signature.architecture} at {plan.grid}, got {names[plan.grid]} and "
+                    f"{name}; load the one that is meant with load_plan"
+                )
+            names[plan.grid] = name
+        if not names:
+            raise PlanMismatchError(f"a plan must be for this model, got none: {' | '.join(refused)}")
+        return Attachment([self.plans[name] for name in names.values()], model, backend, on_mismatch, row)
 
 
 def load_plan(path: str | PathLike[str], *, prove: bool = True) -> Plan:
@@ -141,165 +183,18 @@ def load_plan(path: str | PathLike[str], *, prove: bool = True) -> Plan:
     return Plan(file)
 
 
-class Attachment:
-    """A plan at work in a model; made by `Plan.attach`. Also a context manager, which detaches at its end."""
-
-    def __init__(self, plan: Plan, model: nn.Module, backend: str, on_mismatch: str, adapter: Adapter | None) -> None:
-        if on_mismatch not in ("error", "dense"):
-            raise ValueError(f"on_mismatch must be 'error' or 'dense', got {on_mismatch!r}")
-        adapter = adapter_for(model) if adapter is None else adapter
-        _check_signature(plan.signature, adapter.signature(model))
-        self.plan = plan
-        self._session = _Session(plan, backend, on_mismatch == "dense")
-        weight = adapter.output_weight(adapter.sites(model)[0].attention)
-        self._session.prepare(weight.device, weight.dtype)
-        self._session.interception = _intercept(model, adapter, self._session)
-
-    def detach(self) -> None:
-        """Gives the model back its own attention, the very processors it had; a second call does nothing."""
-        self._session.interception.detach()
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.detach()
-
-    def explain(self) -> str:
-        """Who executes what, as text: the backends, and the density of every layer in every segment."""
-        plan = self.plan
-        lines = [f"{plan.signature.architecture}, {plan.grid}, blocks {plan.blocks.block_q}x{plan.blocks.block_k}"]
-        for (device, dtype), chosen in self._session.backends.items():
-            counts = Counter(name for layers in chosen for name in layers)
-            named = ", ".join(f"{name} ({count} schedules)" for name, count in sorted(counts.items()))
-            lines.append(f"backend on {device}, {str(dtype).removeprefix('torch.')}: {named}")
-        lines.append("density (share of dense work) by segment, layers 0 to last:")
-        every = {(segment, layer): packed.density for segment, layer, packed in plan.file.walk()}
-        for index in reversed(range(len(plan.segments))):
-            segment = plan.segments[index]
-            densities = [every[index, layer] for layer in range(plan.signature.layers)]
-            row = " ".join(f"{density:.3f}" for density in densities)
-            lines.append(
-                f"  time {segment.start:.4f} to {segment.stop:.4f}: mean {sum(densities) / len(densities):.3f}; {row}"
-            )
-        return "\n".join(lines)
-
-
-class _Session:
-    """Executes one plan in one model. Knows the model only through its interception, so that models can be freed.
+def load_plans(folder: str | PathLike[str], *, prove: bool = True) -> PlanSet:
+    """Loads every ``.plan`` file of a folder, not of the folders in it.
 
     Args:
-        plan: What to execute.
-        backend: ``auto`` or a name.
-        dense: Whether another grid means the model's own attention instead of an error.
+        folder: Where the files are.
+        prove: As of `load_plan`.
+
+    Raises:
+        FileNotFoundError: The folder has none, or is none.
+        PlanError: As of `load_plan`, of the first file that breaks a promise.
     """
-
-    interception: Interception
-
-    def __init__(self, plan: Plan, backend: str, dense: bool) -> None:
-        self.plan = plan
-        self.backend = backend
-        self.dense = dense
-        self.warned = False
-        self.number = custom_op.open_session(self)
-        self.device = torch.device("cpu")
-        self.segment = len(plan.segments) - 1
-        self.after: dict[int, int] = {}
-        """The segment that came after one, the last time."""
-        self.backends: dict[tuple[torch.device, torch.dtype], list[list[str]]] = {}
-        """Who executes each segment and layer, for every device and dtype met so far."""
-
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> list[list[str]]:
-        """Chooses who executes every schedule of the plan on a device; the times' first segment is put there.
-
-        Raises:
-            UnsupportedBackendError: Nobody can, or the one asked for cannot; says why for each.
-        """
-        chosen = self.backends.get((device, dtype))
-        if chosen is None:
-            layers = range(self.plan.signature.layers)
-            chosen = [
-                [self._choose(segment, layer, device, dtype) for layer in layers]
-                for segment in range(len(self.plan.segments))
-            ]
-            self.backends[device, dtype] = chosen
-            self.plan.make_room(self.segment, self._following(self.segment))
-            for schedule in self.plan.layers(self.segment):
-                schedule.bind(device)
-        self.device = device
-        return chosen
-
-    def _choose(self, segment: int, layer: int, device: torch.device, dtype: torch.dtype) -> str:
-        schedule, head_dim = self.plan.layers(segment)[layer], self.plan.signature.head_dim
-        if self.backend == "auto":
-            return ops.choose_backend(schedule, device, dtype, head_dim)
-        if reasons := ops.supports(schedule, device, dtype, head_dim, self.backend):
-            raise UnsupportedBackendError(
-                f"backend {self.backend!r} cannot execute segment {segment}, layer {layer}: {'; '.join(reasons)}"
-            )
-        return self.backend
-
-    def resolve(self, time: float, grid: tuple[int, ...]) -> int:
-        self.interception.verify()
-        found = TokenGrid(*grid)
-        if found != self.plan.grid:
-            message = f"forward does not fit the plan: grid must be {self.plan.grid}, got {found}"
-            if not self.dense:
-                raise PlanMismatchError(message)
-            if not self.warned:
-                self.warned = True
-                warnings.warn(f"{message}; such forwards run the model's own attention", stacklevel=2)
-            return STOCK
-        segment = self.plan.file.segment_index(time)
-        if segment != self.segment:
-            self.after[self.segment] = segment
-            self.segment = segment
-            self.plan.make_room(segment, self._following(segment))
-        self.plan.layers(segment)[0].bind(self.device)
-        return segment
-
-    def _following(self, segment: int) -> int:
-        """The segment that should be next: time falls, and after the last video comes another."""
-        return self.after.get(segment, (segment or len(self.plan.segments)) - 1)
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: int, layer: int) -> torch.Tensor:
-        if segment == STOCK:
-            return self.interception.sites[layer].stock(q, k, v)
-        schedule = self.plan.layers(segment)[layer]
-        backend = self.prepare(q.device, q.dtype)[segment][layer]
-        out = ops.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), schedule, backend)
-        # While the device computes, arrays get there: the next layer's, if need be, and this layer's of what follows.
-        if layer + 1 < self.plan.signature.layers:
-            self.plan.layers(segment)[layer + 1].bind(q.device)
-        self.plan.layers(self._following(segment))[layer].bind(q.device)
-        return out.transpose(1, 2)
-
-
-def _intercept(model: nn.Module, adapter: Adapter, session: _Session) -> Interception:
-    """The seam that `torch.compile` traces: arguments in, ops out. It keeps the session alive."""
-    config = model.config
-
-    def begin(arguments: Arguments) -> torch.Tensor:
-        grid = adapter.grid(config, arguments)
-        return torch.ops.calibatt.resolve_segment(adapter.time(arguments), grid, session.number)
-
-    def attend(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: InterceptedSite, segment: torch.Tensor
-    ) -> torch.Tensor:
-        return torch.ops.calibatt.attend(q, k, v, segment, site.index, session.number)
-
-    return Interception(model, adapter, attend, begin=begin)
-
-
-def _check_signature(plan: ModelSignature, model: ModelSignature) -> None:
-    wrong = [
-        f"{name} must be {expected!r}, got {found!r}"
-        for name in ("architecture", "layers", "heads", "head_dim")
-        if (expected := getattr(plan, name)) != (found := getattr(model, name))
-    ]
-    if plan.weights_digest and model.weights_digest and plan.weights_digest != model.weights_digest:
-        wrong.append(f"weights_digest must be {plan.weights_digest!r}, got {model.weights_digest!r}")
-    if wrong:
-        raise PlanMismatchError(f"model does not fit the plan: {'; '.join(wrong)}")
+    paths = sorted(Path(folder).glob("*.plan"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} must be a folder with .plan files, got none")
+    return PlanSet({path.name: load_plan(path, prove=prove) for path in paths})

@@ -41,7 +41,7 @@ class LayerSchedule:
 
     def __init__(self, core: CoreSchedule) -> None:
         self._core = core
-        self._bound: dict[object, DeviceSchedule] = {}
+        self._bound: dict[torch.device, DeviceSchedule] = {}
 
     @property
     def core(self) -> CoreSchedule:
@@ -93,21 +93,35 @@ class LayerSchedule:
     def bind(self, device: torch.device | str) -> DeviceSchedule:
         """Index arrays of this schedule on `device`, made at the first call for that device and kept until `unbind`.
 
-        The first call copies on the current stream, without waiting for it; a later one does nothing. Every stream has
-        its own: what is let go while a kernel of its stream still reads it is safe, of another's it would not be.
+        The first call copies on the current stream, without waiting for it; a later one does nothing. Any stream may
+        use them.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, which cannot make them.
         """
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        key = (device, torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else device
-        bound = self._bound.get(key)
+        bound = self._bound.get(device)
         if bound is None:
-            bound = self._bound[key] = _bind(self.core, device)
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f"{self!r} must be on {device} before a CUDA graph is captured: run it once before")
+            bound = self._bound[device] = _bind(self.core, device)
+        if device.type == "cuda":
+            bound.use()
         return bound
 
+    def prefetch(self, device: torch.device) -> None:
+        """`bind`, ahead of use; does nothing while a CUDA graph is captured."""
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            self.bind(device)
+
     def unbind(self) -> None:
-        """Lets go of the arrays on every device; the next `bind` makes them again."""
-        self._bound.clear()
+        """Lets go of the arrays on every device, but for those that a CUDA graph uses; `bind` makes them again."""
+        for device, bound in tuple(self._bound.items()):
+            if not bound.captured:
+                bound.let_go()
+                del self._bound[device]
 
     @property
     def bound_bytes(self) -> int:
@@ -182,6 +196,31 @@ class DeviceSchedule:
     query_first: torch.Tensor
     query_copies: torch.Tensor
     _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _streams: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
+    _graphs: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph uses the arrays: they must then stay where they are."""
+        return len(self._graphs) > 0
+
+    def use(self) -> None:
+        """Before the current CUDA stream uses the arrays: what is queued after this comes after the copies."""
+        stream = torch.cuda.current_stream(self.device)
+        if torch.cuda.is_current_stream_capturing():  # which begins by waiting for all streams
+            if stream not in self._graphs:
+                self._graphs.append(stream)
+        elif stream not in self._streams:
+            if self._streams:
+                stream.wait_stream(self._streams[0])
+            self._streams.append(stream)
+
+    def let_go(self) -> None:
+        """Before the arrays are freed: memory goes back to the stream it came from, which first waits for all."""
+        for stream in self._streams:
+            for other in self._streams:
+                if other != stream:
+                    stream.wait_stream(other)
 
     @property
     def anchored(self) -> bool:

@@ -481,7 +481,7 @@ def test_context_parallelism_is_refused_not_ignored() -> None:
 def test_options_are_checked() -> None:
     model = make_model()
     row = dataclasses.replace(adapter_for(model), dispatch="sdpa")
-    with pytest.raises(ValueError, match=r"WanAttnProcessor must pass its _attention_backend to sdpa"):
+    with pytest.raises(ValueError, match=r"WanAttnProcessor must call sdpa, got code without sdpa"):
         make_plan().attach(model, adapter=row)
     with pytest.raises(ValueError, match="on_mismatch must be 'error' or 'dense', got 'ignore'"):
         make_plan().attach(model, on_mismatch="ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
-from calibatt.runtime import Plan, ops
+from calibatt.runtime import InterceptionLostError, Plan, ops
 from calibatt.runtime.adapters import ADAPTERS, adapter_for
 from calibatt.runtime.intercept import Interception
 from calibatt.tools.calibrate.listen import listening
@@ -33,6 +34,7 @@ class Family:
 
     make: Callable[[], Any]
     arguments: Callable[[float, int], dict[str, Any]]
+    grid: TokenGrid = GRID
 
 
 def wan(**config: Any) -> Any:
@@ -84,11 +86,43 @@ def ltx_arguments(time: float, batch: int) -> dict[str, Any]:
     }
 
 
+def cogvideox(**config: Any) -> Any:
+    """2B adds positions to the latents; 5B rotates queries and keys; 1.5 also has patches in time."""
+    return diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=16, num_layers=LAYERS, sample_width=12, sample_height=8, sample_frames=9, max_text_seq_length=7,
+        **config,
+    )  # fmt: skip
+
+
+def cogvideox_arguments(time: float, batch: int, rotary: bool, frames: int = GRID.frames) -> dict[str, Any]:
+    angles = torch.randn(GRID.tokens, HEAD_DIM)
+    return {
+        "hidden_states": torch.randn(batch, frames, 4, 8, 12),
+        "encoder_hidden_states": torch.randn(batch, 7, 16),
+        "timestep": torch.tensor([round(time * 1000)] * batch),
+        "image_rotary_emb": (angles.cos(), angles.sin()) if rotary else None,
+    }
+
+
+TEXT_FIRST = dataclasses.replace(GRID, text_before=7)
+
 FAMILIES = {
     "Wan T2V": Family(wan, wan_arguments),
     "Wan I2V": Family(lambda: wan(in_channels=9, image_dim=24, added_kv_proj_dim=32), wan_i2v_arguments),
     "Wan TI2V": Family(wan, wan_ti2v_arguments),
     "LTX": Family(ltx, ltx_arguments),
+    "CogVideoX 2B": Family(cogvideox, lambda *a: cogvideox_arguments(*a, rotary=False), TEXT_FIRST),
+    "CogVideoX 5B": Family(
+        lambda: cogvideox(use_rotary_positional_embeddings=True),
+        lambda *a: cogvideox_arguments(*a, rotary=True),
+        TEXT_FIRST,
+    ),
+    "CogVideoX 1.5": Family(
+        lambda: cogvideox(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False),
+        lambda *a: cogvideox_arguments(*a, rotary=True, frames=2 * GRID.frames),
+        TEXT_FIRST,
+    ),
 }
 
 
@@ -109,18 +143,18 @@ def model_of(family: Family) -> Any:
     return family.make().eval().requires_grad_(False)
 
 
-def plan_for(model: Any, dense: bool) -> Plan:
+def plan_for(model: Any, dense: bool, grid: TokenGrid = GRID) -> Plan:
     rng, every = np.random.default_rng(0), range(HEADS) if dense else ()
     schedules = tuple(
         tuple(
             random_schedule(
-                rng, GRID, BLOCKS, HEADS, 0.4, dense_heads=every, anchored_heads=() if dense else (HEADS - 1,)
+                rng, grid, BLOCKS, HEADS, 0.4, dense_heads=every, anchored_heads=() if dense else (HEADS - 1,)
             )
             for _ in range(LAYERS)
         )
         for _ in SEGMENTS
     )
-    return Plan(PlanFile(adapter_for(model).signature(model), GRID, BLOCKS, SEGMENTS, schedules))
+    return Plan(PlanFile(adapter_for(model).signature(model), grid, BLOCKS, SEGMENTS, schedules))
 
 
 def run(model: Any, family: Family, time: float = 0.9, batch: int = 2) -> torch.Tensor:
@@ -146,21 +180,21 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_a_dense_plan_changes_nothing_and_detach_everything_back(family: Family, calls: list) -> None:
     model = model_of(family)
     plain = run(model, family)
-    with plan_for(model, dense=True).attach(model):
+    with plan_for(model, True, family.grid).attach(model):
         torch.testing.assert_close(run(model, family), plain, rtol=1e-4, atol=1e-5)
-    assert calls == [(GRID.tokens, GRID.tokens)] * LAYERS, "every self-attention once, no cross-attention"
+    assert calls == [(family.grid.tokens, family.grid.tokens)] * LAYERS, "every self-attention once, no cross-attention"
     assert torch.equal(run(model, family), plain)
 
 
 @pytest.mark.parametrize("time", [0.9, 0.3])
 def test_a_sparse_plan_is_the_stock_code_with_masks(family: Family, time: float) -> None:
     model = model_of(family)
-    plan, adapter = plan_for(model, dense=False), adapter_for(model)
+    plan, adapter = plan_for(model, False, family.grid), adapter_for(model)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any, now: torch.Tensor) -> torch.Tensor:
         assert float(now) == pytest.approx(time, abs=1e-3)
         schedule = plan.schedule(float(now), site.layer)
-        block = torch.arange(GRID.tokens) // BLOCKS.block_k
+        block = torch.arange(family.grid.tokens) // BLOCKS.block_k
         heads = []
         for head in range(HEADS):
             source, keep = schedule.dense(head)
@@ -179,7 +213,7 @@ def test_a_sparse_plan_is_the_stock_code_with_masks(family: Family, time: float)
 
 def test_compiled_once_for_all_times(family: Family, calls: list) -> None:
     model = model_of(family)
-    with plan_for(model, dense=False).attach(model):
+    with plan_for(model, False, family.grid).attach(model):
         expected = [run(model, family, time) for time in (0.9, 0.3)]
         calls.clear()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -187,15 +221,18 @@ def test_compiled_once_for_all_times(family: Family, calls: list) -> None:
         found = [run(compiled, family, time) for time in (0.9, 0.3)]
     for mine, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
-    assert calls == [(GRID.tokens, GRID.tokens)] * LAYERS * 2
+    assert calls == [(family.grid.tokens, family.grid.tokens)] * LAYERS * 2
     assert counter.frame_count <= 2, "the hook and the forward"
 
 
-def test_projection_and_gate_say_how_an_output_moves_the_residual_stream() -> None:
-    """Of LTX, whose cross-attention receives the stream itself (the gate of Wan: tests/calibrate)."""
-    model = model_of(FAMILIES["LTX"])
+@pytest.mark.parametrize(("name", "after"), [("LTX", "attn2"), ("CogVideoX 5B", "norm2")])
+def test_projection_and_gate_say_how_an_output_moves_the_residual_stream(name: str, after: str) -> None:
+    """Of the video tokens; the module after self-attention receives the stream itself (Wan: tests/calibrate)."""
+    family = FAMILIES[name]
+    model = model_of(family)
     streams: list[torch.Tensor] = []
-    model.transformer_blocks[0].attn2.register_forward_pre_hook(lambda _, arguments: streams.append(arguments[0][0]))
+    following = model.transformer_blocks[0].get_submodule(after)
+    following.register_forward_pre_hook(lambda _, arguments: streams.append(arguments[0][0]))
     first: list[Any] = []
 
     def more(call: Any) -> torch.Tensor | None:
@@ -203,11 +240,26 @@ def test_projection_and_gate_say_how_an_output_moves_the_residual_stream() -> No
         return 1.5 * call.out if call.layer == 0 else None
 
     for on_call in (lambda call: None, more):
-        with listening(model, GRID, lambda now: True, on_call):
-            run(model, FAMILIES["LTX"], batch=1)
+        with listening(model, family.grid, lambda now: True, on_call):
+            run(model, family, batch=1)
     projection = first[0].projection.unflatten(1, (HEADS, HEAD_DIM))
-    change = torch.einsum("hnd,xhd->nx", 0.5 * first[0].out, projection)
+    video = first[0].out[:, family.grid.text_before :][:, : family.grid.video_tokens]
+    change = torch.einsum("hnd,xhd->nx", 0.5 * video, projection)
     torch.testing.assert_close(streams[1] - streams[0], change, rtol=1e-3, atol=1e-4)
+
+
+def test_fusing_cogvideox_replaces_its_processors() -> None:
+    """Before attach that is all right; afterwards the plan would be ignored, and the next forward says so."""
+    family = FAMILIES["CogVideoX 5B"]
+    model = model_of(family)
+    plan = plan_for(model, False, family.grid)
+    with plan.attach(model):
+        expected = run(model, family)
+        model.fuse_qkv_projections()
+        with pytest.raises(InterceptionLostError, match=r"transformer_blocks\.0\.attn1, transformer_blocks\.1\.attn1$"):
+            run(model, family)
+    with plan.attach(model):
+        torch.testing.assert_close(run(model, family), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_every_row_of_the_table_is_tested_here() -> None:

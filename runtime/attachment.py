@@ -1,0 +1,277 @@
+"""Plans at work in a model: which one a forward follows, who executes it, and how all of it is undone."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from calibatt.plans import ModelSignature, PlanError, TokenGrid
+from calibatt.runtime import custom_op, ops
+from calibatt.runtime.adapters import Adapter, Arguments, UnknownModelError, adapter_for
+from calibatt.runtime.backends import UnsupportedBackendError
+from calibatt.runtime.intercept import InterceptedSite, Interception
+from calibatt.runtime.schedule import LayerSchedule
+
+if TYPE_CHECKING:
+    from calibatt.runtime.plan import Plan, PlanSet
+
+STOCK = -1
+"""In place of an entry: the model's own attention."""
+
+
+class PlanMismatchError(PlanError):
+    """A plan is not for this model or this resolution; says everything that differs."""
+
+
+class Attachment:
+    """Plans of one model at work in it; made by `Plan.attach` and `PlanSet.attach`. Also a context manager, which
+    detaches at its end.
+    """
+
+    def __init__(
+        self, plans: Sequence[Plan], model: nn.Module, backend: str, on_mismatch: str, adapter: Adapter | None
+    ) -> None:
+        if on_mismatch not in ("error", "dense"):
+            raise ValueError(f"on_mismatch must be 'error' or 'dense', got {on_mismatch!r}")
+        adapter = adapter_for(model) if adapter is None else adapter
+        for plan in plans:
+            check_signature(plan.signature, adapter.signature(model))
+        self.plans = tuple(plans)
+        self._session = _Session(self.plans, backend, on_mismatch == "dense")
+        weight = adapter.output_weight(adapter.sites(model)[0].attention)
+        self._session.prepare(weight.device, weight.dtype)
+        self._session.interception = _intercept(model, adapter, self._session)
+
+    def detach(self) -> None:
+        """Gives the model back its own attention, the very processors it had; a second call does nothing."""
+        self._session.interception.detach()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def explain(self) -> str:
+        """Who executes what, as text: the backends, and the density of every layer in every segment."""
+        return "\n".join(line for plan in self.plans for line in self._explained(plan))
+
+    def _explained(self, plan: Plan) -> list[str]:
+        lines = [f"{plan.signature.architecture}, {plan.grid}, blocks {plan.blocks.block_q}x{plan.blocks.block_k}"]
+        entries = [index for index, (owner, _) in enumerate(self._session.entries) if owner is plan]
+        for (device, dtype), chosen in self._session.backends.items():
+            counts = Counter(name for index in entries for name in chosen[index])
+            named = ", ".join(f"{name} ({count} schedules)" for name, count in sorted(counts.items()))
+            lines.append(f"backend on {device}, {str(dtype).removeprefix('torch.')}: {named}")
+        lines.append("density (share of dense work) by segment, layers 0 to last:")
+        every = {(segment, layer): packed.density for segment, layer, packed in plan.file.walk()}
+        for index in reversed(range(len(plan.segments))):
+            segment = plan.segments[index]
+            densities = [every[index, layer] for layer in range(plan.signature.layers)]
+            row = " ".join(f"{density:.3f}" for density in densities)
+            lines.append(
+                f"  time {segment.start:.4f} to {segment.stop:.4f}: mean {sum(densities) / len(densities):.3f}; {row}"
+            )
+        return lines
+
+
+class PipelineAttachment:
+    """Plans at work in the transformers of a pipeline; made by `attach`. Also a context manager, which detaches at its
+    end.
+
+    Args:
+        attachments: By the names of the pipeline's components.
+    """
+
+    def __init__(self, attachments: Mapping[str, Attachment]) -> None:
+        self.attachments = dict(attachments)
+
+    def detach(self) -> None:
+        """Gives every transformer back its own attention; a second call does nothing."""
+        for attachment in self.attachments.values():
+            attachment.detach()
+
+    def __enter__(self) -> PipelineAttachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def explain(self) -> str:
+        """`Attachment.explain` of every transformer."""
+        return "\n".join(f"{name}: {attachment.explain()}" for name, attachment in self.attachments.items())
+
+
+def attach(pipeline: Any, plans: Mapping[str, Plan | PlanSet], **options: Any) -> PipelineAttachment:
+    """Runs several transformers of one pipeline by plans, such as the two experts of Wan 2.2 A14B.
+
+    Args:
+        pipeline: A diffusers pipeline, or whatever has `components`.
+        plans: A plan or a set of plans for every transformer of the pipeline, by the name of its component.
+        options: Of `Plan.attach`, for all of them.
+
+    Raises:
+        PlanMismatchError: Plans are missing for a transformer, or named for one that the pipeline lacks. And whatever
+            `Plan.attach` raises; no plan is attached then.
+    """
+    present = {name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and _is_known(part)}
+    present |= {name for name in plans if isinstance(pipeline.components.get(name), nn.Module)}
+    if present != set(plans):
+        raise PlanMismatchError(f"plans must be for the transformers {sorted(present)}, got them for {sorted(plans)}")
+    with ExitStack() as undo:
+        made = {
+            name: undo.enter_context(plan.attach(pipeline.components[name], **options)) for name, plan in plans.items()
+        }
+        undo.pop_all()
+    return PipelineAttachment(made)
+
+
+def _is_known(model: nn.Module) -> bool:
+    try:
+        adapter_for(model)
+    except UnknownModelError:
+        return False
+    return True
+
+
+class _Session:
+    """Executes plans in one model. Knows the model only through its interception, so that models can be freed.
+
+    Args:
+        plans: What to execute, each for a grid of its own.
+        backend: ``auto`` or a name.
+        dense: Whether another grid means the model's own attention instead of an error.
+    """
+
+    interception: Interception
+
+    def __init__(self, plans: Sequence[Plan], backend: str, dense: bool) -> None:
+        self.entries = [(plan, segment) for plan in plans for segment in range(len(plan.segments))]
+        """All segments of all plans: the ops know a segment by its place here."""
+        self.plans = {plan.grid: plan for plan in plans}
+        self.first_entry = {plan.grid: self.entries.index((plan, 0)) for plan in plans}
+        self.backend = backend
+        self.dense = dense
+        self.warned: set[TokenGrid] = set()
+        self.number = custom_op.open_session(self)
+        self.device = torch.device("cpu")
+        self.entry = len(self.entries) - 1
+        self.after: dict[int, int] = {}
+        """The entry that came after one, the last time."""
+        self.backends: dict[tuple[torch.device, torch.dtype], list[list[str]]] = {}
+        """Who executes each entry and layer, for every device and dtype met so far."""
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> list[list[str]]:
+        """Chooses who executes every schedule on a device; the noisiest segment of a lone plan is put there.
+
+        Raises:
+            UnsupportedBackendError: Nobody can, or the one asked for cannot; says why for each.
+        """
+        chosen = self.backends.get((device, dtype))
+        if chosen is None:
+            chosen = [
+                [self._choose(plan, segment, layer, device, dtype) for layer in range(plan.signature.layers)]
+                for plan, segment in self.entries
+            ]
+            self.backends[device, dtype] = chosen
+            if len(self.plans) == 1:
+                self._enter(self.entry)
+                for schedule in self._layers(self.entry):
+                    schedule.bind(device)
+        self.device = device
+        return chosen
+
+    def _choose(self, plan: Plan, segment: int, layer: int, device: torch.device, dtype: torch.dtype) -> str:
+        schedule, head_dim = plan.layers(segment)[layer], plan.signature.head_dim
+        if self.backend == "auto":
+            return ops.choose_backend(schedule, device, dtype, head_dim)
+        if reasons := ops.supports(schedule, device, dtype, head_dim, self.backend):
+            raise UnsupportedBackendError(
+                f"backend {self.backend!r} cannot execute segment {segment}, layer {layer}: {'; '.join(reasons)}"
+            )
+        return self.backend
+
+    def _layers(self, entry: int) -> Sequence[LayerSchedule]:
+        plan, segment = self.entries[entry]
+        return plan.layers(segment)
+
+    def _enter(self, entry: int) -> None:
+        plan, segment = self.entries[entry]
+        owner, following = self.entries[self._following(entry)]
+        plan.make_room(segment, *([following] if owner is plan and following != segment else []))
+
+    def _following(self, entry: int) -> int:
+        """The entry that should be next: time falls, and after the last video comes another."""
+        plan, segment = self.entries[entry]
+        return self.after.get(entry, entry - 1 if segment else entry + len(plan.segments) - 1)
+
+    def resolve(self, time: float, grid: tuple[int, ...]) -> int:
+        self.interception.verify()
+        found = TokenGrid(*grid)
+        plan = self.plans.get(found)
+        if plan is None:
+            message = f"forward does not fit the plan: grid must be {' or '.join(map(str, self.plans))}, got {found}"
+            if not self.dense:
+                raise PlanMismatchError(message)
+            if found not in self.warned:
+                self.warned.add(found)
+                warnings.warn(f"{message}; such forwards run the model's own attention", stacklevel=2)
+            return STOCK
+        entry = self.first_entry[found] + plan.file.segment_index(time)
+        if entry != self.entry:
+            self.after[self.entry] = entry
+            self.entry = entry
+            self._enter(entry)
+        self._layers(entry)[0].bind(self.device)
+        return entry
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, entry: int, layer: int) -> torch.Tensor:
+        if entry == STOCK:
+            return self.interception.sites[layer].stock(q, k, v)
+        backend = self.prepare(q.device, q.dtype)[entry][layer]
+        schedules = self._layers(entry)
+        out = ops.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), schedules[layer], backend)
+        # While the device computes, arrays get there: the next layer's, if need be, and this layer's of what follows.
+        for coming in (*schedules[layer + 1 : layer + 2], self._layers(self._following(entry))[layer]):
+            coming.prefetch(q.device)
+        return out.transpose(1, 2)
+
+
+def _intercept(model: nn.Module, adapter: Adapter, session: _Session) -> Interception:
+    """The seam that `torch.compile` traces: arguments in, ops out. It keeps the session alive."""
+    config = model.config
+
+    def begin(arguments: Arguments) -> torch.Tensor:
+        grid = adapter.grid(config, arguments)
+        return torch.ops.calibatt.resolve_segment(adapter.time(arguments), grid, session.number)
+
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: InterceptedSite, segment: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.ops.calibatt.attend(q, k, v, segment, site.index, session.number)
+
+    return Interception(model, adapter, attend, begin=begin)
+
+
+def check_signature(plan: ModelSignature, model: ModelSignature) -> None:
+    """Raises `PlanMismatchError` where a plan is for another model; lists all differences."""
+    wrong = [
+        f"{name} must be {expected!r}, got {found!r}"
+        for name in ("architecture", "layers", "heads", "head_dim")
+        if (expected := getattr(plan, name)) != (found := getattr(model, name))
+    ]
+    if plan.weights_digest and model.weights_digest and plan.weights_digest != model.weights_digest:
+        wrong.append(f"weights_digest must be {plan.weights_digest!r}, got {model.weights_digest!r}")
+    if wrong:
+        raise PlanMismatchError(f"model does not fit the plan: {'; '.join(wrong)}")
