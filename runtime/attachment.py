@@ -18,6 +18,7 @@ from calibatt.runtime.adapters import Adapter, Arguments, UnknownModelError, ada
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptedSite, Interception
 from calibatt.runtime.parallel import Place, Share, Ulysses, slowest_rank, ulysses_of
+from calibatt.runtime.resident import ResidentSchedules
 from calibatt.runtime.schedule import LayerSchedule
 
 if TYPE_CHECKING:
@@ -77,16 +78,18 @@ class Attachment:
             named = ", ".join(f"{name} ({count} schedules)" for name, count in sorted(counts.items()))
             lines.append(f"backend on {device}, {str(dtype).removeprefix('torch.')}: {named}")
         if ulysses := self._session.ulysses:
-            works = (schedule.work for segment in range(len(plan.segments)) for schedule in plan.layers(segment))
+            heads = range(plan.signature.heads)
+            works = ([packed.computed_blocks(head) for head in heads] for _, _, packed in plan.file.walk())
             divided, in_order = slowest_rank(works, ulysses.ranks)
             lines.append(
                 f"rank {ulysses.rank} of {ulysses.ranks} (Ulysses), heads spread by work: the slowest rank has "
                 f"{divided:.3f} times the mean, {in_order:.3f} if heads were in order"
             )
         lines.append("density (share of dense work) by segment, layers 0 to last:")
+        every = {(segment, layer): packed.density for segment, layer, packed in plan.file.walk()}
         for index in reversed(range(len(plan.segments))):
             segment = plan.segments[index]
-            densities = [schedule.density for schedule in plan.layers(index)]
+            densities = [every[index, layer] for layer in range(plan.signature.layers)]
             row = " ".join(f"{density:.3f}" for density in densities)
             lines.append(
                 f"  time {segment.start:.4f} to {segment.stop:.4f}: mean {sum(densities) / len(densities):.3f}; {row}"
@@ -176,12 +179,15 @@ class _Session:
         self.warned: set[TokenGrid] = set()
         self.number = custom_op.open_session(self)
         self.device = torch.device("cpu")
+        self.entry = len(self.entries) - 1
+        self.after: dict[int, int] = {}
+        """The entry that came after one, the last time."""
         self.backends: dict[tuple[torch.device, torch.dtype], list[list[str]]] = {}
         """Who executes each entry and layer, for every device and dtype met so far."""
         self.ulysses: Ulysses | None = None
         """The ranks that run each forward together, if any."""
-        self._shares: dict[tuple[int, int, torch.device], Share] = {}
-        """What this rank executes of an entry and layer; made once."""
+        self.shares: dict[Plan, ResidentSchedules] = {}
+        """What this rank executes of each plan, if there are several."""
 
     def join(self, model: nn.Module, places: Sequence[Place]) -> None:
         """Learns how the model is spread over ranks now.
@@ -192,7 +198,7 @@ class _Session:
         found = ulysses_of(model, places)
         if found != self.ulysses:
             self.ulysses = found
-            self._shares.clear()
+            self.shares = {plan: share_plan(plan, found) for plan in self.plans.values()} if found else {}
 
     def check_parallel(self, plan: Plan) -> None:
         """Proves that a plan can be spread over the ranks.
@@ -217,7 +223,9 @@ class _Session:
             ]
             self.backends[device, dtype] = chosen
             if len(self.plans) == 1:
-                self._bind(len(chosen) - 1, device)
+                self._enter(self.entry)
+                for schedule in self._layers(self.entry):
+                    schedule.bind(device)
         self.device = device
         return chosen
 
@@ -231,25 +239,23 @@ class _Session:
             )
         return self.backend
 
-    def _bind(self, entry: int, device: torch.device) -> None:
-        for layer in range(self.entries[entry][0].signature.layers):
-            self._schedule(entry, layer, device).bind(device)
+    def _resident(self, plan: Plan) -> ResidentSchedules:
+        """Whose schedules are executed here: the plan's, or this rank's shares of them."""
+        return self.shares.get(plan, plan)
 
-    def _schedule(self, entry: int, layer: int, device: torch.device) -> LayerSchedule:
-        """What is executed here: all heads, or this rank's."""
-        return self._share(entry, layer, device).schedule if self.ulysses else self._whole(entry, layer)
-
-    def _whole(self, entry: int, layer: int) -> LayerSchedule:
+    def _layers(self, entry: int) -> Sequence[LayerSchedule]:
         plan, segment = self.entries[entry]
-        return plan.layers(segment)[layer]
+        return self._resident(plan).layers(segment)
 
-    def _share(self, entry: int, layer: int, device: torch.device) -> Share:
-        assert self.ulysses
-        share = self._shares.get((entry, layer, device))
-        if share is None:
-            share = Share.of(self._whole(entry, layer), self.ulysses, device)
-            self._shares[entry, layer, device] = share
-        return share
+    def _enter(self, entry: int) -> None:
+        plan, segment = self.entries[entry]
+        owner, following = self.entries[self._following(entry)]
+        self._resident(plan).make_room(segment, *([following] if owner is plan and following != segment else []))
+
+    def _following(self, entry: int) -> int:
+        """The entry that should be next: time falls, and after the last video comes another."""
+        plan, segment = self.entries[entry]
+        return self.after.get(entry, entry - 1 if segment else entry + len(plan.segments) - 1)
 
     def resolve(self, time: float, grid: tuple[int, ...]) -> int:
         self.interception.verify()
@@ -266,28 +272,45 @@ class _Session:
             return STOCK
         self.check_parallel(plan)
         entry = self.first_entry[found] + plan.file.segment_index(time)
-        self._bind(entry, self.device)
+        if entry != self.entry:
+            self.after[self.entry] = entry
+            self.entry = entry
+            self._enter(entry)
+        self._layers(entry)[0].bind(self.device)
         return entry
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: int, layer: int) -> torch.Tensor:
-        if segment == STOCK:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, entry: int, layer: int) -> torch.Tensor:
+        if entry == STOCK:
             return self.interception.sites[layer].stock(q, k, v)
-        backend = self.prepare(q.device, q.dtype)[segment][layer]
-        plan, number = self.entries[segment]
+        backend = self.prepare(q.device, q.dtype)[entry][layer]
+        schedules = self._layers(entry)
+        schedule = schedules[layer]
+        self._check_shape(q, entry, layer)
+        if isinstance(schedule, Share):
+            q, k, v = schedule.tokens_to_heads(q, k, v)
+        out = ops.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), schedule, backend).transpose(1, 2)
+        if isinstance(schedule, Share):
+            out = schedule.heads_to_tokens(out)
+        # While the device computes, arrays get there: the next layer's, if need be, and this layer's of what follows.
+        for coming in (*schedules[layer + 1 : layer + 2], self._layers(self._following(entry))[layer]):
+            coming.prefetch(q.device)
+        return out
+
+    def _check_shape(self, q: torch.Tensor, entry: int, layer: int) -> None:
+        """That nobody has split what kernels take for whole."""
+        plan, _ = self.entries[entry]
         tokens, heads = plan.grid.tokens, plan.signature.heads
         here = self.ulysses.lengths(tokens)[self.ulysses.rank] if self.ulysses else tokens
         if tuple(q.shape[1:3]) != (here, heads):
             raise PlanMismatchError(
                 f"attention of layer {layer} must get {here} tokens of {heads} heads, got {q.shape[1]} of {q.shape[2]}"
             )
-        if self.ulysses:
-            share = self._share(segment, layer, q.device)
-            q, k, v = self.ulysses.tokens_to_heads(q, k, v, share.heads, tokens)
-        schedule = self._schedule(segment, layer, q.device)
-        out = ops.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), schedule, backend).transpose(1, 2)
-        # Time falls: while the device computes, this layer's arrays of the segment below get there.
-        self._schedule(segment - (number > 0), layer, q.device).bind(q.device)
-        return self.ulysses.heads_to_tokens(out, share.heads) if self.ulysses else out
+
+
+def share_plan(plan: Plan, ulysses: Ulysses) -> ResidentSchedules:
+    """This rank's shares of all schedules of a plan."""
+    segments = range(len(plan.segments))
+    return ResidentSchedules([[Share(schedule, ulysses) for schedule in plan.layers(each)] for each in segments])
 
 
 def _intercept(model: nn.Module, adapter: Adapter, session: _Session) -> Interception:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from calibatt.runtime.schedule import LayerSchedule, move
+from calibatt.plans.schedule import LayerSchedule as CoreSchedule
+from calibatt.plans.schema import Blocks, TokenGrid
+from calibatt.runtime.schedule import DeviceSchedule, LayerSchedule, move
 
 Heads = Sequence[torch.Tensor]
 """For each rank, the heads that it computes: int64 ``(heads of the rank,)`` on the device."""
@@ -113,24 +116,61 @@ class Ulysses:
         return whole
 
 
-@dataclass(frozen=True, eq=False)
-class Share:
-    """A layer in one segment, spread over the ranks.
+class Share(LayerSchedule):
+    """This rank's heads of a layer in one segment; which ones is decided, and the rest cut off, when it is bound.
 
     Args:
-        heads: Who computes which heads.
-        schedule: Of the heads of this rank.
+        whole: The schedule of all heads.
+        ulysses: The ranks.
     """
 
-    heads: Heads
-    schedule: LayerSchedule
+    def __init__(self, whole: LayerSchedule, ulysses: Ulysses) -> None:
+        self._whole, self._ulysses = whole, ulysses
+        self._bound = {}
+        self._heads: dict[torch.device, Heads] = {}
 
-    @classmethod
-    def of(cls, schedule: LayerSchedule, ulysses: Ulysses, device: torch.device) -> Share:
-        """This rank's share of a layer; every rank finds the same heads for each."""
-        heads = divide(schedule.work, ulysses.ranks)
-        order = move(torch.tensor([head for some in heads for head in some]), device)
-        return cls(order.split([len(some) for some in heads]), schedule.select(heads[ulysses.rank]))
+    @cached_property
+    def divided(self) -> list[list[int]]:
+        """The heads of each rank; every rank finds the same."""
+        return divide(self._whole.work, self._ulysses.ranks)
+
+    @property
+    def core(self) -> CoreSchedule:
+        """Of this rank's heads, cut out anew."""
+        return self._whole.core.select(self.divided[self._ulysses.rank])
+
+    @property
+    def grid(self) -> TokenGrid:
+        return self._whole.grid
+
+    @property
+    def blocks(self) -> Blocks:
+        return self._whole.blocks
+
+    @property
+    def heads(self) -> int:
+        return even_counts(self._whole.heads, self._ulysses.ranks)[self._ulysses.rank]
+
+    def bind(self, device: torch.device | str) -> DeviceSchedule:
+        """As of `LayerSchedule`; also puts there which heads go where."""
+        bound = super().bind(device)
+        if bound.device not in self._heads:
+            order = move(torch.tensor([head for some in self.divided for head in some]), bound.device)
+            self._heads[bound.device] = order.split([len(some) for some in self.divided])
+        return bound
+
+    def unbind(self) -> None:
+        """As of `LayerSchedule`."""
+        super().unbind()
+        self._heads = {device: heads for device, heads in self._heads.items() if device in self._bound}
+
+    def tokens_to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`Ulysses.tokens_to_heads`, of this layer."""
+        return self._ulysses.tokens_to_heads(q, k, v, self._heads[self.bind(q.device).device], self.grid.tokens)
+
+    def heads_to_tokens(self, out: torch.Tensor) -> torch.Tensor:
+        """`Ulysses.heads_to_tokens`, of this layer."""
+        return self._ulysses.heads_to_tokens(out, self._heads[out.device])
 
 
 def divide(work: Sequence[int], ranks: int) -> list[list[int]]:

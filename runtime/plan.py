@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
-from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, TokenGrid
+from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid
 from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.runtime.attachment import Attachment, PlanMismatchError, check_signature
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.resident import ResidentSchedules
+from calibatt.runtime.schedule import LayerSchedule, StoredSchedule
 
 OnMismatch = Literal["error", "dense"]
 
 
-class Plan:
-    """A plan that is ready to run; immutable. Index arrays that it puts on a device stay there while it lives.
+class Plan(ResidentSchedules):
+    """A plan that is ready to run; immutable.
+
+    A schedule is decoded when it is put on a device, and the last used ones stay there, up to
+    `resident.RESIDENT_BYTES`.
 
     Args:
         file: The plan's contents.
@@ -26,7 +30,15 @@ class Plan:
 
     def __init__(self, file: PlanFile) -> None:
         self.file = file
-        self._schedules = tuple(tuple(map(LayerSchedule, layers)) for layers in file.schedules)
+        layers, stored = range(file.signature.layers), file.schedules
+        super().__init__(
+            [
+                [StoredSchedule(stored, segment, layer) for layer in layers]
+                if isinstance(stored, StoredLayers)
+                else [LayerSchedule(core) for core in stored[segment]]
+                for segment in range(len(file.segments))
+            ]
+        )
 
     @property
     def signature(self) -> ModelSignature:
@@ -53,10 +65,6 @@ class Plan:
         if not 0 <= layer < self.signature.layers:
             raise ValueError(f"layer must be 0 to {self.signature.layers - 1}, got {layer}")
         return self._schedules[self.file.segment_index(time)][layer]
-
-    def layers(self, segment: int) -> Sequence[LayerSchedule]:
-        """The schedules of all layers in one segment."""
-        return self._schedules[segment]
 
     def attach(
         self,
@@ -142,18 +150,30 @@ class PlanSet:
         return Attachment([self.plans[name] for name in names.values()], model, backend, on_mismatch, row)
 
 
-def load_plan(path: str | PathLike[str]) -> Plan:
-    """Maps a plan file and proves it; its arrays stay in the file until they are needed.
+def load_plan(path: str | PathLike[str], *, prove: bool = True) -> Plan:
+    """Maps a plan file and proves all of it; masks stay in the file until they are needed.
+
+    Args:
+        path: The file.
+        prove: Prove every layer now, all cores at work. Else only header and checksums are: a layer is proved when it
+            is first used, and a plan that was written wrongly fails in the middle of a video.
 
     Raises:
         PlanError: The first broken promise of FORMAT.md; the message names file, rule and value.
         OSError: The file cannot be read.
     """
-    return Plan(PlanFile.read(path))
+    file = PlanFile.read(path)
+    if prove:
+        file.prove()
+    return Plan(file)
 
 
-def load_plans(folder: str | PathLike[str]) -> PlanSet:
+def load_plans(folder: str | PathLike[str], *, prove: bool = True) -> PlanSet:
     """Loads every ``.plan`` file of a folder, not of the folders in it.
+
+    Args:
+        folder: Where the files are.
+        prove: As of `load_plan`.
 
     Raises:
         FileNotFoundError: The folder has none, or is none.
@@ -162,4 +182,4 @@ def load_plans(folder: str | PathLike[str]) -> PlanSet:
     paths = sorted(Path(folder).glob("*.plan"))
     if not paths:
         raise FileNotFoundError(f"{folder} must be a folder with .plan files, got none")
-    return PlanSet({path.name: load_plan(path) for path in paths})
+    return PlanSet({path.name: load_plan(path, prove=prove) for path in paths})

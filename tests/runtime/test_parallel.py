@@ -19,9 +19,10 @@ from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
 from calibatt.runtime import ParallelismError, Plan, PlanMismatchError, load_plan
+from calibatt.runtime import schedule as runtime_schedule
 from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.intercept import Interception
-from calibatt.runtime.parallel import Share, Ulysses, divide, even_counts, slowest_rank
+from calibatt.runtime.parallel import Ulysses, divide, even_counts, slowest_rank
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -109,14 +110,14 @@ def same(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 @contextmanager
 def counted_shares() -> Any:
-    """Every share that is made."""
-    made: list[Any] = []
-    original = Share.of
-    Share.of = lambda *arguments: made.append(arguments) or original(*arguments)  # type: ignore[method-assign]
+    """The heads of every share that is put on a device."""
+    made: list[int] = []
+    original = runtime_schedule._bind
+    runtime_schedule._bind = lambda core, device: made.append(core.heads) or original(core, device)
     try:
         yield made
     finally:
-        Share.of = original  # type: ignore[method-assign]
+        runtime_schedule._bind = original
 
 
 def attach_then_spread() -> None:
@@ -146,7 +147,8 @@ def spread_then_attach() -> None:
         with counted_shares() as made, plan.attach(model, on_mismatch="dense") as attachment:
             for time, value in zip(TIMES, values, strict=True):
                 same(run(model, time=time), value)
-            assert len(made) == LAYERS * len(SEGMENTS), "each share is made once"
+            share = [even_counts(HEADS, dist.get_world_size())[dist.get_rank()]]
+            assert made == share * LAYERS * len(SEGMENTS), "each share is made once, and nothing else"
             assert f"rank {dist.get_rank()} of {dist.get_world_size()}" in attachment.explain()
             with pytest.warns(UserWarning, match="the model's own attention"):
                 same(run(model, height=6), other)
