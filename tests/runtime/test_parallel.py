@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from hypothesis import strategies as st
 from support.ranks import run_ranks
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
-from calibatt.runtime import ParallelismError, Plan, PlanMismatchError, load_plan
+from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid, write_plan
+from calibatt.runtime import ParallelismError, Plan, PlanMismatchError, load_plan, resident
 from calibatt.runtime import schedule as runtime_schedule
 from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.intercept import Interception
@@ -28,9 +29,9 @@ diffusers = pytest.importorskip("diffusers")
 
 GRID = TokenGrid(frames=3, height=4, width=6)
 BLOCKS = Blocks(16, 16)
-SEGMENTS = (Segment(0.0, 0.5, 0.25), Segment(0.5, 1.0, 0.75))
+SEGMENTS = (Segment(0.0, 0.3, 0.2), Segment(0.3, 0.6, 0.5), Segment(0.6, 1.0, 0.75))
 LAYERS, HEADS, HEAD_DIM = 2, 4, 16
-TIMES = (0.9, 0.3, 0.8)
+TIMES = (0.9, 0.4, 0.1, 0.8)
 
 
 def wan(heads: int = HEADS) -> Any:
@@ -157,6 +158,28 @@ def spread_then_attach() -> None:
     same(run(model), dense)
 
 
+def a_loaded_plan_is_let_go_and_comes_again() -> None:
+    model = wan()
+    with TemporaryDirectory() as folder:
+        write_plan(Path(folder) / "a.plan", plan_for(model).file)
+        plan = load_plan(Path(folder) / "a.plan")
+        with plan.attach(model):
+            wanted = [run(model, time=time) for time in TIMES]
+        for segment in range(len(SEGMENTS)):
+            for schedule in plan.layers(segment):
+                schedule.unbind()
+        spread(model, ulysses_degree=dist.get_world_size())
+        kept, resident.RESIDENT_BYTES = resident.RESIDENT_BYTES, 0
+        with plan.attach(model) as attachment:
+            for time, value in zip(TIMES * 2, wanted * 2, strict=True):
+                same(run(model, time=time), value)
+                shares = attachment._session.shares[plan]
+                bound = [any(each.bound_bytes for each in shares.layers(segment)) for segment in range(len(SEGMENTS))]
+                assert sum(bound) == 2, "the segment at work and the next one"
+        resident.RESIDENT_BYTES = kept
+        assert not any(each.bound_bytes for segment in range(len(SEGMENTS)) for each in plan.layers(segment))
+
+
 def the_whole_sequence_decides_the_time() -> None:
     model = wan()
     with plan_for(model).attach(model):
@@ -223,6 +246,7 @@ def what_cannot_be_spread_is_refused() -> None:
 CHECKS = (
     attach_then_spread,
     spread_then_attach,
+    a_loaded_plan_is_let_go_and_comes_again,
     the_whole_sequence_decides_the_time,
     other_families_work,
     an_uneven_number_of_heads_works_where_diffusers_lets_it,
