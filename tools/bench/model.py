@@ -29,18 +29,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
-import diffusers
 import numpy as np
 import torch
-from diffusers import UniPCMultistepScheduler
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from calibatt.plans import Blocks, write_plan
 from calibatt.runtime import load_plan
@@ -66,6 +64,10 @@ MODES = ("eager", "regional", "full")
 SHIFT = 5.0
 """Of the scheduler: the usual one at 720p."""
 OUT_OF_TIME = "out of time"
+
+
+DENSE = ("sdpa-cudnn", "sdpa", FLASH_4)
+"""Names of the variants that others are measured against."""
 
 
 class BenchError(RuntimeError):
@@ -131,6 +133,8 @@ class Runner:
 
 def sample(forward: Callable[..., Tensor], inputs: dict[str, Any], steps: int) -> Tensor:
     """A denoising loop as WanPipeline's, without guidance; returns the final latents, float32."""
+    from diffusers import UniPCMultistepScheduler  # not needed by the commands beside this one
+
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
     noise = inputs["hidden_states"]
     scheduler.set_timesteps(steps, device=noise.device)
@@ -357,11 +361,10 @@ def derived(forwards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-DENSE = ("sdpa-cudnn", "sdpa", FLASH_4)
-
-
 def compiled_graphs() -> int:
     """Graphs that torch.compile has made so far in this process."""
+    from torch._dynamo.utils import counters
+
     return int(counters["stats"]["unique_graphs"])
 
 
@@ -389,7 +392,7 @@ def header(command: str, row: Published, name: str, layers: int, device: torch.d
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
-        "versions": {**versions(), "diffusers": diffusers.__version__},
+        "versions": {**versions(), "diffusers": version("diffusers")},
         "model": name,
         "what": row.what,
         "layers": layers,
@@ -488,7 +491,8 @@ def main(
     options += f" --compiler {compiler}" + ("" if peers else " --no-peers") + (" --trace" if trace else "")
     report: dict[str, Any] = {
         **header(f"calibatt-bench model {options}", row, model, count, where),
-        "masks": f"synthetic, structured, every head listed; {min(DISTINCT, count)} distinct layers in turn; two segments",
+        "masks": "synthetic, structured; every head listed; two segments",
+        "distinct_layers": min(DISTINCT, count),
         "compiler": compiler,
         "sizes": [],
         "attachments": [],
@@ -528,12 +532,12 @@ def main(
         medians = bench.time_forwards(cases, rounds)
         save()
         attending = [case for case in cases if case.variant.name != COPY]
-        if steps:
-            bench.time_samplings(attending, steps, samplings, medians)
-            save()
         if trace:
             last = [case for case in attending if case.mode == ways[-1]]
-            bench.trace([case for case in last if case in (last[0], last[-1]) and clock.allows()])
+            bench.trace([case for case in last if case in (last[0], last[-1]) and clock.allows(medians.get(case, 0.0))])
+            save()
+        if steps:
+            bench.time_samplings(attending, steps, samplings, medians)
             save()
 
     with progress_bar() as progress, tempfile.TemporaryDirectory() as folder:

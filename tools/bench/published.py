@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +52,8 @@ class Published:
             device: Where it is made; the CPU never holds it.
             seed: Of the weights.
         """
+        import diffusers
+
         torch.manual_seed(seed)
         with _default_dtype(self.dtype), device:
             model = getattr(diffusers, self.architecture)(**{**self.config, "num_layers": layers})
