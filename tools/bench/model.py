@@ -534,7 +534,8 @@ def main(
         attending = [case for case in cases if case.variant.name != COPY]
         if trace:
             last = [case for case in attending if case.mode == ways[-1]]
-            bench.trace([case for case in last if case in (last[0], last[-1]) and clock.allows(medians.get(case, 0.0))])
+            few = {*last[:1], *sorted(last, key=lambda case: case.variant.density)[:1]}
+            bench.trace([case for case in last if case in few and clock.allows(medians.get(case, 0.0))])
             save()
         if steps:
             bench.time_samplings(attending, steps, samplings, medians)
