@@ -29,6 +29,7 @@ class Samples(Protocol):
     @property
     def samples(self) -> tuple[str, ...]: ...
     def unit(self, sample: str, time_index: int, layer: int, planes: bool = True) -> UnitStatistics: ...
+    def expect(self, samples: Sequence[str], time_index: int, layer: int, planes: bool = True) -> None: ...
     def time_weight(self) -> tuple[Float64, TimeWeightInfo]: ...
     def layer_factor(self) -> Float64: ...
 
@@ -63,6 +64,9 @@ class StatisticsSource:
             StoreError: A unit is damaged.
         """
         manifest, names = job.manifest, job.samples
+        following = time_index * manifest.model.layers + layer + 1
+        if following < job.units:  # in whatever process it is made
+            self.store.expect(names[:TOGETHER], *job.place(following), job.planes)
         sums = _Sums(manifest, len(names), job.planes)
         for start in range(0, len(names), TOGETHER):
             part = names[start : start + TOGETHER]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -158,13 +158,35 @@ class PlanFile:
 
     def density(self, segment: int, layer: int) -> float:
         """Blocks computed / blocks of dense attention, mean over the heads."""
-        return self.schedules[segment][layer].density
+        return self.packed(segment, layer).density
 
     def packed(self, segment: int, layer: int) -> PackedLayer:
         """A layer's schedule with its lists as bits."""
         if isinstance(self.schedules, StoredLayers):
             return self.schedules.packed(segment, layer)
         return PackedLayer.of(self.schedules[segment][layer])
+
+    def walk(self) -> Iterator[tuple[int, int, PackedLayer]]:
+        """Segment, layer and packed form of every layer, in any order: the way to see all of a plan in little memory.
+
+        Raises:
+            MaskError, ScheduleError: A layer of the file breaks a promise, when its turn comes.
+        """
+        if isinstance(self.schedules, StoredLayers):
+            yield from self.schedules.walk()
+            return
+        for segment, layers in enumerate(self.schedules):
+            for layer, schedule in enumerate(layers):
+                yield segment, layer, PackedLayer.of(schedule)
+
+    def prove(self) -> None:
+        """Decodes every layer of the file once, so that none can fail later.
+
+        Raises:
+            MaskError, ScheduleError: The first broken promise; names file, segment and layer.
+        """
+        if isinstance(self.schedules, StoredLayers):
+            self.schedules.prove()
 
     def stored(self) -> StoredLayers:
         """The schedules as a file holds them."""

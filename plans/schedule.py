@@ -150,7 +150,8 @@ class LayerSchedule:
     @property
     def density(self) -> float:
         """Mean of `head_density` over the heads."""
-        return sum(self.head_density(head) for head in range(self.heads)) / self.heads
+        computed = sum(self.computed_blocks(head) for head in range(self.heads))
+        return computed / (self.heads * self.q_blocks * self.k_blocks)
 
     def tile_keep(self, head: int) -> Bool:
         """bool ``(tiles, k_blocks)``: the head's block mask over its packed tiles."""
@@ -179,9 +180,9 @@ class LayerSchedule:
         Raises:
             ScheduleError: The first broken promise: which array, the rule, the offending value.
         """
-        _check_types(self)
+        check_types(self)
         _check_lists(self)
-        _check_anchors(self)
+        check_anchors(self)
         _check_heads(self)
 
 
@@ -189,7 +190,8 @@ def _fail(array: str, rule: str, value: object) -> None:
     raise ScheduleError(f"{array} must {rule}, got {value}")
 
 
-def _check_types(s: LayerSchedule) -> None:
+def check_types(s: LayerSchedule) -> None:
+    """The part of `LayerSchedule.check` that everything else takes for granted."""
     if s.k_blocks > MAX_BLOCKS:
         _fail("grid", f"have at most {MAX_BLOCKS} key blocks", s.k_blocks)
     for name in ("row_ptr", "head_list", "head_anchor", "anchor_ptr", "group_start", "anchor_row", "tile_order"):
@@ -219,7 +221,8 @@ def _check_lists(s: LayerSchedule) -> None:
         _fail("col_idx", "rise strictly within a list", f"{col[at]}, {col[at + 1]} at position {at}")
 
 
-def _check_anchors(s: LayerSchedule) -> None:
+def check_anchors(s: LayerSchedule) -> None:
+    """The part of `LayerSchedule.check` that is about anchor patterns."""
     rows, height = s.grid.rows, s.grid.height
     ptr, start, anchor = s.anchor_ptr, s.group_start, s.anchor_row
     if len(ptr) == 0 or ptr[0] != 0 or ptr[-1] != len(start) or (ptr[1:] <= ptr[:-1]).any():

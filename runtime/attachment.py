@@ -17,6 +17,7 @@ from calibatt.runtime import custom_op, ops
 from calibatt.runtime.adapters import Adapter, Arguments, UnknownModelError, adapter_for
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptedSite, Interception
+from calibatt.runtime.schedule import LayerSchedule
 
 if TYPE_CHECKING:
     from calibatt.runtime.plan import Plan, PlanSet
@@ -72,9 +73,10 @@ class Attachment:
             named = ", ".join(f"{name} ({count} schedules)" for name, count in sorted(counts.items()))
             lines.append(f"backend on {device}, {str(dtype).removeprefix('torch.')}: {named}")
         lines.append("density (share of dense work) by segment, layers 0 to last:")
+        every = {(segment, layer): packed.density for segment, layer, packed in plan.file.walk()}
         for index in reversed(range(len(plan.segments))):
             segment = plan.segments[index]
-            densities = [schedule.density for schedule in plan.layers(index)]
+            densities = [every[index, layer] for layer in range(plan.signature.layers)]
             row = " ".join(f"{density:.3f}" for density in densities)
             lines.append(
                 f"  time {segment.start:.4f} to {segment.stop:.4f}: mean {sum(densities) / len(densities):.3f}; {row}"
@@ -164,6 +166,9 @@ class _Session:
         self.warned: set[TokenGrid] = set()
         self.number = custom_op.open_session(self)
         self.device = torch.device("cpu")
+        self.entry = len(self.entries) - 1
+        self.after: dict[int, int] = {}
+        """The entry that came after one, the last time."""
         self.backends: dict[tuple[torch.device, torch.dtype], list[list[str]]] = {}
         """Who executes each entry and layer, for every device and dtype met so far."""
 
@@ -181,7 +186,9 @@ class _Session:
             ]
             self.backends[device, dtype] = chosen
             if len(self.plans) == 1:
-                self._bind(len(chosen) - 1, device)
+                self._enter(self.entry)
+                for schedule in self._layers(self.entry):
+                    schedule.bind(device)
         self.device = device
         return chosen
 
@@ -195,10 +202,19 @@ class _Session:
             )
         return self.backend
 
-    def _bind(self, entry: int, device: torch.device) -> None:
+    def _layers(self, entry: int) -> Sequence[LayerSchedule]:
         plan, segment = self.entries[entry]
-        for schedule in plan.layers(segment):
-            schedule.bind(device)
+        return plan.layers(segment)
+
+    def _enter(self, entry: int) -> None:
+        plan, segment = self.entries[entry]
+        owner, following = self.entries[self._following(entry)]
+        plan.make_room(segment, *([following] if owner is plan and following != segment else []))
+
+    def _following(self, entry: int) -> int:
+        """The entry that should be next: time falls, and after the last video comes another."""
+        plan, segment = self.entries[entry]
+        return self.after.get(entry, entry - 1 if segment else entry + len(plan.segments) - 1)
 
     def resolve(self, time: float, grid: tuple[int, ...]) -> int:
         self.interception.verify()
@@ -213,17 +229,22 @@ class _Session:
                 warnings.warn(f"{message}; such forwards run the model's own attention", stacklevel=2)
             return STOCK
         entry = self.first_entry[found] + plan.file.segment_index(time)
-        self._bind(entry, self.device)
+        if entry != self.entry:
+            self.after[self.entry] = entry
+            self.entry = entry
+            self._enter(entry)
+        self._layers(entry)[0].bind(self.device)
         return entry
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: int, layer: int) -> torch.Tensor:
-        if segment == STOCK:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, entry: int, layer: int) -> torch.Tensor:
+        if entry == STOCK:
             return self.interception.sites[layer].stock(q, k, v)
-        backend = self.prepare(q.device, q.dtype)[segment][layer]
-        plan, segment = self.entries[segment]
-        out = ops.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), plan.layers(segment)[layer], backend)
-        # Time falls: while the device computes, this layer's arrays of the segment below get there.
-        plan.layers(max(segment - 1, 0))[layer].bind(q.device)
+        backend = self.prepare(q.device, q.dtype)[entry][layer]
+        schedules = self._layers(entry)
+        out = ops.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), schedules[layer], backend)
+        # While the device computes, arrays get there: the next layer's, if need be, and this layer's of what follows.
+        for coming in (*schedules[layer + 1 : layer + 2], self._layers(self._following(entry))[layer]):
+            coming.prefetch(q.device)
         return out.transpose(1, 2)
 
 

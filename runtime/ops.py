@@ -75,7 +75,7 @@ def supports(
     Raises:
         ValueError: No backend has this name.
     """
-    return backend_reasons(backend, schedule.core, torch.device(device), dtype, head_dim)
+    return backend_reasons(backend, schedule, torch.device(device), dtype, head_dim)
 
 
 def choose_backend(schedule: LayerSchedule, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:

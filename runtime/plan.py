@@ -9,16 +9,21 @@ from typing import Literal
 
 from torch import nn
 
-from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, TokenGrid
+from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid
 from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.runtime.attachment import Attachment, PlanMismatchError, check_signature
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import LayerSchedule, StoredSchedule
 
 OnMismatch = Literal["error", "dense"]
+RESIDENT_BYTES = 1 << 30
+"""Index arrays of a plan stay on devices up to so many bytes, and always those of the segment at work and the next one.
+A small plan is put there once; a segment of a large one each time that it comes."""
 
 
 class Plan:
-    """A plan that is ready to run; immutable. Index arrays that it puts on a device stay there while it lives.
+    """A plan that is ready to run; immutable.
+
+    A schedule is decoded when it is put on a device, and the last used ones stay there, up to `RESIDENT_BYTES`.
 
     Args:
         file: The plan's contents.
@@ -26,7 +31,14 @@ class Plan:
 
     def __init__(self, file: PlanFile) -> None:
         self.file = file
-        self._schedules = tuple(tuple(map(LayerSchedule, layers)) for layers in file.schedules)
+        layers, stored = range(file.signature.layers), file.schedules
+        self._schedules: tuple[tuple[LayerSchedule, ...], ...] = tuple(
+            tuple(StoredSchedule(stored, segment, layer) for layer in layers)
+            if isinstance(stored, StoredLayers)
+            else tuple(map(LayerSchedule, stored[segment]))
+            for segment in range(len(file.segments))
+        )
+        self._last_used: list[int] = []
 
     @property
     def signature(self) -> ModelSignature:
@@ -57,6 +69,20 @@ class Plan:
     def layers(self, segment: int) -> Sequence[LayerSchedule]:
         """The schedules of all layers in one segment."""
         return self._schedules[segment]
+
+    def make_room(self, *segments: int) -> None:
+        """Lets go of the arrays of the segments used longest ago, beyond `RESIDENT_BYTES`; never of those named."""
+        others = [each for each in self._last_used if each not in segments]
+        self._last_used = [*segments, *others]
+        total = sum(self._bound_bytes(each) for each in segments)
+        for each in others:
+            total += self._bound_bytes(each)
+            if total > RESIDENT_BYTES:
+                for schedule in self._schedules[each]:
+                    schedule.unbind()
+
+    def _bound_bytes(self, segment: int) -> int:
+        return sum(schedule.bound_bytes for schedule in self._schedules[segment])
 
     def attach(
         self,
@@ -139,18 +165,30 @@ class PlanSet:
         return Attachment([self.plans[name] for name in names.values()], model, backend, on_mismatch, row)
 
 
-def load_plan(path: str | PathLike[str]) -> Plan:
-    """Maps a plan file and proves it; its arrays stay in the file until they are needed.
+def load_plan(path: str | PathLike[str], *, prove: bool = True) -> Plan:
+    """Maps a plan file and proves all of it; masks stay in the file until they are needed.
+
+    Args:
+        path: The file.
+        prove: Prove every layer now, all cores at work. Else only header and checksums are: a layer is proved when it
+            is first used, and a plan that was written wrongly fails in the middle of a video.
 
     Raises:
         PlanError: The first broken promise of FORMAT.md; the message names file, rule and value.
         OSError: The file cannot be read.
     """
-    return Plan(PlanFile.read(path))
+    file = PlanFile.read(path)
+    if prove:
+        file.prove()
+    return Plan(file)
 
 
-def load_plans(folder: str | PathLike[str]) -> PlanSet:
+def load_plans(folder: str | PathLike[str], *, prove: bool = True) -> PlanSet:
     """Loads every ``.plan`` file of a folder, not of the folders in it.
+
+    Args:
+        folder: Where the files are.
+        prove: As of `load_plan`.
 
     Raises:
         FileNotFoundError: The folder has none, or is none.
@@ -159,4 +197,4 @@ def load_plans(folder: str | PathLike[str]) -> PlanSet:
     paths = sorted(Path(folder).glob("*.plan"))
     if not paths:
         raise FileNotFoundError(f"{folder} must be a folder with .plan files, got none")
-    return PlanSet({path.name: load_plan(path) for path in paths})
+    return PlanSet({path.name: load_plan(path, prove=prove) for path in paths})

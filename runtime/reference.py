@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from calibatt.plans.schedule import LayerSchedule as CoreSchedule
-from calibatt.runtime.schedule import DeviceSchedule, LayerSchedule
+from calibatt.runtime.schedule import DeviceSchedule, LayerSchedule, Outline
 
 CHUNK_SCORES = 1 << 24
 """Scores held at a time: 64 MiB in fp32."""
@@ -54,7 +53,7 @@ def reference_attention(
     return out, lse
 
 
-def supports(core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     """As a backend, the oracle executes every schedule everywhere."""
     return []
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from calibatt.plans.packed import StoredLayers
 from calibatt.plans.schedule import DENSE, NO_ANCHORS, Int32
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
@@ -16,16 +17,36 @@ from calibatt.plans.schema import Blocks, TokenGrid
 T = TypeVar("T")
 
 
+class Outline(Protocol):
+    """What is known of a schedule before its lists: enough to say who can execute it."""
+
+    @property
+    def grid(self) -> TokenGrid: ...
+    @property
+    def blocks(self) -> Blocks: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def q_blocks(self) -> int: ...
+    @property
+    def k_blocks(self) -> int: ...
+
+
 class LayerSchedule:
     """The schedule of all heads of one layer in one segment; immutable.
 
     Args:
-        core: The schedule as the plan file stores it. It is trusted: `core.check()` has passed.
+        core: The schedule as the plan file means it. It is trusted: `core.check()` has passed.
     """
 
     def __init__(self, core: CoreSchedule) -> None:
-        self.core = core
+        self._core = core
         self._bound: dict[torch.device, DeviceSchedule] = {}
+
+    @property
+    def core(self) -> CoreSchedule:
+        """The schedule as the plan file means it."""
+        return self._core
 
     @property
     def grid(self) -> TokenGrid:
@@ -38,6 +59,14 @@ class LayerSchedule:
     @property
     def heads(self) -> int:
         return self.core.heads
+
+    @property
+    def q_blocks(self) -> int:
+        return self.blocks.q_blocks(self.grid.tokens)
+
+    @property
+    def k_blocks(self) -> int:
+        return self.blocks.k_blocks(self.grid.tokens)
 
     @property
     def density(self) -> float:
@@ -64,19 +93,79 @@ class LayerSchedule:
     def bind(self, device: torch.device | str) -> DeviceSchedule:
         """Index arrays of this schedule on `device`, made at the first call for that device and kept until `unbind`.
 
-        The first call copies on the current stream, without waiting for it; a later one does nothing.
+        The first call copies on the current stream, without waiting for it; a later one does nothing. Any stream may
+        use them.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, which cannot make them.
         """
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         bound = self._bound.get(device)
         if bound is None:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f"{self!r} must be on {device} before a CUDA graph is captured: run it once before")
             bound = self._bound[device] = _bind(self.core, device)
+        if device.type == "cuda":
+            bound.use()
         return bound
 
+    def prefetch(self, device: torch.device) -> None:
+        """`bind`, ahead of use; does nothing while a CUDA graph is captured."""
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            self.bind(device)
+
     def unbind(self) -> None:
-        """Lets go of the arrays on every device; the next `bind` makes them again."""
-        self._bound.clear()
+        """Lets go of the arrays on every device, but for those that a CUDA graph uses; `bind` makes them again."""
+        for device, bound in tuple(self._bound.items()):
+            if not bound.captured:
+                bound.let_go()
+                del self._bound[device]
+
+    @property
+    def bound_bytes(self) -> int:
+        """Bytes of the arrays on all devices, as `bind` made them."""
+        return sum(bound.nbytes for bound in tuple(self._bound.values()))
+
+
+class StoredSchedule(LayerSchedule):
+    """A schedule that stays packed until it is bound or asked for its lists.
+
+    Args:
+        stored: The schedules of a plan.
+        segment: Which one, from 0.
+        layer: Of which layer, from 0.
+    """
+
+    def __init__(self, stored: StoredLayers, segment: int, layer: int) -> None:
+        self._stored, self._segment, self._layer = stored, segment, layer
+        self._bound = {}
+
+    @property
+    def core(self) -> CoreSchedule:
+        """The schedule, decoded and lowered anew unless it was among the last ones used.
+
+        Raises:
+            PlanError: What is stored breaks a promise of FORMAT.md.
+        """
+        return self._stored.schedule(self._segment, self._layer)
+
+    @property
+    def grid(self) -> TokenGrid:
+        return self._stored.grid
+
+    @property
+    def blocks(self) -> Blocks:
+        return self._stored.blocks
+
+    @property
+    def heads(self) -> int:
+        return self._stored.heads
+
+    @property
+    def density(self) -> float:
+        return self._stored.packed(self._segment, self._layer).density
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,11 +196,42 @@ class DeviceSchedule:
     query_first: torch.Tensor
     query_copies: torch.Tensor
     _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _streams: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
+    _graphs: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph uses the arrays: they must then stay where they are."""
+        return len(self._graphs) > 0
+
+    def use(self) -> None:
+        """Before the current CUDA stream uses the arrays: what is queued after this comes after the copies."""
+        stream = torch.cuda.current_stream(self.device)
+        if torch.cuda.is_current_stream_capturing():  # which begins by waiting for all streams
+            if stream not in self._graphs:
+                self._graphs.append(stream)
+        elif stream not in self._streams:
+            if self._streams:
+                stream.wait_stream(self._streams[0])
+            self._streams.append(stream)
+
+    def let_go(self) -> None:
+        """Before the arrays are freed: memory goes back to the stream it came from, which first waits for all."""
+        for stream in self._streams:
+            for other in self._streams:
+                if other != stream:
+                    stream.wait_stream(other)
 
     @property
     def anchored(self) -> bool:
         """Whether some head computes anchor rows only."""
         return len(self.query_token) > 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays, what backends derived not counted."""
+        arrays = (self.tiles, self.columns, self.heads, self.query_token, self.query_first, self.query_copies)
+        return sum(array.nbytes for array in arrays)
 
     def derived(self, make: Callable[[DeviceSchedule], T]) -> T:
         """What a backend derives from the schedule: ``make(self)``, called once and kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,25 @@ class Store:
         place = {"sample": sample, "time_index": time_index, "layer": layer}
         return read_unit(self._folders[sample] / unit_name(time_index, layer), self.manifest, place, planes)
 
+    def expect(self, samples: Sequence[str], time_index: int, layer: int, planes: bool = True) -> None:
+        """Has the system read units ahead, while the caller does something else; promises nothing."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        manifest = self.manifest
+        blocks = manifest.model.heads * manifest.q_blocks * manifest.k_blocks
+        before_planes = (
+            blocks * (manifest.has_block_error + manifest.has_mass) + _SMALL_BYTES
+        )  # in order of their names
+        for sample in samples:
+            try:
+                file = os.open(self._folders[sample] / unit_name(time_index, layer), os.O_RDONLY)
+            except OSError:
+                continue  # `unit` says so
+            try:
+                os.posix_fadvise(file, 0, 0 if planes else before_planes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(file)
+
     def time_weight(self) -> tuple[npt.NDArray[np.float64], TimeWeightInfo]:
         """Squared error of the final latent per unit of attention error at each time, and where it comes from.
 
@@ -155,6 +174,10 @@ class Store:
     def size_bytes(self) -> int:
         """Bytes of all complete samples."""
         return sum(path.stat().st_size for folder in self._folders.values() for path in folder.iterdir())
+
+
+_SMALL_BYTES = 1 << 16
+"""What else lies before a unit's planes, about."""
 
 
 def _check_same(first: Path, manifest: Manifest, folder: Path) -> None:

@@ -21,7 +21,8 @@ Float = npt.NDArray[np.float32]
 Code = npt.NDArray[np.uint8]
 
 MAGIC = b"CALIBSTA"
-VERSION = (1, 0)
+VERSION = (1, 1)
+"""Minor 1: sections have a CRC-32, which is what a compiler has time for; units of minor 0 are still read."""
 STEPS_PER_OCTAVE = 8
 ZERO_CODE = 255
 ROUNDING = 1e-3
@@ -215,7 +216,7 @@ def write_unit(path: str | PathLike[str], unit: UnitStatistics, manifest: Manife
         raise UnitError(f"{path}: {error}") from None
     sections = {name: getattr(unit, name) for name in unit_shapes(manifest)}
     header = {**place, "manifest": manifest.digest}
-    return write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections)
+    return write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections, crc=True)
 
 
 def read_unit(
@@ -228,7 +229,7 @@ def read_unit(
         OSError: The file cannot be read.
     """
     try:
-        file = Container.open(path, magic=MAGIC, version=VERSION)
+        file = Container.open(path, magic=MAGIC, version=VERSION, crc=True)
         arrays = {name: file.section(name) for name in file.names if planes or name != "planes"}
     except PlanError as error:
         raise UnitError(str(error)) from None

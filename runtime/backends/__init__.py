@@ -1,6 +1,6 @@
 """The backends: who can execute a schedule, and where. A backend is a module with `supports` and `run`.
 
-    supports(core, device, dtype, head_dim) -> list[str]       reasons why not; empty: it can
+    supports(outline, device, dtype, head_dim) -> list[str]    reasons why not; empty: it can
     run(q, k, v, bound, scale, return_lse) -> (out, lse)       arguments are trusted; lse is None unless asked for
 
 A module is imported when it is first asked, so that the torch backend works where triton is not installed.
@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from calibatt.plans.schedule import LayerSchedule as CoreSchedule
+from calibatt.runtime.schedule import Outline
 
 BACKENDS = {
     "reference": "calibatt.runtime.reference",
@@ -40,9 +40,7 @@ def load_backend(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name])
 
 
-def backend_reasons(
-    name: str, core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> list[str]:
+def backend_reasons(name: str, outline: Outline, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     """Why the backend cannot execute this schedule here; empty if it can.
 
     Raises:
@@ -52,4 +50,4 @@ def backend_reasons(
         backend = load_backend(name)
     except ImportError as error:
         return [f"cannot be imported: {error}"]
-    return backend.supports(core, device, dtype, head_dim)
+    return backend.supports(outline, device, dtype, head_dim)

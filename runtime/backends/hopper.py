@@ -12,9 +12,8 @@ import torch
 import triton
 
 from calibatt.plans.schedule import NO_ANCHORS
-from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.runtime.kernels.anchors import pack_queries, spread_rows
-from calibatt.runtime.schedule import DeviceSchedule
+from calibatt.runtime.schedule import DeviceSchedule, Outline
 
 TESTED_RELEASES = ("3.6.0", "3.9.0")
 """Of Triton. Gluon is experimental: the tests compile the kernel under both, and it was executed under the first."""
@@ -48,7 +47,7 @@ class Prepared:
     compiled: dict[Any, Any] = field(default_factory=dict)
 
 
-def supports(core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     """Why this backend cannot execute the schedule; empty if it can."""
     reasons = [refusal] if (refusal := refused_release()) else []
     if device.type != "cuda":
@@ -58,7 +57,7 @@ def supports(core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_
     elif torch.cuda.get_device_capability(device) != (9, 0):
         major, minor = torch.cuda.get_device_capability(device)
         reasons.append(f"the device must be sm90, got sm{major}{minor}")
-    blocks = core.blocks
+    blocks = outline.blocks
     for what, known, value in (
         ("the dtype", DTYPES, dtype),
         ("head_dim", HEAD_DIMS, head_dim),
@@ -67,7 +66,7 @@ def supports(core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_
     ):
         if value not in known:
             reasons.append(f"{what} must be {' or '.join(str(each) for each in known)}, got {value}")
-    for what, most, value in (("heads", MOST_HEADS, core.heads), ("query blocks", MOST_TILES, core.q_blocks)):
+    for what, most, value in (("heads", MOST_HEADS, outline.heads), ("query blocks", MOST_TILES, outline.q_blocks)):
         if value > most:
             reasons.append(f"the number of {what} must be at most {most}, got {value}")
     return reasons

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from calibatt.plans.schedule import DENSE
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
-from calibatt.runtime.schedule import DeviceSchedule
+from calibatt.runtime.schedule import DeviceSchedule, Outline
 
 CPU_GATHER_BYTES = 1 << 20
 """Keys and values gathered at a time on a CPU, at least one tile's: what the cache of one core holds."""
@@ -66,7 +66,7 @@ class _Work:
     position: torch.Tensor
 
 
-def supports(core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     """This backend executes every schedule on every device."""
     return []
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.runtime.kernels.block_sparse import block_sparse_forward
-from calibatt.runtime.schedule import DeviceSchedule
+from calibatt.runtime.schedule import DeviceSchedule, Outline
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -31,7 +30,7 @@ class Config:
         return 2 * head_dim * (self.block_m + 2 * self.num_stages * self.block_n)
 
 
-def supports(core: CoreSchedule, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     """Why this backend cannot execute the schedule; empty if it can."""
     reasons = []
     if device.type == "cuda":

@@ -120,6 +120,42 @@ def test_like_heads_are_paired_for_most_weight() -> None:
     assert pairs(size, union + np.triu(union == 0) * 999, free, 0.0) == []
 
 
+def matchings(edges: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    if not edges:
+        return [[]]
+    (one, other), rest = edges[0], edges[1:]
+    apart = [edge for edge in rest if not {one, other} & set(edge)]
+    return matchings(rest) + [[(one, other), *more] for more in matchings(apart)]
+
+
+@given(st.integers(0, 2**32), st.integers(2, 6), st.floats(0, 0.6))
+def test_pairs_are_a_matching_of_most_weight(seed: int, heads: int, growth: float) -> None:
+    """Against every matching of the heads that may be paired."""
+    rng = np.random.default_rng(seed)
+    keeps = rng.random((heads, 40)) < rng.random((heads, 1))
+    size, free = keeps.sum(1), rng.random(heads) < 0.8
+    union = (keeps[:, None] | keeps).sum(2)
+    both = size[:, None] + size
+    weight = both - (2 * union - both)
+    allowed = [
+        (one, other)
+        for one, other in combinations(range(heads), 2)
+        if free[one] and free[other] and 2 * union[one, other] - both[one, other] <= growth * both[one, other]
+    ]
+    found = pairs(size, union, free, growth)
+    assert set(found) <= set(allowed)
+    assert len({head for pair in found for head in pair}) == 2 * len(found)
+    best = max(sum(weight[pair] for pair in each) for each in matchings(allowed))
+    assert sum(weight[pair] for pair in found) == best
+
+
+@given(st.integers(0, 2**32), st.integers(0, 4))
+def test_filling_twice_is_filling_once(seed: int, most: int) -> None:
+    rng = np.random.default_rng(seed)
+    once = filled(pack(rng.random((5, 21)) < rng.random()), 21, most)
+    np.testing.assert_array_equal(filled(once, 21, most), once)
+
+
 @pytest.mark.parametrize("name", ["merge-times", "merge-heads"])
 def test_what_merging_requires(name: str) -> None:
     with pytest.raises(PassError, match=f"{name}: masks must be chosen before, got time 0, layer 0"):

@@ -74,6 +74,31 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
                 read(tmp_path, bytes(bad))
 
 
+def test_a_crc_proves_what_has_one(tmp_path: Path) -> None:
+    """Every byte still counts, and so does every bit of the padding; without the flag the key is unknown."""
+    path = tmp_path / "file"
+    write_container(path, magic=MAGIC, version=VERSION, header={}, sections=SAMPLE, crc=True)
+    good = path.read_bytes()
+    Container.open(path, magic=MAGIC, version=VERSION, crc=True).verify()
+    with pytest.raises(errors.SectionError, match=r"must have only the keys .*, got 'crc32'"):
+        Container.open(path, magic=MAGIC, version=VERSION)
+    seen = set()
+
+    def sections(path: Path) -> list[np.ndarray]:
+        container = Container.open(path, magic=MAGIC, version=VERSION, crc=True)
+        return [container.section(name) for name in container.names]
+
+    assert len(sections(path)) == 3
+    for position in range(len(good)):
+        bad = bytearray(good)
+        bad[position] ^= 1
+        path.write_bytes(bad)
+        with pytest.raises(errors.PlanError) as caught:
+            sections(path)
+        seen.add("CRC-32" in str(caught.value))
+    assert seen == {False, True}
+
+
 def test_every_truncation_is_noticed(tmp_path: Path) -> None:
     good = write(tmp_path / "file", SAMPLE, {"k": 1})
     for length in range(len(good)):

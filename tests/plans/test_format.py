@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import calibatt.plans
+from calibatt.compiler.stats import unit
 from calibatt.plans import Container, Segment, container, errors, header, schema
 from calibatt.plans.plan import COLUMNS, MAGIC, MAX_LISTS, VERSION
 
@@ -57,5 +58,8 @@ def test_every_limit_is_specified() -> None:
     assert f"1 to {container.MAX_NAME_BYTES} bytes" in FORMAT
     assert f"at most {container.MAX_DIMENSIONS} integers" in FORMAT
     assert f"multiple of {container.ALIGNMENT_BYTES}" in FORMAT
+    assert (
+        f"statistics units (magic `{unit.MAGIC.decode()}`, from version {unit.VERSION[0]}.{unit.VERSION[1]})" in FORMAT
+    )
     sizes = [str(size) for size in schema.BLOCK_SIZES]
     assert f"{', '.join(sizes[:-1])} or {sizes[-1]}" in FORMAT

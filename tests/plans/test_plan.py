@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.plans import tiny_plan, tiny_schedule
-from support.schedules import all_blocks, grids, layer_schedules
+from support.schedules import all_blocks, grids, layer_schedules, random_schedule
 
 from calibatt.plans import (
     Blocks,
     Container,
+    LayerSchedule,
     ModelSignature,
     PlanFile,
     Segment,
@@ -259,6 +260,14 @@ def junk(header: dict[str, Any], sections: dict[str, np.ndarray]) -> None:
     sections["0/masks"] = sections["0/masks"] ^ np.uint8(255)
 
 
+def set_lists(count: int) -> Callable[[dict[str, Any], dict[str, np.ndarray]], None]:
+    def change(header: dict[str, Any], sections: dict[str, np.ndarray]) -> None:
+        sections["0/layers"] = sections["0/layers"].copy()
+        sections["0/layers"][-1, 1] = count
+
+    return change
+
+
 def more_lists(header: dict[str, Any], sections: dict[str, np.ndarray]) -> None:
     table = sections["0/layers"].copy()
     table[1:, 1] += 1
@@ -274,6 +283,18 @@ BAD_SECOND: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], ob
         set_header("bases", [1, 0]),
         errors.SchemaError,
         "its own base in at most 4 steps, got [1, 0]",
+    ),
+    "2**60 frames": (set_header("grid/frames", 2**60), errors.ScheduleError, "at most 65536 key blocks"),
+    "2**60 heads": (set_header("model/heads", 2**60), errors.ScheduleError, "must have 1152921504606846976 heads"),
+    "2**31 groups": (
+        set_section("0/anchor_ptr", np.array([0, 2**31 - 1, 0, 1], np.int32)),
+        errors.ScheduleError,
+        "segment 0, layer 0: anchor_ptr must rise from 0 to",
+    ),
+    "2**40 lists": (
+        set_lists(2**40),
+        errors.MaskError,
+        "segment 0, layer 1: masks must have at most a list for each of 19 tiles, got",
     ),
     "junk": (junk, errors.MaskError, "segment 0, layer 0: masks must be one zstd frame, got"),
     "more lists": (more_lists, errors.MaskError, "segment 0, layer 0: masks must hold 10 bytes for 10 lists, got 9"),
@@ -297,18 +318,23 @@ EVERY_BAD = [(FIRST_GOLDEN, case) for case in BAD_FILES] + [(GOLDEN, case) for c
 
 @pytest.mark.parametrize(("golden", "case"), EVERY_BAD)
 def test_refuses_a_file_that_contradicts_itself(tmp_path: Path, golden: Path, case: str) -> None:
-    """A plan's bytes and header are proved when it is opened, a schedule when it is first asked for."""
+    """A plan's bytes and header are proved when it is opened, a schedule when it is first asked for, all by `prove`."""
     version, cases = (FIRST_VERSION, BAD_FILES) if golden == FIRST_GOLDEN else (VERSION, BAD_SECOND)
     change, kind, words = cases[case]
     header, sections = parts(golden)
     change(header, sections)
     path = tmp_path / "bad.plan"
     write_container(path, magic=MAGIC, version=version, header=header, sections=sections)
-    with pytest.raises(errors.PlanError) as caught:
-        [list(layers) for layers in PlanFile.read(path).schedules]
-    assert type(caught.value) is kind
-    assert words in str(caught.value)
-    assert str(caught.value).count(str(path)) == 1
+    for see_all in (
+        lambda plan: [list(layers) for layers in plan.schedules],
+        PlanFile.prove,
+        lambda plan: [*plan.walk()],
+    ):
+        with pytest.raises(errors.PlanError) as caught:
+            see_all(PlanFile.read(path))
+        assert type(caught.value) is kind
+        assert words in str(caught.value)
+        assert str(caught.value).count(str(path)) == 1
 
 
 @pytest.mark.parametrize(("golden", "version"), [(FIRST_GOLDEN, (1, 1)), (GOLDEN, (2, 1))])
@@ -352,6 +378,31 @@ def test_a_layer_is_what_was_packed(data: st.DataObject) -> None:
         found = decode(encode(packed, above), above, grid, blocks).schedule()
         for name in ARRAYS:
             np.testing.assert_array_equal(getattr(found, name), getattr(schedule, name))
+
+
+@given(st.integers(1, 21), st.integers(1, 3), st.integers(0, 2**32))
+def test_a_walk_sees_every_layer_once_whatever_the_bases(segments: int, layers: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    grid, blocks = TokenGrid(2, 3, 10, 4, 5), Blocks(16, 16)
+    edges = np.linspace(0, 1, segments + 1).tolist()
+    parts = tuple(Segment(start, stop, stop) for start, stop in pairwise(edges))
+    schedules = [
+        [random_schedule(rng, grid, blocks, 2, 0.5, anchored_heads=(0,)) for _ in range(layers)] for _ in parts
+    ]
+    plan = PlanFile(ModelSignature("Tiny", layers, 2, 8), grid, blocks, parts, schedules)
+    stored = replace(plan, schedules=plan.stored())
+    stored.prove()
+    for each in (plan, stored):
+        found = {(segment, layer): packed for segment, layer, packed in each.walk()}
+        assert len(found) == segments * layers
+        for (segment, layer), packed in found.items():
+            assert_same_schedule(packed.schedule(), schedules[segment][layer])
+            assert_same_schedule(each.packed(segment, layer).schedule(), schedules[segment][layer])
+
+
+def assert_same_schedule(found: LayerSchedule, expected: LayerSchedule) -> None:
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:

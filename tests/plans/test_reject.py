@@ -215,6 +215,23 @@ def test_a_section_is_proved_when_it_is_asked_for(tmp_path: Path) -> None:
         container.verify()
 
 
+@pytest.mark.parametrize("crc", [-1, 1 << 32, 1.0, "b63cfbcd", True])
+def test_rejects_a_crc(tmp_path: Path, crc: object) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(build(document(entry(crc32=crc)), DATA))
+    with pytest.raises(errors.SectionError, match=r"'crc32' of section 0 must be an integer below 2\^32, got"):
+        Container.open(path, magic=MAGIC, version=VERSION, crc=True)
+
+
+def test_a_crc_may_be_absent_and_is_not_the_digest(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(build(document(entry(crc32=0xB63CFBCD)), DATA))
+    assert Container.open(path, magic=MAGIC, version=VERSION, crc=True).section("a").tolist() == [1, 2, 3, 4]
+    path.write_bytes(build(document(entry(checksum=bytes(16))), DATA))
+    with pytest.raises(errors.ChecksumError, match="digest"):
+        Container.open(path, magic=MAGIC, version=VERSION, crc=True).section("a")
+
+
 def test_a_newer_minor_version_skips_what_it_does_not_know(tmp_path: Path) -> None:
     unknown = entry("b", offset=64, codec="zstd", dtype="bfloat16", shape=[9], extra=[1])
     document = pack({"header": {"new": 1}, "more": 1, "sections": [entry("a"), unknown]})

@@ -14,7 +14,18 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, TokenGrid, write_plan
+from calibatt.plans import (
+    Blocks,
+    ModelSignature,
+    PackedLayer,
+    PlanFile,
+    ScheduleError,
+    Segment,
+    StoredLayers,
+    TokenGrid,
+    encode,
+    write_plan,
+)
 from calibatt.runtime import (
     InterceptionLostError,
     Plan,
@@ -373,6 +384,65 @@ def test_index_arrays_are_made_once_and_before_their_segment(monkeypatch: pytest
             made.clear()
             run(model, timestep=timestep)
             assert made == [*expected]
+
+
+def test_a_loaded_plan_stays_packed_until_it_is_used(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered = []
+    lower = PackedLayer.schedule
+    monkeypatch.setattr(PackedLayer, "schedule", lambda packed: lowered.append(packed) or lower(packed))
+    model, plan = make_model(), make_plan()
+    expected = [masked(model, plan, timestep=at) for at in (999, 700, 100)]
+    write_plan(tmp_path / "a.plan", plan.file)
+    loaded = load_plan(tmp_path / "a.plan")
+    assert repr(loaded.schedule(0.3, 2)).endswith(f"density {plan.schedule(0.3, 2).density:.3f})")
+    assert lowered == []
+    with loaded.attach(model):
+        assert len(lowered) == 3, "the first segment's layers"
+        for timestep, want in zip((999, 700, 100), expected, strict=True):
+            torch.testing.assert_close(run(model, timestep=timestep), want, rtol=0, atol=5e-6)
+
+
+def test_devices_keep_the_segments_last_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    bind = runtime_schedule._bind
+    monkeypatch.setattr(runtime_schedule, "_bind", lambda core, device: made.append(core) or bind(core, device))
+    monkeypatch.setattr("calibatt.runtime.plan.RESIDENT_BYTES", 0)
+    model, plan = make_model(), make_plan()
+    expected = masked(model, plan, timestep=700)
+    low, middle, high = plan.file.schedules
+    with plan.attach(model):
+        made.clear()
+        for timestep, put_there, kept in (
+            (999, middle, {1, 2}),
+            (700, low, {0, 1}),
+            (100, high, {0, 2}),
+            (999, middle, {1, 2}),
+            (100, low, {0, 2}),  # a step of the sampler over the middle segment: this once, nobody expected it
+            (999, (), {0, 2}),  # now low is expected after high
+            (100, (), {0, 2}),
+        ):
+            made.clear()
+            run(model, timestep=timestep)
+            assert made == [*put_there]
+            bound = {segment for segment in range(3) if any(each.bound_bytes for each in plan.layers(segment))}
+            assert bound == kept
+        torch.testing.assert_close(run(model, timestep=700), expected, rtol=0, atol=5e-6)
+
+
+def test_a_plan_is_proved_when_it_is_loaded(tmp_path: Any) -> None:
+    stored = make_plan().file.stored()
+    last = stored.layers[0][-1]
+    none = PackedLayer(GRID, BLOCKS, np.zeros((last.lists, 1), np.uint8), **last.small)
+    broken = [[*layers] for layers in stored.layers]
+    broken[0][-1] = encode(none, None)
+    layers = StoredLayers("", GRID, BLOCKS, HEADS, (0, 2, 2), broken)
+    write_plan(tmp_path / "a.plan", dataclasses.replace(make_plan().file, schedules=layers))
+    with pytest.raises(ScheduleError, match=r"a\.plan: segment 0, layer 2: list_bits must hold a block in each list"):
+        load_plan(tmp_path / "a.plan")
+    later = load_plan(tmp_path / "a.plan", prove=False)
+    assert later.schedule(0.6, 2).density > 0
+    with pytest.raises(ScheduleError, match=r"a\.plan: segment 0, layer 2: list_bits must hold a block in each list"):
+        later.schedule(0.1, 2).bind("cpu")
 
 
 def test_a_deleted_model_is_freed_and_a_forgotten_attachment_works_on(calls: list[Any]) -> None:

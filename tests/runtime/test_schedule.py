@@ -10,7 +10,7 @@ from support.schedules import layer_schedules, random_schedule
 
 from calibatt.plans import Blocks, TokenGrid
 from calibatt.plans import LayerSchedule as CoreSchedule
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import LayerSchedule, _bind
 
 
 @pytest.fixture
@@ -72,3 +72,55 @@ def test_derived_is_made_once(core: CoreSchedule) -> None:
     for _ in range(2):
         bound.derived(calls.append)
     assert calls == [bound]
+
+
+class FakeStream:
+    """A CUDA stream that takes notes of what it waits for."""
+
+    def __init__(self) -> None:
+        self.waited: list[FakeStream] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waited.append(other)
+
+
+class FakeCuda:
+    """Which stream is current, and whether it captures a graph."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream = FakeStream()
+        self.capturing = False
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self.stream)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr("calibatt.runtime.schedule._bind", lambda core, _: _bind(core, torch.device("cpu")))
+
+
+def test_streams_wait_for_the_copies_and_memory_for_the_streams(
+    core: CoreSchedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, schedule = FakeCuda(monkeypatch), LayerSchedule(core)
+    first, second = cuda.stream, FakeStream()
+    bound = schedule.bind("cuda:0")
+    cuda.stream = second
+    assert schedule.bind("cuda:0") is bound
+    assert schedule.bind("cuda:0") is bound
+    assert (first.waited, second.waited) == ([], [first])
+    schedule.unbind()
+    assert (first.waited, second.waited) == ([second], [first, first])
+    assert schedule.bind("cuda:0") is not bound
+
+
+def test_what_a_graph_captured_stays(core: CoreSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, schedule = FakeCuda(monkeypatch), LayerSchedule(core)
+    cuda.capturing = True
+    schedule.prefetch(torch.device("cuda:0"))
+    assert schedule.bound_bytes == 0
+    with pytest.raises(RuntimeError, match="must be on cuda:0 before a CUDA graph is captured"):
+        schedule.bind("cuda:0")
+    cuda.capturing = False
+    bound = schedule.bind("cuda:0")
+    cuda.capturing = True
+    assert schedule.bind("cuda:0") is bound
+    cuda.capturing = False
+    schedule.unbind()
+    assert schedule.bind("cuda:0") is bound

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from support.stats import manifest, unit
 
 from calibatt.compiler.stats import Manifest, ManifestError, UnitError, dequantise, quantise
+from calibatt.compiler.stats.unit import MAGIC, read_unit, unit_shapes, write_unit
+from calibatt.plans import write_container
 
 M = manifest()
 
@@ -131,6 +133,23 @@ def changed(name, at, value):
 def test_a_unit_refused(change, message):
     with pytest.raises(UnitError, match=message):
         dataclasses.replace(unit(M), **change).check(M)
+
+
+def test_units_without_crc_are_still_read(tmp_path):
+    place = {"sample": "a", "time_index": 0, "layer": 1}
+    sections = {name: getattr(unit(M), name) for name in unit_shapes(M)}
+    header = {**place, "manifest": M.digest}
+    write_container(tmp_path / "old.unit", magic=MAGIC, version=(1, 0), header=header, sections=sections)
+    write_unit(tmp_path / "new.unit", unit(M), M, place)
+    for path in (tmp_path / "old.unit", tmp_path / "new.unit"):
+        found = read_unit(path, M, place)
+        for name, array in sections.items():
+            np.testing.assert_array_equal(getattr(found, name), array)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 16
+        path.write_bytes(data)
+        with pytest.raises(UnitError, match="section 'row_residual_error' must have"):
+            read_unit(path, M, place)
 
 
 def test_a_unit_that_was_not_announced():

@@ -32,6 +32,10 @@ class MemoryStore:
     def unit(self, sample: str, time_index: int, layer: int, planes: bool = True) -> UnitStatistics:
         return self.units[sample, time_index, layer]
 
+    def expect(self, samples: Any, time_index: int, layer: int, planes: bool = True) -> None:
+        assert set(samples) <= set(self.samples)
+        assert (samples[0], time_index, layer) in self.units
+
     def layer_factor(self) -> np.ndarray:
         return np.ones((len(self.manifest.times), self.manifest.model.layers))
 

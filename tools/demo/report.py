@@ -8,23 +8,22 @@ import string
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from calibatt.plans import PlanFile
 from calibatt.tools.demo.measure import Pair
 from calibatt.tools.evaluate.pictures import DIFFERENCE_GAIN, drawn, embedded, side_by_side
 from calibatt.tools.inspect_plan.drawing import mask_figure, overview_figure
+from calibatt.tools.inspect_plan.summary import heads_of
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def most_telling_head(plan: PlanFile) -> tuple[int, int, int]:
     """Segment, layer and head of the mask to show: the one whose density is nearest to a quarter."""
-    places = [
-        (abs(schedule.head_density(head) - 0.25), segment, layer, head)
-        for segment, layers in enumerate(plan.schedules)
-        for layer, schedule in enumerate(layers)
-        for head in range(schedule.heads)
-    ]
-    return min(places)[1:]
+    distance = np.abs(heads_of(plan).densities - 0.25)
+    segment, layer, head = (int(at) for at in np.unravel_index(distance.argmin(), distance.shape))
+    return segment, layer, head
 
 
 def write_report(path: Path, plan: PlanFile, plan_name: str, pairs: list[Pair], facts: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,9 @@ class Part:
             menu_error=unit.menu_error[menu],
             menu_residual_error=unit.menu_residual_error[menu],
         )
+
+    def expect(self, samples: Sequence[str], time_index: int, layer: int, planes: bool = True) -> None:
+        self.store.expect(samples, time_index, layer, planes)
 
     def time_weight(self) -> tuple[npt.NDArray[np.float64], TimeWeightInfo]:
         weight, info = time_weight(self.manifest.times, self.probes)

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from calibatt.plans import PlanFile
+from calibatt.plans import PackedLayer, PlanFile
 from calibatt.tools.inspect_plan.summary import printable
 
 HEADER = ("signature", "grid", "blocks", "passes", "scheduler_hint", "provenance", "license", "notes")
@@ -32,35 +32,45 @@ def compare(one: PlanFile, other: PlanFile) -> dict[str, Any]:
         *(other.grid, other.blocks),
     ):
         return found | {"segments": None}
-    return found | {"segments": [_segment(one, other, index) for index in range(len(one.segments))]}
+    return found | {"segments": _segments(one, other)}
 
 
-def _segment(one: PlanFile, other: PlanFile, index: int) -> dict[str, Any]:
-    time = one.segments[index].time
-    second = other.segment_index(time)
-    both = either = apart = 0
-    densities = np.zeros(2)
-    for layer in range(one.signature.layers):
-        first, last = one.packed(index, layer), other.packed(second, layer)
-        densities += first.density, last.density
-        for head in range(first.heads):
-            if first.tiles(head) != last.tiles(head):
-                apart += 1
-                continue
-            masks = [first.head_bits(head), last.head_bits(head)]
-            counts = [first.computed_blocks(head), last.computed_blocks(head)]
-            if masks[0] is None or masks[1] is None:
-                common = min(counts)
-            else:
-                common = int(np.bitwise_count(masks[0] & masks[1]).sum())
-            both, either = both + common, either + sum(counts) - common
-    densities /= one.signature.layers
-    return {
-        "time": time,
-        "densities": densities.tolist(),
-        "in_common": both / either if either else 1.0,
-        "heads_of_other_rows": apart,
-    }
+def _segments(one: PlanFile, other: PlanFile) -> list[dict[str, Any]]:
+    times = [segment.time for segment in one.segments]
+    densities, common, either = np.zeros((len(times), 2)), np.zeros(len(times), int), np.zeros(len(times), int)
+    apart = np.zeros(len(times), int)
+    for layer in range(one.signature.layers):  # neighbouring segments of a layer are decoded together
+        for index, time in enumerate(times):
+            first, last = one.packed(index, layer), other.packed(other.segment_index(time), layer)
+            densities[index] += first.density, last.density
+            found = [_head(first, last, head) for head in range(first.heads)]
+            apart[index] += found.count(None)
+            for pair in found:
+                if pair is not None:
+                    common[index] += pair[0]
+                    either[index] += pair[1]
+    return [
+        {
+            "time": time,
+            "densities": (densities[index] / one.signature.layers).tolist(),
+            "in_common": float(common[index] / either[index]) if either[index] else 1.0,
+            "heads_of_other_rows": int(apart[index]),
+        }
+        for index, time in enumerate(times)
+    ]
+
+
+def _head(one: PackedLayer, other: PackedLayer, head: int) -> tuple[int, int] | None:
+    """Blocks that both compute, and that either does; None where they compute other rows."""
+    if one.tiles(head) != other.tiles(head):
+        return None
+    masks = [one.head_bits(head), other.head_bits(head)]
+    counts = [one.computed_blocks(head), other.computed_blocks(head)]
+    if masks[0] is None or masks[1] is None:
+        common = min(counts)
+    else:
+        common = int(np.bitwise_count(masks[0] & masks[1]).sum())
+    return common, sum(counts) - common
 
 
 def show(value: dict[str, Any], console: Console | None = None) -> None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from calibatt.plans import DENSE, NO_ANCHORS, LayerSchedule, PlanFile, TokenGrid
-from calibatt.tools.inspect_plan.summary import GRADIENT, head_densities, head_kinds
+from calibatt.tools.inspect_plan.summary import GRADIENT, heads_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -212,7 +212,7 @@ def overview_figure(plan: PlanFile, name: str) -> Figure:
         plan: The plan.
         name: What to call it.
     """
-    densities, kinds = head_densities(plan), head_kinds(plan)
+    densities, kinds = heads_of(plan).densities, heads_of(plan).kinds
     segments, layers, heads = densities.shape
     columns = min(segments, 4 if segments <= 8 else 6 if segments <= 24 else 10)
     rows = math.ceil(segments / columns)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +22,38 @@ GRADIENT = ((27, 38, 79), (38, 92, 140), (38, 148, 150), (122, 198, 120), (250, 
 """Colours (red, green, blue) of densities 0, 0.2, ..., 1: cold is cheap, hot is dense."""
 
 
-def head_densities(plan: PlanFile) -> npt.NDArray[np.float64]:
-    """Density of every head, float64 ``(segments, layers, heads)``."""
-    return np.array(
-        [
-            [[schedule.head_density(head) for head in range(schedule.heads)] for schedule in layers]
-            for layers in plan.schedules
-        ]
-    )
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """What there is to know of every head of a plan.
+
+    Args:
+        densities: Density, float64 ``(segments, layers, heads)``.
+        kinds: ``(segments, layers, heads)``: dense, sparse, or anchored (whatever it lists).
+        sharing: Heads, over layers and segments, whose lists another head of the layer uses too.
+    """
+
+    densities: npt.NDArray[np.float64]
+    kinds: npt.NDArray[np.str_]
+    sharing: int
 
 
-def head_kinds(plan: PlanFile) -> npt.NDArray[np.str_]:
-    """The kind of every head, ``(segments, layers, heads)``: dense, sparse, or anchored (whatever it lists)."""
-    return np.array(
-        [
-            [
-                np.where(
-                    schedule.head_anchor != NO_ANCHORS,
-                    "anchored",
-                    np.where(schedule.head_list == DENSE, "dense", "sparse"),
-                )
-                for schedule in layers
-            ]
-            for layers in plan.schedules
-        ]
-    )
+@lru_cache(maxsize=1)
+def heads_of(plan: PlanFile) -> Heads:
+    """Sees every layer once, in little memory.
+
+    Raises:
+        PlanError: A layer breaks a promise of FORMAT.md.
+    """
+    shape = len(plan.segments), plan.signature.layers, plan.signature.heads
+    densities, kinds, sharing = np.zeros(shape), np.zeros(shape, "<U8"), 0
+    dense = plan.blocks.q_blocks(plan.grid.tokens) * plan.blocks.k_blocks(plan.grid.tokens)
+    for segment, layer, packed in plan.walk():
+        densities[segment, layer] = [packed.computed_blocks(head) / dense for head in range(packed.heads)]
+        listed = np.where(packed.head_list == DENSE, "dense", "sparse")
+        kinds[segment, layer] = np.where(packed.head_anchor != NO_ANCHORS, "anchored", listed)
+        _, counts = np.unique(packed.head_list[packed.head_list != DENSE], return_counts=True)
+        sharing += int(counts[counts > 1].sum())
+    return Heads(densities, kinds, sharing)
 
 
 def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
@@ -56,7 +64,8 @@ def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
     them equally often, as the one that was calibrated does. Its steps crowd at some times, so that a mean over time
     itself would be nobody's.
     """
-    densities, kinds = head_densities(plan), head_kinds(plan)
+    heads = heads_of(plan)
+    densities, kinds = heads.densities, heads.kinds
     tokens = plan.grid.tokens
     return {
         "file": str(path),
@@ -72,7 +81,7 @@ def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
             for index, segment in enumerate(plan.segments)
         ],
         "layer_density": densities.mean(axis=2).tolist(),
-        "heads": _count(kinds) | {"sharing_lists": _sharing_heads(plan)},
+        "heads": _count(kinds) | {"sharing_lists": heads.sharing},
         "section_bytes": plan.section_bytes(),
         "predicted": dict(plan.predicted),
         "predicted_forward_ms": predicted_forward_ms(plan),
@@ -102,22 +111,12 @@ def _count(kinds: npt.NDArray[np.str_]) -> dict[str, int]:
     return {kind: int((kinds == kind).sum()) for kind in ("dense", "sparse", "anchored")}
 
 
-def _sharing_heads(plan: PlanFile) -> int:
-    """Heads, over layers and segments, whose lists another head of the layer uses too."""
-    total = 0
-    for layers in plan.schedules:
-        for schedule in layers:
-            _, counts = np.unique(schedule.head_list[schedule.head_list != DENSE], return_counts=True)
-            total += int(counts[counts > 1].sum())
-    return total
-
-
 def show(plan: PlanFile, path: Path, console: Console | None = None) -> None:
     """Prints the summary and the heat map of densities."""
     console = console or Console()
     console.print(_facts(plan, summarise(plan, path)))
     console.print()
-    _print_heat_map(plan, head_densities(plan).mean(axis=2), console)
+    _print_heat_map(plan, heads_of(plan).densities.mean(axis=2), console)
 
 
 def _facts(plan: PlanFile, values: Mapping[str, Any]) -> Table:
