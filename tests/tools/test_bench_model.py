@@ -77,7 +77,7 @@ def test_densities_are_those_executed(report: Any) -> None:
             assert row["density"] == pytest.approx(density, abs=0.02)
     for row in report["attachments"]:
         assert row["executed_density"] == pytest.approx(float(row["attention"].split()[1]), abs=0.02)
-        assert row["segments"] == 2
+        assert row["segments"] == 3
         assert row["index_bytes_a_segment"] > 0
         assert row["attach_s"] > 0
         assert row["attach_device_bytes"] is None
@@ -87,6 +87,7 @@ def test_every_case_was_checked(report: Any) -> None:
     assert len(report["checks"]) == len(report["forwards"])
     for check in report["checks"]:
         assert check["finite"]
+        assert check["first_call_s"] > 0
         assert check["planned_calls"] == LAYERS * check["attention"].startswith("plan")
         assert check["difference_to_dense"] == 0 or check["attention"] != "sdpa"
         assert check["difference_to_dense"] > 0 or check["attention"] == "sdpa"
@@ -184,14 +185,22 @@ def test_published_models_are_of_known_families_and_sizes() -> None:
             assert token_grid(made, {"hidden_states": torch.empty(shape, device="meta")}).tokens == tokens
 
 
-def test_plans_of_the_bench_have_their_density_and_two_segments() -> None:
+def test_plans_of_the_bench_have_their_density_and_a_segment_for_each_step() -> None:
     grid, signature = TokenGrid(4, 8, 8), ModelSignature("WanTransformer3DModel", 10, 2, 16)
-    plan = Plan(variants.plan_shaped(signature, grid, Blocks(16, 16), 0.4))
+    plan = Plan(variants.plan_shaped(signature, grid, Blocks(16, 16), 0.4, 4))
     assert variants.planned(plan, 0.4).density == pytest.approx(0.4, abs=0.02)
-    lists = [plan.schedule(time, layer).core.col_idx.tobytes() for time in (0.2, 0.95) for layer in range(10)]
+    times: list[float] = []
+
+    def forward(timestep: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        times.append(float(timestep.max()) / 1000)
+        return hidden_states
+
+    model.sample(forward, {"hidden_states": torch.zeros(1, 4, 4, 16, 16)}, 4)
+    assert [plan.file.segment_index(time) for time in times] == [3, 2, 1, 0]
+    lists = [plan.schedule(time, layer).core.col_idx.tobytes() for time in times[2:] for layer in range(10)]
     assert lists[0] == lists[8]
     assert lists[0] != lists[10]
-    assert lists[1] == lists[10]
+    assert lists[0] == lists[11]
     assert len(set(lists)) == variants.DISTINCT
 
 

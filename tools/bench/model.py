@@ -7,7 +7,7 @@ Published architectures at published sizes, weights random, in bfloat16. Timed a
 eager, and compiled block by block (regional) or as a whole (full), with self-attention computed by
   sdpa-cudnn         the dense kernel of cuDNN, by diffusers' set_attention_backend (on a CPU: sdpa)
   flash-attention-4  dense, where it is installed
-  plan D             a plan of density D: synthetic masks, every head listed, two segments, loaded from a file
+  plan D             a plan of density D: synthetic masks, every head listed, a segment for each step, from a file
   copy               a copy of the values: what is left is the time of everything but self-attention.
 
 All cases of a size and a mode of running take turns, so that clocks and temperature favour none. The bound of a plan is
@@ -51,6 +51,7 @@ from calibatt.tools.bench.variants import (
     COPY,
     DISTINCT,
     FLASH_4,
+    SHIFT,
     Variant,
     copied,
     counted_calls,
@@ -61,8 +62,6 @@ from calibatt.tools.bench.variants import (
 )
 
 MODES = ("eager", "regional", "full")
-SHIFT = 5.0
-"""Of the scheduler: the usual one at 720p."""
 OUT_OF_TIME = "out of time"
 
 
@@ -189,8 +188,7 @@ class SizeBench:
                 torch.cuda.synchronize(self.device)
             attach_s, after = time.perf_counter() - begun, allocated_bytes(self.device)
         variant = planned(plan, density)
-        arrays = [schedule.bind(self.device) for schedule in plan.layers(len(plan.segments) - 1)]
-        index_bytes = sum(value.nbytes for each in arrays for value in vars(each).values() if isinstance(value, Tensor))
+        index_bytes = sum(schedule.bound_bytes for schedule in plan.layers(len(plan.segments) - 1))
         record = {
             "size": self.size,
             "attention": variant.name,
@@ -214,11 +212,12 @@ class SizeBench:
             BenchError: It does not.
         """
         what, due = self._name(case), case.variant.planned * self.report["layers"]
-        before = allocated_bytes(self.device)
+        before, begun = allocated_bytes(self.device), time.perf_counter()
         try:
             with self.runner.running(case) as forward, counted_calls() as calls:
                 out = forward(**self.inputs)
             finite = bool(out.isfinite().all())
+            first_call_s = time.perf_counter() - begun
         except Exception as error:  # a kernel that cannot run here must not cost the others' numbers
             self.report["missing"][what] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
             return False
@@ -240,6 +239,7 @@ class SizeBench:
                 "difference_to_dense": None
                 if reference is None
                 else float((out.float() - reference).norm() / reference.norm()),
+                "first_call_s": first_call_s,
                 "grown_device_bytes": None if before is None or after is None else after - before - out.nbytes,
             }
         )
@@ -491,7 +491,7 @@ def main(
     options += f" --compiler {compiler}" + ("" if peers else " --no-peers") + (" --trace" if trace else "")
     report: dict[str, Any] = {
         **header(f"calibatt-bench model {options}", row, model, count, where),
-        "masks": "synthetic, structured; every head listed; two segments",
+        "masks": "synthetic, structured; every head listed; a segment for each step",
         "distinct_layers": min(DISTINCT, count),
         "compiler": compiler,
         "sizes": [],
@@ -522,7 +522,7 @@ def main(
         signature, variants = adapter_for(transformer).signature(transformer), [*base]
         for share in shares:
             path = folder / f"{size}-{share:g}.plan"
-            write_plan(path, plan_shaped(signature, grid, Blocks(row.block, row.block), share))
+            write_plan(path, plan_shaped(signature, grid, Blocks(row.block, row.block), share, max(steps, 1)))
             variants.append(bench.attach_plan(path, share))
         cases = [Case(way, variant) for way in ways for variant in variants]
         timed = (rounds + 1) * len(cases) + samplings * (steps > 0) * len(ways) * (len(variants) - 1) + 2 * trace

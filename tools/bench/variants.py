@@ -13,17 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibatt.plans import (
-    Blocks,
-    EncodedLayer,
-    ModelSignature,
-    PackedLayer,
-    PlanFile,
-    Segment,
-    StoredLayers,
-    TokenGrid,
-    encode,
-)
+from calibatt.compiler.emit import segments
+from calibatt.plans import Blocks, EncodedLayer, ModelSignature, PackedLayer, PlanFile, StoredLayers, TokenGrid, encode
 from calibatt.runtime import Plan, ops
 from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.intercept import Interception
@@ -33,9 +24,9 @@ from calibatt.tools.bench.peers import dense_peer
 FLASH_4 = "flash-attention-4"
 COPY = "copy"
 DISTINCT = 8
-"""Layers of a plan that have masks of their own; the others repeat them, with index arrays of their own."""
-SEGMENTS = (Segment(0.0, 0.9, 0.7), Segment(0.9, 1.0, 0.95))
-"""Of the plans: four steps pass from the second to the first."""
+"""Layers of a plan that have masks of their own; the others repeat them, in index arrays of their own."""
+SHIFT = 5.0
+"""Of the schedulers of large models: how much denser times are near the noise."""
 
 
 @dataclass(frozen=True)
@@ -86,36 +77,36 @@ def planned(plan: Plan, density: float) -> Variant:
         plan: For the models that it will be attached to.
         density: Its name in the report; the executed density is the plan's.
     """
-    executed = [schedule.density for layers in map(plan.layers, range(len(plan.segments))) for schedule in layers]
+    executed = [packed.density for _, _, packed in plan.file.walk()]
     return Variant(f"plan {density:g}", sum(executed) / len(executed), plan.attach, planned=True)
 
 
 def plan_shaped(
-    signature: ModelSignature, grid: TokenGrid, blocks: Blocks, density: float, done: Callable[[], None] = lambda: None
+    signature: ModelSignature, grid: TokenGrid, blocks: Blocks, density: float, steps: int, masks: int = DISTINCT
 ) -> PlanFile:
-    """A plan of `kernel.structured_schedule`'s masks: every head listed, `DISTINCT` layers of them in turn.
+    """A plan of `kernel.structured_schedule`'s masks, every head listed, with a segment for each step of a sampling.
 
     Args:
         signature: The model it is for.
         grid: The token sequence.
         blocks: Block sizes.
         density: Share of key blocks kept, mean over a layer's tiles.
-        done: Called after every mask of a layer that was made.
+        steps: Of the sampling.
+        masks: Layers with masks of their own at most.
     """
     made: list[EncodedLayer] = []
-    for seed in range(min(DISTINCT, signature.layers)):
+    for seed in range(min(masks, signature.layers)):
         schedule = structured_schedule(grid, blocks, signature.heads, density, seed=seed)
         made.append(encode(PackedLayer.of(schedule.core), None))
-        done()
-    # The second segment has the masks of the first, one layer on: other lists at equal cost.
-    stored = [[made[(layer + at) % len(made)] for layer in range(signature.layers)] for at in range(len(SEGMENTS))]
-    bases = range(len(SEGMENTS))
+    # The next segment has the masks of the one before, one layer on: other lists at equal cost.
+    stored = [[made[(layer + at) % len(made)] for layer in range(signature.layers)] for at in range(steps)]
+    even = [1 - step / steps for step in range(steps)]
     return PlanFile(
         signature=signature,
         grid=grid,
         blocks=blocks,
-        segments=SEGMENTS,
-        schedules=StoredLayers("", grid, blocks, signature.heads, bases, stored),
+        segments=segments(sorted(SHIFT * part / (1 + (SHIFT - 1) * part) for part in even)),
+        schedules=StoredLayers("", grid, blocks, signature.heads, range(steps), stored),
         notes=f"synthetic structured masks of density {density:g}, for benchmarks of speed",
     )
 
