@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 from torch.autograd import DeviceType
 
@@ -170,6 +171,28 @@ def test_wrong_calls_are_refused(option: str, value: str, told: str) -> None:
     result = CliRunner().invoke(main, ["model", "--model", "tiny", "--device", "cpu", option, value])
     assert result.exit_code == 2
     assert told in " ".join(result.output.split())
+
+
+def test_flash_attention_4_is_one_of_the_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def peer(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return lambda: (
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2),
+            None,
+        )  # (B, N, H, D) and lse, as it does
+
+    monkeypatch.setattr(variants, "dense_peer", peer)
+    variant = variants.Variant(variants.FLASH_4, 1.0, lambda model: variants._through(model, variants._flash_4))
+    monkeypatch.setattr(model, "flash_attention_4", lambda device: variant)
+    options = ["--sizes", "small", "--rounds", "1", "--steps", "0", "--densities", "0.3"]
+    found = bench("model", tmp_path / "flash.json", *options)
+    checks = rows(found, "checks", attention=variants.FLASH_4)
+    assert [(check["mode"], check["difference_to_dense"] < 1e-6) for check in checks] == [
+        ("eager", True),
+        ("regional", True),
+    ]
+    assert found["missing"] == {}
+    against = [row["against"] for row in rows(found, "derived", attention="plan 0.3", mode="eager")]
+    assert against == ["sdpa", variants.FLASH_4]
 
 
 def test_published_models_are_of_known_families_and_sizes() -> None:
