@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import click
 
-from calibatt.tools.bench import compiler, kernel
+from calibatt.tools.bench import compiler, kernel, model, recorder
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Measures the kernels and the compiler; results are JSON files that say what made them."""
+    """Measures kernels, whole models, the recorder and the compiler; results are JSON files that say what made them."""
 
 
 main.add_command(kernel.main, "kernel")
+main.add_command(model.main, "model")
+main.add_command(recorder.main, "recorder")
 main.add_command(compiler.main, "compiler")
 
 if __name__ == "__main__":

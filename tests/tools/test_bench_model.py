@@ -1,0 +1,297 @@
+"""Benchmarks of whole models and of the recorder: on a model so small that a CPU proves the path, never the time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from torch.autograd import DeviceType
+
+pytest.importorskip("diffusers")
+
+from calibatt.plans import Blocks, ModelSignature, TokenGrid
+from calibatt.runtime import Plan
+from calibatt.runtime.adapters import ADAPTERS, adapter_for
+from calibatt.tools.bench import model, recorder, variants
+from calibatt.tools.bench.__main__ import main
+from calibatt.tools.bench.published import MODELS, token_grid
+from calibatt.tools.bench.trace import WAITS, WHOLE, summarised
+
+CPU = torch.device("cpu")
+LAYERS = 3
+
+
+def bench(command: str, output: Path, *options: str) -> Any:
+    """The report of a command on the tiny model."""
+    arguments = [command, "--model", "tiny", "--device", "cpu", "-o", str(output), *options]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(output.read_text("utf-8"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("bench")
+    options = ["--modes", "eager,regional", "--rounds", "2", "--steps", "3", "--trace"]
+    found = bench("model", folder / "model.json", *options, "--figure", str(folder / "model.png"))
+    found["picture"] = folder / "model.png"
+    return found
+
+
+def rows(report: Any, kind: str, **wanted: Any) -> list[Any]:
+    return [row for row in report[kind] if all(row[key] == value for key, value in wanted.items())]
+
+
+def test_a_report_says_what_was_measured(report: Any) -> None:
+    assert report["command"] == (
+        "calibatt-bench model --model tiny --sizes small,smaller --densities 0.5,0.3 --modes eager,regional --layers 3 "
+        "--rounds 2 --steps 3 --samplings 1 --compiler aot_eager --trace"
+    )
+    assert {"date", "device", "versions", "threads", "weights", "masks", "states"} <= set(report)
+    assert report["layers"] == report["published_layers"] == LAYERS
+    assert [(size["name"], size["tokens"]) for size in report["sizes"]] == [("small", 256), ("smaller", 144)]
+    assert report["missing"] == {"flash-attention-4": "FlashAttention-4 needs a CUDA device"}
+
+
+def test_every_case_is_timed_and_nothing_compiles_meanwhile(report: Any) -> None:
+    cases = {(size, mode) for size in ("small", "smaller") for mode in ("eager", "regional")}
+    for size, mode in cases:
+        here = rows(report, "forwards", size=size, mode=mode)
+        assert [row["attention"] for row in here] == ["sdpa", "copy", "plan 0.5", "plan 0.3"]
+        here += rows(report, "samplings", size=size, mode=mode)
+        assert [row["attention"] for row in here[4:]] == ["sdpa", "plan 0.5", "plan 0.3"]
+        assert all(0 < row["min_ms"] <= row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] for row in here)
+        assert [row["rounds"] for row in here] == [2] * 4 + [1] * 3
+        assert [row["recompiled_graphs"] for row in here] == [0] * 7
+
+
+def test_densities_are_those_executed(report: Any) -> None:
+    for name, density in (("plan 0.5", 0.5), ("plan 0.3", 0.3)):
+        for row in rows(report, "forwards", attention=name) + rows(report, "samplings", attention=name):
+            assert row["density"] == pytest.approx(density, abs=0.02)
+    for row in report["attachments"]:
+        assert row["executed_density"] == pytest.approx(float(row["attention"].split()[1]), abs=0.02)
+        assert row["segments"] == 3
+        assert row["index_bytes_a_segment"] > 0
+        assert row["attach_s"] > 0
+        assert row["attach_device_bytes"] is None
+
+
+def test_every_case_was_checked(report: Any) -> None:
+    assert len(report["checks"]) == len(report["forwards"])
+    for check in report["checks"]:
+        assert check["finite"]
+        assert check["first_call_s"] > 0
+        assert check["planned_calls"] == LAYERS * check["attention"].startswith("plan")
+        assert check["difference_to_dense"] == 0 or check["attention"] != "sdpa"
+        assert check["difference_to_dense"] > 0 or check["attention"] == "sdpa"
+
+
+def test_traces_count_what_the_host_waits_for(report: Any) -> None:
+    assert [(row["size"], row["mode"], row["attention"]) for row in report["traces"]] == [
+        (size, "regional", attention) for size in ("small", "smaller") for attention in ("sdpa", "plan 0.3")
+    ]
+    for row in report["traces"]:
+        assert row["waits"] == {}
+        assert row["planned_calls"] == LAYERS * (row["attention"] == "plan 0.3")
+        assert row["items"] == (2 + 3 * LAYERS) * (row["attention"] == "plan 0.3")
+
+
+def test_a_picture_is_drawn(report: Any) -> None:
+    assert report["picture"].read_bytes()[:4] == b"\x89PNG"
+    assert report["picture"].stat().st_size > 20_000
+
+
+def test_what_follows_from_the_times() -> None:
+    times = {("sdpa-cudnn", 1): 10, ("copy", 0): 4, ("flash-attention-4", 1): 9, ("plan", 0.5): 8}
+    forwards = [
+        {"size": "s", "mode": "eager", "attention": name, "density": density, "median_ms": ms}
+        for (name, density), ms in times.items()
+    ]
+    dense, flash, against_dense, against_flash = model.derived(forwards)
+    assert dense["attention_share"] == pytest.approx(0.6)
+    assert flash["attention_share"] == pytest.approx(5 / 9)
+    assert against_dense["bound_ms"] == 7
+    assert against_dense["ratio_to_bound"] == pytest.approx(8 / 7)
+    assert against_dense["speedup"] == pytest.approx(10 / 8)
+    assert (against_flash["against"], against_flash["bound_ms"]) == ("flash-attention-4", 6.5)
+    assert model.derived([row for row in forwards if row["attention"] != "copy"]) == []
+
+
+def test_a_whole_model_can_be_compiled_and_time_is_kept(tmp_path: Path) -> None:
+    options = ["--sizes", "small", "--layers", "1", "--rounds", "1", "--steps", "0", "--densities", "1"]
+    found = bench("model", tmp_path / "full.json", *options, "--modes", "full", "--no-peers")
+    assert [row["attention"] for row in found["forwards"]] == ["sdpa", "copy", "plan 1"]
+    assert {row["recompiled_graphs"] for row in found["forwards"]} == {0}
+    assert rows(found, "checks", attention="plan 1")[0]["difference_to_dense"] < 1e-5
+    assert (found["missing"], found["samplings"]) == ({}, [])
+    late = bench("model", tmp_path / "late.json", *options, "--modes", "eager", "--no-peers", "--seconds", "0")
+    assert (late["missing"], late["forwards"]) == ({"small": "out of time"}, [])
+
+
+def test_wrong_results_and_cases_that_fail_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["model", "--model", "tiny", "--device", "cpu", "--sizes", "small", "--modes", "eager", "--no-peers"]
+    options += ["--rounds", "1", "--layers", "1", "-o", str(tmp_path / "report.json")]
+    monkeypatch.setattr(variants, "_copy", lambda q, k, v, site, context: v * torch.nan)
+    with pytest.raises(model.BenchError, match="small, eager, copy: the result must be finite, got 4096"):
+        CliRunner().invoke(main, options, catch_exceptions=False)
+    monkeypatch.setattr(variants, "_copy", lambda q, k, v, site, context: v[:, 1:])
+    result = CliRunner().invoke(main, options, catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "not measured: small, eager, copy: RuntimeError: " in result.output
+    assert json.loads((tmp_path / "report.json").read_text())["derived"] == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--sizes", "small,huge", "--sizes must be some of small, smaller; got 'huge'"),
+        ("--modes", "fast", "--modes must be some of eager, regional, full; got 'fast'"),
+        ("--densities", "0.5,2", r"--densities must be numbers in (0, 1] joined by commas, got '0.5,2'"),
+        ("--layers", "4", "--layers must be at most the model's 3, got 4"),
+    ],
+)
+def test_wrong_calls_are_refused(option: str, value: str, told: str) -> None:
+    result = CliRunner().invoke(main, ["model", "--model", "tiny", "--device", "cpu", option, value])
+    assert result.exit_code == 2
+    assert told in " ".join(result.output.split())
+
+
+def test_flash_attention_4_is_one_of_the_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def peer(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return lambda: (
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2),
+            None,
+        )  # (B, N, H, D) and lse, as it does
+
+    monkeypatch.setattr(variants, "dense_peer", peer)
+    variant = variants.Variant(variants.FLASH_4, 1.0, lambda model: variants._through(model, variants._flash_4))
+    monkeypatch.setattr(model, "flash_attention_4", lambda device: variant)
+    options = ["--sizes", "small", "--rounds", "1", "--steps", "0", "--densities", "0.3"]
+    found = bench("model", tmp_path / "flash.json", *options)
+    checks = rows(found, "checks", attention=variants.FLASH_4)
+    assert [(check["mode"], check["difference_to_dense"] < 1e-6) for check in checks] == [
+        ("eager", True),
+        ("regional", True),
+    ]
+    assert found["missing"] == {}
+    against = [row["against"] for row in rows(found, "derived", attention="plan 0.3", mode="eager")]
+    assert against == ["sdpa", variants.FLASH_4]
+
+
+def test_published_models_are_of_known_families_and_sizes() -> None:
+    assert {row.architecture for row in MODELS.values()} <= {row.architecture for row in ADAPTERS}
+    for name, parameters in (("wan-14b", 14.3e9), ("wan-1.3b", 1.42e9)):
+        row = MODELS[name]
+        made = row.make(1, torch.device("meta"))
+        count = sum(parameter.numel() for parameter in made.parameters())
+        block = sum(parameter.numel() for parameter in made.blocks.parameters())
+        assert count + (row.layers - 1) * block == pytest.approx(parameters, rel=0.01)
+        signature = adapter_for(made).signature(made)
+        assert (signature.heads, signature.head_dim) == (row.config["num_attention_heads"], 128)
+        kept = {key for key, value in made.named_parameters() if value.dtype == torch.float32}
+        assert {
+            "scale_shift_table",
+            "blocks.0.norm2.weight",
+            "condition_embedder.time_embedder.linear_1.weight",
+        } <= kept
+        assert not any(".attn1." in key or ".ffn." in key for key in kept)
+        for size, tokens in (("480p", 32_760), ("720p", 75_600)):
+            shape = (1, 16, *row.sizes[size])
+            assert token_grid(made, {"hidden_states": torch.empty(shape, device="meta")}).tokens == tokens
+
+
+def test_plans_of_the_bench_have_their_density_and_a_segment_for_each_step() -> None:
+    grid, signature = TokenGrid(4, 8, 8), ModelSignature("WanTransformer3DModel", 10, 2, 16)
+    plan = Plan(variants.plan_shaped(signature, grid, Blocks(16, 16), 0.4, 4))
+    assert variants.planned(plan, 0.4).density == pytest.approx(0.4, abs=0.02)
+    times: list[float] = []
+
+    def forward(timestep: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        times.append(float(timestep.max()) / 1000)
+        return hidden_states
+
+    model.sample(forward, {"hidden_states": torch.zeros(1, 4, 4, 16, 16)}, 4)
+    assert [plan.file.segment_index(time) for time in times] == [3, 2, 1, 0]
+    lists = [plan.schedule(time, layer).core.col_idx.tobytes() for time in times[2:] for layer in range(10)]
+    assert lists[0] == lists[8]
+    assert lists[0] != lists[10]
+    assert lists[0] == lists[11]
+    assert len(set(lists)) == variants.DISTINCT
+
+
+def event(name: str, start: float, device: DeviceType = DeviceType.CPU, us: float = 1.0) -> Any:
+    time = SimpleNamespace(start=start, end=start + us, elapsed_us=lambda: us)
+    return SimpleNamespace(name=name, device_type=device, time_range=time)
+
+
+def test_waits_are_told_from_everything_else() -> None:
+    events = [
+        event(WHOLE, 10, us=100),
+        event("cudaStreamSynchronize", 20),
+        event("aten::item", 19),
+        event("cudaMemcpyAsync", 21),
+        event("calibatt::attend", 22),
+        event("cudaDeviceSynchronize", 120),  # the profiler's own, after the call
+        event("Memcpy DtoH (Device -> Pageable)", 20, DeviceType.CUDA, 2.0),
+        event("Memcpy HtoD (Pinned -> Device)", 20, DeviceType.CUDA, 3.0),
+        event("hopper_forward", 30, DeviceType.CUDA, 2000.0),
+        event("hopper_forward", 2030, DeviceType.CUDA, 2000.0),
+        event(WHOLE, 30, DeviceType.CUDA, 4000.0),
+    ]
+    found = summarised(events, on_gpu=True)
+    assert found["waits"] == {"Memcpy DtoH (Device -> Pageable)": 1, "cudaStreamSynchronize": 1}
+    assert (found["items"], found["planned_calls"], found["host_ms"]) == (1, 1, 0.1)
+    assert found["device_ms"] == pytest.approx(4.005)
+    assert found["longest"][0] == {"kernel": "hopper_forward", "ms": 4.0, "launches": 2}
+    assert WAITS.fullmatch("cuStreamSynchronize")
+    assert WAITS.fullmatch("cudaMemcpy")
+    assert not WAITS.fullmatch("cudaStreamWaitEvent")
+
+
+def test_the_recorder_is_compared_with_the_forward(tmp_path: Path) -> None:
+    found = bench("recorder", tmp_path / "recorder.json", "--sizes", "small", "--rounds", "2", "--query-strides", "1,4")
+    assert found["command"] == (
+        "calibatt-bench recorder --model tiny --sizes small --layers 2 --query-strides 1,4 --rounds 2"
+    )
+    plain, every, fourth = found["forwards"]
+    assert (plain["recorded"], every["query_stride"], fourth["query_stride"]) == (False, 1, 4)
+    for row in (every, fourth):
+        assert row["ratio"] == pytest.approx(row["median_ms"] / plain["median_ms"])
+        assert row["extra_ms_a_layer"] == pytest.approx((row["median_ms"] - plain["median_ms"]) / 2)
+        assert row["store_bytes_a_layer"] > 500
+        assert row["extra_peak_device_bytes"] is None
+    names = ["projection factor", "block statistics", "keep planes", "menu errors", "row errors", "all", "write"]
+    assert [row["statistic"] for row in found["statistics"]] == 2 * names
+    assert all(math.isfinite(row["median_ms"]) and row["median_ms"] > 0 for row in found["statistics"])
+    assert all(row["tflops"] > 0 for row in rows(found, "statistics", statistic="block statistics"))
+
+
+def test_flops_of_the_block_statistics_count_measured_queries() -> None:
+    made = MODELS["tiny"].make(1, CPU)
+    sampler = recorder.OneForward(made, MODELS["tiny"].inputs("smaller", CPU))
+    for stride, queries in ((1, 144), (5, 9 * 4)):
+        manifest = recorder.make_manifest(sampler, block_size=16, query_stride=stride)
+        assert recorder.block_statistics_flops(manifest) == 8 * queries * 144 * 16 * 2
+
+
+def test_recorder_strides_are_numbers() -> None:
+    result = CliRunner().invoke(main, ["recorder", "--query-strides", "1,no"])
+    assert result.exit_code == 2
+    assert "--query-strides must be positive whole numbers joined by commas, got '1,no'" in result.output

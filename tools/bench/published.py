@@ -1,0 +1,125 @@
+"""Video transformers at their published sizes with random weights: for speed, never for claims of quality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibatt.plans import TokenGrid
+from calibatt.runtime.adapters import adapter_for
+
+NOISIEST = 999
+"""The timestep of a forward that is measured alone."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model, and the sizes at which it is measured.
+
+    Args:
+        architecture: Its class in diffusers.
+        config: What the class is made with, all layers.
+        sizes: Latents by name: (frames, height, width) before they are cut into patches.
+        text_tokens: Of the embedded prompt.
+        block: Tokens of a query or key block.
+        dtype: Of the weights that are not kept in float32.
+        what: What it stands for, for people.
+    """
+
+    architecture: str
+    config: Mapping[str, Any]
+    sizes: Mapping[str, tuple[int, int, int]]
+    text_tokens: int
+    block: int
+    dtype: torch.dtype
+    what: str
+
+    @property
+    def layers(self) -> int:
+        """As published."""
+        return int(self.config["num_layers"])
+
+    def make(self, layers: int, device: torch.device, seed: int = 0) -> Any:
+        """The model on a device, weights drawn there: `dtype`, but float32 where diffusers keeps it when it loads.
+
+        Args:
+            layers: How many of the layers.
+            device: Where it is made; the CPU never holds it.
+            seed: Of the weights.
+        """
+        import diffusers
+
+        torch.manual_seed(seed)
+        with _default_dtype(self.dtype), device:
+            model = getattr(diffusers, self.architecture)(**{**self.config, "num_layers": layers})
+        kept = set(model._keep_in_fp32_modules or ())
+        for name, parameter in model.named_parameters():
+            if kept & set(name.split(".")):
+                parameter.data = parameter.data.float()
+        return model.eval().requires_grad_(False)
+
+    def inputs(self, size: str, device: torch.device, seed: int = 1) -> dict[str, Any]:
+        """Arguments of one forward: one sample of noise at `NOISIEST` and a random prompt."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
+
+        return {
+            "hidden_states": noise(1, self.config["in_channels"], *self.sizes[size]),
+            "timestep": torch.tensor(NOISIEST, device=device).expand(
+                1
+            ),  # as pipelines make it: code is compiled for it
+            "encoder_hidden_states": noise(1, self.text_tokens, self.config["text_dim"]),
+            "return_dict": False,
+        }
+
+
+def token_grid(model: nn.Module, inputs: Mapping[str, Any]) -> TokenGrid:
+    """The token sequence of a forward with these arguments."""
+    return adapter_for(model).token_grid(model, inputs)
+
+
+def _wan(heads: int, ffn_dim: int, layers: int) -> dict[str, Any]:
+    return {
+        "patch_size": (1, 2, 2), "num_attention_heads": heads, "attention_head_dim": 128, "in_channels": 16,
+        "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": ffn_dim, "num_layers": layers,
+    }  # fmt: skip
+
+
+WAN_SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160)}
+"""Latents of 81 frames at 832 x 480 and 1280 x 720."""
+TINY = {
+    "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
+    "text_dim": 16, "freq_dim": 32, "ffn_dim": 32, "num_layers": 3, "rope_max_seq_len": 32,
+}  # fmt: skip
+
+MODELS = {
+    "wan-14b": Published(
+        "WanTransformer3DModel", _wan(40, 13824, 40), WAN_SIZES, 512, 128, torch.bfloat16,
+        "Wan 2.1 14B (and one expert of Wan 2.2 A14B), 81 frames",
+    ),
+    "wan-1.3b": Published(
+        "WanTransformer3DModel", _wan(12, 8960, 30), WAN_SIZES, 512, 128, torch.bfloat16, "Wan 2.1 1.3B, 81 frames"
+    ),
+    "tiny": Published(
+        "WanTransformer3DModel", TINY, {"small": (4, 16, 16), "smaller": (3, 16, 12)}, 7, 16, torch.float32,
+        "A Wan that a CPU runs in no time: proves that the command works",
+    ),
+}  # fmt: skip
+"""By the names of the command line; the runtime's table of adapters has a row for each."""
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

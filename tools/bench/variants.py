@@ -1,0 +1,167 @@
+"""What may compute a model's self-attention while it is timed: the model itself, another kernel, a copy, a plan.
+
+A variant is put into the model and taken out again; cross-attention is the model's own in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibatt.compiler.emit import segments
+from calibatt.plans import Blocks, EncodedLayer, ModelSignature, PackedLayer, PlanFile, StoredLayers, TokenGrid, encode
+from calibatt.runtime import Plan, ops
+from calibatt.runtime.adapters import adapter_for
+from calibatt.runtime.intercept import Interception
+from calibatt.tools.bench.kernel import structured_schedule
+from calibatt.tools.bench.peers import dense_peer
+
+FLASH_4 = "flash-attention-4"
+COPY = "copy"
+DISTINCT = 8
+"""Layers of a plan that have masks of their own; the others repeat them, in index arrays of their own."""
+SHIFT = 5.0
+"""Of the schedulers of large models: how much denser times are near the noise."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute self-attention.
+
+    Args:
+        name: For people and for the report.
+        density: Share of dense work that it executes; 0 computes no attention.
+        attached: Puts it into the model; leaving the context takes it out.
+        planned: Whether a plan is at work.
+    """
+
+    name: str
+    density: float
+    attached: Callable[[nn.Module], AbstractContextManager[Any]]
+    planned: bool = False
+
+
+def dense(model: Any) -> Variant:
+    """The model's own attention, by the dense kernel that diffusers offers where the model is: cuDNN's on a GPU.
+
+    From here on the model's cross-attention uses that kernel too, in every variant.
+    """
+    on_gpu = next(model.parameters()).is_cuda
+    model.set_attention_backend("_native_cudnn" if on_gpu else "native")
+    return Variant("sdpa-cudnn" if on_gpu else "sdpa", 1.0, lambda model: nullcontext())
+
+
+def copied() -> Variant:
+    """No attention: the values are copied, so that what remains is everything else."""
+    return Variant(COPY, 0.0, lambda model: _through(model, _copy))
+
+
+def flash_attention_4(device: torch.device) -> Variant | str:
+    """FlashAttention-4, dense; or why it is not available here."""
+    if device.type != "cuda":
+        return "FlashAttention-4 needs a CUDA device"
+    few = torch.zeros(1, 1, 128, 128, dtype=torch.bfloat16, device=device)
+    found = dense_peer(FLASH_4, few, few, few)
+    return found if isinstance(found, str) else Variant(FLASH_4, 1.0, lambda model: _through(model, _flash_4))
+
+
+def planned(plan: Plan, density: float) -> Variant:
+    """A plan at work.
+
+    Args:
+        plan: For the models that it will be attached to.
+        density: Its name in the report; the executed density is the plan's.
+    """
+    executed = [packed.density for _, _, packed in plan.file.walk()]
+    return Variant(f"plan {density:g}", sum(executed) / len(executed), plan.attach, planned=True)
+
+
+def plan_shaped(
+    signature: ModelSignature, grid: TokenGrid, blocks: Blocks, density: float, steps: int, masks: int = DISTINCT
+) -> PlanFile:
+    """A plan of `kernel.structured_schedule`'s masks, every head listed, with a segment for each step of a sampling.
+
+    Args:
+        signature: The model it is for.
+        grid: The token sequence.
+        blocks: Block sizes.
+        density: Share of key blocks kept, mean over a layer's tiles.
+        steps: Of the sampling.
+        masks: Layers with masks of their own at most.
+    """
+    made: list[EncodedLayer] = []
+    for seed in range(min(masks, signature.layers)):
+        schedule = structured_schedule(grid, blocks, signature.heads, density, seed=seed)
+        made.append(encode(PackedLayer.of(schedule.core), None))
+    # The next segment has the masks of the one before, one layer on: other lists at equal cost.
+    stored = [[made[(layer + at) % len(made)] for layer in range(signature.layers)] for at in range(steps)]
+    even = [1 - step / steps for step in range(steps)]
+    return PlanFile(
+        signature=signature,
+        grid=grid,
+        blocks=blocks,
+        segments=segments(sorted(SHIFT * part / (1 + (SHIFT - 1) * part) for part in even)),
+        schedules=StoredLayers("", grid, blocks, signature.heads, range(steps), stored),
+        notes=f"synthetic structured masks of density {density:g}, for benchmarks of speed",
+    )
+
+
+@contextmanager
+def counted_calls() -> Iterator[Callable[[], int]]:
+    """Counts the calls of planned attention, in compiled code too: the op runs Python every time."""
+    attend, calls = ops.attend, 0
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return attend(*args, **kwargs)
+
+    ops.attend = counting
+    try:
+        yield lambda: calls
+    finally:
+        ops.attend = attend
+
+
+@contextmanager
+def _through(model: nn.Module, attend: Callable[..., Tensor]) -> Iterator[None]:
+    interception = Interception(model, adapter_for(model), attend)
+    try:
+        yield
+    finally:
+        interception.detach()
+
+
+@torch.library.custom_op("calibatt_bench::copy", mutates_args=())
+def copy_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A copy of v ``(B, N, H, D)``; an op, so that no compiler finds out that q and k are not needed."""
+    return v.new_empty(v.shape).copy_(v)
+
+
+@torch.library.custom_op("calibatt_bench::flash_attention_4", mutates_args=())
+def run_flash_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention of q, k, v ``(B, N, H, D)`` by FlashAttention-4."""
+    run = dense_peer(FLASH_4, *(x.transpose(1, 2) for x in (q, k, v)))
+    assert not isinstance(run, str), run
+    found: Any = run()
+    out: Tensor = found[0] if isinstance(found, tuple) else found
+    return out.contiguous()
+
+
+@copy_values.register_fake
+@run_flash_4.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+def _copy(q: Tensor, k: Tensor, v: Tensor, site: Any, context: Any) -> Tensor:
+    return torch.ops.calibatt_bench.copy(q, k, v)
+
+
+def _flash_4(q: Tensor, k: Tensor, v: Tensor, site: Any, context: Any) -> Tensor:
+    return torch.ops.calibatt_bench.flash_attention_4(q, k, v)
