@@ -189,10 +189,7 @@ class LayerSchedule:
         if len(chosen) == 0 or not inside or len(np.unique(chosen)) < len(chosen):
             raise ValueError(f"heads must be distinct, 0 to {self.heads - 1} and at least one, got {list(heads)}")
         tiles = np.diff(self.head_tile_ptr)
-        used = np.zeros(len(self.row_ptr) - 1, dtype=np.bool_)
-        for first, count in zip(self.head_list[chosen], tiles[chosen], strict=True):
-            if first != DENSE:
-                used[first : first + count] = True
+        used = self._lists_of(chosen, tiles[chosen])
         shown = np.zeros(len(self.anchor_ptr) - 1, dtype=np.bool_)
         shown[self.head_anchor[chosen][self.head_anchor[chosen] != NO_ANCHORS]] = True
         kept, groups = np.diff(self.row_ptr), np.diff(self.anchor_ptr)
@@ -214,6 +211,47 @@ class LayerSchedule:
             anchor_row=self.anchor_row[in_shown],
             tile_order=order[order >= 0].astype(np.int32),
         )
+
+    def shorten(self, text_after: int) -> LayerSchedule:
+        """The schedule of a sequence with fewer text tokens at its end: their queries and keys are not there.
+
+        Args:
+            text_after: Text tokens that remain after the video tokens.
+
+        Raises:
+            ValueError: More text tokens than this schedule has, or less than none.
+            ScheduleError: A tile keeps key blocks of the missing text only.
+        """
+        if not 0 <= text_after <= self.grid.text_after:
+            raise ValueError(f"text_after must be 0 to {self.grid.text_after}, got {text_after}")
+        if text_after == self.grid.text_after:
+            return self
+        short = replace(self, grid=replace(self.grid, text_after=text_after))
+        tiles = np.diff(short.head_tile_ptr)
+        used = self._lists_of(np.arange(self.heads), tiles)
+        stay = (self.col_idx < short.k_blocks) & np.repeat(used, np.diff(self.row_ptr))
+        kept = np.add.reduceat(stay, self.row_ptr[:-1], dtype=np.int64)[used]
+        if len(kept) and not kept.min():
+            _fail("each list", f"keep a key block below {short.k_blocks}, with {text_after} text tokens", "none")
+        number = np.full(int(self.head_tile_ptr[-1]), -1)
+        for head, count in enumerate(tiles):
+            number[self.head_tile_ptr[head] :][:count] = short.head_tile_ptr[head] + np.arange(count)
+        order = number[self.tile_order]
+        return replace(
+            short,
+            row_ptr=_starts(kept),
+            col_idx=self.col_idx[stay],
+            head_list=_renumber(self.head_list, used),
+            tile_order=order[order >= 0].astype(np.int32),
+        )
+
+    def _lists_of(self, heads: Int64, tiles: Int64) -> Bool:
+        """bool ``(lists,)``: the lists that heads use, of so many tiles each."""
+        used = np.zeros(len(self.row_ptr) - 1, dtype=np.bool_)
+        for first, count in zip(self.head_list[heads], tiles, strict=True):
+            if first != DENSE:
+                used[first : first + count] = True
+        return used
 
     def check(self) -> None:
         """Proves every promise of the class docstring.

@@ -81,6 +81,37 @@ def test_a_selection_is_the_chosen_heads_in_the_order_asked_for(data: st.DataObj
     assert set(made.head_anchor) - {NO_ANCHORS} == set(range(len(made.anchor_ptr) - 1))
 
 
+@given(st.data(), layer_schedules())
+def test_shorter_text_is_the_same_schedule_without_its_tokens(data: st.DataObject, schedule: LayerSchedule) -> None:
+    grid, blocks = schedule.grid, schedule.blocks
+    text = data.draw(st.integers(0, grid.text_after))
+    tokens = grid.tokens - grid.text_after + text
+    expected = [tuple(part[:tokens] for part in schedule.dense(head)) for head in range(schedule.heads)]
+    keys = blocks.k_blocks(tokens)
+    if not all(keep[:, :keys].any(1).all() for _, keep in expected):
+        with pytest.raises(ScheduleError, match=rf"each list must keep a key block below {keys}, with {text} text tok"):
+            schedule.shorten(text)
+        return
+    made = schedule.shorten(text)
+    made.check()
+    assert made.grid == replace(grid, text_after=text)
+    for head, (source, keep) in enumerate(expected):
+        found_source, found_keep = made.dense(head)
+        assert np.array_equal(found_source, source)
+        assert np.array_equal(found_keep, keep[:, :keys])
+    order = [(head, tile) for head in range(schedule.heads) for tile in range(schedule.tiles(head))]
+    order = [order[number] for number in schedule.tile_order if order[number][1] < made.tiles(order[number][0])]
+    found = [(head, tile) for head in range(made.heads) for tile in range(made.tiles(head))]
+    assert [found[number] for number in made.tile_order] == order
+
+
+@pytest.mark.parametrize("text", [-1, 6])
+def test_text_is_not_longer_than_planned(text: int) -> None:
+    assert example().shorten(5).grid == GRID
+    with pytest.raises(ValueError, match=f"text_after must be 0 to 5, got {text}"):
+        example().shorten(text)
+
+
 @pytest.mark.parametrize("heads", [[], [4], [-1], [1, 1]])
 def test_a_selection_must_be_of_heads_there_are(heads: list[int]) -> None:
     with pytest.raises(ValueError, match=r"heads must be distinct, 0 to 3 and at least one, got \["):

@@ -35,6 +35,7 @@ def random_schedule(
     anchored_heads: Sequence[int] = (),
     anchors: str = "random",
     patterns: int | None = None,
+    always: Sequence[int] = (),
 ) -> LayerSchedule:
     """A valid schedule: every tile of a listed head keeps each key block with probability `density`, and at least one.
 
@@ -49,6 +50,7 @@ def random_schedule(
         anchored_heads: Heads that compute anchor rows only. May overlap with the two above.
         anchors: One of `ANCHORS`.
         patterns: Anchor patterns that the anchored heads share in turn; by default each has its own.
+        always: Key blocks that every tile keeps.
     """
     tokens, block_q = grid.tokens, blocks.block_q
     k_blocks = blocks.k_blocks(tokens)
@@ -74,6 +76,7 @@ def random_schedule(
         head_list[head] = len(lists)
         keep = rng.random((tiles[head], k_blocks)) < density
         keep[np.arange(tiles[head]), rng.integers(k_blocks, size=tiles[head])] = True
+        keep[:, list(always)] = True
         lists += [np.flatnonzero(row) for row in keep]
     return LayerSchedule(
         grid=grid,
