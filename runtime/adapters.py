@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,17 @@ Arguments = Mapping[str, Any]
 
 class UnknownModelError(ValueError):
     """No row of the table fits the model."""
+
+
+class Place(Protocol):
+    """A self-attention, its name and the transformer block around it: `Site`, `intercept.InterceptedSite`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def attention(self) -> nn.Module: ...
+    @property
+    def block(self) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,10 @@ class Adapter:
         residual: ``(B, N, dim)``; the residual stream that enters a block, from the arguments of the block.
         gate: float32 ``(B, dim)``, or ``(B, N, dim)`` where each token has a time of its own: what a block multiplies
             its self-attention with before it adds it to the residual stream, from block and arguments of the block.
+        valid_text: int64 ``(B,)``; how many of the text tokens after the video are no padding, for a family that tells
+            its attention by a mask of the keys; from the arguments of the model.
+        output_norm: float32 ``(B, N)``; what a block's normalisation of projected attention divides each token by, for
+            a family that has one; from a site and attention's output, ``(B, N, heads * head_dim)``.
     """
 
     architecture: str
@@ -66,9 +81,11 @@ class Adapter:
     heads: Callable[[Any], tuple[int, int]]
     grid: Callable[[Any, Arguments], tuple[int, int, int, int, int]]
     time: Callable[[Arguments], torch.Tensor]
-    output_weight: Callable[[nn.Module], torch.Tensor]
+    output_weight: Callable[[Place], torch.Tensor]
     residual: Callable[[Arguments], torch.Tensor]
     gate: Callable[[nn.Module, Arguments], torch.Tensor]
+    valid_text: Callable[[Arguments], torch.Tensor] | None = None
+    output_norm: Callable[[Place, torch.Tensor], torch.Tensor] | None = None
 
     def sites(self, model: nn.Module) -> tuple[Site, ...]:
         """Every self-attention of the model, in execution order.
@@ -88,6 +105,13 @@ class Adapter:
         model = unwrap(model)
         heads, head_dim = self.heads(model.config)
         return ModelSignature(self.architecture, len(self.sites(model)), heads, head_dim)
+
+    def lengths(self, config: Any, arguments: Arguments) -> torch.Tensor | None:
+        """Tokens of each sample without padding, int64 ``(B,)`` on the CPU; None where no mask says them."""
+        if self.valid_text is None:
+            return None
+        frames, height, width, before, _ = self.grid(config, arguments)
+        return self.valid_text(arguments).to("cpu", torch.int64) + (before + frames * height * width)
 
     def token_grid(self, model: nn.Module, arguments: Arguments) -> TokenGrid:
         """The token sequence of a forward."""
@@ -132,6 +156,27 @@ def _cogvideox_gate(block: nn.Module, arguments: Arguments) -> torch.Tensor:
     return norm.linear(norm.silu(arguments["temb"])).chunk(6, dim=1)[2].float()
 
 
+def _mochi_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+    frames, height, width = arguments["hidden_states"].shape[2:]
+    patch = config.patch_size
+    return frames, height // patch, width // patch, 0, arguments["encoder_hidden_states"].shape[1]
+
+
+def _mochi_time(arguments: Arguments) -> torch.Tensor:
+    # It rises from the noise, 0, to the video, 1000.
+    return 1 - arguments["timestep"].min().to("cpu", torch.float64) / 1000
+
+
+def _mochi_gate(block: nn.Module, arguments: Arguments) -> torch.Tensor:
+    norm = block.norm1
+    return norm.linear(norm.silu(arguments["temb"])).chunk(4, dim=1)[1].float().tanh()
+
+
+def _mochi_output_norm(place: Place, output: torch.Tensor) -> torch.Tensor:
+    projected = place.attention.to_out[0](output).float()
+    return (projected.square().mean(-1) + place.block.norm2.eps).sqrt()
+
+
 ADAPTERS = (
     Adapter(
         architecture="WanTransformer3DModel",
@@ -140,7 +185,7 @@ ADAPTERS = (
         heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_wan_grid,
         time=_thousandths,
-        output_weight=lambda attention: attention.to_out[0].weight,
+        output_weight=lambda site: site.attention.to_out[0].weight,
         residual=lambda arguments: arguments["hidden_states"],
         gate=_wan_gate,
     ),
@@ -151,7 +196,7 @@ ADAPTERS = (
         heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_ltx_grid,
         time=_thousandths,
-        output_weight=lambda attention: attention.to_out[0].weight,
+        output_weight=lambda site: site.attention.to_out[0].weight,
         residual=lambda arguments: arguments["hidden_states"],
         gate=_ltx_gate,
     ),
@@ -162,9 +207,22 @@ ADAPTERS = (
         heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_cogvideox_grid,
         time=_thousandths,
-        output_weight=lambda attention: attention.to_out[0].weight,
+        output_weight=lambda site: site.attention.to_out[0].weight,
         residual=lambda arguments: arguments["hidden_states"],
         gate=_cogvideox_gate,
+    ),
+    # Its processor calls the function for each sample, with the text tokens that are no padding.
+    Adapter(
+        architecture="MochiTransformer3DModel",
+        attentions=(("transformer_blocks", "attn1"),),
+        dispatch="F.scaled_dot_product_attention",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=_mochi_grid,
+        time=_mochi_time,
+        output_weight=lambda site: site.attention.to_out[0].weight,
+        residual=lambda arguments: arguments["hidden_states"],
+        gate=_mochi_gate,
+        output_norm=_mochi_output_norm,
     ),
 )
 """The families that need no row from the user."""

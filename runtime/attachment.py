@@ -17,6 +17,7 @@ from calibatt.runtime import custom_op, ops
 from calibatt.runtime.adapters import Adapter, Arguments, UnknownModelError, adapter_for, unwrap
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptedSite, Interception
+from calibatt.runtime.padding import ShorterPlans, each_sample
 from calibatt.runtime.parallel import Place, Share, Ulysses, slowest_rank, ulysses_of
 from calibatt.runtime.resident import ResidentSchedules
 from calibatt.runtime.schedule import LayerSchedule
@@ -50,7 +51,7 @@ class Attachment:
         self._session.join(unwrap(model), adapter.sites(model))
         for plan in plans:
             self._session.check_parallel(plan)
-        weight = adapter.output_weight(adapter.sites(model)[0].attention)
+        weight = adapter.output_weight(adapter.sites(model)[0])
         self._session.prepare(weight.device, weight.dtype)
         self._session.interception = _intercept(model, adapter, self._session)
 
@@ -188,6 +189,8 @@ class _Session:
         """The ranks that run each forward together, if any."""
         self.shares: dict[Plan, ResidentSchedules] = {}
         """What this rank executes of each plan, if there are several."""
+        self.shorter = {plan: ShorterPlans(plan, len(plan.segments), plan.grid.text_after) for plan in plans}
+        """What is executed where there is less text than planned."""
 
     def join(self, model: nn.Module, places: Sequence[Place]) -> None:
         """Learns how the model is spread over ranks now.
@@ -210,7 +213,8 @@ class _Session:
             self.ulysses.check(plan.signature.heads, plan.grid.tokens)
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> list[list[str]]:
-        """Chooses who executes every schedule on a device; the noisiest segment of a lone plan is put there.
+        """Chooses who executes every schedule on a device; the noisiest segment of a lone plan is put there, unless
+        the length of its text is not known yet.
 
         Raises:
             UnsupportedBackendError: Nobody can, or the one asked for cannot; says why for each.
@@ -222,7 +226,7 @@ class _Session:
                 for plan, segment in self.entries
             ]
             self.backends[device, dtype] = chosen
-            if len(self.plans) == 1:
+            if len(self.plans) == 1 and not self.entries[0][0].grid.text_after:
                 self._enter(self.entry)
                 for schedule in self._layers(self.entry):
                     schedule.bind(device)
@@ -239,18 +243,21 @@ class _Session:
             )
         return self.backend
 
-    def _resident(self, plan: Plan) -> ResidentSchedules:
-        """Whose schedules are executed here: the plan's, or this rank's shares of them."""
-        return self.shares.get(plan, plan)
+    def _resident(self, plan: Plan, text: int | None) -> ResidentSchedules:
+        """Whose schedules are executed here: the plan's, this rank's shares of them, or those of so much text."""
+        if text is None or text == plan.grid.text_after:
+            return self.shares.get(plan, plan)
+        return self.shorter[plan][text]
 
-    def _layers(self, entry: int) -> Sequence[LayerSchedule]:
+    def _layers(self, entry: int, text: int | None = None) -> Sequence[LayerSchedule]:
         plan, segment = self.entries[entry]
-        return self._resident(plan).layers(segment)
+        return self._resident(plan, text).layers(segment)
 
-    def _enter(self, entry: int) -> None:
+    def _enter(self, entry: int, text: int | None = None) -> None:
         plan, segment = self.entries[entry]
         owner, following = self.entries[self._following(entry)]
-        self._resident(plan).make_room(segment, *([following] if owner is plan and following != segment else []))
+        resident = self._resident(plan, text)
+        resident.make_room(segment, *([following] if owner is plan and following != segment else []))
 
     def _following(self, entry: int) -> int:
         """The entry that should be next: time falls, and after the last video comes another."""
@@ -276,35 +283,61 @@ class _Session:
             self.after[self.entry] = entry
             self.entry = entry
             self._enter(entry)
-        self._layers(entry)[0].bind(self.device)
+        if not plan.grid.text_after:
+            self._layers(entry)[0].bind(self.device)
         return entry
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, entry: int, layer: int) -> torch.Tensor:
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lengths: Sequence[int] | None,
+        entry: int,
+        layer: int,
+    ) -> torch.Tensor:
+        if lengths is None:
+            return self._attend(q, k, v, entry, layer)
+        return each_sample(lambda q, k, v: self._attend(q, k, v, entry, layer), q, k, v, lengths)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, entry: int, layer: int) -> torch.Tensor:
         if entry == STOCK:
             return self.interception.sites[layer].stock(q, k, v)
         backend = self.prepare(q.device, q.dtype)[entry][layer]
-        schedules = self._layers(entry)
+        text = self._text(q, entry, layer)
+        if layer == 0 and text is not None:
+            self._enter(entry, text)
+        schedules = self._layers(entry, text)
         schedule = schedules[layer]
-        self._check_shape(q, entry, layer)
         if isinstance(schedule, Share):
             q, k, v = schedule.tokens_to_heads(q, k, v)
         out = ops.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), schedule, backend).transpose(1, 2)
         if isinstance(schedule, Share):
             out = schedule.heads_to_tokens(out)
         # While the device computes, arrays get there: the next layer's, if need be, and this layer's of what follows.
-        for coming in (*schedules[layer + 1 : layer + 2], self._layers(self._following(entry))[layer]):
+        following = self._following(entry)
+        same = self.entries[following][0] is self.entries[entry][0]
+        for coming in (*schedules[layer + 1 : layer + 2], self._layers(following, text if same else None)[layer]):
             coming.prefetch(q.device)
         return out
 
-    def _check_shape(self, q: torch.Tensor, entry: int, layer: int) -> None:
-        """That nobody has split what kernels take for whole."""
+    def _text(self, q: torch.Tensor, entry: int, layer: int) -> int | None:
+        """Text tokens at the end of ``(B, N, H, D)`` queries where there are fewer than planned, else None.
+
+        Raises:
+            PlanMismatchError: Somebody has split what kernels take for whole.
+        """
         plan, _ = self.entries[entry]
-        tokens, heads = plan.grid.tokens, plan.signature.heads
+        tokens, heads, text = plan.grid.tokens, plan.signature.heads, plan.grid.text_after
         here = self.ulysses.lengths(tokens)[self.ulysses.rank] if self.ulysses else tokens
-        if tuple(q.shape[1:3]) != (here, heads):
+        missing = here - q.shape[1]
+        least = here if self.ulysses else here - text
+        if q.shape[2] != heads or not 0 <= missing <= here - least:
             raise PlanMismatchError(
-                f"attention of layer {layer} must get {here} tokens of {heads} heads, got {q.shape[1]} of {q.shape[2]}"
+                f"attention of layer {layer} must get {f'{least} to ' if least < here else ''}{here} tokens of {heads} "
+                f"heads, got {q.shape[1]} of {q.shape[2]}"
             )
+        return text - missing if missing else None
 
 
 def share_plan(plan: Plan, ulysses: Ulysses) -> ResidentSchedules:
@@ -317,16 +350,22 @@ def _intercept(model: nn.Module, adapter: Adapter, session: _Session) -> Interce
     """The seam that `torch.compile` traces: arguments in, ops out. It keeps the session alive."""
     config = model.config
 
-    def begin(arguments: Arguments) -> torch.Tensor:
+    def begin(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
         grid = adapter.grid(config, arguments)
-        return torch.ops.calibatt.resolve_segment(adapter.time(arguments), grid, session.number)
+        segment = torch.ops.calibatt.resolve_segment(adapter.time(arguments), grid, session.number)
+        return segment, adapter.lengths(config, arguments)
 
     def attend(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: InterceptedSite, segment: torch.Tensor
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        site: InterceptedSite,
+        context: tuple[torch.Tensor, torch.Tensor | None],
     ) -> torch.Tensor:
-        return torch.ops.calibatt.attend(q, k, v, segment, site.index, session.number)
+        segment, lengths = context
+        return torch.ops.calibatt.attend(q, k, v, lengths, segment, site.index, session.number)
 
-    return Interception(model, adapter, attend, begin=begin, parallel=True)
+    return Interception(model, adapter, attend, begin=begin, parallel=True, padded=True)
 
 
 def check_signature(plan: ModelSignature, model: ModelSignature) -> None:

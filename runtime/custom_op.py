@@ -20,8 +20,16 @@ class Session(Protocol):
     def resolve(self, time: float, grid: tuple[int, ...]) -> int:
         """The segment that a forward runs in, everything it needs made ready; raises where it must not run."""
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segment: int, layer: int) -> torch.Tensor:
-        """Attention of one layer; all ``(B, N, H, D)``."""
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lengths: Sequence[int] | None,
+        entry: int,
+        layer: int,
+    ) -> torch.Tensor:
+        """Attention of one layer; all ``(B, N, H, D)``. With lengths, what follows them in a sample is padding."""
 
 
 _sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()
@@ -51,12 +59,16 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    lengths: torch.Tensor | None,
     segment: torch.Tensor,
     layer: torch.Tensor,
     session: torch.Tensor,
 ) -> torch.Tensor:
-    """`Session.attend` of q, k, v ``(B, N, H, D)`` and int64 ``()`` segment and layer; the result is contiguous."""
-    return _sessions[int(session)].attend(q, k, v, int(segment), int(layer)).contiguous()
+    """`Session.attend` of q, k, v ``(B, N, H, D)``, int64 ``(B,)`` lengths and int64 ``()`` segment and layer, these on
+    the CPU; the result is contiguous.
+    """
+    known = None if lengths is None else lengths.tolist()
+    return _sessions[int(session)].attend(q, k, v, known, int(segment), int(layer)).contiguous()
 
 
 @attend.register_fake
@@ -64,6 +76,7 @@ def _(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    lengths: torch.Tensor | None,
     segment: torch.Tensor,
     layer: torch.Tensor,
     session: torch.Tensor,

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from calibatt.runtime.adapters import Adapter, Arguments, Site, unwrap
+from calibatt.runtime.padding import each_sample
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "InterceptedSite", Any], torch.Tensor]
 
@@ -66,6 +67,8 @@ class Interception:
         enter_block: ``enter_block(site, arguments)``, called with a block's arguments before the block does anything.
         parallel: Whether `attend` takes part in context parallelism: it then gets this rank's part of the sequence.
             Otherwise such calls are refused.
+        padded: Whether `attend` knows the lengths of samples with padded text, from `Adapter.lengths`, and gets the
+            padding too. Otherwise it is called for each sample without its padding, whose outputs are zeros.
 
     Raises:
         ValueError: A processor's code does not call the function that the adapter names.
@@ -80,12 +83,14 @@ class Interception:
         begin: Callable[[Arguments], Any] | None = None,
         enter_block: Callable[[InterceptedSite, Arguments], None] | None = None,
         parallel: bool = False,
+        padded: bool = False,
     ) -> None:
         self.model = unwrap(model)
         self.adapter = adapter
         self._attend = attend
         self._begin = begin
         self._parallel = parallel
+        self._padded = padded
         self._context: Any = None
         self._above = 0
         sites = adapter.sites(self.model)
@@ -142,6 +147,18 @@ class Interception:
         self._processors = []
         self._context = None
 
+    def _call(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: InterceptedSite, options: dict[str, Any]
+    ) -> torch.Tensor:
+        mask = None
+        if self.adapter.valid_text is not None:
+            mask = options.pop("attn_mask", None)
+        _reject(options, self._parallel)
+        if mask is None or self._padded:
+            return self._attend(q, k, v, site, self._context)
+        lengths = mask.flatten(1).sum(1).tolist()  # (B, 1, 1, N), the same for every query
+        return each_sample(lambda q, k, v: self._attend(q, k, v, site, self._context), q, k, v, lengths)
+
     def _processor(self, site: Site) -> Any:
         """A copy of the site's processor whose attention comes here."""
         beneath = site.attention.processor
@@ -196,9 +213,7 @@ def _intercepted(stock: type, dispatch: str) -> type:
 
     def attend(query: Any, key: Any, value: Any, **options: Any) -> Any:
         processor = _running.processor
-        interception = processor.interception
-        _reject(options, interception._parallel)
-        return interception._attend(query, key, value, processor.site, interception._context)
+        return processor.interception._call(query, key, value, processor.site, options)
 
     def attend_heads_first(query: Any, key: Any, value: Any, **options: Any) -> Any:
         parts = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import nn
 
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
+from calibatt.runtime.adapters import Place
 from calibatt.runtime.schedule import DeviceSchedule, LayerSchedule, move
 
 Heads = Sequence[torch.Tensor]
@@ -26,13 +27,6 @@ Heads = Sequence[torch.Tensor]
 
 class ParallelismError(ValueError):
     """A model is spread over ranks in a way that a plan cannot follow."""
-
-
-class Place(Protocol):
-    """A self-attention of a model and its name: `adapters.Site`, `intercept.InterceptedSite`."""
-
-    name: str
-    attention: nn.Module
 
 
 @dataclass(frozen=True)

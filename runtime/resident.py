@@ -37,5 +37,11 @@ class ResidentSchedules:
                 for schedule in self._schedules[each]:
                     schedule.unbind()
 
+    def let_go(self) -> None:
+        """Lets go of the arrays of all segments."""
+        for schedules in self._schedules:
+            for schedule in schedules:
+                schedule.unbind()
+
     def _bound_bytes(self, segment: int) -> int:
         return sum(schedule.bound_bytes for schedule in self._schedules[segment])

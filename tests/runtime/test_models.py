@@ -14,13 +14,16 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
-from calibatt.runtime import InterceptionLostError, Plan, ops
+from calibatt.plans import Blocks, PlanFile, ScheduleError, Segment, TokenGrid
+from calibatt.runtime import InterceptionLostError, Plan, PlanMismatchError, ops
+from calibatt.runtime import schedule as runtime_schedule
 from calibatt.runtime.adapters import ADAPTERS, adapter_for
 from calibatt.runtime.intercept import Interception
 from calibatt.tools.calibrate.listen import listening
 
 diffusers = pytest.importorskip("diffusers")
+# Mochi's own code turns autocast to float32 on, which a CPU warns that it does not know.
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported")
 
 GRID = TokenGrid(frames=3, height=4, width=6)
 BLOCKS = Blocks(16, 16)
@@ -35,6 +38,8 @@ class Family:
     make: Callable[[], Any]
     arguments: Callable[[float, int], dict[str, Any]]
     grid: TokenGrid = GRID
+    padding: tuple[int, ...] = (0, 0)
+    """Text tokens at the end of each sample that are padding."""
 
 
 def wan(**config: Any) -> Any:
@@ -105,6 +110,34 @@ def cogvideox_arguments(time: float, batch: int, rotary: bool, frames: int = GRI
     }
 
 
+def mochi() -> Any:
+    model = diffusers.MochiTransformer3DModel(
+        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, num_layers=LAYERS, pooled_projection_dim=16,
+        in_channels=4, text_embed_dim=16, time_embed_dim=8, max_sequence_length=7,
+    )  # fmt: skip
+    with torch.no_grad():
+        model.pos_frequencies.normal_()
+    return model
+
+
+def text_mask(batch: int) -> torch.Tensor:
+    return torch.arange(TEXT_LAST.text_after) < TEXT_LAST.text_after - torch.tensor(PADDING[:batch])[:, None]
+
+
+def mochi_arguments(time: float, batch: int) -> dict[str, Any]:
+    """Time runs the other way."""
+    return {
+        "hidden_states": torch.randn(batch, 4, 3, 8, 12),
+        "encoder_hidden_states": torch.randn(batch, TEXT_LAST.text_after, 16),
+        "timestep": torch.tensor([(1 - time) * 1000] * batch),
+        "encoder_attention_mask": text_mask(batch),
+    }
+
+
+TEXT_LAST = dataclasses.replace(GRID, text_after=20)
+"""72 video tokens and 20 of text: two blocks have text only, and one of these vanishes with the second sample's
+padding."""
+PADDING = (3, 13)
 TEXT_FIRST = dataclasses.replace(GRID, text_before=7)
 
 FAMILIES = {
@@ -123,7 +156,11 @@ FAMILIES = {
         lambda *a: cogvideox_arguments(*a, rotary=True, frames=2 * GRID.frames),
         TEXT_FIRST,
     ),
+    "Mochi": Family(mochi, mochi_arguments, TEXT_LAST, PADDING),
 }
+
+
+PADDED = [name for name, family in FAMILIES.items() if any(family.padding)]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -144,14 +181,11 @@ def model_of(family: Family) -> Any:
 
 
 def plan_for(model: Any, dense: bool, grid: TokenGrid = GRID) -> Plan:
-    rng, every = np.random.default_rng(0), range(HEADS) if dense else ()
+    rng = np.random.default_rng(0)
+    heads = {"dense_heads": range(HEADS)} if dense else {"anchored_heads": (HEADS - 1,)}
+    always = [0] if grid.text_after else []
     schedules = tuple(
-        tuple(
-            random_schedule(
-                rng, grid, BLOCKS, HEADS, 0.4, dense_heads=every, anchored_heads=() if dense else (HEADS - 1,)
-            )
-            for _ in range(LAYERS)
-        )
+        tuple(random_schedule(rng, grid, BLOCKS, HEADS, 0.4, always=always, **heads) for _ in range(LAYERS))
         for _ in SEGMENTS
     )
     return Plan(PlanFile(adapter_for(model).signature(model), grid, BLOCKS, SEGMENTS, schedules))
@@ -161,6 +195,13 @@ def run(model: Any, family: Family, time: float = 0.9, batch: int = 2) -> torch.
     torch.manual_seed(1)
     with torch.no_grad():
         return model(**family.arguments(time, batch), return_dict=False)[0]
+
+
+def expected_calls(family: Family) -> list[tuple[int, int]]:
+    """(queries, keys) of the planned attention calls of a forward with two samples."""
+    lengths = [family.grid.tokens - padding for padding in family.padding]
+    each = lengths if any(family.padding) else lengths[:1]
+    return [(length, length) for _ in range(LAYERS) for length in each]
 
 
 @pytest.fixture
@@ -182,7 +223,7 @@ def test_a_dense_plan_changes_nothing_and_detach_everything_back(family: Family,
     plain = run(model, family)
     with plan_for(model, True, family.grid).attach(model):
         torch.testing.assert_close(run(model, family), plain, rtol=1e-4, atol=1e-5)
-    assert calls == [(family.grid.tokens, family.grid.tokens)] * LAYERS, "every self-attention once, no cross-attention"
+    assert calls == expected_calls(family), "every self-attention once, no cross-attention"
     assert torch.equal(run(model, family), plain)
 
 
@@ -194,10 +235,11 @@ def test_a_sparse_plan_is_the_stock_code_with_masks(family: Family, time: float)
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any, now: torch.Tensor) -> torch.Tensor:
         assert float(now) == pytest.approx(time, abs=1e-3)
         schedule = plan.schedule(float(now), site.layer)
-        block = torch.arange(family.grid.tokens) // BLOCKS.block_k
+        tokens = q.shape[1]  # without padding
+        block = torch.arange(tokens) // BLOCKS.block_k
         heads = []
         for head in range(HEADS):
-            source, keep = schedule.dense(head)
+            source, keep = (part[:tokens] for part in schedule.dense(head))
             parts = q[:, source, head], k[:, :, head], v[:, :, head]
             heads.append(F.scaled_dot_product_attention(*parts, keep[:, block]))
         return torch.stack(heads, dim=2)
@@ -221,8 +263,107 @@ def test_compiled_once_for_all_times(family: Family, calls: list) -> None:
         found = [run(compiled, family, time) for time in (0.9, 0.3)]
     for mine, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
-    assert calls == [(family.grid.tokens, family.grid.tokens)] * LAYERS * 2
+    assert calls == expected_calls(family) * 2
     assert counter.frame_count <= 2, "the hook and the forward"
+
+
+def with_padding(family: Family, *padding: int) -> dict[str, Any]:
+    """Arguments whose samples have so many text tokens of padding."""
+    torch.manual_seed(1)
+    text = family.grid.text_after
+    mask = torch.arange(text) < text - torch.tensor(padding)[:, None]
+    return {**family.arguments(0.9, len(padding)), "encoder_attention_mask": mask, "return_dict": False}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_prompts_of_any_length(name: str, calls: list) -> None:
+    """Compiled once; a prompt of another length is another schedule, and samples do not see each other."""
+    family = FAMILIES[name]
+    model, text = model_of(family), family.grid.text_after
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with plan_for(model, False, family.grid).attach(model), torch.no_grad():
+        for padding in ((3, 13), (0, 5), (text, 1), (0, 0), (7, 7)):
+            arguments = with_padding(family, *padding)
+            together = model(**arguments)[0]
+            torch.testing.assert_close(compiled(**arguments)[0], together, rtol=1e-4, atol=1e-5)
+            for sample in range(2):
+                alone = {key: x[sample, None] if torch.is_tensor(x) else x for key, x in arguments.items()}
+                calls.clear()
+                torch.testing.assert_close(model(**alone)[0], together[sample, None], rtol=1e-4, atol=1e-5)
+                assert calls == [(family.grid.tokens - padding[sample],) * 2] * LAYERS
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_arrays_of_a_few_lengths_stay_on_devices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    bind = runtime_schedule._bind
+    monkeypatch.setattr(
+        runtime_schedule, "_bind", lambda core, device: made.append(core.grid.text_after) or bind(core, device)
+    )
+    family = FAMILIES[name]
+    model = model_of(family)
+    plan = plan_for(model, False, family.grid)
+    with plan.attach(model), torch.no_grad():
+        assert made == [], "the length of the text is not known yet"
+        for padding, expected in ((3, [17]), (3, []), (4, [16]), (5, [15]), (6, [14]), (3, []), (7, [13]), (4, [16])):
+            made.clear()
+            model(**with_padding(family, padding))
+            assert sorted(set(made)) == expected
+            assert len(made) in (0, LAYERS * len(SEGMENTS))
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_tiles_that_keep_only_text_are_refused(name: str) -> None:
+    family = FAMILIES[name]
+    model = model_of(family)
+    plan = plan_for(model, False, family.grid)
+    for layers in plan.file.schedules:
+        layers[1].col_idx[layers[1].row_ptr[0] : layers[1].row_ptr[1]] = 5
+    with plan.attach(model), torch.no_grad():
+        with pytest.raises(ScheduleError, match="must keep a key block below 5, with 4 text tokens, got none"):
+            model(**with_padding(family, 16))
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_text_of_another_padded_length_is_another_grid(name: str) -> None:
+    """Unless asked to, nothing runs dense; and dense is what the model itself computes."""
+    family = FAMILIES[name]
+    model = model_of(family)
+    plan = plan_for(model, False, dataclasses.replace(family.grid, text_after=21))
+    plain = run(model, family)
+    with plan.attach(model), pytest.raises(PlanMismatchError, match=r"grid must be .*text_after=21\), got .*=20\)"):
+        run(model, family)
+    with plan.attach(model, on_mismatch="dense"), pytest.warns(UserWarning, match="run the model's own attention"):
+        torch.testing.assert_close(run(model, family), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_mochi_normalises_attention_before_it_adds_it() -> None:
+    """So its projection predicts what a small change of the output does to the stream."""
+    family = FAMILIES["Mochi"]
+    model = model_of(family)
+    streams: list[torch.Tensor] = []
+    model.transformer_blocks[0].norm3.register_forward_pre_hook(lambda _, arguments: streams.append(arguments[0][0]))
+    small: list[torch.Tensor] = []
+    first: list[Any] = []
+
+    def change(call: Any) -> torch.Tensor | None:
+        if call.layer:
+            return None
+        first.append(call)
+        small.append(torch.randn(call.out.shape) * call.out.std() * 1e-3)
+        return call.out + small[0]
+
+    for on_call in (lambda call: None, change):
+        with listening(model, family.grid, lambda now: now == pytest.approx(0.9), on_call), torch.no_grad():
+            model(**with_padding(family, 13))
+    assert first[0].q.shape == (HEADS, family.grid.tokens - 13, HEAD_DIM)
+    video = small[0][:, : family.grid.video_tokens]
+    projection = first[0].projection.unflatten(1, (HEADS, HEAD_DIM))
+    predicted = torch.einsum("hnd,xhd->nx", video, projection).square().sum()
+    found = (streams[1] - streams[0]).square().sum()
+    assert 0.85 < found / predicted <= 1.05, "all but what does not turn the output, about one channel's share"
 
 
 @pytest.mark.parametrize(("name", "after"), [("LTX", "attn2"), ("CogVideoX 5B", "norm2")])

@@ -25,11 +25,13 @@ class Call:
 
     Args:
         layer: Its number, 0 first.
-        q: ``(H, N, D)`` as attention receives it.
+        q: ``(H, N, D)`` as attention receives it; N is that of the grid less the padding of the text at its end.
         k: ``(H, N, D)``.
         v: ``(H, N, D)``.
         out: ``(H, N, D)``, what the model's own attention returns for them.
-        projection: float32 ``(dim, H * D)``, the output projection with the gate folded into its rows.
+        projection: float32 ``(dim, H * D)``, the output projection with the gate folded into its rows, and where the
+            block normalises what is projected, divided by its norm (of a small change, what does not turn the output
+            is then counted too).
         residual_square: Mean over tokens of the squared norm of the residual stream that enters the block.
     """
 
@@ -86,13 +88,16 @@ def listening(
         square = float(residual[0].float().square().sum(-1).mean())
         if not 0 < square < float("inf"):
             raise ListenError(f"the residual stream of {site.name} must be finite and not zero, got {square}")
-        prices[site.layer] = (gate[:, None] * adapter.output_weight(site.attention).float(), square)
+        prices[site.layer] = (gate[:, None] * adapter.output_weight(site).float(), square)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, context: Any) -> Tensor:
         out = site.stock(q, k, v)
         if not listen:
             return out
         projection, square = prices.pop(site.layer)
+        if adapter.output_norm is not None:
+            video = out[:, grid.text_before :][:, : grid.video_tokens].flatten(2)
+            projection = projection / adapter.output_norm(site, video).square().reciprocal().mean().rsqrt()
         q, k, v, plain = (x[0].transpose(0, 1).contiguous() for x in (q, k, v, out))
         other = on_call(Call(site.layer, q, k, v, plain, projection, square))
         return out if other is None else other.transpose(0, 1)[None].to(out.dtype)

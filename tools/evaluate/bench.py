@@ -144,7 +144,11 @@ class Bench:
             residual, gate = self.adapter.residual(arguments), self.adapter.gate(site.block, arguments)
             if gate.ndim != 2:
                 raise ValueError(f"all tokens must have one time, got gates of shape {tuple(gate.shape)}")
-            projection = gate[0].float()[:, None] * self.adapter.output_weight(site.attention).float()
+            if self.adapter.output_norm is not None:
+                raise ValueError(
+                    f"attention must be added as it is, got {self.adapter.architecture}, which normalises it"
+                )
+            projection = gate[0].float()[:, None] * self.adapter.output_weight(site).float()
             square = residual.float().square().sum(-1).mean(1)
             seen[site.layer] = projection_factor(projection, heads, dim), square
 
