@@ -177,6 +177,35 @@ def _mochi_output_norm(place: Place, output: torch.Tensor) -> torch.Tensor:
     return (projected.square().mean(-1) + place.block.norm2.eps).sqrt()
 
 
+def _hunyuan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+    frames, height, width = arguments["hidden_states"].shape[2:]
+    patch, text = config.patch_size, arguments["encoder_hidden_states"].shape[1]
+    return frames // config.patch_size_t, height // patch, width // patch, 0, text
+
+
+def _hunyuan_output_weight(place: Place) -> torch.Tensor:
+    if place.attention.to_out is not None:
+        return place.attention.to_out[0].weight
+    # One projection for attention, whose channels come first, and feed-forward.
+    return place.block.proj_out.weight[:, : place.attention.inner_dim]
+
+
+def _hunyuan_gate(block: nn.Module, arguments: Arguments) -> torch.Tensor:
+    norm = block.norm if hasattr(block, "norm") else block.norm1
+    video = arguments["hidden_states"]
+
+    def gate(embedding: torch.Tensor) -> torch.Tensor:
+        return norm.linear(norm.silu(embedding)).split(video.shape[-1], dim=1)[2].float()
+
+    gates = gate(arguments["temb"])
+    if (clean := arguments.get("token_replace_emb")) is None:
+        return gates
+    # The first tokens are a given image, of a time of its own.
+    given = arguments["num_tokens"]
+    parts = gate(clean)[:, None].expand(-1, given, -1), gates[:, None].expand(-1, video.shape[1] - given, -1)
+    return torch.cat(parts, dim=1)
+
+
 ADAPTERS = (
     Adapter(
         architecture="WanTransformer3DModel",
@@ -223,6 +252,18 @@ ADAPTERS = (
         residual=lambda arguments: arguments["hidden_states"],
         gate=_mochi_gate,
         output_norm=_mochi_output_norm,
+    ),
+    Adapter(
+        architecture="HunyuanVideoTransformer3DModel",
+        attentions=(("transformer_blocks", "attn"), ("single_transformer_blocks", "attn")),
+        dispatch="dispatch_attention_fn",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=_hunyuan_grid,
+        time=_thousandths,
+        output_weight=_hunyuan_output_weight,
+        residual=lambda arguments: arguments["hidden_states"],
+        gate=_hunyuan_gate,
+        valid_text=lambda arguments: arguments["encoder_attention_mask"].sum(1),
     ),
 )
 """The families that need no row from the user."""

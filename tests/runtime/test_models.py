@@ -134,6 +134,26 @@ def mochi_arguments(time: float, batch: int) -> dict[str, Any]:
     }
 
 
+def hunyuan(**config: Any) -> Any:
+    """One block of each kind: two streams, then one."""
+    return diffusers.HunyuanVideoTransformer3DModel(
+        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, num_layers=1, num_single_layers=LAYERS - 1,
+        num_refiner_layers=1, patch_size=2, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(4, 6, 6),
+        **{"in_channels": 4, "out_channels": 4, **config},
+    )  # fmt: skip
+
+
+def hunyuan_arguments(time: float, batch: int, channels: int = 4) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(batch, channels, 3, 8, 12),
+        "encoder_hidden_states": torch.randn(batch, TEXT_LAST.text_after, 16),
+        "timestep": torch.tensor([time * 1000.0] * batch),
+        "encoder_attention_mask": text_mask(batch),
+        "pooled_projections": torch.randn(batch, 8),
+        "guidance": torch.tensor([6000.0] * batch),
+    }
+
+
 TEXT_LAST = dataclasses.replace(GRID, text_after=20)
 """72 video tokens and 20 of text: two blocks have text only, and one of these vanishes with the second sample's
 padding."""
@@ -157,6 +177,13 @@ FAMILIES = {
         TEXT_FIRST,
     ),
     "Mochi": Family(mochi, mochi_arguments, TEXT_LAST, PADDING),
+    "HunyuanVideo": Family(hunyuan, hunyuan_arguments, TEXT_LAST, PADDING),
+    "HunyuanVideo I2V": Family(
+        lambda: hunyuan(image_condition_type="token_replace", guidance_embeds=False),
+        hunyuan_arguments,
+        TEXT_LAST,
+        PADDING,
+    ),
 }
 
 
@@ -366,27 +393,68 @@ def test_mochi_normalises_attention_before_it_adds_it() -> None:
     assert 0.85 < found / predicted <= 1.05, "all but what does not turn the output, about one channel's share"
 
 
-@pytest.mark.parametrize(("name", "after"), [("LTX", "attn2"), ("CogVideoX 5B", "norm2")])
-def test_projection_and_gate_say_how_an_output_moves_the_residual_stream(name: str, after: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "layer", "after"),
+    [
+        ("LTX", 0, "transformer_blocks.0.attn2"),
+        ("CogVideoX 5B", 0, "transformer_blocks.0.norm2"),
+        ("HunyuanVideo", 0, "transformer_blocks.0.norm2"),
+        ("HunyuanVideo", 1, "norm_out"),
+    ],
+)
+def test_projection_and_gate_say_how_an_output_moves_the_residual_stream(name: str, layer: int, after: str) -> None:
     """Of the video tokens; the module after self-attention receives the stream itself (Wan: tests/calibrate)."""
     family = FAMILIES[name]
     model = model_of(family)
     streams: list[torch.Tensor] = []
-    following = model.transformer_blocks[0].get_submodule(after)
+    following = model.get_submodule(after)
     following.register_forward_pre_hook(lambda _, arguments: streams.append(arguments[0][0]))
-    first: list[Any] = []
+    calls: list[Any] = []
 
     def more(call: Any) -> torch.Tensor | None:
-        first.append(call)
-        return 1.5 * call.out if call.layer == 0 else None
+        if call.layer != layer:
+            return None
+        calls.append(call)
+        return 1.5 * call.out
 
     for on_call in (lambda call: None, more):
         with listening(model, family.grid, lambda now: True, on_call):
             run(model, family, batch=1)
-    projection = first[0].projection.unflatten(1, (HEADS, HEAD_DIM))
-    video = first[0].out[:, family.grid.text_before :][:, : family.grid.video_tokens]
+    projection = calls[0].projection.unflatten(1, (HEADS, HEAD_DIM))
+    video = calls[0].out[:, family.grid.text_before :][:, : family.grid.video_tokens]
     change = torch.einsum("hnd,xhd->nx", 0.5 * video, projection)
     torch.testing.assert_close(streams[1] - streams[0], change, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("layer", "after"), [(0, "transformer_blocks.0.norm2"), (1, "norm_out")])
+def test_hunyuan_gates_the_tokens_of_a_given_image_differently(layer: int, after: str) -> None:
+    family = FAMILIES["HunyuanVideo I2V"]
+    model = model_of(family)
+    adapter = adapter_for(model)
+    streams: list[torch.Tensor] = []
+    model.get_submodule(after).register_forward_pre_hook(lambda _, arguments: streams.append(arguments[0][0]))
+    gates: list[torch.Tensor] = []
+    outs: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
+
+    def enter_block(site: Any, arguments: Any) -> None:
+        if site.layer == layer:
+            gates.append(adapter.gate(site.block, arguments)[0])
+            weights.append(adapter.output_weight(site))
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any, context: Any) -> torch.Tensor:
+        out = site.stock(q, k, v)
+        if site.layer != layer:
+            return out
+        outs.append(out[0, : GRID.video_tokens].flatten(1))
+        return out * len(outs)
+
+    interception = Interception(model, adapter, attend, enter_block=enter_block)
+    for _ in range(2):
+        run(model, family, batch=1)
+    interception.detach()
+    assert gates[0].shape == (GRID.video_tokens, HEADS * HEAD_DIM)
+    torch.testing.assert_close(streams[1] - streams[0], gates[0] * (outs[0] @ weights[0].T), rtol=1e-3, atol=1e-4)
 
 
 def test_fusing_cogvideox_replaces_its_processors() -> None:
