@@ -52,7 +52,7 @@ class Attachment:
         for plan in plans:
             self._session.check_parallel(plan)
         weight = adapter.output_weight(adapter.sites(model)[0])
-        self._session.prepare(weight.device, weight.dtype)
+        self._session.prepare(*_where_it_runs(unwrap(model), weight))
         self._session.interception = _intercept(model, adapter, self._session)
 
     def detach(self) -> None:
@@ -338,6 +338,18 @@ class _Session:
                 f"heads, got {q.shape[1]} of {q.shape[2]}"
             )
         return text - missing if missing else None
+
+
+def _where_it_runs(model: nn.Module, weight: torch.Tensor) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a model's attention, wherever and however its weights wait for their use meanwhile."""
+    # diffusers' own properties know of its group offloading and layerwise casting.
+    device, dtype = getattr(model, "device", weight.device), getattr(model, "dtype", weight.dtype)
+    for module in model.modules():  # accelerate's offloading
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            if (found := getattr(each, "execution_device", None)) is not None:
+                return torch.device(found), dtype
+    return device, dtype
 
 
 def share_plan(plan: Plan, ulysses: Ulysses) -> ResidentSchedules:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import support.masked
 import torch
 import torch._dynamo.testing
-import torch.nn.functional as F
 from support.schedules import random_schedule
 
 from calibatt.plans import (
@@ -37,7 +37,6 @@ from calibatt.runtime import (
 )
 from calibatt.runtime import schedule as runtime_schedule
 from calibatt.runtime.adapters import adapter_for
-from calibatt.runtime.intercept import Interception
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -96,24 +95,9 @@ def run(model: Any, **changes: Any) -> torch.Tensor:
 
 
 def masked(model: Any, plan: Plan, **changes: Any) -> torch.Tensor:
-    """The truth: the model's own code, with explicit masks and gathered queries."""
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any, time: torch.Tensor) -> torch.Tensor:
-        schedule = plan.schedule(float(time), site.layer)
-        block = torch.arange(GRID.tokens) // BLOCKS.block_k
-        heads = []
-        for head in range(HEADS):
-            source, keep = schedule.dense(head)
-            queries, keys, values = q[:, source, head], k[:, :, head], v[:, :, head]
-            heads.append(F.scaled_dot_product_attention(queries, keys, values, keep[:, block]))
-        return torch.stack(heads, dim=2)
-
-    adapter = adapter_for(model)
-    interception = Interception(model, adapter, attend, begin=adapter.time)
-    try:
+    """The truth."""
+    with support.masked.masked(model, plan):
         return run(model, **changes)
-    finally:
-        interception.detach()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-import torch.nn.functional as F
+from support.masked import masked
 from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, PlanFile, ScheduleError, Segment, TokenGrid
@@ -257,23 +257,9 @@ def test_a_dense_plan_changes_nothing_and_detach_everything_back(family: Family,
 @pytest.mark.parametrize("time", [0.9, 0.3])
 def test_a_sparse_plan_is_the_stock_code_with_masks(family: Family, time: float) -> None:
     model = model_of(family)
-    plan, adapter = plan_for(model, False, family.grid), adapter_for(model)
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any, now: torch.Tensor) -> torch.Tensor:
-        assert float(now) == pytest.approx(time, abs=1e-3)
-        schedule = plan.schedule(float(now), site.layer)
-        tokens = q.shape[1]  # without padding
-        block = torch.arange(tokens) // BLOCKS.block_k
-        heads = []
-        for head in range(HEADS):
-            source, keep = (part[:tokens] for part in schedule.dense(head))
-            parts = q[:, source, head], k[:, :, head], v[:, :, head]
-            heads.append(F.scaled_dot_product_attention(*parts, keep[:, block]))
-        return torch.stack(heads, dim=2)
-
-    interception = Interception(model, adapter, attend, begin=adapter.time)
-    expected = run(model, family, time)
-    interception.detach()
+    plan = plan_for(model, False, family.grid)
+    with masked(model, plan):
+        expected = run(model, family, time)
     with plan.attach(model):
         found = run(model, family, time)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

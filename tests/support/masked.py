@@ -1,0 +1,37 @@
+"""The truth of a plan at work: the model's own code, with explicit masks and gathered queries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from calibatt.runtime import Plan
+from calibatt.runtime.adapters import adapter_for
+from calibatt.runtime.intercept import Interception
+
+
+@contextmanager
+def masked(model: Any, plan: Plan) -> Iterator[None]:
+    """Every self-attention of the model follows the plan, by `scaled_dot_product_attention` with a mask."""
+    adapter = adapter_for(model)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any, time: torch.Tensor) -> torch.Tensor:
+        schedule = plan.schedule(float(time), site.layer)
+        tokens = q.shape[1]  # fewer than planned where text is padded
+        block = torch.arange(tokens) // schedule.blocks.block_k
+        heads = []
+        for head in range(schedule.heads):
+            source, keep = (part[:tokens] for part in schedule.dense(head))
+            parts = q[:, source, head], k[:, :, head], v[:, :, head]
+            heads.append(F.scaled_dot_product_attention(*parts, keep[:, block]))
+        return torch.stack(heads, dim=2)
+
+    interception = Interception(model, adapter, attend, begin=adapter.time)
+    try:
+        yield
+    finally:
+        interception.detach()
