@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
 pytest.importorskip("diffusers")
 
-from support import wan
+from support import text_after, wan
 
 from calibatt.compiler.cli import command as compile_command
 from calibatt.compiler.stats import Store
@@ -21,6 +22,7 @@ from calibatt.tools.calibrate.__main__ import plan_work
 from calibatt.tools.calibrate.models import default_prompts, make_sampler
 from calibatt.tools.calibrate.pipeline import PipelineError, PipelineSampler
 from calibatt.tools.evaluate.__main__ import main as evaluate
+from calibatt.tools.evaluate.harness import head_errors
 
 
 @pytest.fixture(autouse=True)
@@ -134,4 +136,28 @@ def test_the_whole_chain_on_a_pipeline(function: str, steps: int, tmp_path: Path
         planned = sampler.run("a dog", 0)
     assert not torch.equal(planned, dense)
     assert (planned - dense).square().mean() < 0.1 * dense.square().mean()
+    assert torch.equal(sampler.run("a dog", 0), dense)
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported")
+@pytest.mark.parametrize("name", ["mochi", "hunyuan"])
+def test_prompts_of_different_lengths_make_a_plan_for_all_lengths(name: str, tmp_path: Path):
+    """Calibrated, compiled, attached: prompts are padded, and what is padding is nowhere."""
+    (tmp_path / "prompts.txt").write_text("a cat\na boat on a lake\n", encoding="utf-8")
+    sizes = ("--block-size", 16, "--times", 3, "--probes", 2, "--probe-samples", 1)
+    invoke(
+        calibrate, "--model", f"support.text_after:{name}", "--prompts", tmp_path / "prompts.txt", *sizes,
+        "-o", tmp_path / "stats",
+    )  # fmt: skip
+    invoke(compile_command, tmp_path / "stats", "-o", tmp_path / "a.plan")
+    plan = load_plan(tmp_path / "a.plan")
+    assert plan.grid == TokenGrid(5, 8, 12, text_after=text_after.TEXT)
+    sampler = make_sampler(f"support.text_after:{name}", None, "cpu")
+    dense = sampler.run("a dog", 0)
+    with plan.attach(sampler.transformer):
+        planned = sampler.run("a dog", 0)
+    error = float((planned - dense).norm() / dense.norm())
+    assert 0 < error < 0.1
+    errors = head_errors(sampler, plan, "a dog", 0, queries=plan.grid.tokens)
+    assert np.isfinite(errors.relative).all()
     assert torch.equal(sampler.run("a dog", 0), dense)

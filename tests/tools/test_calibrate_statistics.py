@@ -51,6 +51,34 @@ def manifest(grid: TokenGrid, blocks: Blocks, **changes) -> Manifest:
     )
 
 
+@pytest.mark.parametrize("text", [0, 1, 13, 20])
+def test_padded_text_has_no_mass(text: int) -> None:
+    """A sample whose text is shorter is measured without its padding."""
+    grid, blocks = TokenGrid(2, 4, 5, text_after=20), Blocks(16, 16)
+    short = TokenGrid(2, 4, 5, text_after=text)
+    *parts, _, projection = call(short, 1)
+    given = {"projection": projection, "residual_square": 3.0, "seed": 0}
+    wanted, alone = manifest(grid, blocks, query_stride=1), manifest(short, blocks, query_stride=1)
+    unit = statistics.unit_statistics(*parts, manifest=wanted, **given)
+    unit.check(wanted)
+    expected = statistics.unit_statistics(*parts, manifest=alone, **given)
+    q, k = alone.q_blocks, alone.k_blocks
+    assert np.array_equal(unit.block_mass[:, :q, :k], expected.block_mass)
+    assert (unit.block_mass[:, q:] == 255).all(), "the code of zero"
+    assert (unit.block_mass[:, :, k:] == 255).all()
+    planes, fewer = (
+        np.unpackbits(each.planes, axis=-1, bitorder="little", count=blocks)
+        for each, blocks in ((unit, wanted.k_blocks), (expected, k))
+    )
+    assert np.array_equal(planes[:, :, :q, :k], fewer)
+    assert not planes[:, :, :q, k:].any()
+    assert planes[:, :, q:].all()
+    menu = len(wanted.thresholds)  # the windows keep text, and what shares a block with it
+    assert np.array_equal(unit.menu_residual_error[:menu], expected.menu_residual_error[:menu])
+    for name in ("output_size", "row_error"):
+        assert np.array_equal(getattr(unit, name), getattr(expected, name), equal_nan=True), name
+
+
 grids = st.builds(
     TokenGrid,
     frames=st.integers(1, 3),

@@ -36,7 +36,8 @@ def unit_statistics(
     """Measures one sample's self-attention call.
 
     Args:
-        q: ``(H, N, D)`` queries as attention receives them, any float dtype.
+        q: ``(H, N, D)`` queries as attention receives them, any float dtype; N is that of the manifest's grid, less the
+            padding of the text at its end.
         k: ``(H, N, D)`` keys.
         v: ``(H, N, D)`` values.
         out: ``(H, N, D)`` the call's output.
@@ -46,10 +47,11 @@ def unit_statistics(
         seed: Chooses the query blocks on which the menu is measured.
 
     Returns:
-        The arrays of section 9 of docs/design.md.
+        The arrays of section 9 of docs/design.md. Blocks of padding only have no mass, so planes leave them out as
+        keys; as queries they keep everything.
     """
     grid, blocks = manifest.grid, manifest.blocks
-    heads, _, head_dim = q.shape
+    heads, tokens, head_dim = q.shape
     factor = projection_factor(projection, heads, head_dim)
     # o_J - O does not change when all values are shifted; centred values keep the difference of large numbers small
     projected = (v.float() @ factor).sub_((v.float() @ factor).mean(1, keepdim=True))
@@ -59,13 +61,14 @@ def unit_statistics(
     else:
         measure = block_statistics
     mass, error = measure(q, k, projected, blocks, stride)
-    error /= residual_square
+    there = (..., slice(blocks.q_blocks(tokens)), slice(blocks.k_blocks(tokens)))
+    mass, error = (_with_padding(x, manifest.q_blocks, manifest.k_blocks) for x in (mass, error / residual_square))
     planes = keep_planes(mass, manifest.thresholds)
     windows = [torch.tensor(window_keep(w, grid, blocks), device=q.device) for w in manifest.windows]
     menu = torch.cat([planes, torch.stack(windows)[:, None].expand(-1, heads, -1, -1)]) if windows else planes
-    menu_error, menu_residual = menu_errors(q, k, v, menu, factor, blocks, stride, seed)
+    menu_error, menu_residual = menu_errors(q, k, v, menu[there], factor, blocks, stride, seed)
     row_error, row_residual = row_errors(out, factor, grid, manifest.row_radius)
-    size = (out.float() @ factor).square().sum((1, 2)) / grid.tokens
+    size = (out.float() @ factor).square().sum((1, 2)) / tokens
     return UnitStatistics(
         planes=np.packbits(planes.cpu().numpy(), axis=-1, bitorder="little"),
         block_mass=quantise(mass.clamp(max=1).cpu().numpy(), 1.0) if manifest.has_mass else None,
@@ -76,6 +79,11 @@ def unit_statistics(
         row_error=row_error.cpu().numpy(),
         row_residual_error=(row_residual / residual_square).cpu().numpy(),
     )
+
+
+def _with_padding(x: Tensor, q_blocks: int, k_blocks: int) -> Tensor:
+    """``(H, Q', K')`` as ``(H, Q, K)``, zero where there is padding only."""
+    return torch.nn.functional.pad(x, (0, k_blocks - x.shape[2], 0, q_blocks - x.shape[1]))
 
 
 def _block_error(error: Tensor, manifest: Manifest) -> dict[str, np.ndarray]:

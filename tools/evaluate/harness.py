@@ -151,8 +151,9 @@ def _head(
     """Relative error, residual error and recall of one head."""
     device = call.q.device
     source, keep = schedule.dense(head)
-    block_of_key = torch.arange(schedule.grid.tokens) // schedule.blocks.block_k
     keys, values = call.k[head].float(), call.v[head].float()
+    block_of_key = torch.arange(len(keys)) // schedule.blocks.block_k
+    queries = queries[queries < len(keys)]  # the rest is padding of this prompt's text
     lost = projected = size = kept = 0.0
     for some in queries.split(max(1, CHUNK_SCORES // len(keys))):
         dropped = ~keep[some][:, block_of_key].to(device)
