@@ -235,10 +235,10 @@ def _producer(
             v_key = key
             # the next tile while the consumers are busy: first its number, one step later its entry
             if i == 0:
-                taken = gl.atomic_add(counter, 1, sem="relaxed")
-                gl.store(counter, 0, mask=taken == work - 1)  # every tile adds once: this was the last time
-                next_index = gl.num_programs(0) + taken
+                next_index = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
             if i == gl.minimum(1, count - 1):
+                # every tile adds once: the last number is the last use of the counter
+                gl.store(counter, 0, mask=next_index == gl.num_programs(0) + work - 1)
                 exists = next_index < work
                 next_batch = next_index // tiles_of_batch
                 entry = tiles + (next_index - next_batch * tiles_of_batch) * 4
