@@ -79,7 +79,7 @@ BLACKWELL = {
     16: Config(128, 64, 4, 3),
     32: Config(128, 64, 4, 3),
     64: Config(128, 64, 4, 3),
-    128: Config(128, 64, 4, 2),
+    128: Config(128, 64, 8, 2, 128),
     256: Config(128, 64, 8, 2),
 }
 TABLE = {80: AMPERE, 86: ADA, 87: AMPERE, 89: ADA, 90: HOPPER, 100: BLACKWELL, 120: ADA}

@@ -19,12 +19,13 @@ SM90 = [
     {"sm": 90, "head_dim": 16, "block_q": 128, "block_k": 128, "dtype": "bf16", "anchored": True},
     {"sm": 90, "head_dim": 32, "block_q": 128, "block_k": 128, "dtype": "bf16", "anchored": True},
     {"sm": 90, "head_dim": 64, "block_q": 128, "block_k": 128, "dtype": "fp16", "anchored": False},
+    {"sm": 90, "head_dim": 128, "block_q": 128, "block_k": 128, "dtype": "bf16", "anchored": False},
     {"sm": 90, "head_dim": 128, "block_q": 64, "block_k": 64, "dtype": "bf16", "anchored": False},
     {"sm": 90, "head_dim": 64, "block_q": 16, "block_k": 16, "dtype": "bf16", "anchored": True},
     {"sm": 90, "head_dim": 256, "block_q": 256, "block_k": 256, "dtype": "bf16", "anchored": True},
 ]
 ROWS_OF_WGMMA = 64
-MOST_STACK_BYTES = {80: 32, 89: 32, 90: 128, 100: 256, 120: 32}
+MOST_STACK_BYTES = {80: 32, 89: 32, 90: 128, 100: 192, 120: 32}
 """Of a thread. Where two programs share an SM, 128 registers each are some too few."""
 HOPPER = [
     {"head_dim": 128, "block_k": 128, "dtype": "bf16", "anchored": False, "lse": False},
