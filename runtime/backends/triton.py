@@ -88,8 +88,8 @@ TABLE = {80: AMPERE, 86: ADA, 87: AMPERE, 89: ADA, 90: HOPPER, 100: BLACKWELL, 1
 One was measured: HOPPER at head_dim 128, fastest of nine on an H200 (triton 3.6.0, 40 heads, 480p and 720p). All others
 are arithmetic on what the compiler says (`tests/runtime/test_compile.py`): two programs an SM wherever registers
 (65,536 an SM) and shared memory (164 KB on sm80 and sm87, 100 KB on sm86, sm89 and sm120, 228 KB on sm90 and sm100)
-allow, since one then computes while the other waits; the largest tiles that leave them, with hardly a spill.
-Accumulators of 256 channels leave room for one.
+allow, since one then computes while the other waits; the largest tiles that leave them, with few spills (most on sm100
+at head_dim 128: up to 192 bytes a thread). Accumulators of 256 channels leave room for one.
 """
 
 
