@@ -9,19 +9,19 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
+import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
+from support import wan
 from support.masked import masked
 from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
 from calibatt.runtime import Plan, ops
 from calibatt.runtime.adapters import adapter_for
-
-diffusers = pytest.importorskip("diffusers")
-
-from support import wan  # noqa: E402
 
 GRID = TokenGrid(frames=5, height=8, width=12)
 BLOCKS = Blocks(32, 32)
@@ -96,7 +96,6 @@ def test_guidance_in_one_batch(calls: list[int]) -> None:
 
 def test_lora_added_after_attach() -> None:
     """Added, scaled, fused into the weights, unfused and taken away, all under the plan."""
-    peft = pytest.importorskip("peft")
     model = wan.transformer(1)
     plan = plan_for(model)
     with plan.attach(model):
@@ -166,12 +165,12 @@ def offload_blocks(model: Any) -> None:
 
 def offload_sequentially(model: Any) -> None:
     """What `enable_sequential_cpu_offload` does to a transformer; weights are on the meta device meanwhile."""
-    pytest.importorskip("accelerate").cpu_offload(model, execution_device=torch.device("cpu"))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
 
 
 def offload_whole(model: Any) -> None:
     """What `enable_model_cpu_offload` does to a transformer."""
-    pytest.importorskip("accelerate").cpu_offload_with_hook(model, torch.device("cpu"))
+    accelerate.cpu_offload_with_hook(model, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("attach_first", [False, True])
