@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from calibatt.plans.packed import PackedLayer
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
 from calibatt.runtime.resident import ResidentSchedules
@@ -65,6 +66,15 @@ class ShorterSchedule(LayerSchedule):
             ScheduleError: A tile of the plan keeps key blocks of text only, which may be padding.
         """
         return self._whole.core.shorten(self._text_after)
+
+    @property
+    def packed(self) -> PackedLayer:
+        """Cut out anew, as `core`."""
+        return self._whole.packed.shorten(self._text_after)
+
+    @property
+    def most_lists(self) -> int:
+        return self._whole.most_lists
 
     @property
     def grid(self) -> TokenGrid:

@@ -357,12 +357,27 @@ def test_the_model_stays_what_it_was() -> None:
         assert all(torch.equal(during[name], value) for name, value in before.items())
 
 
-def test_index_arrays_are_made_once_and_before_their_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+def binding(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The lists of every schedule that is put on a device, from now on."""
+    made: list[bytes] = []
     bind = runtime_schedule._bind
-    monkeypatch.setattr(runtime_schedule, "_bind", lambda core, device: made.append(core) or bind(core, device))
+
+    def spy(core: Any, *args: Any) -> Any:
+        made.append(lists_of(core))
+        return bind(core, *args)
+
+    monkeypatch.setattr(runtime_schedule, "_bind", spy)
+    return made
+
+
+def lists_of(core: Any) -> bytes:
+    return core.row_ptr.tobytes() + core.col_idx.tobytes()
+
+
+def test_index_arrays_are_made_once_and_before_their_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = binding(monkeypatch)
     model, plan = make_model(), make_plan()
-    low, middle, high = plan.file.schedules
+    low, middle, high = ([*map(lists_of, layers)] for layers in plan.file.schedules)
     with plan.attach(model):
         assert made == [*high]
         for timestep, expected in ((999, middle), (998, ()), (700, low), (100, ()), (999, ())):
@@ -388,13 +403,11 @@ def test_a_loaded_plan_stays_packed_until_it_is_used(tmp_path: Any, monkeypatch:
 
 
 def test_devices_keep_the_segments_last_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    bind = runtime_schedule._bind
-    monkeypatch.setattr(runtime_schedule, "_bind", lambda core, device: made.append(core) or bind(core, device))
+    made = binding(monkeypatch)
     monkeypatch.setattr("calibatt.runtime.resident.RESIDENT_BYTES", 0)
     model, plan = make_model(), make_plan()
     expected = masked(model, plan, timestep=700)
-    low, middle, high = plan.file.schedules
+    low, middle, high = ([*map(lists_of, layers)] for layers in plan.file.schedules)
     with plan.attach(model):
         made.clear()
         for timestep, put_there, kept in (

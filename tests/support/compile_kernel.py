@@ -1,7 +1,8 @@
-"""Compiles the block-sparse kernel for a GPU that need not be there; prints what each case uses, as JSON.
+"""Compiles the Triton kernels for a GPU that need not be there; prints what each case uses, as JSON.
 
 A program of its own, because the kernels must be defined without TRITON_INTERPRET. Its argument is a JSON list of
-cases: ``{"arch": 90, "head_dim": 128, "block_q": 128, "block_k": 128, "dtype": "bf16", "anchored": true}``.
+cases: ``{"arch": 90, "head_dim": 128, "block_q": 128, "block_k": 128, "dtype": "bf16", "anchored": true}`` of the
+block-sparse kernel, ``{"arch": 90, "k_blocks": 591}`` of the one that unpacks lists.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from triton.compiler import ASTSource
 
 from calibatt.runtime.backends.triton import choose_config
 from calibatt.runtime.kernels.block_sparse import block_sparse_forward
+from calibatt.runtime.kernels.unpack import COLUMNS_AT_ONCE, unpack_lists
 
 SHARED_BYTES = {80: 166_912, 90: 232_448}
 """Shared memory that one block may use."""
@@ -49,15 +51,28 @@ def compile_case(
             aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(block_sparse_forward, signature, constants, aligned)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return {"config": str(config), **usage(source, arch, options)}
+
+
+def compile_unpack(arch: int, k_blocks: int) -> dict[str, int | str]:
+    """As `compile_case`, of `kernels.unpack`."""
+    constants = {"WIDTH": -(-k_blocks // 8), "COLUMNS": COLUMNS_AT_ONCE}
+    kinds = {"bits_ptr": "*u8", "starts_ptr": "*i32", "columns_ptr": "*u16", "lists": "i32", "k_blocks": "i32"}
+    aligned = {(index,): [["tt.divisibility", 16]] for index in range(3)}
+    source = ASTSource(unpack_lists, {**kinds, **dict.fromkeys(constants, "constexpr")}, constants, aligned)
+    return usage(source, arch, {"num_warps": 1, "enable_fp_fusion": True})
+
+
+def usage(source: ASTSource, arch: int, options: dict[str, int | bool]) -> dict[str, int | str]:
+    """Compiles; what the compiled kernel uses."""
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", found).groups()
     return {
-        "config": str(config),
         "registers": int(registers),
         "stack_bytes": int(stack),
         "shared_bytes": compiled.metadata.shared,
@@ -66,4 +81,5 @@ def compile_case(
 
 
 if __name__ == "__main__":
-    print(json.dumps([compile_case(**case) for case in json.loads(sys.argv[1])]))
+    cases = json.loads(sys.argv[1])
+    print(json.dumps([compile_unpack(**case) if "k_blocks" in case else compile_case(**case) for case in cases]))
