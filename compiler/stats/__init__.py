@@ -16,12 +16,22 @@ from calibatt.compiler.stats.errors import (
 from calibatt.compiler.stats.manifest import DEFAULT_THRESHOLDS, Manifest
 from calibatt.compiler.stats.probes import Probe, TimeWeightInfo
 from calibatt.compiler.stats.store import Store
-from calibatt.compiler.stats.unit import UnitStatistics, code_values, dequantise, quantise, unit_shapes
+from calibatt.compiler.stats.unit import (
+    STEPS_PER_OCTAVE,
+    ZERO_CODE,
+    UnitStatistics,
+    code_values,
+    dequantise,
+    quantise,
+    unit_shapes,
+)
 from calibatt.compiler.stats.windows import Window, default_windows, window_keep
 from calibatt.compiler.stats.writer import SampleWriter, StoreWriter
 
 __all__ = [
     "DEFAULT_THRESHOLDS",
+    "STEPS_PER_OCTAVE",
+    "ZERO_CODE",
     "DuplicateSample",
     "Manifest",
     "ManifestError",

@@ -1,19 +1,24 @@
-"""The hopper backend: one launch of `kernels.hopper` for all heads of a layer, two small ones for anchor rows. sm90."""
+"""The hopper backend: one launch of `kernels.hopper` for all heads of a layer, a small one before for anchors. sm90."""
 
 from __future__ import annotations
 
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import triton
+from triton.runtime import driver
 
 from calibatt.plans.schedule import NO_ANCHORS
-from calibatt.runtime.kernels.anchors import pack_queries, spread_rows
-from calibatt.runtime.schedule import DeviceSchedule, Outline
+from calibatt.plans.schedule import LayerSchedule as CoreSchedule
+from calibatt.runtime.kernels.anchors import pack_queries
+from calibatt.runtime.schedule import DeviceSchedule, Outline, move
+
+if TYPE_CHECKING:
+    from calibatt.runtime.kernels.gluon_compat import Launch
 
 TESTED_RELEASES = ("3.6.0", "3.9.0")
 """Of Triton. Gluon is experimental: the tests compile the kernel under both, and it was executed under the first."""
@@ -30,6 +35,23 @@ PACKED_ROWS = 64
 """Rows that a program of the anchor kernels moves."""
 
 
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+"""One for each stream of each device."""
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Of one layout of q, k and v.
+
+    Args:
+        pack: Of `pack_queries`, where some heads compute anchor rows only.
+        forward: Of `hopper_forward`.
+    """
+
+    pack: Launch | None
+    forward: Launch
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """What the kernel needs of a schedule besides `DeviceSchedule`, on the same device.
@@ -38,13 +60,21 @@ class Prepared:
         tiles: int32 ``(tiles, 4)``: place, start, stop, last key block; see `kernels.hopper.hopper_forward`.
         anchored: int32, the heads that compute anchor rows only.
         packed_tokens: The most packed queries of such a head.
-        compiled: Variants of the kernel that have been launched for this schedule.
+        receivers: int64 ``(patterns, tiles_of_pattern * 128)``; see `kernels.hopper.hopper_forward`.
+        most_copies: The most tokens that receive the output of one query.
+        launches: What was launched for this schedule, by all that decides about it but addresses.
     """
 
     tiles: torch.Tensor
     anchored: torch.Tensor
     packed_tokens: int
-    compiled: dict[Any, Any] = field(default_factory=dict)
+    receivers: torch.Tensor
+    most_copies: int
+    launches: dict[Any, Launches] = field(default_factory=dict)
+
+    @property
+    def tiles_of_pattern(self) -> int:
+        return self.receivers.shape[1] // BLOCKS_Q[0]
 
 
 def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -81,19 +111,36 @@ def refused_release(version: str = triton.__version__) -> str | None:
 
 def prepare(bound: DeviceSchedule) -> Prepared:
     """`Prepared` of a schedule; nothing waits for the device."""
-    core = bound.core
+    core, device = bound.core, bound.device
     anchored = np.flatnonzero(core.head_anchor != NO_ANCHORS).astype(np.int32)
-    packed = max((core.packed_tokens(int(head)) for head in anchored), default=0)
+    sizes, most_copies = _patterns(core)
+    packed = max(sizes, default=0)
     head, tile, start, stop = bound.tiles.long().unbind(1)
     last = bound.columns.view(torch.int16)[stop - 1].int() & 0xFFFF
     place = (head << 16 | tile).int()
+    of_pattern = -(-packed // BLOCKS_Q[0]) * BLOCKS_Q[0]
+    receivers = torch.zeros(len(sizes), of_pattern, dtype=torch.int64, device=device)
     if len(anchored):
-        is_anchored = torch.zeros(core.heads, dtype=torch.bool)
-        is_anchored[torch.from_numpy(anchored).long()] = True
-        flagged = is_anchored.to(bound.device, non_blocking=True)[head]
-        place = torch.where(flagged, place | -(1 << 31), place)
+        pattern = move(torch.from_numpy(core.head_anchor.astype(np.int32)), device)[head]
+        is_packed = pattern != NO_ANCHORS
+        place = torch.where(is_packed, place | -(1 << 31), place)
+        last = torch.where(is_packed, pattern << 16 | last, last)
+        used = np.concatenate([number * of_pattern + np.arange(size) for number, size in enumerate(sizes)])
+        both = bound.query_copies.long() << 32 | bound.query_first.long()
+        receivers.view(-1)[move(torch.from_numpy(used), device)] = both[: len(used)]
     tiles = torch.stack([place, start.int(), stop.int(), last], 1).contiguous()
-    return Prepared(tiles, torch.from_numpy(anchored).to(bound.device, non_blocking=True), packed)
+    return Prepared(tiles, move(torch.from_numpy(anchored), device), packed, receivers, most_copies)
+
+
+def _patterns(core: CoreSchedule) -> tuple[list[int], int]:
+    """Packed queries of each anchor pattern, and the most rows of a group."""
+    grid = core.grid
+    sizes, most = [], 1
+    for pattern in range(len(core.anchor_ptr) - 1):
+        starts, anchors = core.groups(pattern)
+        sizes.append(grid.text_before + len(anchors) * grid.width + grid.text_after)
+        most = max(most, int(np.diff(np.append(starts, grid.rows)).max()))
+    return sizes, most
 
 
 def run(
@@ -105,23 +152,76 @@ def run(
         out: ``(B, H, N, D)``, laid out in memory as q.
         lse: fp32 ``(B, H, N)`` if asked for.
     """
+    ready = bound.derived(prepare)
+    q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    odd_bytes = (q_at | k_at | v_at) % ALIGNED_BYTES
+    layout = (q.shape, q.dtype, q.stride(), k.stride(), v.stride(), odd_bytes, scale, return_lse)
+    launches = ready.launches.get(layout)
+    if launches is None:
+        fit = addressable(q), addressable(k), addressable(v)
+        if any(one is not other for one, other in zip(fit, (q, k, v), strict=True)):
+            return run(*fit, bound, scale, return_lse)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
+    packed_q = q.new_empty(*q.shape[:2], ready.packed_tokens, q.shape[3]) if bound.anchored else None
+    with torch.cuda.device_of(q):
+        stream = driver.active.get_current_stream(q.get_device())
+        counter = work_counter(q.device, stream)
+        if launches is None:
+            ready.launches[layout] = _first_launches(q, k, v, out, lse, packed_q, counter, bound, scale)
+            return out, lse
+        addresses = [q_at, k_at, v_at, out.data_ptr(), counter.data_ptr()]
+        if launches.pack is not None:
+            launches.pack(stream, q_at, packed_q.data_ptr())
+            addresses += [packed_q.data_ptr(), out.data_ptr()]
+        if lse is not None:
+            addresses.append(lse.data_ptr())
+        launches.forward(stream, *addresses)
+    return out, lse
+
+
+def _first_launches(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    packed_q: torch.Tensor | None,
+    counter: torch.Tensor,
+    bound: DeviceSchedule,
+    scale: float,
+) -> Launches:
+    """Launches with everything that need not be asked again for tensors of this layout."""
     from calibatt.runtime.kernels import gluon_compat, hopper  # Gluon: only where it is used
 
     batch, heads, tokens, head_dim = q.shape
-    q, k, v = addressable(q), addressable(k), addressable(v)
-    out = torch.empty_like(q)
-    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if return_lse else None
     ready = bound.derived(prepare)
     tiles, block_k = len(ready.tiles), bound.core.blocks.block_k
-    packed_q = packed_out = packed_lse = None
-    packed_grid = (-(-ready.packed_tokens // PACKED_ROWS), len(ready.anchored), batch)
-    if bound.anchored:
-        packed_q, packed_out = (q.new_empty(batch, heads, ready.packed_tokens, head_dim) for _ in range(2))
-        packed_lse = lse.new_empty(batch, heads, ready.packed_tokens) if lse is not None else None
-    group_q, layout = hopper.GROUP_Q.value, hopper.described_layout()
+    group_q, described = hopper.GROUP_Q.value, hopper.described_layout()
+    moving = ["q_desc", "k_desc", "v_desc", "out_desc", "counter"]
+    pack = None
+    if packed_q is not None:
+        moving += ["packed_q_desc", "out_ptr"]
+        arguments = {
+            "q_ptr": q,
+            "packed_ptr": packed_q,
+            "anchored_ptr": ready.anchored,
+            "heads_ptr": bound.heads,
+            "token_ptr": bound.query_token,
+            **dict(zip(("stride_b", "stride_h", "stride_n"), q.stride(), strict=False)),
+            "heads": heads,
+            "packed_tokens": ready.packed_tokens,
+            "ROWS": PACKED_ROWS,
+            "HEAD_DIM": head_dim,
+            "enable_fp_fusion": True,
+        }
+        grid = (len(ready.anchored), -(-ready.packed_tokens // PACKED_ROWS), batch)
+        pack = gluon_compat.Launch(pack_queries, grid, arguments, ["q_ptr", "packed_ptr"])
+    if lse is not None:
+        moving.append("lse_ptr")
 
     def describe(x: torch.Tensor | None, rows: int) -> Any:
-        return None if x is None else gluon_compat.describe(x, tile_strides(x), [1, 1, rows, head_dim], layout)
+        return None if x is None else gluon_compat.describe(x, tile_strides(x), [1, 1, rows, head_dim], described)
 
     arguments = {
         "q_desc": describe(q, group_q),
@@ -129,40 +229,42 @@ def run(
         "k_desc": describe(k, block_k),
         "v_desc": describe(v, block_k),
         "out_desc": describe(out, group_q),
-        "packed_out_desc": describe(packed_out, group_q),
+        "out_ptr": out if bound.anchored else None,
         "lse_ptr": lse,
-        "packed_lse_ptr": packed_lse,
         "tiles": ready.tiles,
         "columns": bound.columns,
-        "counter": torch.zeros(1, dtype=torch.int32, device=q.device),
+        "counter": counter,
+        "receivers": ready.receivers if bound.anchored else None,
+        **dict(zip(("out_stride_b", "out_stride_h", "out_stride_n"), tile_strides(out), strict=False)),
+        "width": bound.core.grid.width,
+        "most_copies": ready.most_copies,
         "tokens": tokens,
-        "packed_tokens": ready.packed_tokens,
         "heads": heads,
         "tiles_of_batch": tiles,
+        "tiles_of_pattern": ready.tiles_of_pattern,
         "work": tiles * batch,
         "scale_log2": scale * math.log2(math.e),
         "ANCHORED": bound.anchored,
-        "LSE": return_lse,
+        "LSE": lse is not None,
         "KV_SLOTS": hopper.kv_slots(head_dim, block_k),
         **hopper.LAUNCH_OPTIONS,
     }
-    with torch.cuda.device_of(q):
-        if packed_q is not None:
-            pack_queries[packed_grid](
-                q, packed_q, ready.anchored, bound.heads, bound.query_token, *q.stride()[:3], heads,
-                ready.packed_tokens, ROWS=PACKED_ROWS, HEAD_DIM=head_dim,
-            )  # fmt: skip
-        grid = (min(processors(q.device), tiles * batch), 1, 1)
-        gluon_compat.launch(
-            hopper.hopper_forward, ready.compiled, (batch, q.dtype, head_dim, return_lse), grid, arguments
-        )
-        if packed_q is not None:
-            spread_rows[packed_grid](
-                packed_out, packed_lse, out, lse, ready.anchored, bound.heads, bound.query_first, bound.query_copies,
-                *out.stride()[:3], heads, ready.packed_tokens, tokens, bound.core.grid.width,
-                ROWS=PACKED_ROWS, HEAD_DIM=head_dim, LSE=return_lse,
-            )  # fmt: skip
-    return out, lse
+    grid = (min(processors(q.device), tiles * batch), 1, 1)
+    return Launches(pack, gluon_compat.Launch(hopper.hopper_forward, grid, arguments, moving))
+
+
+def work_counter(device: torch.device, stream: int) -> torch.Tensor:
+    """Where the CTAs of a launch count tiles; 0 before and after.
+
+    Launches on one stream follow each other and share one. A CUDA graph, which may be replayed on any stream, has its
+    own for every launch, and sets it itself.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    counter = _counters.get((device, stream))
+    if counter is None:
+        counter = _counters[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
+    return counter
 
 
 def addressable(x: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ GROUP_Q = gl.constexpr(64)
 Q_SLOTS = gl.constexpr(2)
 """Tiles of queries in shared memory."""
 CONSUMERS = gl.constexpr(2)
-FACTS = gl.constexpr(4)
+FACTS = gl.constexpr(5)
 """Integers that the producer tells of a tile."""
 PRODUCER_REGISTERS = gl.constexpr(24)
 CONSUMER_REGISTERS = gl.constexpr(240)
@@ -150,7 +150,7 @@ def _first_reference(scores, valid, BLOCK_K: gl.constexpr, SCORES: gl.constexpr,
 @gluon.jit
 def _producer(
     q_desc, packed_q_desc, k_desc, v_desc, q_slots, k_slots, v_slots, facts, barriers, tiles, columns, counter,
-    tokens, tiles_of_batch, work,
+    tokens, tiles_of_batch, tiles_of_pattern, work,
     ANCHORED: gl.constexpr, KV_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Steps run over the blocks of all tiles of this CTA: step g brings K of block g and V of block g - 1."""
@@ -176,10 +176,11 @@ def _producer(
     place = gl.load(entry)
     start = gl.load(entry + 1)
     stop = gl.load(entry + 2)
-    column = gl.load(entry + 3)
+    last = gl.load(entry + 3)
     while index < work:
         head = (place >> 16) & 0x7FFF
         first_query = (place & 0xFFFF) * (GROUP_Q * CONSUMERS)
+        column = last & 0xFFFF
         count = gl.maximum(stop - start, 1)  # an empty list is one block without valid keys
         mbarrier.wait(q_free.index(q_at), q_parity)
         facts.index(q_at * FACTS).store(gl.full([1], place, gl.int32, ONE))
@@ -188,6 +189,9 @@ def _producer(
             gl.full([1], gl.where(stop > start, tokens - column * BLOCK_K, 0), gl.int32, ONE)
         )
         facts.index(q_at * FACTS + 3).store(gl.full([1], batch, gl.int32, ONE))
+        if ANCHORED:
+            packed_tile = (last >> 16) * tiles_of_pattern + (place & 0xFFFF)
+            facts.index(q_at * FACTS + 4).store(gl.full([1], packed_tile, gl.int32, ONE))
         mbarrier.arrive(told.index(q_at), count=1)
         full = q_full.index(q_at)
         mbarrier.expect(full, CONSUMERS * Q_BYTES)
@@ -207,7 +211,7 @@ def _producer(
         next_place = place
         next_start = start
         next_stop = stop
-        next_column = column
+        next_last = last
         for i in range(count):
             key = column * BLOCK_K
             # the next column early: its latency hides behind the waits below
@@ -233,19 +237,21 @@ def _producer(
             if i == 0:
                 next_index = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
             if i == gl.minimum(1, count - 1):
+                # every tile adds once: the last number is the last use of the counter
+                gl.store(counter, 0, mask=next_index == gl.num_programs(0) + work - 1)
                 exists = next_index < work
                 next_batch = next_index // tiles_of_batch
                 entry = tiles + (next_index - next_batch * tiles_of_batch) * 4
                 next_place = gl.load(entry, mask=exists, other=0)
                 next_start = gl.load(entry + 1, mask=exists, other=0)
                 next_stop = gl.load(entry + 2, mask=exists, other=0)
-                next_column = gl.load(entry + 3, mask=exists, other=0)
+                next_last = gl.load(entry + 3, mask=exists, other=0)
         index = next_index
         batch = next_batch
         place = next_place
         start = next_start
         stop = next_stop
-        column = next_column
+        last = next_last
     # no more tiles; the last V
     mbarrier.wait(q_free.index(q_at), q_parity)
     facts.index(q_at * FACTS + 1).store(gl.full([1], 0, gl.int32, ONE))
@@ -258,9 +264,19 @@ def _producer(
 
 
 @gluon.jit
+def _receivers(receivers, facts, q_at, GROUP: gl.constexpr, ROW: gl.constexpr):
+    """The first token that receives the output of each query of a packed tile, and how many do (0 of no query)."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    tile = gl.max(facts.index(q_at * FACTS + 4).load(ONE), axis=0)
+    row = tile * (GROUP_Q * CONSUMERS) + GROUP * GROUP_Q + gl.arange(0, GROUP_Q, layout=ROW)
+    both = gl.load(receivers + row)
+    return both.to(gl.int32), (both >> 32).to(gl.int32)
+
+
+@gluon.jit
 def _consumer(
-    out_desc, packed_out_desc, lse_ptr, packed_lse_ptr, q_slots, k_slots, v_slots, facts, barriers,
-    tokens, packed_tokens, heads, scale_log2,
+    out_desc, out_ptr, out_strides, lse_ptr, receivers, q_slots, k_slots, v_slots, facts, barriers,
+    width, most_copies, tokens, heads, scale_log2,
     GROUP: gl.constexpr, ANCHORED: gl.constexpr, LSE: gl.constexpr, KV_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The 64 queries of one warpgroup, of every tile of this CTA."""
@@ -280,7 +296,10 @@ def _consumer(
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUTPUT_ROW: gl.constexpr = gl.SliceLayout(1, OUTPUT)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    VECTOR: gl.constexpr = 8
+    COPIED: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 * VECTOR // HEAD_DIM, HEAD_DIM // VECTOR], [4, 1], [1, 0])
     no_scores = gl.zeros([GROUP_Q, BLOCK_K], gl.float32, SCORES)
+    out_stride_b, out_stride_h, out_stride_n = out_strides
     q_at = 0
     q_parity = 0
     k_at = 0
@@ -354,14 +373,16 @@ def _consumer(
         if LSE:
             row = first_query + gl.arange(0, GROUP_Q, layout=ROW)
             lse = (m * scale_log2 + gl.log2(row_sum)) * LN_2
-            line = batch * heads + head
+            lse_of_head = lse_ptr + (batch * heads + head).to(gl.int64) * tokens
             if ANCHORED:
                 if place < 0:
-                    gl.store(packed_lse_ptr + line.to(gl.int64) * packed_tokens + row, lse, mask=row < packed_tokens)
+                    first, copies = _receivers(receivers, facts, q_at, GROUP, ROW)
+                    for copy in range(most_copies):
+                        gl.store(lse_of_head + first + copy * width, lse, mask=copy < copies)
                 else:
-                    gl.store(lse_ptr + line.to(gl.int64) * tokens + row, lse, mask=row < tokens)
+                    gl.store(lse_of_head + row, lse, mask=row < tokens)
             else:
-                gl.store(lse_ptr + line.to(gl.int64) * tokens + row, lse, mask=row < tokens)
+                gl.store(lse_of_head + row, lse, mask=row < tokens)
         share = gl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
         s, m = _first_reference(s, valid, BLOCK_K, SCORES, ROW)
         p = gl.exp2(s * scale_log2 - (m * scale_log2)[:, None])
@@ -374,18 +395,24 @@ def _consumer(
         acc = acc * gl.convert_layout(share, OUTPUT_ROW)[:, None]
         q.store(acc.to(DTYPE))
         p_operand = gl.convert_layout(p.to(DTYPE), PROBABILITIES)
-        acc = gl.zeros([GROUP_Q, HEAD_DIM], gl.float32, OUTPUT)
         fence_async_shared()
-        coord = [batch, head, first_query, 0]
         if ANCHORED:
             if place < 0:
-                store_tile(packed_out_desc, coord, q)
+                rows = q.load(COPIED)
+                first, copies = _receivers(receivers, facts, q_at, GROUP, gl.SliceLayout(1, COPIED))
+                channel = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, COPIED))
+                out_of_head = out_ptr + batch.to(gl.int64) * out_stride_b + head.to(gl.int64) * out_stride_h
+                for copy in range(most_copies):
+                    token = (first + copy * width).to(gl.int64)
+                    target = out_of_head + (token * out_stride_n)[:, None] + channel[None, :]
+                    gl.store(target, rows, mask=(copy < copies)[:, None])
             else:
-                store_tile(out_desc, coord, q)
+                store_tile(out_desc, [batch, head, first_query, 0], q)
         else:
-            store_tile(out_desc, coord, q)
+            store_tile(out_desc, [batch, head, first_query, 0], q)
         tma.store_wait(pendings=0)
         mbarrier.arrive(q_free.index(q_at), count=1)
+        acc = gl.zeros([GROUP_Q, HEAD_DIM], gl.float32, OUTPUT)
         q_at = next_q
         q_parity = next_parity
         place = next_place
@@ -395,23 +422,31 @@ def _consumer(
 
 @gluon.jit
 def hopper_forward(
-    q_desc, packed_q_desc, k_desc, v_desc, out_desc, packed_out_desc, lse_ptr, packed_lse_ptr,
-    tiles, columns, counter, tokens, packed_tokens, heads, tiles_of_batch, work, scale_log2,
+    q_desc, packed_q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, tiles, columns, counter,
+    receivers, out_stride_b, out_stride_h, out_stride_n, width, most_copies,
+    tokens, heads, tiles_of_batch, tiles_of_pattern, work, scale_log2,
     ANCHORED: gl.constexpr, LSE: gl.constexpr, KV_SLOTS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid: at most one CTA an SM, and no more than `work`.
 
     Args:
         q_desc: TMA descriptor of ``(B, H, N, D)`` in tiles of GROUP_Q queries; rows past the end read as 0 and are
-            never written. So are `packed_q_desc`, `out_desc` and `packed_out_desc`.
-        packed_q_desc: Of the queries of anchored heads, ``(B, H, packed_tokens, D)``; only with ANCHORED.
+            never written. So are `packed_q_desc` and `out_desc`.
+        packed_q_desc: Of the queries of anchored heads, ``(B, H, packed tokens, D)``; only with ANCHORED.
         k_desc: In tiles of a key block. So is `v_desc`.
-        lse_ptr: fp32 ``(B, H, N)``; only with LSE. `packed_lse_ptr`: ``(B, H, packed_tokens)``.
+        out_ptr: What `out_desc` describes, with its strides in elements; only with ANCHORED.
+        lse_ptr: fp32 ``(B, H, N)``; only with LSE.
         tiles: int32 ``(tiles_of_batch, 4)`` in the order of execution: place, start and stop of the key blocks in
             `columns`, last key block. The place is the head in bits 16 to 30 and the tile of the head in bits 0 to 15;
-            it is negative where queries are packed.
+            it is negative where queries are packed, and the number of the head's pattern then is in bits 16 to 30 of
+            the last key block.
         columns: uint16, ascending within a list.
-        counter: int32 ``(1,)``, 0.
+        counter: int32 ``(1,)``, 0; it is 0 again afterwards, so that the next launch on a stream can use it.
+        receivers: int64, for each query of each packed tile of a pattern, in bits 0 to 31 the first token that
+            receives its output and above how many do; only with ANCHORED.
+        width: Tokens from one that receives an output to the next.
+        most_copies: The most tokens that receive one.
+        tiles_of_pattern: Packed tiles from one pattern to the next in `receivers`.
         work: Batch * tiles_of_batch.
         scale_log2: Scale of the scores * log2(e).
         KV_SLOTS: Key blocks in shared memory; value blocks are one fewer.
@@ -442,13 +477,14 @@ def hopper_forward(
         mbarrier.init(v_full.index(slot), count=1)
     fence_async_shared()
     barriers = (q_full, q_free, k_full, v_full, kv_read, told)
+    out_strides = (out_stride_b, out_stride_h, out_stride_n)
     gl.warp_specialize([
-        (_consumer, (out_desc, packed_out_desc, lse_ptr, packed_lse_ptr, q_slots, k_slots, v_slots, facts, barriers,
-                     tokens, packed_tokens, heads, scale_log2, 0, ANCHORED, LSE, KV_SLOTS)),
-        (_consumer, (out_desc, packed_out_desc, lse_ptr, packed_lse_ptr, q_slots, k_slots, v_slots, facts, barriers,
-                     tokens, packed_tokens, heads, scale_log2, 1, ANCHORED, LSE, KV_SLOTS)),
+        (_consumer, (out_desc, out_ptr, out_strides, lse_ptr, receivers, q_slots, k_slots, v_slots, facts, barriers,
+                     width, most_copies, tokens, heads, scale_log2, 0, ANCHORED, LSE, KV_SLOTS)),
+        (_consumer, (out_desc, out_ptr, out_strides, lse_ptr, receivers, q_slots, k_slots, v_slots, facts, barriers,
+                     width, most_copies, tokens, heads, scale_log2, 1, ANCHORED, LSE, KV_SLOTS)),
         (_producer, (q_desc, packed_q_desc, k_desc, v_desc, q_slots, k_slots, v_slots, facts, barriers, tiles, columns,
-                     counter, tokens, tiles_of_batch, work, ANCHORED, KV_SLOTS)),
+                     counter, tokens, tiles_of_batch, tiles_of_pattern, work, ANCHORED, KV_SLOTS)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 

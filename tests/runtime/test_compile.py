@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 from support import compile_hopper, compile_kernel
+from support.releases import OLDER_TRITON, run_program
 
 from calibatt.runtime.backends.hopper import TESTED_RELEASES, refused_release
 
@@ -30,17 +28,13 @@ HOPPER = [
     {"head_dim": 64, "block_k": 128, "dtype": "bf16", "anchored": True},
     {"head_dim": 64, "block_k": 64, "dtype": "fp16", "anchored": True},
 ]
-OLDER_TRITON = "CALIBATT_OLDER_TRITON"
-"""Environment variable: a folder with the oldest of the tested releases (``make test`` installs it)."""
+ANCHORED_STACK_BYTES = 64
+"""A thread's place in the copies of anchor rows: written once a launch and read once a tile, never within a step."""
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, int]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, compile_kernel.__file__, json.dumps(SM90 + OTHERS)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return run_program(compile_kernel, SM90 + OTHERS)
 
 
 def test_sm90_uses_the_tensor_cores_and_spills_nothing(compiled: list[dict[str, int]]) -> None:
@@ -67,15 +61,9 @@ def test_hopper_compiles_under_the_oldest_tested_triton() -> None:
 
 def check_hopper(folder: str | None) -> list[dict[str, int | str]]:
     """Compiles every case with the installed triton or with the one in a folder."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if folder is not None:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, environment.get("PYTHONPATH")]))
-    command = [sys.executable, compile_hopper.__file__, json.dumps(HOPPER)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    usages = json.loads(result.stdout.splitlines()[0])
+    usages = run_program(compile_hopper, HOPPER, folder)
     for case, usage in zip(HOPPER, usages, strict=True):
-        assert usage["stack_bytes"] == 0, (case, usage)
+        assert usage["stack_bytes"] <= (ANCHORED_STACK_BYTES if case["anchored"] else 0), (case, usage)
         assert usage["registers"] == 168, (case, usage)
         assert usage["shared_bytes"] <= compile_kernel.SHARED_BYTES[90], (case, usage)
         assert usage["wgmma"] > 0, (case, usage)

@@ -137,6 +137,71 @@ def test_hopper_gives_equal_bits_every_time(anchored: list[int]) -> None:
     assert not differ
 
 
+def test_hopper_follows_tensors_that_change() -> None:
+    """Addresses, strides, batch, dtype, scale: in turns, so that what was kept of a call meets other tensors."""
+    schedule = made(TokenGrid(frames=5, height=12, width=26, text_after=33), Blocks(128, 128))
+    layouts = []
+    for dtype, batch in ((torch.bfloat16, 1), (torch.bfloat16, 2), (torch.float16, 1)):
+        q, k, v = inputs(schedule, dtype, 128, batch)
+        fused = torch.stack([q, k, v]).permute(1, 3, 0, 2, 4).contiguous().permute(2, 0, 3, 1, 4)
+        layouts += [(q, k, v), (q.contiguous(), k, v.contiguous()), tuple(fused)]
+    expected: dict[int, torch.Tensor] = {}
+    for turn in range(3):
+        for at, (q, k, v) in enumerate(layouts):
+            q = q.clone() if turn else q
+            out = planned_attention(q, k, v, schedule, backend="hopper", scale=0.1 if at % 2 else None)
+            if turn == 0:
+                check_against_oracle(out, q, k, v, schedule, scale=0.1 if at % 2 else None)
+            assert torch.equal(out, expected.setdefault(at, out))
+
+
+@pytest.mark.parametrize("anchored", [[], [1, 3]], ids=["plain", "anchored"])
+def test_hopper_on_streams_at_once(anchored: list[int]) -> None:
+    core = random_schedule(
+        np.random.default_rng(0), TokenGrid(3, 30, 52), Blocks(128, 128), 4, 0.3, anchored_heads=anchored
+    )
+    schedule = LayerSchedule(core)
+    q, k, v = inputs(schedule, torch.bfloat16, 128)
+    expected = attend(q, k, v, schedule, "hopper")
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    outs = []
+    for _ in range(25):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outs.append(attend(q, k, v, schedule, "hopper"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in outs)
+
+
+@pytest.mark.parametrize("anchored", [[], [1, 3]], ids=["plain", "anchored"])
+def test_hopper_graphs_replayed_at_once(anchored: list[int]) -> None:
+    """Two graphs of two launches each, captured on one stream and replayed on two."""
+    core = random_schedule(
+        np.random.default_rng(0), TokenGrid(3, 30, 52), Blocks(128, 128), 4, 0.3, anchored_heads=anchored
+    )
+    schedule = LayerSchedule(core)
+    q, k, v = inputs(schedule, torch.bfloat16, 128)
+    expected = attend(q, k, v, schedule, "hopper")
+    graphs, outs = [], []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs += [attend(q, k, v, schedule, "hopper") for _ in range(2)]
+        graphs.append(graph)
+    for out in outs:
+        out.zero_()
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(10):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in outs)
+    assert torch.equal(attend(q, k, v, schedule, "hopper"), expected)
+
+
 @pytest.mark.parametrize("blocks", [Blocks(64, 64), Blocks(128, 64), Blocks(256, 256), Blocks(16, 32)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_blocks_and_head_sizes_with_text(blocks: Blocks, head_dim: int) -> None:

@@ -20,6 +20,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from calibatt.runtime.kernels import hopper
 
 DESCRIBED = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4, transposed=False, fp4_padded=False"
+POINTERS = {"lse_ptr": "*fp32", "tiles": "*i32", "columns": "*u16", "counter": "*i32", "receivers": "*i64"}
+ONLY_ANCHORED = ("packed_q_desc", "out_ptr", "receivers")
 OPTIONS = {name: value for name, value in hopper.LAUNCH_OPTIONS.items() if name != "num_ctas"}
 
 
@@ -38,19 +40,16 @@ def compile_case(head_dim: int, block_k: int, dtype: str, anchored: bool, lse: b
 
     signature, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        if not anchored and name.startswith("packed_") and name != "packed_tokens":
-            constants[name] = None
-        if not lse and name in ("lse_ptr", "packed_lse_ptr"):
+        if (not anchored and name in ONLY_ANCHORED) or (not lse and name == "lse_ptr"):
             constants[name] = None
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_desc"):
             signature[name] = described(block_k if name in ("k_desc", "v_desc") else 64)
-        elif name in ("lse_ptr", "packed_lse_ptr", "tiles", "columns", "counter"):
-            signature[name] = {"columns": "*u16", "tiles": "*i32", "counter": "*i32"}.get(name, "*fp32")
-            aligned[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "scale_log2" else "i32"
+            signature[name] = {"out_ptr": f"*{dtype}", **POINTERS}.get(name, "fp32" if name == "scale_log2" else "i32")
+            if signature[name].startswith("*") or name.startswith("out_stride_"):
+                aligned[(index,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS)
     with tempfile.TemporaryDirectory() as folder:

@@ -278,7 +278,16 @@ def test_the_recorder_is_compared_with_the_forward(tmp_path: Path) -> None:
         assert row["extra_ms_a_layer"] == pytest.approx((row["median_ms"] - plain["median_ms"]) / 2)
         assert row["store_bytes_a_layer"] > 500
         assert row["extra_peak_device_bytes"] is None
-    names = ["projection factor", "block statistics", "keep planes", "menu errors", "row errors", "all", "write"]
+    names = [
+        "projection factor",
+        "projected values",
+        "block statistics",
+        "keep planes",
+        "menu errors",
+        "row errors",
+        "all",
+        "write",
+    ]
     assert [row["statistic"] for row in found["statistics"]] == 2 * names
     assert all(math.isfinite(row["median_ms"]) and row["median_ms"] > 0 for row in found["statistics"])
     assert all(row["tflops"] > 0 for row in rows(found, "statistics", statistic="block statistics"))

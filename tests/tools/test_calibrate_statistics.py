@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibatt.compiler.stats import Manifest, default_windows, window_keep
+from calibatt.compiler.stats import Manifest, default_windows, quantise, window_keep
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
 from calibatt.tools.calibrate import statistics
 
@@ -151,7 +151,8 @@ def test_row_errors_compare_rows_of_one_frame():
     grid = TokenGrid(2, 4, 3, text_before=2, text_after=1)
     *_, out, _, projection = call(grid, 3)
     factor = statistics.projection_factor(projection, HEADS, HEAD_DIM)
-    relative, residual = statistics.row_errors(out, factor, grid, 2)
+    relative, residual, size = statistics.row_errors(out, factor, grid, 2)
+    np.testing.assert_allclose(size, behind(projection, out).square().sum(-1).mean(1), rtol=1e-4)
     video = out[:, 2:-1].double().view(HEADS, 2, 4, 3, HEAD_DIM)
     for row in range(4):
         for at, offset in enumerate((-2, -1, 1, 2)):
@@ -166,10 +167,26 @@ def test_row_errors_compare_rows_of_one_frame():
             np.testing.assert_allclose(residual[:, row, at], expected, rtol=1e-4)
 
 
+@given(st.lists(st.floats(0, 1, width=32), min_size=1), st.floats(0, 1e3, width=32))
+def test_codes_are_those_of_the_store(shares, peak):
+    values = torch.tensor(shares, dtype=torch.float32) * peak
+    found = statistics.log_codes(values, torch.tensor(peak)).numpy().astype(int)
+    wanted = quantise(values.numpy(), peak).astype(int)
+    assert np.abs(found - wanted).max() <= 1, "a rounding apart"
+    assert ((found == 255) == (wanted == 255))[values.numpy() == 0].all()
+
+
+@given(st.integers(1, 40), st.integers(0, 3))
+def test_packed_planes_are_little_endian_bits(width, seed):
+    planes = torch.rand(2, 3, width, generator=torch.Generator().manual_seed(seed)) > 0.5
+    assert np.array_equal(statistics.pack(planes), np.packbits(planes, axis=-1, bitorder="little"))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("blocks", "stride", "head_dim"), [((128, 128), 1, 128), ((64, 64), 2, 64), ((128, 64), 4, 64)]
+    ("blocks", "stride", "head_dim"),
+    [((128, 128), 1, 128), ((128, 128), 8, 128), ((64, 64), 2, 64), ((128, 64), 4, 64)],
 )
 def test_triton_agrees_with_pytorch_on_a_gpu(dtype, blocks, stride, head_dim):
     from calibatt.tools.calibrate import kernels

@@ -5,6 +5,7 @@ A forward that calibatt-calibrate records, its store written to a temporary fold
 not recorded; in turns, on published architectures at published sizes with random weights, eager. Then each statistic
 of one layer's call alone:
   projection factor  of every head, from the output projection
+  projected values   behind the output projection
   block statistics   mass and error of every block pair (a triton kernel on a GPU, PyTorch elsewhere)
   keep planes        from the mass
   menu errors        exact masked attention on a few query blocks
@@ -53,6 +54,7 @@ from calibatt.tools.calibrate.statistics import (
     block_statistics,
     keep_planes,
     menu_errors,
+    projected_values,
     projection_factor,
     row_errors,
     unit_statistics,
@@ -104,7 +106,7 @@ def statistics(call: Call, manifest: Manifest) -> dict[str, Callable[[], Any]]:
     q, k, v = call.q, call.k, call.v
     heads, _, head_dim = q.shape
     factor = projection_factor(call.projection, heads, head_dim)
-    projected = v.float() @ factor
+    projected = projected_values(v, factor)
     if q.is_cuda:
         from calibatt.tools.calibrate.kernels import block_statistics as measure
     else:
@@ -116,6 +118,7 @@ def statistics(call: Call, manifest: Manifest) -> dict[str, Callable[[], Any]]:
     everything = {"projection": call.projection, "residual_square": call.residual_square, "seed": 0}
     return {
         "projection factor": partial(projection_factor, call.projection, heads, head_dim),
+        "projected values": partial(projected_values, v, factor),
         "block statistics": partial(measure, q, k, projected, blocks, stride),
         "keep planes": partial(keep_planes, mass, manifest.thresholds),
         "menu errors": partial(menu_errors, q, k, v, menu, factor, blocks, stride, 0),

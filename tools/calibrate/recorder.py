@@ -6,6 +6,7 @@ import hashlib
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.tools.calibrate.listen import Call, ListenError, listening
 from calibatt.tools.calibrate.sampler import OnStep, Sampler
 
+UNITS_AHEAD = 2
+"""Units that wait in memory to be written while the model goes on."""
 TIME_TOLERANCE = 1e-3
 """How far the time that a forward receives may be from the sampler's: timesteps are rounded to a thousandth."""
 
@@ -147,6 +150,7 @@ class Recorder:
         count = StepCounter(self.sampler.times)
         begun = time.perf_counter()
         written = [0] * len(self.steps)
+        writes: list[Future[int]] = []
         here = 0
 
         def on_forward(now: float) -> bool:
@@ -166,12 +170,19 @@ class Recorder:
                 residual_square=call.residual_square,
                 seed=zlib.crc32(f"{name}/{here}/{call.layer}".encode()),
             )
-            sample.write(here, call.layer, unit)
+            if len(writes) >= UNITS_AHEAD:
+                writes.pop(0).result()
+            writes.append(files.submit(sample.write, here, call.layer, unit))
             written[here] += 1
             self._on_unit()
 
-        with listening(self.sampler.transformer, self.manifest.grid, on_forward, on_call, self.adapter):
+        with (
+            ThreadPoolExecutor(1) as files,
+            listening(self.sampler.transformer, self.manifest.grid, on_forward, on_call, self.adapter),
+        ):
             final = self.sampler.run(prompt, seed, on_step=on_step)
+            for write in writes:
+                write.result()
         if absent := [self.manifest.times[index] for index, units in enumerate(written) if not units]:
             raise ListenError(f"every recorded step must have a forward {branch}, got none at times {absent}")
         known = {"prompt": prompt, "seed": seed, "branch": branch, "steps": len(self.sampler.times)}

@@ -8,18 +8,23 @@ change dO of head h's output makes has the squared size ||dO A_h||^2, so values 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from calibatt.compiler.stats import Manifest, UnitStatistics, quantise, window_keep
+from calibatt.compiler.stats import STEPS_PER_OCTAVE, ZERO_CODE, Manifest, UnitStatistics, window_keep
 from calibatt.plans import Blocks, TokenGrid
 
 MENU_QUERY_BLOCKS = 8
 """Query blocks on which the output error of the menu's masks is measured exactly."""
 SCORES_AT_ONCE = 1 << 23
 """Scores that the PyTorch path holds at a time, over all heads (32 MiB in float32)."""
+DIAGONAL_SHARE = 1e-10
+"""Of the mean of a diagonal, added to all of it."""
+VALUES_AT_ONCE = 1 << 26
+"""Numbers of all tokens' values that are behind the projection at a time, in whole heads (256 MiB in float32)."""
 
 
 def unit_statistics(
@@ -53,25 +58,22 @@ def unit_statistics(
     grid, blocks = manifest.grid, manifest.blocks
     heads, tokens, head_dim = q.shape
     factor = projection_factor(projection, heads, head_dim)
-    # o_J - O does not change when all values are shifted; centred values keep the difference of large numbers small
-    projected = (v.float() @ factor).sub_((v.float() @ factor).mean(1, keepdim=True))
     stride = manifest.query_stride
     if q.is_cuda:
         from calibatt.tools.calibrate.kernels import block_statistics as measure
     else:
         measure = block_statistics
-    mass, error = measure(q, k, projected, blocks, stride)
+    mass, error = measure(q, k, projected_values(v, factor), blocks, stride)
     there = (..., slice(blocks.q_blocks(tokens)), slice(blocks.k_blocks(tokens)))
     mass, error = (_with_padding(x, manifest.q_blocks, manifest.k_blocks) for x in (mass, error / residual_square))
     planes = keep_planes(mass, manifest.thresholds)
-    windows = [torch.tensor(window_keep(w, grid, blocks), device=q.device) for w in manifest.windows]
-    menu = torch.cat([planes, torch.stack(windows)[:, None].expand(-1, heads, -1, -1)]) if windows else planes
-    menu_error, menu_residual = menu_errors(q, k, v, menu[there], factor, blocks, stride, seed)
-    row_error, row_residual = row_errors(out, factor, grid, manifest.row_radius)
-    size = (out.float() @ factor).square().sum((1, 2)) / tokens
+    windows = _windows(manifest, q.device)[:, None].expand(-1, heads, -1, -1)
+    menu = torch.cat([planes[there], windows[there]])
+    menu_error, menu_residual = menu_errors(q, k, v, menu, factor, blocks, stride, seed)
+    row_error, row_residual, size = row_errors(out, factor, grid, manifest.row_radius)
     return UnitStatistics(
-        planes=np.packbits(planes.cpu().numpy(), axis=-1, bitorder="little"),
-        block_mass=quantise(mass.clamp(max=1).cpu().numpy(), 1.0) if manifest.has_mass else None,
+        planes=pack(planes).cpu().numpy(),
+        block_mass=log_codes(mass.clamp(max=1), mass.new_ones(())).cpu().numpy() if manifest.has_mass else None,
         **_block_error(error, manifest),
         menu_error=menu_error.cpu().numpy(),
         menu_residual_error=(menu_residual / residual_square).cpu().numpy(),
@@ -79,6 +81,32 @@ def unit_statistics(
         row_error=row_error.cpu().numpy(),
         row_residual_error=(row_residual / residual_square).cpu().numpy(),
     )
+
+
+@lru_cache(maxsize=1)
+def _windows(manifest: Manifest, device: torch.device) -> Tensor:
+    """The manifest's windows, bool ``(W, Q, K)``."""
+    keeps = [window_keep(window, manifest.grid, manifest.blocks) for window in manifest.windows]
+    shape = (len(keeps), manifest.q_blocks, manifest.k_blocks)
+    return torch.from_numpy(np.array(keeps, np.bool_).reshape(shape)).to(device)
+
+
+def pack(planes: Tensor) -> Tensor:
+    """bool ``(..., K)`` as bits, uint8 ``(..., ceil(K / 8))``, little-endian, where the planes are."""
+    bits = torch.nn.functional.pad(planes.to(torch.uint8), (0, -planes.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    places = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=planes.device)
+    return (bits * places).sum(-1, dtype=torch.uint8)
+
+
+def log_codes(values: Tensor, peak: Tensor) -> Tensor:
+    """`calibatt.compiler.stats.quantise` where the values are: uint8 codes, at most one off where rounding decides.
+
+    Args:
+        values: float32, 0 <= values <= peak.
+        peak: What code 0 stands for; broadcasts.
+    """
+    code = torch.round(STEPS_PER_OCTAVE * (peak.log2() - values.log2()))  # of 0 infinite, of 0 under 0 NaN
+    return code.nan_to_num(ZERO_CODE, ZERO_CODE).clamp(0, ZERO_CODE).to(torch.uint8)
 
 
 def _with_padding(x: Tensor, q_blocks: int, k_blocks: int) -> Tensor:
@@ -90,15 +118,39 @@ def _block_error(error: Tensor, manifest: Manifest) -> dict[str, np.ndarray]:
     if not manifest.has_block_error:
         return {}
     peak = error.amax((1, 2))
-    codes = quantise(error.cpu().numpy(), peak.cpu().numpy()[:, None, None])
-    return {"block_error": codes, "block_error_peak": peak.cpu().numpy()}
+    codes = log_codes(error, peak[:, None, None])
+    return {"block_error": codes.cpu().numpy(), "block_error_peak": peak.cpu().numpy()}
 
 
 def projection_factor(projection: Tensor, heads: int, head_dim: int) -> Tensor:
-    """A_h ``(H, D, D)`` float32 with ||o A_h|| = ||W_h o|| for each head's slice W_h of ``(dim, H * D)``."""
-    slices = projection.float().view(-1, heads, head_dim).transpose(0, 1)
-    values, vectors = torch.linalg.eigh(slices.mT @ slices)
-    return vectors * values.clamp(min=0).sqrt()[:, None]
+    """A_h ``(H, D, D)`` float32 with ||o A_h|| = ||W_h o|| for each head's slice W_h of ``(dim, H * D)``.
+
+    A_h is the Cholesky factor of W_h^T W_h; what is added to its diagonal, so that it exists for any W_h, is far below
+    the rounding of float32.
+    """
+    slices = projection.double().view(-1, heads, head_dim).transpose(0, 1)
+    square = slices.mT @ slices
+    diagonal = square.diagonal(dim1=1, dim2=2)
+    diagonal += diagonal.mean(1, keepdim=True) * DIAGONAL_SHARE + torch.finfo(torch.float32).tiny
+    return torch.linalg.cholesky(square).float()
+
+
+def projected_values(v: Tensor, factor: Tensor) -> Tensor:
+    """Values behind the projection, ``(H, N, D)``: float32, or on a GPU of v's dtype, as `kernels` wants them.
+
+    They are centred: o_J - O does not change when all values are shifted, and differences of small numbers are exact.
+    """
+    found = torch.empty(v.shape, dtype=v.dtype if v.is_cuda else torch.float32, device=v.device)
+    for some in _heads_at_once(v):
+        behind = v[some].float() @ factor[some]
+        found[some] = behind.sub_(behind.mean(1, keepdim=True))
+    return found
+
+
+def _heads_at_once(x: Tensor) -> Iterator[slice]:
+    """Slices of the heads of ``(H, N, D)``, `VALUES_AT_ONCE` numbers each."""
+    step = max(1, VALUES_AT_ONCE // (x.shape[1] * x.shape[2]))
+    return (slice(first, min(first + step, len(x))) for first in range(0, len(x), step))
 
 
 def _padded(x: Tensor, tokens: int) -> Tensor:
@@ -218,8 +270,8 @@ def menu_errors(
     return lost / size.clamp(min=1e-30), projected / queries
 
 
-def row_errors(out: Tensor, factor: Tensor, grid: TokenGrid, radius: int) -> tuple[Tensor, Tensor]:
-    """How well a row's output stands for its neighbours in the frame.
+def row_errors(out: Tensor, factor: Tensor, grid: TokenGrid, radius: int) -> tuple[Tensor, Tensor, Tensor]:
+    """How well a row's output stands for its neighbours in the frame, and how large the output is.
 
     Args:
         out: ``(H, N, D)`` attention output.
@@ -228,13 +280,23 @@ def row_errors(out: Tensor, factor: Tensor, grid: TokenGrid, radius: int) -> tup
         radius: Largest offset, in rows.
 
     Returns:
-        Float32 ``(H, height, 2 * radius)`` each, offsets -radius..-1, 1..radius, NaN outside the frame:
+        Float32 ``(H, height, 2 * radius)`` twice, offsets -radius..-1, 1..radius, NaN outside the frame:
         sum ||O[r] - O[r + d]||^2 / sum ||O[r]||^2 over frames and columns, and mean ||(O[r] - O[r + d]) W_h||^2.
+        And float32 ``(H,)``: mean ||O W_h||^2 over all tokens.
     """
-    video = out[:, grid.text_before : grid.text_before + grid.video_tokens].float()
+    parts = [_row_errors(out[some], factor[some], grid, radius) for some in _heads_at_once(out)]
+    relative, residual, size = (torch.cat(part) for part in zip(*parts, strict=True))
+    return relative, residual, size
+
+
+def _row_errors(out: Tensor, factor: Tensor, grid: TokenGrid, radius: int) -> tuple[Tensor, Tensor, Tensor]:
+    out = out.float()
+    projected = out @ factor
+    size = projected.square().sum((1, 2)) / out.shape[1]
+    video = slice(grid.text_before, grid.text_before + grid.video_tokens)
     shape = (out.shape[0], grid.frames, grid.height, grid.width, -1)
-    plain, behind = video.reshape(shape), (video @ factor).reshape(shape)
-    size = plain.square().sum((1, 3, 4)).clamp(min=1e-30)
+    plain, behind = out[:, video].reshape(shape), projected[:, video].reshape(shape)
+    row_size = plain.square().sum((1, 3, 4)).clamp(min=1e-30)
     relative = out.new_full((out.shape[0], grid.height, 2 * radius), torch.nan, dtype=torch.float32)
     residual = relative.clone()
     for offset in range(1, min(radius, grid.height - 1) + 1):
@@ -242,6 +304,9 @@ def row_errors(out: Tensor, factor: Tensor, grid: TokenGrid, radius: int) -> tup
         moved = (behind[:, :, offset:] - behind[:, :, :-offset]).square().sum((1, 3, 4))
         moved = moved / (grid.frames * grid.width)
         up, down = radius + offset - 1, radius - offset
-        relative[:, :-offset, up], relative[:, offset:, down] = change / size[:, :-offset], change / size[:, offset:]
+        relative[:, :-offset, up], relative[:, offset:, down] = (
+            change / row_size[:, :-offset],
+            change / row_size[:, offset:],
+        )
         residual[:, :-offset, up], residual[:, offset:, down] = moved, moved
-    return relative, residual
+    return relative, residual, size

@@ -1,0 +1,47 @@
+"""What the hopper backend derives from a schedule, read as its kernel reads it."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.schedules import layer_schedules
+
+from calibatt.plans import Blocks
+from calibatt.plans import LayerSchedule as CoreSchedule
+from calibatt.plans.schedule import NO_ANCHORS
+from calibatt.runtime.backends.hopper import BLOCKS_K, BLOCKS_Q, prepare
+from calibatt.runtime.schedule import LayerSchedule
+
+BLOCKS = st.builds(Blocks, st.sampled_from(BLOCKS_Q), st.sampled_from(BLOCKS_K))
+
+
+@given(layer_schedules(blocks=BLOCKS))
+def test_tiles_and_receivers(core: CoreSchedule) -> None:
+    """Following every tile to who receives its outputs gives the oracle's view of every head."""
+    core.check()
+    bound = LayerSchedule(core).bind("cpu")
+    ready = prepare(bound)
+    block_q = core.blocks.block_q
+    source = torch.full((core.heads, core.grid.tokens), -1)
+    for place, start, stop, last in ready.tiles.tolist():
+        head, tile = place >> 16 & 0x7FFF, place & 0xFFFF
+        assert bound.columns[start:stop].tolist() == core.columns(head, tile).tolist()
+        assert last & 0xFFFF == bound.columns[stop - 1]
+        query = torch.arange(tile * block_q, (tile + 1) * block_q)
+        assert (place < 0) == (core.head_anchor[head] != NO_ANCHORS)
+        if place >= 0:
+            query = query[query < core.grid.tokens]
+            source[head, query] = query
+            continue
+        row = ((last >> 16) * ready.tiles_of_pattern + tile) * block_q + torch.arange(block_q)
+        both = ready.receivers.view(-1)[row]
+        packed, start_of_head = bound.heads[head].tolist()
+        for at, receives in zip(query.tolist(), both.tolist(), strict=True):
+            first, copies = receives & 0xFFFFFFFF, receives >> 32
+            assert copies <= ready.most_copies
+            assert (copies > 0) == (at < packed)
+            for copy in range(copies):
+                source[head, first + copy * core.grid.width] = bound.query_token[start_of_head + at]
+    for head in range(core.heads):
+        assert source[head].tolist() == core.token_source(head).tolist()

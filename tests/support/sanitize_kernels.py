@@ -1,0 +1,55 @@
+"""Every CUDA kernel once, at the smallest sizes that reach all its code; for a tool that watches memory:
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/support/sanitize_kernels.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 --kernel-regex kns=hopper_forward python ...
+
+Some cases have more tiles than the device has processors, so that a CTA takes several, and steps enough to fill all
+queues and to wrap them. Results are compared with the oracle, so that it also shows what a tool disturbs.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+
+from calibatt.plans import Blocks, TokenGrid
+from calibatt.runtime.backends import hopper as hopper_backend
+from calibatt.runtime.ops import planned_attention
+from calibatt.runtime.schedule import LayerSchedule
+from support.budget import check_against_oracle
+from support.schedules import random_schedule
+
+CASES = {
+    "hopper": [(128, 128, torch.bfloat16, True), (64, 64, torch.float16, True), (128, 128, torch.bfloat16, False)],
+    "triton": [(128, 128, torch.bfloat16, True), (64, 64, torch.float16, False)],
+}
+"""Head size, block_k, dtype and whether some heads have anchors."""
+FEW_PROCESSORS = 3
+"""That the hopper kernel is told of: a few CTAs then take all tiles."""
+
+
+def run_case(backend: str, head_dim: int, block_k: int, dtype: torch.dtype, anchored: bool) -> None:
+    """Twice, so that the second launch is one of `gluon_compat.Launch`; once with scores that overshoot."""
+    grid = TokenGrid(2, 9, 26, text_before=7, text_after=33)
+    core = random_schedule(
+        np.random.default_rng(0), grid, Blocks(128, block_k), 3, 0.7, dense_heads=[2],
+        anchored_heads=[1, 2] if anchored else [],
+    )  # fmt: skip
+    core.check()
+    schedule = LayerSchedule(core)
+    torch.manual_seed(0)
+    shape = (2, grid.tokens, 3, head_dim)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3))
+    for factor in (1, 1, 40):
+        out, lse = planned_attention(q * factor, k, v, schedule, backend=backend, return_lse=True)
+        check_against_oracle(out, q * factor, k, v, schedule, lse=lse)
+
+
+if __name__ == "__main__":
+    hopper_backend.processors = lambda device: FEW_PROCESSORS
+    for name in sys.argv[1:] or CASES:
+        for case in CASES[name]:
+            run_case(name, *case)
+            print(name, *case, "as the oracle", flush=True)
