@@ -196,6 +196,12 @@ def test_compiled_model_takes_every_time_in_one_graph(calls: list[Any]) -> None:
     assert {call[1:] for call in calls} == {((2, HEADS, GRID.tokens, HEAD_DIM), GRID.tokens)}
 
 
+def test_cuda_graphs_leave_the_ops_out() -> None:
+    """A graph would repeat the segment that it was captured in (what they then compute: test_attach_gpu.py)."""
+    for op in (torch.ops.calibatt.attend.default, torch.ops.calibatt.resolve_segment.default):
+        assert torch.Tag.cudagraph_unsafe in op.tags
+
+
 def test_changing_plans_recompiles_nothing() -> None:
     model, plans = make_model(), [make_plan(seed=1), make_plan(seed=2)]
     expected = [masked(model, plan) for plan in plans]
