@@ -51,7 +51,7 @@ class Attachment:
         self._session.join(unwrap(model), adapter.sites(model))
         for plan in plans:
             self._session.check_parallel(plan)
-        weight = adapter.output_weight(adapter.sites(model)[0])
+        weight = next(adapter.sites(model)[0].attention.parameters())
         self._session.prepare(*_where_it_runs(unwrap(model), weight))
         self._session.interception = _intercept(model, adapter, self._session)
 
