@@ -103,6 +103,11 @@ class ShorterPlans:
         self._plan, self._segments, self._text_after = plan, segments, text_after
         self._made: dict[int, ResidentSchedules] = {}
 
+    @property
+    def bound_bytes(self) -> int:
+        """Bytes on all devices, the plan's own not counted."""
+        return sum(made.bound_bytes for made in tuple(self._made.values()))
+
     def __getitem__(self, text_after: int) -> ResidentSchedules:
         """The schedules for so many text tokens."""
         if text_after == self._text_after:

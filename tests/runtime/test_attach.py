@@ -500,4 +500,5 @@ def test_load_and_explain(tmp_path: Any) -> None:
     model = make_model()
     with loaded.attach(model) as attachment:
         text = attachment.explain()
+    assert f"index arrays on devices now: {loaded.bound_bytes / 2**20:.1f} MiB" in text
     assert f"time 0.9370 to 1.0000: mean {np.mean([s.density for s in loaded.layers(2)]):.3f}; " in text

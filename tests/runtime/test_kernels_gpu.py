@@ -306,7 +306,7 @@ def test_unpacking_takes_little_time(k_blocks: int) -> None:
     bits[:, 0] |= 1
     counts = (bits[:, :, None] >> torch.arange(8, dtype=torch.uint8, device="cuda") & 1).sum((1, 2))
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int() + k_blocks
-    columns = torch.zeros(24_001 * k_blocks + 1, dtype=torch.uint16, device="cuda")
+    columns = torch.zeros(24_001 * k_blocks + 1, dtype=torch.int16, device="cuda").view(torch.uint16)
     lists = PackedLists(bits, starts, k_blocks, Room(columns))
     by_torch = columns.clone()
     unpack_by_torch(lists, by_torch)

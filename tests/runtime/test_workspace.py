@@ -71,7 +71,7 @@ def test_kernel_and_torch_unpack_any_number_of_key_blocks(k_blocks: int, unpack:
     keep[1:, 0] |= ~keep[1:].any(1)
     keep[2], keep[2, -1] = False, True
     starts = k_blocks + np.cumsum([0, *keep.sum(1)])
-    columns = torch.full((int(starts[-1]) + 3,), 7, dtype=torch.uint16, device=DEVICE)
+    columns = torch.full((int(starts[-1]) + 3,), 7, dtype=torch.int16, device=DEVICE).view(torch.uint16)
     bits = torch.from_numpy(np.packbits(keep, axis=1, bitorder="little")).to(DEVICE)
     lists = PackedLists(bits, torch.from_numpy(starts.astype(np.int32)).to(DEVICE), k_blocks, Room(columns))
     unpack(lists, columns)
