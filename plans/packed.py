@@ -21,7 +21,7 @@ import numpy.typing as npt
 import zstandard
 
 from calibatt.plans.errors import MaskError, ScheduleError
-from calibatt.plans.schedule import DENSE, Int32, LayerSchedule, check_anchors, check_types
+from calibatt.plans.schedule import DENSE, Int32, LayerSchedule, UInt16, check_anchors, check_kept, check_types
 from calibatt.plans.schema import Blocks, TokenGrid
 
 UInt8 = npt.NDArray[np.uint8]
@@ -89,6 +89,13 @@ class PackedLayer:
         found: npt.NDArray[np.int64] = np.einsum("ij->i", np.bitwise_count(words), dtype=np.uint32).astype(np.int64)
         return found  # three times as fast as a sum of int64
 
+    @property
+    def row_ptr(self) -> Int32:
+        """int32 ``(lists + 1,)``, as in `LayerSchedule`."""
+        found = np.zeros(len(self.list_bits) + 1, np.int32)
+        np.cumsum(self.lengths, out=found[1:])
+        return found
+
     @cached_property
     def _shell(self) -> LayerSchedule:
         """The schedule with one block in each list: all but the lists themselves."""
@@ -138,8 +145,7 @@ class PackedLayer:
 
     def schedule(self) -> LayerSchedule:
         """The lowered form, what kernels use; of a layer that keeps its promises."""
-        row_ptr = np.zeros(len(self.list_bits) + 1, np.int32)
-        np.cumsum(self.lengths, out=row_ptr[1:])
+        row_ptr = self.row_ptr
         col_idx = np.empty(int(row_ptr[-1]), np.uint16)
         width = 8 * self.list_bits.shape[1]
         for start in range(0, len(self.list_bits), _ROWS_AT_ONCE):  # a part at a time stays in the cache
@@ -152,6 +158,33 @@ class PackedLayer:
         small = {name: getattr(self, name) for name in SMALL_ARRAYS}
         return LayerSchedule(grid=self.grid, blocks=self.blocks, row_ptr=row_ptr, col_idx=col_idx, **small)
 
+    def later(self) -> LayerSchedule:
+        """`schedule`, whose lists are unpacked when something first asks for them."""
+        return _UnpackedLater(self)
+
+    def select(self, heads: Sequence[int]) -> PackedLayer:
+        """As `LayerSchedule.select`."""
+        chosen = self._shell.select(heads)
+        used = self._shell.lists_of(np.array(heads, np.int64), np.diff(chosen.head_tile_ptr))
+        return self._with(chosen, self.list_bits[used])
+
+    def shorten(self, text_after: int) -> PackedLayer:
+        """As `LayerSchedule.shorten`."""
+        short = self._shell.shorten(text_after)
+        if short is self._shell:
+            return self
+        used = self._shell.lists_of(np.arange(self.heads), np.diff(short.head_tile_ptr))
+        width, spare = -(-short.k_blocks // 8), -short.k_blocks % 8
+        bits = self.list_bits[used, :width]
+        bits[:, -1] &= 0xFF >> spare
+        found = self._with(short, bits)
+        check_kept(found.lengths, short)
+        return found
+
+    def _with(self, shell: LayerSchedule, list_bits: UInt8) -> PackedLayer:
+        small = {name: getattr(shell, name) for name in SMALL_ARRAYS}
+        return PackedLayer(grid=shell.grid, blocks=shell.blocks, list_bits=list_bits, **small)
+
     @cached_property
     def natural_order(self) -> Int32:
         """The tile order that a plan file need not store: `longest_first`."""
@@ -163,6 +196,30 @@ class PackedLayer:
             for head, bits in enumerate(every)
         ]
         return longest_first(lengths)
+
+
+class _UnpackedLater(LayerSchedule):
+    """The schedule of a packed layer that unpacks its lists when they are asked for, and keeps them."""
+
+    packed: PackedLayer
+
+    def __init__(self, packed: PackedLayer) -> None:
+        small = {name: getattr(packed, name) for name in SMALL_ARRAYS}
+        self.__dict__.update(small, grid=packed.grid, blocks=packed.blocks, packed=packed)
+
+    @cached_property
+    def row_ptr(self) -> Int32:
+        return self.packed.row_ptr
+
+    @cached_property
+    def col_idx(self) -> UInt16:
+        return self.packed.schedule().col_idx
+
+    def select(self, heads: Sequence[int]) -> LayerSchedule:
+        return self.packed.select(heads).later()
+
+    def shorten(self, text_after: int) -> LayerSchedule:
+        return self.packed.shorten(text_after).later()
 
 
 _ROWS_AT_ONCE = 512

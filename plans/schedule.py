@@ -189,7 +189,7 @@ class LayerSchedule:
         if len(chosen) == 0 or not inside or len(np.unique(chosen)) < len(chosen):
             raise ValueError(f"heads must be distinct, 0 to {self.heads - 1} and at least one, got {list(heads)}")
         tiles = np.diff(self.head_tile_ptr)
-        used = self._lists_of(chosen, tiles[chosen])
+        used = self.lists_of(chosen, tiles[chosen])
         shown = np.zeros(len(self.anchor_ptr) - 1, dtype=np.bool_)
         shown[self.head_anchor[chosen][self.head_anchor[chosen] != NO_ANCHORS]] = True
         kept, groups = np.diff(self.row_ptr), np.diff(self.anchor_ptr)
@@ -228,11 +228,10 @@ class LayerSchedule:
             return self
         short = replace(self, grid=replace(self.grid, text_after=text_after))
         tiles = np.diff(short.head_tile_ptr)
-        used = self._lists_of(np.arange(self.heads), tiles)
+        used = self.lists_of(np.arange(self.heads), tiles)
         stay = (self.col_idx < short.k_blocks) & np.repeat(used, np.diff(self.row_ptr))
         kept = np.add.reduceat(stay, self.row_ptr[:-1], dtype=np.int64)[used]
-        if len(kept) and not kept.min():
-            _fail("each list", f"keep a key block below {short.k_blocks}, with {text_after} text tokens", "none")
+        check_kept(kept, short)
         number = np.full(int(self.head_tile_ptr[-1]), -1)
         for head, count in enumerate(tiles):
             number[self.head_tile_ptr[head] :][:count] = short.head_tile_ptr[head] + np.arange(count)
@@ -245,7 +244,7 @@ class LayerSchedule:
             tile_order=order[order >= 0].astype(np.int32),
         )
 
-    def _lists_of(self, heads: Int64, tiles: Int64) -> Bool:
+    def lists_of(self, heads: Int64, tiles: Int64) -> Bool:
         """bool ``(lists,)``: the lists that heads use, of so many tiles each."""
         used = np.zeros(len(self.row_ptr) - 1, dtype=np.bool_)
         for first, count in zip(self.head_list[heads], tiles, strict=True):
@@ -277,6 +276,13 @@ def _renumber(indices: Int32, stay: Bool) -> Int32:
 
 def _fail(array: str, rule: str, value: object) -> None:
     raise ScheduleError(f"{array} must {rule}, got {value}")
+
+
+def check_kept(lengths: Int64, short: LayerSchedule) -> None:
+    """The promise that `LayerSchedule.shorten` could break: blocks in each list."""
+    if len(lengths) and not lengths.min():
+        rule = f"keep a key block below {short.k_blocks}, with {short.grid.text_after} text tokens"
+        _fail("each list", rule, "none")
 
 
 def check_types(s: LayerSchedule) -> None:

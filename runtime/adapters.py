@@ -65,14 +65,16 @@ class Adapter:
         time: Denoising time from the arguments of the model: float64 ``()`` on the CPU, 1 is pure noise. The noisiest
             where the samples or tokens of a batch differ.
         output_weight: ``(dim, heads * head_dim)``; of the projection after a site's attention, bias excluded. This and
-            what follows is of the video tokens, where those of the text have their own.
+            the next two are needed to record statistics, not to attach plans; they are of the video tokens, where those
+            of the text have their own.
         residual: ``(B, N, dim)``; the residual stream that enters a block, from the arguments of the block.
         gate: float32 ``(B, dim)``, or ``(B, N, dim)`` where each token has a time of its own: what a block multiplies
             its self-attention with before it adds it to the residual stream, from block and arguments of the block.
+        channel_axis: Axis of the model's ``hidden_states`` that has the channels; the batch is axis 0. Only to record.
         valid_text: int64 ``(B,)``; how many of the text tokens after the video are no padding, for a family that tells
             its attention by a mask of the keys; from the arguments of the model.
         output_norm: float32 ``(B, N)``; what a block's normalisation of projected attention divides each token by, for
-            a family that has one; from a site and attention's output, ``(B, N, heads * head_dim)``.
+            a family that has one; only to record; from a site and attention's output, ``(B, N, heads * head_dim)``.
     """
 
     architecture: str
@@ -81,9 +83,10 @@ class Adapter:
     heads: Callable[[Any], tuple[int, int]]
     grid: Callable[[Any, Arguments], tuple[int, int, int, int, int]]
     time: Callable[[Arguments], torch.Tensor]
-    output_weight: Callable[[Place], torch.Tensor]
-    residual: Callable[[Arguments], torch.Tensor]
-    gate: Callable[[nn.Module, Arguments], torch.Tensor]
+    output_weight: Callable[[Place], torch.Tensor] | None = None
+    residual: Callable[[Arguments], torch.Tensor] | None = None
+    gate: Callable[[nn.Module, Arguments], torch.Tensor] | None = None
+    channel_axis: int = 1
     valid_text: Callable[[Arguments], torch.Tensor] | None = None
     output_norm: Callable[[Place, torch.Tensor], torch.Tensor] | None = None
 
@@ -228,6 +231,7 @@ ADAPTERS = (
         output_weight=lambda site: site.attention.to_out[0].weight,
         residual=lambda arguments: arguments["hidden_states"],
         gate=_ltx_gate,
+        channel_axis=2,
     ),
     Adapter(
         architecture="CogVideoXTransformer3DModel",
@@ -239,6 +243,7 @@ ADAPTERS = (
         output_weight=lambda site: site.attention.to_out[0].weight,
         residual=lambda arguments: arguments["hidden_states"],
         gate=_cogvideox_gate,
+        channel_axis=2,
     ),
     # Its processor calls the function for each sample, with the text tokens that are no padding.
     Adapter(

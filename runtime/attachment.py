@@ -51,7 +51,7 @@ class Attachment:
         self._session.join(unwrap(model), adapter.sites(model))
         for plan in plans:
             self._session.check_parallel(plan)
-        weight = adapter.output_weight(adapter.sites(model)[0])
+        weight = next(adapter.sites(model)[0].attention.parameters())
         self._session.prepare(*_where_it_runs(unwrap(model), weight))
         self._session.interception = _intercept(model, adapter, self._session)
 
@@ -86,6 +86,8 @@ class Attachment:
                 f"rank {ulysses.rank} of {ulysses.ranks} (Ulysses), heads spread by work: the slowest rank has "
                 f"{divided:.3f} times the mean, {in_order:.3f} if heads were in order"
             )
+        used = self._session.device_bytes(plan)
+        lines.append(f"index arrays on devices now: {used / 2**20:.1f} MiB")
         lines.append("density (share of dense work) by segment, layers 0 to last:")
         every = {(segment, layer): packed.density for segment, layer, packed in plan.file.walk()}
         for index in reversed(range(len(plan.segments))):
@@ -242,6 +244,11 @@ class _Session:
                 f"backend {self.backend!r} cannot execute segment {segment}, layer {layer}: {'; '.join(reasons)}"
             )
         return self.backend
+
+    def device_bytes(self, plan: Plan) -> int:
+        """Bytes of index arrays on all devices: of the plan, of this rank's shares, and for shorter texts."""
+        shares = self.shares[plan].bound_bytes if plan in self.shares else 0
+        return plan.bound_bytes + shares + self.shorter[plan].bound_bytes
 
     def _resident(self, plan: Plan, text: int | None) -> ResidentSchedules:
         """Whose schedules are executed here: the plan's, this rank's shares of them, or those of so much text."""

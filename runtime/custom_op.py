@@ -1,7 +1,8 @@
 """A plan's execution as torch ops: opaque to `torch.compile`, so one graph serves every time, layer and plan.
 
 What changes from call to call reaches the ops as tensors on the CPU, the number of the session included: Python numbers
-would be compiled in.
+would be compiled in. For the same reason no CUDA graph may hold the ops, which would repeat one segment for ever:
+``torch.compile(mode="reduce-overhead")`` makes its graphs of what is between them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
+
+OUTSIDE_GRAPHS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+"""Tags of the ops. Where torch lacks this one (2.8), it makes no graphs of what has tensors on the CPU."""
 
 
 class Session(Protocol):
@@ -43,7 +47,7 @@ def open_session(session: Session) -> torch.Tensor:
     return torch.tensor(number, device="cpu")
 
 
-@torch.library.custom_op("calibatt::resolve_segment", mutates_args=())
+@torch.library.custom_op("calibatt::resolve_segment", mutates_args=(), tags=OUTSIDE_GRAPHS)
 def resolve_segment(time: torch.Tensor, grid: Sequence[int], session: torch.Tensor) -> torch.Tensor:
     """`Session.resolve` of a float ``()`` time; int64 ``()`` on the CPU."""
     return torch.tensor(_sessions[int(session)].resolve(time.item(), tuple(grid)), device="cpu")
@@ -54,7 +58,7 @@ def _(time: torch.Tensor, grid: Sequence[int], session: torch.Tensor) -> torch.T
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("calibatt::attend", mutates_args=())
+@torch.library.custom_op("calibatt::attend", mutates_args=(), tags=OUTSIDE_GRAPHS)
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,

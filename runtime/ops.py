@@ -63,7 +63,8 @@ def attend(
 ) -> Result:
     """`planned_attention` without its checks, for callers that have made them once (shapes, devices, `supports`)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = load_backend(backend).run(q, k, v, schedule.bind(q.device), scale, return_lse)
+    with schedule.bind(q.device).lowered() as bound:
+        out, lse = load_backend(backend).run(q, k, v, bound, scale, return_lse)
     return (out, lse) if return_lse else out
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from calibatt.plans.packed import PackedLayer
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
 from calibatt.runtime.resident import ResidentSchedules
@@ -67,6 +68,15 @@ class ShorterSchedule(LayerSchedule):
         return self._whole.core.shorten(self._text_after)
 
     @property
+    def packed(self) -> PackedLayer:
+        """Cut out anew, as `core`."""
+        return self._whole.packed.shorten(self._text_after)
+
+    @property
+    def most_lists(self) -> int:
+        return self._whole.most_lists
+
+    @property
     def grid(self) -> TokenGrid:
         grid = self._whole.grid
         return TokenGrid(grid.frames, grid.height, grid.width, grid.text_before, self._text_after)
@@ -92,6 +102,11 @@ class ShorterPlans:
     def __init__(self, plan: ResidentSchedules, segments: int, text_after: int) -> None:
         self._plan, self._segments, self._text_after = plan, segments, text_after
         self._made: dict[int, ResidentSchedules] = {}
+
+    @property
+    def bound_bytes(self) -> int:
+        """Bytes on all devices, the plan's own not counted."""
+        return sum(made.bound_bytes for made in tuple(self._made.values()))
 
     def __getitem__(self, text_after: int) -> ResidentSchedules:
         """The schedules for so many text tokens."""

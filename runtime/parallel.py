@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from calibatt.plans.packed import PackedLayer
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
 from calibatt.runtime.adapters import Place
@@ -132,6 +133,15 @@ class Share(LayerSchedule):
     def core(self) -> CoreSchedule:
         """Of this rank's heads, cut out anew."""
         return self._whole.core.select(self.divided[self._ulysses.rank])
+
+    @property
+    def packed(self) -> PackedLayer:
+        """As `core`."""
+        return self._whole.packed.select(self.divided[self._ulysses.rank])
+
+    @property
+    def most_lists(self) -> int:
+        return min(self._whole.most_lists, self.heads * self.q_blocks)
 
     @property
     def grid(self) -> TokenGrid:

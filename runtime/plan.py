@@ -21,7 +21,7 @@ OnMismatch = Literal["error", "dense"]
 class Plan(ResidentSchedules):
     """A plan that is ready to run; immutable.
 
-    A schedule is decoded when it is put on a device, and the last used ones stay there, up to
+    A schedule is decoded when it is put on a device, as lists or as bits; how much stays there says
     `resident.RESIDENT_BYTES`.
 
     Args:

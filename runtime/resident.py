@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.workspace import Workspace
 
-RESIDENT_BYTES = 1 << 30
+RESIDENT_BYTES = 1 << 28
 """Index arrays of a plan stay on devices up to so many bytes, and always those of the segment at work and the next one.
-A small plan is put there once; a segment of a large one each time that it comes."""
+A plan whose lists would take no more even if they held every block is put there once, as lists. A larger one is there
+as bits, a segment each time that it comes, and a layer's lists are unpacked when it runs."""
+COLUMN_BYTES = 2
 
 
 class ResidentSchedules:
@@ -21,6 +24,18 @@ class ResidentSchedules:
     def __init__(self, schedules: Sequence[Sequence[LayerSchedule]]) -> None:
         self._schedules = tuple(map(tuple, schedules))
         self._last_used: list[int] = []
+        self._workspace: Workspace | None = None
+        every = [schedule for layers in self._schedules for schedule in layers]
+        most = [(schedule.most_lists + 1) * schedule.k_blocks + 1 for schedule in every]
+        if COLUMN_BYTES * sum(most) > RESIDENT_BYTES:
+            self._workspace = Workspace(max(most))
+            for schedule in every:
+                schedule.workspace = self._workspace
+
+    @property
+    def bound_bytes(self) -> int:
+        """Bytes on all devices, of all that is there now."""
+        return self._shared_bytes + sum(self._bound_bytes(segment) for segment in range(len(self._schedules)))
 
     def layers(self, segment: int) -> Sequence[LayerSchedule]:
         """The schedules of all layers in one segment."""
@@ -30,7 +45,7 @@ class ResidentSchedules:
         """Lets go of the arrays of the segments used longest ago, beyond `RESIDENT_BYTES`; never of those named."""
         others = [each for each in self._last_used if each not in segments]
         self._last_used = [*segments, *others]
-        total = sum(self._bound_bytes(each) for each in segments)
+        total = self._shared_bytes + sum(self._bound_bytes(each) for each in segments)
         for each in others:
             total += self._bound_bytes(each)
             if total > RESIDENT_BYTES:
@@ -42,6 +57,10 @@ class ResidentSchedules:
         for schedules in self._schedules:
             for schedule in schedules:
                 schedule.unbind()
+
+    @property
+    def _shared_bytes(self) -> int:
+        return 0 if self._workspace is None else self._workspace.nbytes
 
     def _bound_bytes(self, segment: int) -> int:
         return sum(schedule.bound_bytes for schedule in self._schedules[segment])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from calibatt.plans.packed import StoredLayers
+from calibatt.plans.packed import PackedLayer, StoredLayers
 from calibatt.plans.schedule import DENSE, NO_ANCHORS, Int32
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
+from calibatt.runtime.workspace import PackedLists, Workspace
 
 T = TypeVar("T")
 
@@ -39,6 +41,9 @@ class LayerSchedule:
         core: The schedule as the plan file means it. It is trusted: `core.check()` has passed.
     """
 
+    workspace: Workspace | None = None
+    """Where lists are unpacked on devices, as bits of which they wait there; None: lists wait themselves."""
+
     def __init__(self, core: CoreSchedule) -> None:
         self._core = core
         self._bound: dict[torch.device, DeviceSchedule] = {}
@@ -47,6 +52,16 @@ class LayerSchedule:
     def core(self) -> CoreSchedule:
         """The schedule as the plan file means it."""
         return self._core
+
+    @property
+    def packed(self) -> PackedLayer:
+        """The schedule with its lists as bits."""
+        return PackedLayer.of(self.core)
+
+    @property
+    def most_lists(self) -> int:
+        """How many lists there are, at most: known without unpacking any."""
+        return len(self.core.row_ptr) - 1
 
     @property
     def grid(self) -> TokenGrid:
@@ -93,8 +108,8 @@ class LayerSchedule:
     @property
     def work(self) -> list[int]:
         """Blocks that each head computes."""
-        core = self.core
-        return [core.computed_blocks(head) for head in range(core.heads)]
+        packed = self.packed
+        return [packed.computed_blocks(head) for head in range(packed.heads)]
 
     def bind(self, device: torch.device | str) -> DeviceSchedule:
         """Index arrays of this schedule on `device`, made at the first call for that device and kept until `unbind`.
@@ -112,7 +127,8 @@ class LayerSchedule:
         if bound is None:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(f"{self!r} must be on {device} before a CUDA graph is captured: run it once before")
-            bound = self._bound[device] = _bind(self.core, device)
+            core = self.core if self.workspace is None else self.packed.later()
+            bound = self._bound[device] = _bind(core, device, self.workspace)
         if device.type == "cuda":
             bound.use()
         return bound
@@ -131,7 +147,7 @@ class LayerSchedule:
 
     @property
     def bound_bytes(self) -> int:
-        """Bytes of the arrays on all devices, as `bind` made them."""
+        """Bytes of the arrays on all devices, and of what backends derived from them."""
         return sum(bound.nbytes for bound in tuple(self._bound.values()))
 
 
@@ -158,6 +174,15 @@ class StoredSchedule(LayerSchedule):
         return self._stored.schedule(self._segment, self._layer)
 
     @property
+    def packed(self) -> PackedLayer:
+        """As of `LayerSchedule`; decoded anew unless it was among the last ones used."""
+        return self._stored.packed(self._segment, self._layer)
+
+    @property
+    def most_lists(self) -> int:
+        return self._stored.layers[self._segment][self._layer].lists
+
+    @property
     def grid(self) -> TokenGrid:
         return self._stored.grid
 
@@ -171,7 +196,7 @@ class StoredSchedule(LayerSchedule):
 
     @property
     def density(self) -> float:
-        return self._stored.packed(self._segment, self._layer).density
+        return self.packed.density
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,18 +204,21 @@ class DeviceSchedule:
     """Index arrays of one schedule on one device: all that a kernel needs besides q, k and v.
 
     Args:
-        core: The schedule, on the host.
+        core: The schedule, on the host. Where lists are packed on the device, they are packed here too, until somebody
+            asks for them.
         device: Where the arrays are.
         tiles: int32 ``(tiles, 4)``, in execution order: head, tile within the head's packed queries, start and stop of
             its key blocks in `columns`. `stop` exceeds `start`.
-        columns: uint16 ``(kept + k_blocks + 1,)``: `col_idx`, then 0, 1, ... ``k_blocks - 1``, the list of dense heads,
-            then a 0, so that a kernel may read one column ahead.
+        columns: uint16: 0, 1, ... ``k_blocks - 1``, the list of dense heads; then `col_idx`; then a 0, so that a kernel
+            may read one column ahead; more may follow. What `lists` are unpacked to holds those of whichever layer came
+            last: `lowered` makes them these. Its address is for ever.
         heads: int32 ``(heads, 2)``: packed queries of the head, and where they start in the three arrays below.
         query_token: int32 ``(packed,)``; the token of each packed query: the queries of the anchor patterns one after
             the other, then all N. Empty, like the two below, if every head computes every query: packed query p is
             then token p, written once.
         query_first: int32 ``(packed,)``; the first token that receives the query's output.
         query_copies: int32 ``(packed,)``; how many receive it, ``grid.width`` tokens apart.
+        lists: What is unpacked to `columns` before each use; None: they are there.
     """
 
     core: CoreSchedule
@@ -201,6 +229,7 @@ class DeviceSchedule:
     query_token: torch.Tensor
     query_first: torch.Tensor
     query_copies: torch.Tensor
+    lists: PackedLists | None = None
     _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
     _streams: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
     _graphs: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
@@ -240,11 +269,24 @@ class DeviceSchedule:
         """Whether some head computes anchor rows only."""
         return len(self.query_token) > 0
 
+    @contextmanager
+    def lowered(self) -> Iterator[DeviceSchedule]:
+        """This, with its lists in `columns`, for what the current stream is given before the context ends."""
+        if self.lists is None:
+            yield self
+            return
+        with self.lists.room.entered() as columns:
+            self.lists.unpack(columns)
+            yield self
+
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays, what backends derived not counted."""
-        arrays = (self.tiles, self.columns, self.heads, self.query_token, self.query_first, self.query_copies)
-        return sum(array.nbytes for array in arrays)
+        """Bytes of the arrays and of the tensors that backends derived; not of columns that other layers share."""
+        arrays = [self.tiles, self.heads, self.query_token, self.query_first, self.query_copies]
+        for derived in tuple(self._derived.values()):
+            arrays += [each for each in getattr(derived, "__dict__", {}).values() if isinstance(each, torch.Tensor)]
+        lists = self.columns if self.lists is None else self.lists
+        return lists.nbytes + sum(array.nbytes for array in arrays)
 
     def derived(self, make: Callable[[DeviceSchedule], T]) -> T:
         """What a backend derives from the schedule: ``make(self)``, called once and kept."""
@@ -253,16 +295,29 @@ class DeviceSchedule:
         return self._derived[make]
 
 
-def _bind(core: CoreSchedule, device: torch.device) -> DeviceSchedule:
+def _bind(core: CoreSchedule, device: torch.device, workspace: Workspace | None = None) -> DeviceSchedule:
+    """Puts a schedule on a device; with a workspace its lists as bits, from the packed form."""
+
+    def there(array: np.ndarray) -> torch.Tensor:
+        return move(torch.from_numpy(array), device)
+
     token, first, copies, pattern_start = _anchor_queries(core)
     heads = np.array(
         [(core.packed_tokens(head), pattern_start[core.head_anchor[head]]) for head in range(core.heads)],
         dtype=np.int32,
     )  # head_anchor is -1 where every query is computed: the last start
-    columns = np.concatenate([core.col_idx, np.arange(core.k_blocks, dtype=np.uint16), np.zeros(1, dtype=np.uint16)])
-
-    arrays = _tiles(core), columns, heads, token, first, copies
-    return DeviceSchedule(core, device, *(move(torch.from_numpy(array), device) for array in arrays))
+    lists = None
+    if workspace is None:
+        every = np.arange(core.k_blocks, dtype=np.uint16)
+        columns = there(np.concatenate([every, core.col_idx, np.zeros(1, dtype=np.uint16)]))
+    else:
+        room = workspace.on(device)
+        starts = core.row_ptr + np.int32(core.k_blocks)
+        lists = PackedLists(there(core.packed.list_bits.copy()), there(starts), core.k_blocks, room)
+        columns = room.columns
+    return DeviceSchedule(
+        core, device, there(_tiles(core)), columns, *map(there, (heads, token, first, copies)), lists=lists
+    )
 
 
 def move(host: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -278,12 +333,11 @@ def _tiles(core: CoreSchedule) -> Int32:
     head = np.repeat(np.arange(core.heads), counts)
     tile = np.arange(len(head)) - np.repeat(core.head_tile_ptr[:-1], counts)
     listed = core.head_list[head] != DENSE
-    kept = len(core.col_idx)
-    start = np.full(len(head), kept)
-    stop = np.full(len(head), kept + core.k_blocks)
+    start = np.zeros(len(head), dtype=np.int64)
+    stop = np.full(len(head), core.k_blocks)
     lists = (core.head_list[head] + tile)[listed]
-    start[listed] = core.row_ptr[lists]
-    stop[listed] = core.row_ptr[lists + 1]
+    start[listed] = core.k_blocks + core.row_ptr[lists]
+    stop[listed] = core.k_blocks + core.row_ptr[lists + 1]
     return np.stack([head, tile, start, stop], axis=1).astype(np.int32)[core.tile_order]
 
 

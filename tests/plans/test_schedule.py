@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.schedules import layer_schedules, random_schedule
 
-from calibatt.plans import DENSE, NO_ANCHORS, Blocks, LayerSchedule, ScheduleError, TokenGrid
+from calibatt.plans import DENSE, NO_ANCHORS, Blocks, LayerSchedule, PackedLayer, ScheduleError, TokenGrid
+from calibatt.plans.plan import ARRAYS
 
 GRID = TokenGrid(frames=2, height=3, width=10, text_before=4, text_after=5)
 BLOCKS = Blocks(16, 16)
@@ -103,6 +105,45 @@ def test_shorter_text_is_the_same_schedule_without_its_tokens(data: st.DataObjec
     order = [order[number] for number in schedule.tile_order if order[number][1] < made.tiles(order[number][0])]
     found = [(head, tile) for head in range(made.heads) for tile in range(made.tiles(head))]
     assert [found[number] for number in made.tile_order] == order
+
+
+@given(st.data(), layer_schedules(heads=st.integers(1, 5)))
+def test_what_is_packed_is_selected_and_shortened_alike(data: st.DataObject, schedule: LayerSchedule) -> None:
+    packed = PackedLayer.of(schedule)
+    heads = data.draw(st.permutations(range(schedule.heads)))[: data.draw(st.integers(1, schedule.heads))]
+    check_equal(packed.select(heads), schedule.select(heads))
+    text = data.draw(st.integers(0, schedule.grid.text_after))
+    try:
+        expected = schedule.shorten(text)
+    except ScheduleError as error:
+        with pytest.raises(ScheduleError, match=re.escape(str(error))):
+            packed.shorten(text)
+        return
+    check_equal(packed.shorten(text), expected)
+    assert packed.shorten(schedule.grid.text_after) is packed
+
+
+def check_equal(packed: PackedLayer, expected: LayerSchedule) -> None:
+    packed.check()
+    for made in (packed.schedule(), packed.later()):
+        assert (made.grid, made.blocks) == (expected.grid, expected.blocks)
+        for name in ARRAYS:
+            assert np.array_equal(getattr(made, name), getattr(expected, name)), name
+
+
+@given(layer_schedules(heads=st.integers(1, 3)))
+def test_lists_may_be_unpacked_later(schedule: LayerSchedule) -> None:
+    later = PackedLayer.of(schedule).later()
+    heads = range(schedule.heads)
+    assert [later.computed_blocks(head) for head in heads] == [schedule.computed_blocks(head) for head in heads]
+    assert "col_idx" not in vars(later), "nobody has asked for lists"
+    later.check()
+    assert later.col_idx is later.col_idx
+    for made, expected in (
+        (later.select([0]), schedule.select([0])),
+        (later.shorten(schedule.grid.text_after), schedule),
+    ):
+        assert np.array_equal(made.col_idx, expected.col_idx)
 
 
 @pytest.mark.parametrize("text", [-1, 6])

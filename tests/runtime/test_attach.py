@@ -196,6 +196,12 @@ def test_compiled_model_takes_every_time_in_one_graph(calls: list[Any]) -> None:
     assert {call[1:] for call in calls} == {((2, HEADS, GRID.tokens, HEAD_DIM), GRID.tokens)}
 
 
+def test_cuda_graphs_leave_the_ops_out() -> None:
+    """A graph would repeat the segment that it was captured in (what they then compute: test_attach_gpu.py)."""
+    for op in (torch.ops.calibatt.attend.default, torch.ops.calibatt.resolve_segment.default):
+        assert torch.Tag.cudagraph_unsafe in op.tags
+
+
 def test_changing_plans_recompiles_nothing() -> None:
     model, plans = make_model(), [make_plan(seed=1), make_plan(seed=2)]
     expected = [masked(model, plan) for plan in plans]
@@ -336,7 +342,8 @@ def test_fused_projections(attach_first: bool) -> None:
 
 
 def test_lora() -> None:
-    peft = pytest.importorskip("peft")
+    import peft  # takes seconds
+
     model, plan = make_model(), make_plan()
     config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False)
     model.add_adapter(config)
@@ -356,12 +363,27 @@ def test_the_model_stays_what_it_was() -> None:
         assert all(torch.equal(during[name], value) for name, value in before.items())
 
 
-def test_index_arrays_are_made_once_and_before_their_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+def binding(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The lists of every schedule that is put on a device, from now on."""
+    made: list[bytes] = []
     bind = runtime_schedule._bind
-    monkeypatch.setattr(runtime_schedule, "_bind", lambda core, device: made.append(core) or bind(core, device))
+
+    def spy(core: Any, *args: Any) -> Any:
+        made.append(lists_of(core))
+        return bind(core, *args)
+
+    monkeypatch.setattr(runtime_schedule, "_bind", spy)
+    return made
+
+
+def lists_of(core: Any) -> bytes:
+    return core.row_ptr.tobytes() + core.col_idx.tobytes()
+
+
+def test_index_arrays_are_made_once_and_before_their_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = binding(monkeypatch)
     model, plan = make_model(), make_plan()
-    low, middle, high = plan.file.schedules
+    low, middle, high = ([*map(lists_of, layers)] for layers in plan.file.schedules)
     with plan.attach(model):
         assert made == [*high]
         for timestep, expected in ((999, middle), (998, ()), (700, low), (100, ()), (999, ())):
@@ -387,13 +409,11 @@ def test_a_loaded_plan_stays_packed_until_it_is_used(tmp_path: Any, monkeypatch:
 
 
 def test_devices_keep_the_segments_last_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    bind = runtime_schedule._bind
-    monkeypatch.setattr(runtime_schedule, "_bind", lambda core, device: made.append(core) or bind(core, device))
+    made = binding(monkeypatch)
     monkeypatch.setattr("calibatt.runtime.resident.RESIDENT_BYTES", 0)
     model, plan = make_model(), make_plan()
     expected = masked(model, plan, timestep=700)
-    low, middle, high = plan.file.schedules
+    low, middle, high = ([*map(lists_of, layers)] for layers in plan.file.schedules)
     with plan.attach(model):
         made.clear()
         for timestep, put_there, kept in (
@@ -480,4 +500,5 @@ def test_load_and_explain(tmp_path: Any) -> None:
     model = make_model()
     with loaded.attach(model) as attachment:
         text = attachment.explain()
+    assert f"index arrays on devices now: {loaded.bound_bytes / 2**20:.1f} MiB" in text
     assert f"time 0.9370 to 1.0000: mean {np.mean([s.density for s in loaded.layers(2)]):.3f}; " in text

@@ -13,7 +13,9 @@ from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, TokenGrid
 from calibatt.runtime.ops import attend, choose_backend, planned_attention
+from calibatt.runtime.resident import ResidentSchedules
 from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.workspace import PackedLists, Room, unpack_by_torch
 
 pytestmark = pytest.mark.gpu
 
@@ -253,3 +255,70 @@ def test_a_bound_schedule_runs_without_waiting_and_in_a_graph(backend: str) -> N
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_lists_unpacked_when_they_are_used(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that share a room: equal bits to layers whose lists wait, without waiting, in a graph, on two streams."""
+    layers = [made(WAN_480P, Blocks(128, 128), density) for density in (0.2, 0.5, 0.1)]
+    q, k, v = inputs(layers[0], torch.bfloat16, 128)
+    expected = [attend(q, k, v, layer, backend) for layer in layers]
+    monkeypatch.setattr("calibatt.runtime.resident.RESIDENT_BYTES", 0)
+    plan = ResidentSchedules([[LayerSchedule(layer.core) for layer in layers]])
+
+    def run() -> list[torch.Tensor]:
+        return [attend(q, k, v, layer, backend) for layer in plan.layers(0)]
+
+    def check(found: list[torch.Tensor]) -> None:
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+    check(run())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    check(again)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        for out in captured:
+            out.zero_()
+        run()
+        graph.replay()
+        check(captured)
+    torch.cuda.synchronize()
+    other, found = torch.cuda.Stream(), []
+    for _ in range(3):
+        found.append(run())
+        with torch.cuda.stream(other):
+            found.append(run())
+    torch.cuda.synchronize()
+    for each in found:
+        check(each)
+
+
+@pytest.mark.parametrize("k_blocks", [255, 591, 931])
+def test_unpacking_takes_little_time(k_blocks: int) -> None:
+    """Of 24,000 lists; a layer's attention takes 9 ms in 480p and 49 ms in 720p."""
+    bits = torch.randint(0, 256, (24_000, -(-k_blocks // 8)), dtype=torch.uint8, device="cuda")
+    bits[:, -1] &= 0xFF >> -k_blocks % 8
+    bits[:, 0] |= 1
+    counts = (bits[:, :, None] >> torch.arange(8, dtype=torch.uint8, device="cuda") & 1).sum((1, 2))
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int() + k_blocks
+    columns = torch.zeros(24_001 * k_blocks + 1, dtype=torch.int16, device="cuda").view(torch.uint16)
+    lists = PackedLists(bits, starts, k_blocks, Room(columns))
+    by_torch = columns.clone()
+    unpack_by_torch(lists, by_torch)
+    lists.unpack(columns)
+    assert torch.equal(columns.view(torch.int16), by_torch.view(torch.int16))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(20):
+        lists.unpack(columns)
+    end.record()
+    end.synchronize()
+    print(f"{k_blocks} key blocks: {begin.elapsed_time(end) / 20:.4f} ms")
+    assert begin.elapsed_time(end) / 20 < 0.3

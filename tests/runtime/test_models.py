@@ -280,6 +280,23 @@ def test_compiled_once_for_all_times(family: Family, calls: list) -> None:
     assert counter.frame_count <= 2, "the hook and the forward"
 
 
+@pytest.mark.parametrize("name", ["Wan T2V", "LTX", "HunyuanVideo"])
+def test_compiled_block_by_block(name: str, calls: list) -> None:
+    """What diffusers calls regional compilation; CogVideoX and Mochi do not offer it."""
+    family = FAMILIES[name]
+    model = model_of(family)
+    with plan_for(model, False, family.grid).attach(model):
+        expected = [run(model, family, time) for time in (0.9, 0.3)]
+        calls.clear()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        model.compile_repeated_blocks(backend=counter, fullgraph=True)
+        found = [run(model, family, time) for time in (0.9, 0.3)]
+    for mine, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
+    assert calls == expected_calls(family) * 2
+    assert counter.frame_count == len(model._repeated_blocks), "one graph for all layers of a kind, and all times"
+
+
 def with_padding(family: Family, *padding: int) -> dict[str, Any]:
     """Arguments whose samples have so many text tokens of padding."""
     torch.manual_seed(1)
@@ -313,7 +330,7 @@ def test_arrays_of_a_few_lengths_stay_on_devices(name: str, monkeypatch: pytest.
     made = []
     bind = runtime_schedule._bind
     monkeypatch.setattr(
-        runtime_schedule, "_bind", lambda core, device: made.append(core.grid.text_after) or bind(core, device)
+        runtime_schedule, "_bind", lambda core, *args: made.append(core.grid.text_after) or bind(core, *args)
     )
     family = FAMILIES[name]
     model = model_of(family)

@@ -114,7 +114,7 @@ def counted_shares() -> Any:
     """The heads of every share that is put on a device."""
     made: list[int] = []
     original = runtime_schedule._bind
-    runtime_schedule._bind = lambda core, device: made.append(core.heads) or original(core, device)
+    runtime_schedule._bind = lambda core, *args: made.append(core.heads) or original(core, *args)
     try:
         yield made
     finally:

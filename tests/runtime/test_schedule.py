@@ -93,7 +93,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self.stream)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: id(self.stream), raising=False)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        monkeypatch.setattr("calibatt.runtime.schedule._bind", lambda core, _: _bind(core, torch.device("cpu")))
+        monkeypatch.setattr("calibatt.runtime.schedule._bind", lambda core, *_: _bind(core, torch.device("cpu")))
 
 
 def test_streams_wait_for_the_copies_and_memory_for_the_streams(

@@ -9,19 +9,19 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
+import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
+from support import wan
 from support.masked import masked
 from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
 from calibatt.runtime import Plan, ops
 from calibatt.runtime.adapters import adapter_for
-
-diffusers = pytest.importorskip("diffusers")
-
-from support import wan  # noqa: E402
 
 GRID = TokenGrid(frames=5, height=8, width=12)
 BLOCKS = Blocks(32, 32)
@@ -56,9 +56,9 @@ def plan_for(model: Any) -> Plan:
     return Plan(PlanFile(adapter_for(model).signature(model), GRID, BLOCKS, segments, tuple(map(tuple, layers))))
 
 
-def generate(pipe: Any, guidance: float = 5.0) -> torch.Tensor:
+def generate(pipe: Any, guidance: float = 5.0, steps: int = STEPS) -> torch.Tensor:
     return pipe(
-        **wan.embedded("a boat"), height=128, width=192, num_frames=17, num_inference_steps=STEPS,
+        **wan.embedded("a boat"), height=128, width=192, num_frames=17, num_inference_steps=steps,
         guidance_scale=guidance, output_type="latent", generator=torch.Generator().manual_seed(1),
     ).frames  # fmt: skip
 
@@ -85,6 +85,19 @@ def test_guidance_in_two_forwards_or_none(guidance: float, forwards: int, calls:
     assert torch.equal(generate(pipe, guidance), stock)
 
 
+@pytest.mark.parametrize("euler", [False, True], ids=["unipc", "euler"])
+@pytest.mark.parametrize("steps", [4, 8])
+def test_few_steps(steps: int, euler: bool, calls: list[int]) -> None:
+    """Distilled models take few steps, without guidance, at times of their own: one plan serves them all."""
+    pipe = wan.pipeline(euler=euler)
+    plan = plan_for(pipe.transformer)
+    with masked(pipe.transformer, plan):
+        expected = generate(pipe, 1.0, steps)
+    with plan.attach(pipe.transformer):
+        torch.testing.assert_close(generate(pipe, 1.0, steps), expected, **CLOSE)
+    assert calls == [1] * (steps * LAYERS)
+
+
 def test_guidance_in_one_batch(calls: list[int]) -> None:
     model = wan.transformer(1)
     with plan_for(model).attach(model):
@@ -96,7 +109,6 @@ def test_guidance_in_one_batch(calls: list[int]) -> None:
 
 def test_lora_added_after_attach() -> None:
     """Added, scaled, fused into the weights, unfused and taken away, all under the plan."""
-    peft = pytest.importorskip("peft")
     model = wan.transformer(1)
     plan = plan_for(model)
     with plan.attach(model):
@@ -166,12 +178,12 @@ def offload_blocks(model: Any) -> None:
 
 def offload_sequentially(model: Any) -> None:
     """What `enable_sequential_cpu_offload` does to a transformer; weights are on the meta device meanwhile."""
-    pytest.importorskip("accelerate").cpu_offload(model, execution_device=torch.device("cpu"))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
 
 
 def offload_whole(model: Any) -> None:
     """What `enable_model_cpu_offload` does to a transformer."""
-    pytest.importorskip("accelerate").cpu_offload_with_hook(model, torch.device("cpu"))
+    accelerate.cpu_offload_with_hook(model, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("attach_first", [False, True])

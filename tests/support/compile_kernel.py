@@ -1,8 +1,9 @@
-"""Compiles the block-sparse kernel for a GPU that need not be there; prints what each case uses, as JSON.
+"""Compiles the Triton kernels for a GPU that need not be there; prints what each case uses, as JSON.
 
 A program of its own, because the kernels must be defined without TRITON_INTERPRET, and so that it can be run under
 another release of Triton. Its argument is a JSON list of cases:
-``{"sm": 90, "head_dim": 128, "block_q": 128, "block_k": 128, "dtype": "bf16", "anchored": true}``.
+``{"sm": 90, "head_dim": 128, "block_q": 128, "block_k": 128, "dtype": "bf16", "anchored": true}`` of the block-sparse
+kernel, ``{"sm": 90, "k_blocks": 591}`` of the one that unpacks lists.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from triton.compiler import ASTSource
 
 from calibatt.runtime.backends.triton import TMA_SINCE, table_row
 from calibatt.runtime.kernels.block_sparse import block_sparse_forward
+from calibatt.runtime.kernels.unpack import COLUMNS_AT_ONCE, unpack_lists
 
 SM_SHARED_BYTES = {80: 167_936, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
 RESERVED_BYTES = 1024
@@ -62,19 +64,32 @@ def compile_case(
         if signature[name].startswith("*") or "_stride_" in name:
             aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(block_sparse_forward, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=config.options)
+    return {"config": str(config), **usage(source, sm, config.options)}
+
+
+def compile_unpack(sm: int, k_blocks: int) -> dict[str, int | str]:
+    """As `compile_case`, of `kernels.unpack`."""
+    constants = {"WIDTH": -(-k_blocks // 8), "COLUMNS": COLUMNS_AT_ONCE}
+    kinds = {"bits_ptr": "*u8", "starts_ptr": "*i32", "columns_ptr": "*u16", "lists": "i32", "k_blocks": "i32"}
+    aligned = {(index,): [["tt.divisibility", 16]] for index in range(3)}
+    source = ASTSource(unpack_lists, {**kinds, **dict.fromkeys(constants, "constexpr")}, constants, aligned)
+    return usage(source, sm, {"num_warps": 1, "enable_fp_fusion": True})
+
+
+def usage(source: ASTSource, sm: int, options: dict[str, int | bool]) -> dict[str, int | str]:
+    """Compiles; what the compiled kernel uses."""
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", found).groups())
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0)
-    given = -(-registers // REGISTER_UNIT) * REGISTER_UNIT * 32 * config.num_warps
+    given = -(-registers // REGISTER_UNIT) * REGISTER_UNIT * 32 * options["num_warps"]
     programs = min(SM_REGISTERS // given, SM_SHARED_BYTES[sm] // (shared + RESERVED_BYTES))
     return {
         "triton": triton.__version__,
-        "config": str(config),
         "registers": registers,
         "stack_bytes": stack,
         "shared_bytes": shared,
@@ -84,4 +99,5 @@ def compile_case(
 
 
 if __name__ == "__main__":
-    print(json.dumps([compile_case(**case) for case in json.loads(sys.argv[1])]))
+    cases = json.loads(sys.argv[1])
+    print(json.dumps([compile_unpack(**case) if "k_blocks" in case else compile_case(**case) for case in cases]))

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from calibatt.runtime import Plan
-from calibatt.runtime.adapters import adapter_for
+from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.runtime.intercept import Interception
 
 
 @contextmanager
-def masked(model: Any, plan: Plan) -> Iterator[None]:
+def masked(model: Any, plan: Plan, adapter: Adapter | None = None) -> Iterator[None]:
     """Every self-attention of the model follows the plan, by `scaled_dot_product_attention` with a mask."""
-    adapter = adapter_for(model)
+    adapter = adapter or adapter_for(model)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any, time: torch.Tensor) -> torch.Tensor:
         schedule = plan.schedule(float(time), site.layer)

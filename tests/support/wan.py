@@ -79,6 +79,16 @@ def sampler(
     )  # fmt: skip
 
 
+def guided(steps: int | None, device: str) -> PipelineSampler:
+    """With guidance, in two forwards."""
+    return sampler(steps, device, guidance_scale=5.0)
+
+
+def first_expert(steps: int | None, device: str) -> PipelineSampler:
+    """The first of two experts."""
+    return sampler(steps, device, pipeline(experts=2))
+
+
 def second_expert(steps: int | None, device: str) -> PipelineSampler:
     """The second of two experts."""
     return sampler(steps, device, pipeline(experts=2), transformer="transformer_2")

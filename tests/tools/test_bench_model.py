@@ -98,6 +98,7 @@ def test_every_case_was_checked(report: Any) -> None:
     for check in report["checks"]:
         assert check["finite"]
         assert check["first_call_s"] > 0
+        assert (check["plan_bytes"] is not None) == check["attention"].startswith("plan")
         assert check["planned_calls"] == LAYERS * check["attention"].startswith("plan")
         assert check["difference_to_dense"] == 0 or check["attention"] != "sdpa"
         assert check["difference_to_dense"] > 0 or check["attention"] == "sdpa"

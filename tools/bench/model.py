@@ -41,7 +41,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from calibatt.plans import Blocks, write_plan
-from calibatt.runtime import load_plan
+from calibatt.runtime import Plan, load_plan
 from calibatt.runtime.adapters import adapter_for
 from calibatt.tools.bench.kernel import milliseconds, state, versions
 from calibatt.tools.bench.model_figure import draw
@@ -176,6 +176,7 @@ class SizeBench:
         self.runner, self.size, self.inputs, self.device = runner, size, inputs, device
         self.clock, self.report, self.done = clock, report, done
         self._dense: dict[str, Tensor] = {}
+        self._plans: dict[str, Plan] = {}
 
     def attach_plan(self, path: Path, density: float) -> Variant:
         """Loads a plan and attaches it once, timed; the report says what both cost."""
@@ -188,6 +189,7 @@ class SizeBench:
                 torch.cuda.synchronize(self.device)
             attach_s, after = time.perf_counter() - begun, allocated_bytes(self.device)
         variant = planned(plan, density)
+        self._plans[variant.name] = plan
         index_bytes = sum(schedule.bound_bytes for schedule in plan.layers(len(plan.segments) - 1))
         record = {
             "size": self.size,
@@ -228,6 +230,7 @@ class SizeBench:
         if not finite:
             raise BenchError(f"{what}: the result must be finite, got {int((~out.isfinite()).sum())} that are not")
         after = allocated_bytes(self.device)
+        plan = self._plans.get(case.variant.name)
         reference = self._dense.setdefault(case.mode, out.float()) if case.variant.density == 1 else None
         reference = self._dense.get(case.mode) if reference is None else reference
         self.report["checks"].append(
@@ -241,6 +244,7 @@ class SizeBench:
                 else float((out.float() - reference).norm() / reference.norm()),
                 "first_call_s": first_call_s,
                 "grown_device_bytes": None if before is None or after is None else after - before - out.nbytes,
+                "plan_bytes": None if plan is None else plan.bound_bytes,
             }
         )
         return True

@@ -41,6 +41,7 @@ def make_manifest(
     *,
     block_size: int = 64,
     times: int | None = None,
+    every: int | None = None,
     mass: bool = False,
     query_stride: int = 1,
     thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS,
@@ -51,6 +52,7 @@ def make_manifest(
         sampler: The sampler.
         block_size: Tokens per query and per key block.
         times: How many of the steps are recorded, evenly spread from the first to the last; all if absent.
+        every: In place of `times`: record every so many steps, from the first one on.
         mass: Also keep the block mass.
         query_stride: Measure every `query_stride`-th query of a block.
         thresholds: Mass that each keep plane reaches, ascending.
@@ -59,19 +61,22 @@ def make_manifest(
         Its manifest.
 
     Raises:
-        ListenError: There are not so many steps.
+        ListenError: There are not so many steps, or both ways to choose them are used.
         StoreError: A value breaks its rule.
         UnknownModelError: No adapter fits the model.
     """
     count = len(sampler.times) if times is None else times
     if count > len(sampler.times):
         raise ListenError(f"the number of recorded times must be at most {len(sampler.times)} steps, got {count}")
+    if times is not None and every is not None:
+        raise ListenError(f"recorded steps must be chosen by times or by every, got times {times} and every {every}")
+    chosen = spread(len(sampler.times), count) if every is None else range(0, len(sampler.times), every)
     transformer = sampler.transformer
     return Manifest(
         model=adapter_for(transformer).signature(transformer),
         grid=sampler.grid,
         blocks=Blocks(block_size, block_size),
-        times=tuple(sorted(sampler.times[step] for step in spread(len(sampler.times), count))),
+        times=tuple(sorted(sampler.times[step] for step in chosen)),
         thresholds=thresholds,
         windows=default_windows(sampler.grid),
         query_stride=query_stride,
@@ -102,19 +107,35 @@ def open_store(path: Path, manifest: Manifest, ranks: Ranks) -> StoreWriter:
     return writer or StoreWriter.join(path, manifest)
 
 
-def outstanding(writer: StoreWriter, work: Work, probed: Work, ranks: Ranks, console: Console) -> tuple[Work, Work]:
-    """What this rank records, and what it probes: of the samples recorded now, its own.
+def pick_branches(sampler: Sampler, branches: int | None) -> int:
+    """How many branches of guidance to record: as many as asked for, else all that the sampler is known to have.
+
+    Raises:
+        ListenError: It has fewer.
+    """
+    known = getattr(sampler, "branches", None)
+    if branches is not None and known is not None and branches > known:
+        raise ListenError(f"--branches must be at most the {known} that a step has, got {branches}")
+    return branches or known or 1
+
+
+def outstanding(
+    writer: StoreWriter, work: Work, probed: Work, ranks: Ranks, console: Console, branches: int = 1
+) -> tuple[Work, Work]:
+    """What this rank records, and what it probes: of the samples recorded now, its own. A prompt is recorded unless
+    all of its branches are.
 
     Raises:
         RankLostError: A rank has failed.
     """
     # Of rank 0, before anyone writes: all must divide the same work.
     done, interrupted = ranks.from_first((writer.done(), writer.interrupted()))
-    todo = [(prompt, seed) for prompt, seed in work if sample_name(prompt, seed) not in done]
+    named = {each: {sample_name(*each, branch) for branch in range(branches)} for each in work}
+    todo = [each for each in work if not named[each] <= set(done)]
     if len(todo) < len(work):
         console.print(f"{len(work) - len(todo)} of {len(work)} samples are done: skipped")
     for name in interrupted:
-        again = name in {sample_name(prompt, seed) for prompt, seed in todo}
+        again = any(name in named[each] for each in todo)
         fate = "discarded and recorded again" if again else "left aside: not among these prompts"
         console.print(f"sample {name} was interrupted: {fate}")
     mine = ranks.share(todo)
@@ -123,19 +144,27 @@ def outstanding(writer: StoreWriter, work: Work, probed: Work, ranks: Ranks, con
 
 
 def record(
-    writer: StoreWriter, sampler: Sampler, todo: Work, measure: Measure, probed: Work, progress: Progress
+    writer: StoreWriter,
+    sampler: Sampler,
+    todo: Work,
+    measure: Measure,
+    probed: Work,
+    progress: Progress,
+    branches: int = 1,
 ) -> dict[tuple[str, int], Trajectory]:
-    """Records samples; returns the trajectories of those that will be probed."""
-    manifest = writer.manifest
-    task = progress.add_task("units", total=len(todo) * len(manifest.times) * manifest.model.layers)
+    """Records the branches of samples that are not done; returns the trajectories of those that will be probed."""
+    manifest, done = writer.manifest, writer.done()
+    left = {each: [at for at in range(branches) if sample_name(*each, at) not in done] for each in todo}
+    total = sum(map(len, left.values())) * len(manifest.times) * manifest.model.layers
+    task = progress.add_task("units", total=total)
     recorder = Recorder(sampler, manifest, measure, on_unit=lambda: progress.advance(task))
     found = {}
     for prompt, seed in todo:
         if (prompt, seed) in probed:
-            run = partial(recorder.record, writer, prompt, seed)
+            run = partial(recorder.record, writer, prompt, seed, branches=left[prompt, seed])
             found[prompt, seed] = Trajectory(sampler, prompt, seed, recorder.steps, run)
         else:
-            recorder.record(writer, prompt, seed)
+            recorder.record(writer, prompt, seed, branches=left[prompt, seed])
     return found
 
 
@@ -282,6 +311,8 @@ Exit codes: 0 all is recorded; 1 stopped, run it again to continue; 2 the call o
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the first prompt; +1 for each.")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps [the model's own].")
 @click.option("--times", type=click.IntRange(1), help="Steps to record, evenly spread [all].")
+@click.option("--every", type=click.IntRange(1), help="Record every n-th step, instead of --times.")
+@click.option("--branches", type=click.IntRange(1), help="Branches of guidance to record, each a sample [all].")
 @click.option("--probes", type=click.IntRange(0), default=8, show_default=True, help="Times to probe; 0: none.")
 @click.option("--probe-samples", type=click.IntRange(0), help="Samples to probe them on [all].")
 @click.option("--layer-probes", type=click.IntRange(0), help="Probed times also probed by layer [all].")
@@ -298,6 +329,8 @@ def main(
     seed: int,
     steps: int | None,
     times: int | None,
+    every: int | None,
+    branches: int | None,
     probes: int,
     probe_samples: int | None,
     layer_probes: int | None,
@@ -312,6 +345,8 @@ def main(
     Recorded for each prompt, recorded step, layer and head: which key blocks hold how much of each query block's
     attention, what dropping a block would change in the output, and how alike the outputs of neighbouring rows are.
     Probes then disturb single steps and compare the final results: what an error costs at which time.
+
+    Branches of guidance are samples of their own, whether a model computes them in two forwards or in a batch.
 
     Cost: each prompt is sampled once. In a recorded step every layer computes its attention once more (twice more on
     a GPU); --query-stride n divides that by n. A probe samples a prompt again from its step on, half of all steps on
@@ -336,18 +371,20 @@ def main(
             sampler,
             block_size=int(block_size),
             times=times,
+            every=every,
             mass=mass,
             query_stride=query_stride,
             thresholds=read_thresholds(thresholds),
         )
+        count = pick_branches(sampler, branches)
         begun = time.perf_counter()
         with (
             ranks,
             open_store(output, manifest, ranks) as writer,
             Progress(*columns, TimeRemainingColumn(), console=console, disable=not ranks.is_first) as progress,
         ):
-            todo, probed = outstanding(writer, work, work[:probe_samples] if probes else [], ranks, console)
-            trajectories = record(writer, sampler, todo, unit_statistics, probed, progress)
+            todo, probed = outstanding(writer, work, work[:probe_samples] if probes else [], ranks, console, count)
+            trajectories = record(writer, sampler, todo, unit_statistics, probed, progress, count)
             ranks.wait()  # a probe needs a store in which every sample is whole
             by_layer = probes if layer_probes is None else layer_probes
             silent = ranks.total(probe(writer, sampler, probed, probes, by_layer, trajectories, progress))

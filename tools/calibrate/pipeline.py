@@ -26,6 +26,8 @@ class PipelineError(ValueError):
 class PipelineSampler:
     """A `calibatt.tools.calibrate.sampler.Sampler` of a diffusers pipeline.
 
+    ``branches`` says how many samples a step gives the transformer: 2 with guidance, in two forwards or in one.
+
     The pipeline is called as its users call it: any scheduler, guidance in one or two forwards, offloading. Grid and
     times are learnt from a run with a transformer that computes nothing. A run always begins at the noise, because
     solvers of higher order keep a history; probes of late times therefore cost a whole run each.
@@ -62,7 +64,7 @@ class PipelineSampler:
             "pipeline": type(pipe).__name__,
             "scheduler": type(pipe.scheduler).__name__,
         }
-        self.grid, self.times, self._first = self._learn(adapter or adapter_for(model))
+        self.grid, self.times, self._first, self.branches = self._learn(adapter or adapter_for(model))
 
     def check(self, prompts: Sequence[str]) -> None:
         """A pipeline takes any prompt.
@@ -138,9 +140,11 @@ class PipelineSampler:
             )
         return found.frames if isinstance(found.frames, Tensor) else torch.stack(list(found.frames))
 
-    def _learn(self, adapter: Adapter) -> tuple[TokenGrid, list[float], int]:
-        """Grid and falling times of the transformer's forwards, and the first step that calls it."""
-        found: list[tuple[int, float, TokenGrid]] = []
+    def _learn(self, adapter: Adapter) -> tuple[TokenGrid, list[float], int, int]:
+        """Grid and falling times of the transformer's forwards, the first step that calls it, and how many samples
+        each step gives it.
+        """
+        found: list[tuple[int, float, TokenGrid, int]] = []
         step = 0
 
         def seen(now: int, latents: Tensor) -> None:
@@ -149,19 +153,23 @@ class PipelineSampler:
 
         def forward(arguments: Arguments) -> None:
             time, grid = float(adapter.time(arguments)), adapter.token_grid(self.transformer, arguments)
-            found.append((step, time, grid))
+            found.append((step, time, grid, len(arguments["hidden_states"])))
 
         with ExitStack() as stack:
             for name in TRANSFORMERS:
                 model = getattr(self.pipe, name, None)
                 if isinstance(model, nn.Module):
-                    stack.enter_context(_computing_nothing(model, forward if model is self.transformer else None))
+                    stack.enter_context(
+                        _computing_nothing(model, forward if model is self.transformer else None, adapter)
+                    )
             self._call("nothing", 0, seen)
         if not found:
             raise PipelineError("the pipeline must call the transformer, got a run without")
-        if len(grids := {grid for _, _, grid in found}) > 1:
+        if len(grids := {grid for _, _, grid, _ in found}) > 1:
             raise PipelineError(f"all forwards must have one token grid, got {', '.join(map(str, grids))}")
-        return found[0][2], list(dict.fromkeys(time for _, time, _ in found)), found[0][0]
+        times = [time for _, time, _, _ in found]
+        branches = sum(size for _, time, _, size in found if time == times[0])
+        return found[0][2], list(dict.fromkeys(times)), found[0][0], branches
 
 
 @contextmanager
@@ -183,7 +191,9 @@ def _first_sample(scheduler: Any, seen: Callable[[Tensor], None]) -> Iterator[No
 
 
 @contextmanager
-def _computing_nothing(model: nn.Module, forward: Callable[[Arguments], None] | None) -> Iterator[None]:
+def _computing_nothing(
+    model: nn.Module, forward: Callable[[Arguments], None] | None, adapter: Adapter
+) -> Iterator[None]:
     """A transformer whose forward tells its arguments and returns zeros."""
     names = tuple(inspect.signature(type(model).forward).parameters)[1:]
     own = model.__dict__.get("forward")
@@ -193,8 +203,9 @@ def _computing_nothing(model: nn.Module, forward: Callable[[Arguments], None] | 
         if forward is not None:
             forward(arguments)
         hidden = arguments["hidden_states"]
-        channels = getattr(model.config, "out_channels", None) or hidden.shape[1]
-        zeros = hidden.new_zeros(hidden.shape[0], channels, *hidden.shape[2:])
+        shape = list(hidden.shape)
+        shape[adapter.channel_axis] = getattr(model.config, "out_channels", None) or shape[adapter.channel_axis]
+        zeros = hidden.new_zeros(shape)
         if arguments.get("return_dict", True):
             return diffusers.models.modeling_outputs.Transformer2DModelOutput(sample=zeros)
         return (zeros,)

@@ -147,6 +147,7 @@ class Trajectory:
         """
         count = StepCounter(self.sampler.times)
         injected, forwards = 0.0, 0
+        branches: set[tuple[int, int]] = set()
 
         def on_forward(now: float) -> bool:
             nonlocal forwards
@@ -156,6 +157,7 @@ class Trajectory:
 
         def on_call(call: Call) -> Tensor | None:
             nonlocal injected
+            branches.add((forwards, call.sample))
             if only not in (None, call.layer):
                 return None
             other = masked_output(call.q, call.k, call.v, keep(call.layer), blocks)
@@ -166,13 +168,13 @@ class Trajectory:
             if only is not None and now == step + 1:
                 raise _Reached(latent)
 
-        with listening(self.sampler.transformer, self.sampler.grid, on_forward, on_call, adapter):
+        with listening(self.sampler.transformer, self.sampler.grid, on_forward, on_call, adapter, batches=True):
             try:
                 latent = self.sampler.run(self.prompt, self.seed, step, self.latents[step], on_step)
             except _Reached as reached:
                 latent = reached.latent
-        # Several forwards a step are branches of guidance, each with errors of its own.
-        return injected / max(forwards, 1), latent
+        # Several forwards or samples of a step are branches of guidance, each with errors of its own.
+        return injected / max(len(branches), 1), latent
 
 
 def adapter_sites(sampler: Sampler, adapter: Adapter | None) -> tuple[Site, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -125,16 +126,18 @@ class Recorder:
         seed: int,
         *,
         branch: int = 0,
+        branches: Sequence[int] | None = None,
         on_step: OnStep | None = None,
         **meta: Any,
     ) -> Tensor:
-        """Samples a prompt and records it; an exception leaves an interrupted sample that counts for nothing.
+        """Samples a prompt and records it; an exception leaves interrupted samples that count for nothing.
 
         Args:
             writer: Of a store of this manifest.
             prompt: What to sample.
             seed: Of the noise.
-            branch: Which of a step's forwards is recorded: with guidance in two forwards, each is a sample of its own.
+            branch: Which branch of guidance to record, if it is one.
+            branches: Which branches to record, as of `recording`.
             on_step: Handed to the sampler.
             meta: More to keep of the sample; JSON values.
 
@@ -142,24 +145,48 @@ class Recorder:
             The final latent, just as without recording.
 
         Raises:
-            ListenError: A forward is not as the manifest says, or a recorded step has no such branch.
-            StoreError: The store cannot take the sample.
+            ListenError, StoreError: As of `recording`.
         """
-        name = sample_name(prompt, seed, branch)
-        sample = writer.begin(name)
+        branches = (branch,) if branches is None else branches
+        with self.recording(writer, prompt, seed, branches=branches, **meta):
+            return self.sampler.run(prompt, seed, on_step=on_step)
+
+    @contextmanager
+    def recording(
+        self, writer: StoreWriter, prompt: str, seed: int, *, branches: Sequence[int] = (0,), **meta: Any
+    ) -> Iterator[None]:
+        """Records the sampling that happens inside, whoever runs it: the model computes what it always does.
+
+        Args:
+            writer: Of a store of this manifest.
+            prompt: What is sampled; with the seed it names the sample.
+            seed: Of the noise.
+            branches: Which branches of guidance are recorded, each as a sample of its own: the samples of a step's
+                forwards, numbered through; two forwards, or one of a batch of two, have 0 and 1.
+            meta: More to keep of the samples; JSON values.
+
+        Raises:
+            ListenError: A forward is not as the manifest says, or a recorded step has no such branch.
+            StoreError: The store cannot take the samples.
+        """
+        names = {branch: sample_name(prompt, seed, branch) for branch in branches}
+        samples = {branch: writer.begin(name) for branch, name in names.items()}
         count = StepCounter(self.sampler.times)
         begun = time.perf_counter()
-        written = [0] * len(self.steps)
+        written = {branch: [0] * len(self.steps) for branch in branches}
         writes: list[Future[int]] = []
-        here = 0
+        here = forward = 0
 
         def on_forward(now: float) -> bool:
-            nonlocal here
-            step, number = count(now)
+            nonlocal here, forward
+            step, forward = count(now)
             here = self.steps.index(step) if step in self.steps else -1
-            return here >= 0 and number == branch
+            return here >= 0 and forward <= max(branches)
 
         def on_call(call: Call) -> None:
+            branch = forward * call.samples + call.sample
+            if branch not in samples:
+                return
             unit = self._measure(
                 call.q,
                 call.k,
@@ -168,23 +195,25 @@ class Recorder:
                 manifest=self.manifest,
                 projection=call.projection,
                 residual_square=call.residual_square,
-                seed=zlib.crc32(f"{name}/{here}/{call.layer}".encode()),
+                seed=zlib.crc32(f"{names[branch]}/{here}/{call.layer}".encode()),
             )
             if len(writes) >= UNITS_AHEAD:
                 writes.pop(0).result()
-            writes.append(files.submit(sample.write, here, call.layer, unit))
-            written[here] += 1
+            writes.append(files.submit(samples[branch].write, here, call.layer, unit))
+            written[branch][here] += 1
             self._on_unit()
 
+        model, grid = self.sampler.transformer, self.manifest.grid
         with (
             ThreadPoolExecutor(1) as files,
-            listening(self.sampler.transformer, self.manifest.grid, on_forward, on_call, self.adapter),
+            listening(model, grid, on_forward, on_call, self.adapter, batches=True),
         ):
-            final = self.sampler.run(prompt, seed, on_step=on_step)
+            yield
             for write in writes:
                 write.result()
-        if absent := [self.manifest.times[index] for index, units in enumerate(written) if not units]:
-            raise ListenError(f"every recorded step must have a forward {branch}, got none at times {absent}")
-        known = {"prompt": prompt, "seed": seed, "branch": branch, "steps": len(self.sampler.times)}
-        sample.finish({**known, "seconds": time.perf_counter() - begun, **meta})
-        return final
+        for branch, counts in written.items():
+            if absent := [self.manifest.times[index] for index, units in enumerate(counts) if not units]:
+                raise ListenError(f"every recorded step must have a forward {branch}, got none at times {absent}")
+        known = {"prompt": prompt, "seed": seed, "steps": len(self.sampler.times)}
+        for branch, sample in samples.items():
+            sample.finish({**known, "branch": branch, "seconds": time.perf_counter() - begun, **meta})

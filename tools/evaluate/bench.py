@@ -223,7 +223,8 @@ class Planned:
         self.plan, self.density = plan, executed_density(plan, bench.sampler.times)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, time: float) -> Tensor:
-        return masks.attend(q, k, v, self.plan.schedule(time, layer).bind(q.device))
+        with self.plan.schedule(time, layer).bind(q.device).lowered() as bound:
+            return masks.attend(q, k, v, bound)
 
 
 class Kept:

@@ -140,7 +140,7 @@ def head_errors(
             values = _head(call, schedule, head, picked, factor[head])
             found[:, step, call.layer, head] = values
 
-    with listening(sampler.transformer, sampler.grid, on_forward, on_call):
+    with listening(sampler.transformer, sampler.grid, on_forward, on_call, batches=True):
         sampler.run(prompt, seed)
     return HeadErrors(*found)
 
