@@ -71,7 +71,7 @@ ADA = {**AMPERE, 128: Config(64, 32, 4, 2)}
 HOPPER = {
     16: Config(128, 64, 8, 3, 128),
     32: Config(128, 64, 8, 3, 128),
-    64: Config(128, 64, 8, 3, 128),
+    64: Config(128, 128, 8, 2, 128),
     128: Config(128, 64, 8, 2, 128),
     256: Config(128, 64, 8, 2),
 }
@@ -85,11 +85,11 @@ BLACKWELL = {
 TABLE = {80: AMPERE, 86: ADA, 87: AMPERE, 89: ADA, 90: HOPPER, 100: BLACKWELL, 120: ADA}
 """Configurations by sm, then by head_dim, for two bytes an element; another sm takes the row of the last one before it.
 
-One was measured: HOPPER at head_dim 128, fastest of nine on an H200 (triton 3.6.0, 40 heads, 480p and 720p). All others
-are arithmetic on what the compiler says (`tests/runtime/test_compile.py`): two programs an SM wherever registers
-(65,536 an SM) and shared memory (164 KB on sm80 and sm87, 100 KB on sm86, sm89 and sm120, 228 KB on sm90 and sm100)
-allow, since one then computes while the other waits; the largest tiles that leave them, with few spills (most on sm100
-at head_dim 128: up to 192 bytes a thread). Accumulators of 256 channels leave room for one.
+Two were measured on an H200 with triton 3.6.0: HOPPER at head_dim 128, fastest of nine, and at 64, fastest of seven.
+All others are arithmetic on what the compiler says (`tests/runtime/test_compile.py`): two programs an SM wherever
+registers (65,536 an SM) and shared memory (164 KB on sm80 and sm87, 100 KB on sm86, sm89 and sm120, 228 KB on sm90 and
+sm100) allow, since one then computes while the other waits; the largest tiles that leave them, with few spills (most on
+sm100 at head_dim 128: up to 192 bytes a thread). Accumulators of 256 channels leave room for one.
 """
 
 
