@@ -163,6 +163,7 @@ def command(
                 raise CompileError(f"interrupted samples must {rule}, got {named}")
             source = StatisticsSource(store)
             job = source.make_job(coefficients)
+            passes = source.settle(job, passes)
             origin, parts = provenance(job, store), segments(job.manifest.times)
             key = [store.manifest.digest, *store.samples, *(probe.to_json() for probe in store.probes)]
         console = Console()

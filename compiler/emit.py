@@ -106,6 +106,7 @@ def compile_in_memory(store: Store, source: Source, passes: Sequence[Pass], devi
     """
     require_lowered(passes)
     job, shelf = StatisticsSource(store).make_job(device), MemoryShelf()
+    passes = StatisticsSource(store).settle(job, passes)
     found = run(source, job, passes, shelf, in_turn)
     return make_plan(job, provenance(job, store), segments(job.manifest.times), passes, found, shelf, in_turn)
 

@@ -7,6 +7,7 @@ from calibatt.compiler.stats.errors import (
     MissingUnits,
     NoSamples,
     ProbeError,
+    RefinementError,
     SampleError,
     SampleExists,
     StoreBusy,
@@ -14,7 +15,8 @@ from calibatt.compiler.stats.errors import (
     UnitError,
 )
 from calibatt.compiler.stats.manifest import DEFAULT_THRESHOLDS, Manifest
-from calibatt.compiler.stats.probes import Probe, TimeWeightInfo
+from calibatt.compiler.stats.probes import ErrorWeights, Probe, TimeWeightInfo, error_weights
+from calibatt.compiler.stats.refinement import Ladders
 from calibatt.compiler.stats.store import Store
 from calibatt.compiler.stats.unit import UnitStatistics, code_values, dequantise, quantise, unit_shapes
 from calibatt.compiler.stats.windows import Window, default_windows, window_keep
@@ -23,6 +25,8 @@ from calibatt.compiler.stats.writer import SampleWriter, StoreWriter
 __all__ = [
     "DEFAULT_THRESHOLDS",
     "DuplicateSample",
+    "ErrorWeights",
+    "Ladders",
     "Manifest",
     "ManifestError",
     "ManifestMismatch",
@@ -30,6 +34,7 @@ __all__ = [
     "NoSamples",
     "Probe",
     "ProbeError",
+    "RefinementError",
     "SampleError",
     "SampleExists",
     "SampleWriter",
@@ -44,6 +49,7 @@ __all__ = [
     "code_values",
     "default_windows",
     "dequantise",
+    "error_weights",
     "quantise",
     "unit_shapes",
     "window_keep",

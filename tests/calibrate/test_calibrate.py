@@ -228,7 +228,7 @@ def test_layers_are_probed_alone():
     sampler = TinySampler()
     trajectory = Trajectory(sampler, "hello", 3, range(4))
     for step in range(4):
-        found = trajectory.probe("a", 0, step, masks(1), Blocks(16, 16), layers=True)
+        found = trajectory.probe("a", 0, step, masks(1), Blocks(16, 16), layers="step")
         assert len(found.layer_factors) == len(adapter_sites(sampler, None))
         assert min(found.layer_factors) < 1 < max(found.layer_factors)
         plain = trajectory.probe("a", 0, step, masks(1), Blocks(16, 16))

@@ -274,7 +274,7 @@ def grow(path):
         (lambda s: (s / "samples/a/sample.json").write_text("{}"), SampleError, "must have the fields name, manifest"),
         (lambda s: (s / "samples/a").rename(s / "samples/z"), SampleError, "name must be 'z', got 'a'"),
         (lambda s: (s / "samples/z").write_text(""), SampleError, "must be a folder"),
-        (lambda s: (s / "notes.txt").write_text(""), StoreError, "must hold only manifest.json, samples and probes"),
+        (lambda s: (s / "notes.txt").write_text(""), StoreError, "must hold only manifest.json, samples, probes and refinement"),
         (lambda s: (s / "manifest.json").write_text("{"), ManifestError, "manifest.json: the manifest must be JSON"),
         (lambda s: (s / "probes/a_t0.json").write_text("["), ProbeError, "a probe must be JSON"),
         (lambda s: (s / "probes/a_t0.json").write_text("{}"), ProbeError, "a probe must have the fields"),

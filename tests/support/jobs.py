@@ -14,7 +14,7 @@ from calibatt.compiler.language import parse_passes
 from calibatt.compiler.pipeline import Account, in_turn, run
 from calibatt.compiler.shelf import MemoryShelf
 from calibatt.compiler.stats import Manifest, Probe, StoreWriter, UnitStatistics
-from calibatt.compiler.stats.probes import TimeWeightInfo
+from calibatt.compiler.stats.probes import ErrorWeights, TimeWeightInfo
 from support import stats
 
 DEVICE = Device("test", "made up", tflops=1.0, tile_us=0.0, store_us=0.0)
@@ -36,13 +36,13 @@ class MemoryStore:
         assert set(samples) <= set(self.samples)
         assert (samples[0], time_index, layer) in self.units
 
-    def layer_factor(self) -> np.ndarray:
-        return np.ones((len(self.manifest.times), self.manifest.model.layers))
+    ladders = None
 
-    def time_weight(self) -> tuple[np.ndarray, TimeWeightInfo]:
-        probes = 0 if self.weights is None else len(self.manifest.times)
-        weights = np.ones(len(self.manifest.times)) if self.weights is None else np.asarray(self.weights, float)
-        return weights, TimeWeightInfo(probes, (), (), 0.0)
+    def error_weights(self) -> ErrorWeights:
+        shape = len(self.manifest.times), self.manifest.model.layers
+        time = np.ones(shape[0]) if self.weights is None else np.asarray(self.weights, float)
+        info = TimeWeightInfo(0 if self.weights is None else shape[0], (), (), 0.0)
+        return ErrorWeights(time, time[:, None] * np.ones(shape), None, info.probes > 0, str(info))
 
 
 def memory_store(of: Manifest, samples: int = 3, seed: int = 0, weights: Any = None) -> MemoryStore:

@@ -234,5 +234,5 @@ def test_a_part_of_a_store_has_what_it_says(store):
     unit = part.unit(part.samples[0], 0, 0)
     unit.check(part.manifest)
     assert [whole.meta[name]["seed"] for name in part.samples] == [0]
-    assert (part.time_weight()[0] == 1).all()
-    assert (whole.time_weight()[0] != 1).any()
+    assert (part.error_weights().time == 1).all()
+    assert (whole.error_weights().time != 1).any()

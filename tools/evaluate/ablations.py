@@ -24,8 +24,7 @@ import torch
 from rich.console import Console
 
 from calibatt.compiler.language import DEFAULT_PASSES
-from calibatt.compiler.stats import Manifest, Probe, Store, UnitStatistics
-from calibatt.compiler.stats.probes import TimeWeightInfo, layer_factor, time_weight
+from calibatt.compiler.stats import ErrorWeights, Ladders, Manifest, Probe, Store, UnitStatistics, error_weights
 from calibatt.tools.calibrate.models import MODEL_HELP
 from calibatt.tools.evaluate import bench
 from calibatt.tools.evaluate.bench import Kept, Measured, Rule
@@ -99,13 +98,25 @@ class Part:
     def expect(self, samples: Sequence[str], time_index: int, layer: int, planes: bool = True) -> None:
         self.store.expect(samples, time_index, layer, planes)
 
-    def time_weight(self) -> tuple[npt.NDArray[np.float64], TimeWeightInfo]:
-        weight, info = time_weight(self.manifest.times, self.probes)
-        return (weight if self.time_weighted else np.ones_like(weight)), info
+    def error_weights(self) -> ErrorWeights:
+        model, times = self.manifest.model, self.manifest.times
+        found = error_weights(times, model.layers, model.heads, self.probes)
+        if not self.time_weighted:
+            shape = len(times), model.layers
+            return replace(found, time=np.ones(shape[0]), unit=np.ones(shape), head=None)
+        if not self.layer_weighted:
+            return replace(found, unit=found.time[:, None] * np.ones(model.layers), head=None)
+        return found
 
-    def layer_factor(self) -> npt.NDArray[np.float64]:
-        factor = layer_factor(self.manifest.times, self.manifest.model.layers, self.probes)
-        return factor if self.layer_weighted else np.ones_like(factor)
+    @property
+    def ladders(self) -> Ladders | None:
+        return None if self.count is not None or self.thresholds is not None else self.store.ladders
+
+    def check_refinement(self) -> Ladders:
+        return self.store.check_refinement()
+
+    def refined_error(self, time_index: int, layer: int) -> npt.NDArray[np.float64]:
+        return self.store.refined_error(time_index, layer)
 
 
 def compiled(study: Study, store: Any, passes: str = DEFAULT_PASSES) -> Any:

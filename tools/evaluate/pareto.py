@@ -478,7 +478,7 @@ def make_study(
     work = [(prompt, FIRST_SEED + index) for index, prompt in enumerate(lines)]
     times = store.manifest.times
     at = [min(range(len(times)), key=lambda index: abs(times[index] - now)) for now in sampler.times]
-    weights = store.time_weight()[0][:, None] * store.layer_factor()
+    weights = store.error_weights().unit
     weight = torch.tensor(weights[at], dtype=torch.float32)
     calibrated = plan_work(model, None, calibration, 0)
     return Study(Bench(sampler, store.manifest.blocks, work, calibrated, weight, batch), store)
