@@ -9,58 +9,76 @@ first level that keeps it, is all of a ladder; blocks of level ``len(shares)`` o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from calibatt.compiler.bits import Bool, Votes, unpack
-from calibatt.compiler.ir import Float32, row_required
+from calibatt.compiler.ir import Float32, Int64, row_required
 from calibatt.compiler.passes.protect import protected
 from calibatt.compiler.stats import Ladders, Manifest, code_values
 
 Levels = npt.NDArray[np.uint8]
-Keys = npt.NDArray[np.int64]
+Codes = npt.NDArray[np.uint8]
 
 CODES = 256
-BITS_OF_A_SIZE = 16
+SIZES = 1 << 16
 """Sizes are compared by the upper half of their float32: to within 1 %."""
 
 
-def levels_of(keys: Keys, shares: Sequence[float], always: Bool) -> Levels:
-    """The levels of one head's blocks from the order in which they are kept.
+@dataclass(frozen=True, eq=False)
+class Order:
+    """In which order a head's blocks are kept.
 
     Args:
-        keys: Small non-negative integers ``(Q, K)``; the lowest is kept first, equals together.
-        shares: Most blocks of each level, as a share of all; ascending.
-        always: bool ``(Q, K)``, blocks of level 0 whatever their key.
+        classes: Non-negative integers ``(Q, K)``: blocks of one class are kept together.
+        rank: int64 ``(classes,)``: the class of the lowest is kept first, equals together.
     """
-    keys = np.where(always, 0, keys + 1)
-    kept = np.bincount(keys.reshape(-1)).cumsum()
-    room = np.floor(np.array(shares) * keys.size)
+
+    classes: npt.NDArray[Any]
+    rank: Int64
+
+
+def levels_of(order: Order, shares: Sequence[float], always: Bool) -> Levels:
+    """The levels of one head's blocks.
+
+    Args:
+        order: Of the blocks.
+        shares: Most blocks of each level, as a share of all; ascending.
+        always: bool ``(Q, K)``, blocks of level 0 wherever they come.
+    """
+    classes, number = order.classes, len(order.rank)
+    others = np.bincount(classes.reshape(-1), minlength=number) - np.bincount(classes[always], minlength=number)
+    kept = np.bincount(order.rank, weights=others).cumsum() + np.count_nonzero(always)
+    room = np.floor(np.array(shares) * classes.size)
     level = np.searchsorted(room, kept).astype(np.uint8)
-    level[0] = 0
-    found: Levels = level.take(keys)
+    found: Levels = level[order.rank].take(classes)
+    found[always] = 0
     return found
 
 
-def by_size(values: Float32) -> Keys:
-    """Keys ``(Q, K)`` of non-negative values: the largest first."""
-    top = (1 << BITS_OF_A_SIZE) - 1
-    return top - (np.ascontiguousarray(values).view(np.uint32) >> (32 - BITS_OF_A_SIZE)).astype(np.int64)
+def by_size(values: Float32) -> Order:
+    """Non-negative values ``(Q, K)``: the largest first."""
+    return Order(_upper(values), np.arange(SIZES)[::-1])
 
 
-def by_votes(votes: Votes, k_blocks: int, codes: npt.NDArray[np.uint8] | None) -> Keys:
-    """Keys ``(Q, K)``: blocks of the most votes of all samples and planes first; of equals those of most error."""
-    number = np.zeros((*votes.digits[0].shape[1:-1], k_blocks), np.int64)
+def by_votes(votes: Votes, k_blocks: int, codes: Codes | None) -> Order:
+    """Blocks of the most votes of all samples and planes first; of equals those of most error by their codes."""
+    number = np.zeros((*votes.digits[0].shape[1:-1], k_blocks), np.uint16)
     for digit, bits in enumerate(votes.digits):
-        number += unpack(bits, k_blocks).sum(0, dtype=np.int64) << digit
-    keys = number.max() - number
-    return keys if codes is None else keys * CODES + codes
+        for plane in bits:
+            number += unpack(plane, k_blocks).view(np.uint8).astype(np.uint16) << digit
+    most = int(number.max())
+    if codes is None:
+        return Order(number, most - np.arange(most + 1))
+    worth = number.astype(np.int64) * CODES + (CODES - 1 - codes)
+    return Order(worth, (most + 1) * CODES - 1 - np.arange((most + 1) * CODES))
 
 
-def by_row(codes: npt.NDArray[np.uint8]) -> Keys:
-    """Keys ``(Q, K)``: what it adds to its row's error to drop a block after all smaller ones of the row, largest first.
+def by_row(codes: Codes) -> Order:
+    """By what it adds to its row's error to drop a block after all smaller ones of the row, largest first.
 
     Errors of dropped blocks point the same way (`error_model`), so a row's error is the square of the sum of their
     sizes, and a block of size s dropped after a sum S adds ``s * (s + 2 S)``: rows with few large blocks give up more.
@@ -68,15 +86,19 @@ def by_row(codes: npt.NDArray[np.uint8]) -> Keys:
     Args:
         codes: uint8 ``(Q, K)`` of the mean block error, of any peak.
     """
-    rows = np.arange(len(codes))[:, None] * CODES
-    number = np.bincount((rows + codes).reshape(-1), minlength=len(codes) * CODES).reshape(-1, CODES)
+    classes = (np.arange(len(codes)) * CODES)[:, None] + codes
+    number = np.bincount(classes.reshape(-1), minlength=len(codes) * CODES).reshape(-1, CODES)
     size = np.sqrt(code_values(1.0).astype(np.float64))
-    sums = number * size
-    larger = np.cumsum(sums, 1)
+    larger = np.cumsum(number * size, 1)
     smaller = larger[:, -1:] - larger
     added = size * (size + 2 * (smaller + np.maximum(number - 1, 0) * size / 2))
-    return by_size(added.astype(np.float32)).reshape(-1).take(rows + codes)
+    return Order(classes, SIZES - 1 - _upper(added.astype(np.float32)).astype(np.int64).reshape(-1))
 
+
+def _upper(values: Float32) -> npt.NDArray[np.uint16]:
+    """The upper halves of non-negative float32: in the order of the values."""
+    found: npt.NDArray[np.uint16] = (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16)
+    return found
 
 
 class LadderMaker:
@@ -96,7 +118,7 @@ class LadderMaker:
         """uint8 ``(S, H, Q, K)``: what was made."""
 
     def add(
-        self, head: int, error: Float32 | None, codes: npt.NDArray[np.uint8] | None, votes: Votes | None, mass: Any
+        self, head: int, error: Float32 | None, codes: Codes | None, votes: Votes | None, mass: Any
     ) -> None:
         """Makes one head's.
 
@@ -112,15 +134,15 @@ class LadderMaker:
         for index, kind in enumerate(self.ladders.kinds):
             if kind == "votes":
                 assert votes is not None
-                keys = by_votes(votes, self.k_blocks, codes)
+                order = by_votes(votes, self.k_blocks, codes)
             elif kind == "row":
                 assert codes is not None
-                keys = by_row(codes)
+                order = by_row(codes)
             else:
                 values = error if kind == "error" else mass
                 assert values is not None
-                keys = by_size(values)
-            self.levels[index, head] = levels_of(keys, self.ladders.shares, always)
+                order = by_size(values)
+            self.levels[index, head] = levels_of(order, self.ladders.shares, always)
 
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -197,20 +198,19 @@ def probe(
 def refine(
     writer: StoreWriter,
     sampler: Sampler,
-    kinds: tuple[str, ...],
-    shares: tuple[float, ...],
+    asked: Ladders,
     query_blocks: int,
     ranks: Ranks,
     progress: Progress,
 ) -> int:
-    """Measures the ladders of all samples of the store, each rank its own; returns how many this rank measured.
+    """Measures ladders of the kinds and shares asked for, each rank some samples; returns how many this rank measured.
 
     Raises:
         StoreError: The store cannot be refined with these ladders.
         RankLostError: A rank has failed.
     """
     store = Store.open(writer.path)
-    ladders = Ladders(store.samples, kinds, shares)
+    ladders = replace(asked, samples=store.samples)
     done = ranks.from_first(writer.refine(ladders) if ranks.is_first else ())
     todo = ranks.share([name for name in store.samples if name not in done])
     sampler.check([store.meta[name]["prompt"] for name in todo])
@@ -417,6 +417,10 @@ def main(
             query_stride=query_stride,
             thresholds=read_numbers("--thresholds", thresholds, DEFAULT_THRESHOLDS),
         )
+        shares = read_numbers("--refine-shares", refine_shares, DEFAULT_SHARES)
+        asked = Ladders(("every",), tuple(ladders.split("+")), shares)
+        if refine_too:
+            asked.check(manifest)
         begun = time.perf_counter()
         with (
             ranks,
@@ -432,8 +436,7 @@ def main(
             refined = 0
             if refine_too:
                 ranks.wait()
-                asked = tuple(ladders.split("+")), read_numbers("--refine-shares", refine_shares, DEFAULT_SHARES)
-                refined = ranks.total(refine(writer, sampler, *asked, refine_blocks, ranks, progress))
+                refined = ranks.total(refine(writer, sampler, asked, refine_blocks, ranks, progress))
             recorded, seconds = ranks.total(len(todo)), time.perf_counter() - begun
         if silent:
             console.print(f"{silent} probes dropped nothing and say nothing of their time")

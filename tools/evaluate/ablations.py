@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 import numpy as np
@@ -24,7 +24,16 @@ import torch
 from rich.console import Console
 
 from calibatt.compiler.language import DEFAULT_PASSES
-from calibatt.compiler.stats import ErrorWeights, Ladders, Manifest, Probe, Store, UnitStatistics, error_weights
+from calibatt.compiler.stats import (
+    ErrorWeights,
+    Ladders,
+    Manifest,
+    Probe,
+    RefinementError,
+    Store,
+    UnitStatistics,
+    error_weights,
+)
 from calibatt.tools.calibrate.models import MODEL_HELP
 from calibatt.tools.evaluate import bench
 from calibatt.tools.evaluate.bench import Kept, Measured, Rule
@@ -108,15 +117,14 @@ class Part:
             return replace(found, unit=found.time[:, None] * np.ones(model.layers), head=None)
         return found
 
-    @property
-    def ladders(self) -> Ladders | None:
-        return None if self.count is not None or self.thresholds is not None else self.store.ladders
+    ladders: ClassVar[None] = None
+    """What a refinement measured depends on every sample and threshold: a part of a store is not refined."""
 
     def check_refinement(self) -> Ladders:
-        return self.store.check_refinement()
+        raise RefinementError("a part of a store must do without ladders, got a pass that asks for them")
 
     def refined_error(self, time_index: int, layer: int) -> npt.NDArray[np.float64]:
-        return self.store.refined_error(time_index, layer)
+        raise RefinementError("a part of a store must do without errors of ladders, got a pass that asks for them")
 
 
 def compiled(study: Study, store: Any, passes: str = DEFAULT_PASSES) -> Any:
@@ -137,7 +145,7 @@ def shared_votes(study: Study) -> Callable[[float], Rule]:
 
     def at(density: float) -> Rule:
         keep, found = study.ladder("vote, shared", score)
-        weighted = (found.error * study.bench.weight[..., None]).sum(1, keepdim=True)
+        weighted = (found.error * study.bench.weight).sum(1, keepdim=True)
         whole = Measured(weighted, found.density.mean(1, keepdim=True))
         pick = bench.budgeted(whole, torch.ones(1, weighted.shape[2]), density)
         return Kept(study.bench, keep.gather(0, pick[None, ..., None, None].expand(1, *keep.shape[1:]))[0])
@@ -156,6 +164,8 @@ def variants(study: Study) -> dict[str, Callable[[float], Rule]]:
     """Every change by name, each a function from the density."""
     store = study.store
     found: dict[str, Callable[[float], Rule]] = {BASE: compiled(study, store)}
+    if store.ladders is not None:
+        found["not refined"] = compiled(study, Part(store))  # and so is all that follows
     for count in PROMPTS:
         if count <= len(store.samples):
             found[f"calibration prompts: {count}"] = compiled(study, Part(store, count))

@@ -70,10 +70,10 @@ class _Remembered:
 
     def __init__(self, source: StatisticsSource) -> None:
         self._source = source
-        self._units: dict[tuple[bool, int, int], UnitIR] = {}
+        self._units: dict[tuple[bool, bool, int, int], UnitIR] = {}
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
-        key = job.planes, time_index, layer
+        key = job.planes, job.use_ladders, time_index, layer
         if key not in self._units:
             self._units[key] = self._source.unit(job, time_index, layer)
         return copy.deepcopy(self._units[key])
@@ -179,7 +179,7 @@ class Study:
     def error_score(self, q: Tensor, k: Tensor, v: Tensor, step: int, layer: int) -> Tensor:
         values = bench.projected(v, self.seen.factor[step, layer])
         _, error = bench.statistics(q, k, values, self.bench.blocks)
-        return error / self.seen.square[step, layer].mean() * self.bench.weight[step, layer]
+        return error / self.seen.square[step, layer].mean() * self.bench.weight[step, layer][:, None, None]
 
     def skip_score(self, q: Tensor, k: Tensor, v: Tensor, step: int, layer: int) -> Tensor:
         if q.is_cuda:
@@ -211,7 +211,7 @@ class Study:
         return PerInput(self.bench, score, thresholds.gather(0, pick[None])[0])
 
     def dynamic_error(self, density: float) -> Rule:
-        scores = self.seen.error * self.bench.weight[:, :, None, None, None, None]
+        scores = self.seen.error * self.bench.weight[:, :, None, :, None, None]
         return PerInput(self.bench, self.error_score, self.everywhere(bench.quantile_threshold(scores, density)))
 
     def skip_softmax(self, density: float) -> Rule:
@@ -259,13 +259,19 @@ def normalised(probes: Tensor) -> Tensor:
     return (probes / own).mean(-1) * own.mean()
 
 
+NOT_REFINED = DEFAULT_PASSES.replace("select", "select{target-density=D,menu=windows+cuts}")
+"""The default passes on a store that was not refined; D stands for the density."""
 MENU = ("vote", "mass", "error", "frames", "rows", "box")
 METHODS: dict[str, Callable[[Study, float], Rule]] = {
     OURS: lambda study, d: study.compiled(d),
+    "compiled, not refined": lambda study, d: study.compiled(d, NOT_REFINED.replace("D", f"{d:g}")),
     "compiled, planes + windows": lambda study, d: study.compiled(
         d, f"vote,protect,select{{target-density={d:g},menu=planes+windows}},schedule,lower"
     ),
     "compiled, no anchors": lambda study, d: study.compiled(d, "protect,select,schedule,lower"),
+    "compiled, ladders alone": lambda study, d: study.compiled(
+        d, f"protect,select{{target-density={d:g},menu=ladders}},schedule,lower"
+    ),
     "budget: measured menu": lambda study, d: study.under_budget(MENU, d),
     "budget: measured menu, weights by final video": lambda study, d: study.under_budget(
         MENU, d, normalised(study.layer_probes)
@@ -478,7 +484,8 @@ def make_study(
     work = [(prompt, FIRST_SEED + index) for index, prompt in enumerate(lines)]
     times = store.manifest.times
     at = [min(range(len(times)), key=lambda index: abs(times[index] - now)) for now in sampler.times]
-    weights = store.error_weights().unit
+    found = store.error_weights()
+    weights = found.unit if found.head is None else found.head
     weight = torch.tensor(weights[at], dtype=torch.float32)
     calibrated = plan_work(model, None, calibration, 0)
     return Study(Bench(sampler, store.manifest.blocks, work, calibrated, weight, batch), store)
