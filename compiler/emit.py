@@ -126,6 +126,8 @@ def provenance(job: Job, store: Store) -> dict[str, Any]:
         "versions": {**job.manifest.versions, "calibatt-compile": version("calibatt")},
         "time_weight": job.weights_source,
     }
+    if job.use_ladders and job.ladders is not None:
+        found["refinement"] = job.ladders.told(job.manifest)
     prompts = [store.meta[sample].get("prompt") for sample in job.samples]
     if all(isinstance(prompt, str) for prompt in prompts):
         text = json.dumps(prompts, ensure_ascii=True).encode()

@@ -44,7 +44,7 @@ class Samples(Protocol):
     def error_weights(self) -> ErrorWeights: ...
     @property
     def ladders(self) -> Ladders | None: ...
-    def check_refinement(self) -> Ladders: ...
+    def check_refinement(self) -> tuple[str, ...]: ...
     def refined_error(self, time_index: int, layer: int) -> Float64: ...
 
 
@@ -80,8 +80,9 @@ class StatisticsSource:
             RefinementError: They need a refinement that is not there, not finished or of other samples.
         """
         settled = tuple(each.settled(job) for each in passes)
-        if any(each.ladders for each in settled):
-            self.store.check_refinement()
+        job.use_ladders = any(each.ladders for each in settled)
+        if job.use_ladders:
+            job.refinement = self.store.check_refinement()
         return settled
 
     def levels(self, ladders: Ladders, time_index: int, layer: int) -> Levels:

@@ -173,6 +173,7 @@ class Job:
         planes: Some pass asks for the keep planes of the samples.
         ladders: What a refinement of the store is of; None without one.
         use_ladders: Some pass asks for ladders.
+        refinement: Digests of the files with their errors, where that is so.
         error_factor: Of `error_model.coherence`; known once every unit has been gathered.
         multiplier: The price of a millisecond in weighted error (lambda), once `select` has found it.
         error_budget: Most error times weight over all units, where that was asked for.
@@ -190,6 +191,7 @@ class Job:
     planes: bool = True
     ladders: Ladders | None = None
     use_ladders: bool = False
+    refinement: tuple[str, ...] = ()
     error_factor: float = 1.0
     multiplier: float | None = None
     error_budget: float | None = None

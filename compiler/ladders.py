@@ -117,9 +117,7 @@ class LadderMaker:
         self.levels = np.empty(shape, np.uint8)
         """uint8 ``(S, H, Q, K)``: what was made."""
 
-    def add(
-        self, head: int, error: Float32 | None, codes: Codes | None, votes: Votes | None, mass: Any
-    ) -> None:
+    def add(self, head: int, error: Float32 | None, codes: Codes | None, votes: Votes | None, mass: Any) -> None:
         """Makes one head's.
 
         Args:
@@ -143,7 +141,6 @@ class LadderMaker:
                 assert values is not None
                 order = by_size(values)
             self.levels[index, head] = levels_of(order, self.ladders.shares, always)
-
 
 
 def along_band(values: Float32, manifest: Manifest, apart: Bool) -> Float32:

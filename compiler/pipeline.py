@@ -70,8 +70,8 @@ class Account:
 
 @dataclass(frozen=True)
 class UnitAccount:
-    """What a unit amounts to after a pass; see `Account`. `head_error` is not yet weighted with `weight`: of all heads, or one a
-    head."""
+    """What a unit amounts to after a pass; see `Account`. `head_error` is not yet weighted with `weight`, which is one
+    number or one a head."""
 
     seconds: float
     blocks: int

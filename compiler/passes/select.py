@@ -27,8 +27,9 @@ NO_BUDGET_BINDS = 1e100
 class Select(Pass):
     """Picks masks so that the whole job loses least within its budget.
 
-    A head may be dense, keep a voted plane, a window, a *cut*: the blocks whose mean block error is above a level, or in
-    a refined store a level of a *ladder*, whose error was measured itself, as was then that of windows. A mask costs its predicted milliseconds and loses its output error, relative to the residual stream, times w(t). One
+    A head may be dense, keep a voted plane, a window, a *cut*: the blocks whose mean block error is above a level, or,
+    in a refined store, a level of a *ladder*, whose error was measured itself, as that of windows was then. A mask
+    costs its predicted milliseconds and loses its output error, relative to the residual stream, times its weight. One
     multiplier, the price of a millisecond, decides for all heads and times at once; what it leaves of the budget is
     spent on single changes, and the distance to a proven bound is reported.
 

@@ -1,15 +1,14 @@
 """A refined store: the errors of ladders of masks, measured while its samples were sampled once more.
 
-What a mask is follows from the statistics (`calibatt.compiler.ladders`), so that only errors are kept, in a folder of the
-store: ``ladders.json`` says which ladders of which samples they are, and one container file a sample holds them, written
-whole or not at all. Errors of other ladders, or of ladders of other samples, are never read.
+What a mask is follows from the statistics (`calibatt.compiler.ladders`), so that only errors are kept, in a folder of
+the store: ``ladders.json`` says which ladders of which samples they are, and one container file a sample holds them,
+written whole or not at all. Errors of other ladders, or of ladders of other samples, are never read.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -63,7 +62,9 @@ class Ladders:
         numbers = isinstance(shares, tuple) and all(type(share) is float for share in shares)
         ascending = numbers and all(a < b for a, b in itertools.pairwise((0.0, *shares, 1.0)))
         if not ascending or not 0 < len(shares) <= MOST_SHARES:
-            raise RefinementError(f"ladders.shares must be 1 to {MOST_SHARES} ascending floats in (0, 1), got {shares!r}")
+            raise RefinementError(
+                f"ladders.shares must be 1 to {MOST_SHARES} ascending floats in (0, 1), got {shares!r}"
+            )
         names = isinstance(self.samples, tuple) and all(isinstance(name, str) for name in self.samples)
         if not names or not self.samples or list(self.samples) != sorted(set(self.samples)):
             raise RefinementError(f"ladders.samples must be ascending names, got {self.samples!r}")
@@ -88,6 +89,12 @@ class Ladders:
     def digest(self, manifest: Manifest) -> str:
         """Stands for all that decides the masks, 32 hexadecimal digits."""
         return blake2b((manifest.digest + self.to_json()).encode(), digest_size=16).hexdigest()
+
+    def told(self, manifest: Manifest) -> str:
+        """The same in words, for people."""
+        shares = ", ".join(f"{share:g}" for share in self.shares)
+        of = f"{len(self.samples)} samples, digest {self.digest(manifest)}"
+        return f"measured: ladders {'+'.join(self.kinds)} at {shares} and {len(manifest.windows)} windows, {of}"
 
     def to_json(self) -> str:
         """The canonical text of ``ladders.json``."""

@@ -39,7 +39,14 @@ from calibatt.compiler.stats.files import (
 )
 from calibatt.compiler.stats.manifest import Manifest
 from calibatt.compiler.stats.probes import ErrorWeights, Probe, TimeWeightInfo, error_weights, layer_factor, time_weight
-from calibatt.compiler.stats.refinement import Ladders, check_complete, file_name, read_errors, read_ladders
+from calibatt.compiler.stats.refinement import (
+    Ladders,
+    check_complete,
+    file_name,
+    open_errors,
+    read_errors,
+    read_ladders,
+)
 from calibatt.compiler.stats.unit import UnitStatistics, read_unit
 
 
@@ -186,34 +193,36 @@ class Store:
         model = self.manifest.model
         return error_weights(self.manifest.times, model.layers, model.heads, self.probes)
 
-    def check_refinement(self) -> Ladders:
-        """Proves that there is a finished refinement of just these samples.
+    def check_refinement(self) -> tuple[str, ...]:
+        """Proves that there is a finished refinement of just these samples, all but the errors themselves.
 
         Returns:
-            What it is of.
+            The digests of its files.
 
         Raises:
-            RefinementError: There is none, one of other samples, or one that was not finished.
+            RefinementError: There is none, one of other samples, one that was not finished, or a file is damaged.
+            OSError: A file cannot be read.
         """
         if self.ladders is None:
             raise RefinementError("the store must be refined (calibatt-calibrate --refine), got no refinement")
         folder = next(iter(self.refined.values())).parent if self.refined else Path(REFINEMENT)
         check_complete(folder, self.ladders, self.samples, tuple(self.refined))
-        return self.ladders
+        files = [open_errors(self.refined[name], name, self.ladders, self.manifest) for name in self.samples]
+        return tuple(file.digest for file in files)
 
     def refined_error(self, time_index: int, layer: int) -> npt.NDArray[np.float64]:
         """Means over the samples of the errors of a unit's ladders and windows, float64 ``(C, H)``.
 
         Raises:
-            RefinementError: There is no finished refinement, or a file of it is damaged.
+            RefinementError: A file is damaged, or there is no refinement.
             OSError: A file cannot be read.
         """
-        ladders = self.check_refinement()
-        each = [read_errors(path, name, time_index, ladders, self.manifest)[layer] for name, path in self._refined()]
-        return np.mean(np.stack(each), 0, dtype=np.float64)
-
-    def _refined(self) -> list[tuple[str, Path]]:
-        return sorted(self.refined.items())
+        if self.ladders is None:
+            raise RefinementError("the store must be refined (calibatt-calibrate --refine), got no refinement")
+        total = np.zeros((self.ladders.errors(self.manifest), self.manifest.model.heads))
+        for name in self.samples:
+            total += read_errors(self.refined[name], name, time_index, self.ladders, self.manifest)[layer]
+        return total / len(self.samples)
 
     @property
     def size_bytes(self) -> int:
@@ -240,7 +249,8 @@ def _check_entries(folder: Path) -> None:
 
 def _refinement(folders: Sequence[Path], manifest: Manifest) -> tuple[Ladders | None, dict[str, Path]]:
     """Ladders and files of the errors of all folders; whether they are whole and right is proved when they are used."""
-    ladders, first, refined = None, folders[0], {}
+    ladders, first = None, folders[0]
+    refined: dict[str, Path] = {}
     for folder in folders:
         found = read_ladders(folder / REFINEMENT, manifest)
         if found is None:

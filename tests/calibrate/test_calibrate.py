@@ -236,6 +236,48 @@ def test_layers_are_probed_alone():
     assert torch.equal(sampler.run("hello", 3), trajectory.final)
 
 
+def test_layers_and_heads_are_followed_to_the_end():
+    """What is disturbed alone is what a run with that head's masked output by hand says."""
+    sampler, step, blocks = TinySampler(branches=2), 1, Blocks(16, 16)
+    trajectory = Trajectory(sampler, "hello", 3, range(4))
+    found = trajectory.probe("a", 0, step, masks(1), blocks, layers="final", heads="step")
+    whole = trajectory.probe("a", 0, step, masks(1), blocks, layers="step", heads="final")
+    assert (found.weight, found.layer_factors, found.head_weights) == (whole.weight, (), ())
+    assert (whole.layer_factors, whole.layer_weights) == ((), ())  # heads followed to the end say it
+    by_step: list[float] = []
+    for layer, head in itertools.product(range(LAYERS), [None, *range(HEADS)]):
+        made = []
+
+        def on_call(call: Call, layer: int = layer, head: int | None = head, made: list = made) -> Any:
+            if call.layer != layer:
+                return None
+            other = masked_output(call.q, call.k, call.v, masks(1)(layer), blocks)
+            out = other if head is None else call.out.clone()
+            if head is not None:
+                out[head] = other[head]
+            made.append(residual_error(call, out))
+            return out
+
+        latents = {}
+        with listening(sampler.transformer, GRID, lambda time: time == TIMES[step], on_call):
+            start = trajectory.latents[step]
+            final = sampler.run("hello", 3, step, start, latents.__setitem__)
+        assert len(made) == 2
+        change = [
+            float((a - b).square().mean() / b.square().mean())
+            for a, b in ((final, trajectory.final), (latents[step + 1], trajectory.latents[step + 1]))
+        ]
+        weights = [each / (sum(made) / 2) for each in change]
+        if head is None:
+            assert found.layer_weights[layer] == pytest.approx(weights[0], rel=1e-3)
+        else:
+            assert whole.head_weights[layer][head] == pytest.approx(weights[0], rel=1e-3)
+            ratio = found.head_factors[layer][head] / found.head_factors[0][0]
+            by_step.append(weights[1])
+            assert ratio == pytest.approx(weights[1] / by_step[0], rel=1e-3)
+    assert torch.equal(sampler.run("hello", 3), trajectory.final)
+
+
 def test_a_probe_that_drops_nothing_says_nothing():
     sampler = TinySampler()
     keep_all = torch.ones(HEADS, 3, 3, dtype=torch.bool)

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 pytest.importorskip("diffusers")
 
-from support.sampler import GRID, TinyVideoSampler, tiny_store  # noqa: E402
+from support.sampler import GRID, TinyVideoSampler, tiny_store
 
-from calibatt.compiler.gather import StatisticsSource  # noqa: E402
-from calibatt.compiler.stats import Ladders, Store, StoreWriter, window_keep  # noqa: E402
-from calibatt.plans import Blocks  # noqa: E402
-from calibatt.tools.calibrate import __main__ as command  # noqa: E402
-from calibatt.tools.calibrate import models, refining  # noqa: E402
-from calibatt.tools.calibrate.listen import Call, listening  # noqa: E402
-from calibatt.tools.calibrate.refining import Refiner, mask_errors  # noqa: E402
+from calibatt.compiler.gather import StatisticsSource
+from calibatt.compiler.stats import Ladders, Store, StoreWriter, window_keep
+from calibatt.compiler.stats.refinement import read_errors
+from calibatt.plans import Blocks
+from calibatt.tools.calibrate import __main__ as command
+from calibatt.tools.calibrate import models, refining
+from calibatt.tools.calibrate.listen import Call, listening
+from calibatt.tools.calibrate.refining import Refiner, mask_errors
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +109,6 @@ def test_what_is_stored_is_the_error_of_the_compilers_masks(refined: Store) -> N
     sampler = TinyVideoSampler()
     with listening(sampler.transformer, GRID, on_forward, lambda call: calls.append(call)):
         sampler.run(refined.meta[name]["prompt"], refined.meta[name]["seed"])
-    from calibatt.compiler.stats.refinement import read_errors
-
     windows = [torch.from_numpy(window_keep(window, of.grid, of.blocks)) for window in of.windows]
     for number, call in enumerate(calls):
         time_index = of.times.index(min(of.times, key=lambda time: abs(time - times[number // 2])))
@@ -144,10 +143,11 @@ def test_refining_again_says_the_same(refined: Store, tmp_path: Path) -> None:
         for name in reversed(store.samples):
             Refiner(TinyVideoSampler(), store, ladders, query_blocks=12).refine(writer, name)
     for name in store.samples:
-        from calibatt.compiler.stats.refinement import read_errors
-
         for index in range(3):
-            a, b = (read_errors(p / "refinement" / f"{name}.refined", name, index, ladders, store.manifest) for p in (path, again))
+            a, b = (
+                read_errors(p / "refinement" / f"{name}.refined", name, index, ladders, store.manifest)
+                for p in (path, again)
+            )
             np.testing.assert_array_equal(a, b)
 
 

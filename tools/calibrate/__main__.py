@@ -32,8 +32,8 @@ from calibatt.tools.calibrate.listen import ListenError
 from calibatt.tools.calibrate.models import MODEL_HELP, PROMPTS, default_prompts, make_sampler
 from calibatt.tools.calibrate.probing import FINAL, STEP, Trajectory
 from calibatt.tools.calibrate.ranks import RankLostError, Ranks
-from calibatt.tools.calibrate.refining import QUERY_BLOCKS, Refiner
 from calibatt.tools.calibrate.recorder import Measure, Recorder, nearest_step, sample_name
+from calibatt.tools.calibrate.refining import QUERY_BLOCKS, Refiner
 from calibatt.tools.calibrate.sampler import Sampler
 from calibatt.tools.calibrate.statistics import unit_statistics
 
@@ -160,7 +160,9 @@ def probe(
     recorded: Mapping[tuple[str, int], Trajectory],
     progress: Progress,
 ) -> int:
-    """Probes the time weight on these samples, at some times `by_part` as well (see `Trajectory.probe`); returns how many probes said nothing.
+    """Probes the time weight on these samples, at some times `by_part` as well (see `Trajectory.probe`).
+
+    Returns how many probes said nothing.
 
     A sample that was not recorded just now is sampled once more, for the latents from which its probes start.
     """
@@ -186,7 +188,9 @@ def probe(
             def keep(layer: int, name: str = name, index: int = index) -> torch.Tensor:
                 return torch.from_numpy(store.unit(name, index, layer).keep(plane, manifest))
 
-            found = dense.probe(name, index, steps[index], keep, manifest.blocks, **(by_part if index in by_layer else {}))
+            found = dense.probe(
+                name, index, steps[index], keep, manifest.blocks, **(by_part if index in by_layer else {})
+            )
             if found:
                 writer.write_probe(found)
             else:
@@ -311,6 +315,7 @@ Examples:
   calibatt-calibrate --prompts prompts.txt --samples 4 --query-stride 8 -o stats/
   calibatt-calibrate --model my_wan:sampler --steps 30 --times 15 --block-size 128 --query-stride 8 -o stats/
   torchrun --nproc-per-node 8 -m calibatt.tools.calibrate --model my_wan:sampler --block-size 128 -o stats/
+  calibatt-calibrate -o stats/ --refine
   calibatt-compile stats/ -o plans/mine.plan
 
 Exit codes: 0 all is recorded; 1 stopped, run it again to continue; 2 the call or the store is wrong.
@@ -395,6 +400,15 @@ def main(
     average, and one by layer takes one more step for each layer. What errors cost differs more from prompt to prompt
     than anything else that is measured: fewer probed samples are the wrong place to save. At the end the bytes written
     and the seconds taken are told.
+
+    --refine measures once more, when all prompts are recorded: which masks a plan may choose follows from them, and
+    what each mask really changes is then measured while every prompt is sampled again, instead of being estimated from
+    its blocks; calibatt-compile uses it by itself. It costs one more sampling of each prompt, and in a recorded step
+    --refine-blocks query blocks of attention. It is of just these prompts: if more come, it must be made again.
+
+    --probe-layers final follows what one layer did to the final result instead of to the next step: half of all steps
+    for each layer instead of one. --probe-heads does the same for each head alone, at as many times the cost as a layer
+    has heads: for small models.
 
     Run it again to continue where it stopped: finished samples are skipped, and at most the sample in progress is
     lost. Stores made on several machines with one set of options are given to calibatt-compile together.

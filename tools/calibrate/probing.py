@@ -174,7 +174,9 @@ class Trajectory:
         if heads == STEP:
             every = [pair for row in by_head for pair in row]
             mean = _ratio(sum(change for _, change in every), sum(error for error, _ in every)) or 1.0
-            found["head_factors"] = tuple(tuple(_ratio(change, error * mean) for error, change in row) for row in by_head)
+            found["head_factors"] = tuple(
+                tuple(_ratio(change, error * mean) for error, change in row) for row in by_head
+            )
         elif heads:
             found["head_weights"] = tuple(tuple(_ratio(change, error) for error, change in row) for row in by_head)
         return found
@@ -227,7 +229,7 @@ class Trajectory:
 
 
 class _Masked:
-    """The masked output of one layer, computed once for every forward of a step: what enters the layer is dense each time.
+    """The masked output of one layer, computed once for every forward of a step: what enters the layer is always dense.
 
     Args:
         layer: Which.

@@ -4,7 +4,8 @@
 
 The trivial compiler votes and keeps one plane everywhere (``vote,uniform{threshold=T},lower``), for every threshold of
 the store; record one with `calibatt-calibrate --thresholds`. Ours is the default pipeline at a list of densities, and
-once more without what `calibatt-calibrate --refine` measured, where the store has that. Every video is compared with the dense one of the same prompt and noise. Between measured points PSNR is linear in density.
+once more without what `calibatt-calibrate --refine` measured, where the store has it. Every video is compared with the
+dense one of the same prompt and noise. Between measured points PSNR is linear in density.
 """
 
 from __future__ import annotations

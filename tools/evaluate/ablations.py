@@ -26,7 +26,6 @@ from rich.console import Console
 from calibatt.compiler.language import DEFAULT_PASSES
 from calibatt.compiler.stats import (
     ErrorWeights,
-    Ladders,
     Manifest,
     Probe,
     RefinementError,
@@ -120,7 +119,7 @@ class Part:
     ladders: ClassVar[None] = None
     """What a refinement measured depends on every sample and threshold: a part of a store is not refined."""
 
-    def check_refinement(self) -> Ladders:
+    def check_refinement(self) -> tuple[str, ...]:
         raise RefinementError("a part of a store must do without ladders, got a pass that asks for them")
 
     def refined_error(self, time_index: int, layer: int) -> npt.NDArray[np.float64]:
