@@ -22,7 +22,7 @@ from calibatt.compiler.stats import (
     Manifest,
     UnitStatistics,
     code_values,
-    quantise,
+    fast_codes,
     window_keep,
 )
 
@@ -235,23 +235,6 @@ class _Sums:
         )
 
 
-_TOP_BITS = 15
-
-
-def fast_codes(values: Float32, peak: np.float32) -> npt.NDArray[np.uint8]:
-    """`quantise` by table: a value's code by its exponent and 8 bits of its mantissa, at most 0.2 % from exact.
-
-    Args:
-        values: float32, any shape, 0 <= values <= peak.
-        peak: What code 0 stands for.
-    """
-    if peak <= 0:
-        return quantise(np.zeros(values.shape), 0.0)
-    relative = values * np.float32(1 / peak)
-    found: npt.NDArray[np.uint8] = _table().take(relative.view(np.uint32) >> _TOP_BITS, mode="clip")
-    return found
-
-
 @lru_cache(maxsize=1)
 def _pairs() -> npt.NDArray[np.complex64]:
     """For two codes as one little-endian number, both values under peak 1 as one number of two parts."""
@@ -260,12 +243,3 @@ def _pairs() -> npt.NDArray[np.complex64]:
     pairs[..., 0], pairs[..., 1] = values[None, :], values[:, None]
     found: npt.NDArray[np.complex64] = pairs.reshape(-1).view(np.complex64)
     return found
-
-
-@lru_cache(maxsize=1)
-def _table() -> npt.NDArray[np.uint8]:
-    top = int(np.float32(1).view(np.uint32)) >> _TOP_BITS
-    middles = ((np.arange(top + 1, dtype=np.uint32) << _TOP_BITS) + (1 << (_TOP_BITS - 1))).view(np.float32)
-    codes = quantise(np.minimum(middles, 1), 1.0)
-    codes[0] = 255  # an exact zero
-    return codes

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ import numpy.typing as npt
 from calibatt.compiler.bits import Bool, Votes, unpack
 from calibatt.compiler.ir import Float32, Int64, row_required
 from calibatt.compiler.passes.protect import protected
-from calibatt.compiler.stats import Ladders, Manifest, code_values
+from calibatt.compiler.stats import Ladders, Manifest, Window, code_values, fast_codes, window_keep
+from calibatt.plans import Blocks
 
 Levels = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.uint8]
@@ -101,6 +103,36 @@ def _upper(values: Float32) -> npt.NDArray[np.uint16]:
     return found
 
 
+def first(mask: Bool, order: Order) -> Order:
+    """Blocks of a mask ``(Q, K)`` before all others, each part in the order given."""
+    classes = order.classes + np.where(mask, 0, len(order.rank))
+    return Order(classes, np.concatenate([order.rank, order.rank + order.rank.max() + 1]))
+
+
+def shrunk_to_band(error: Float32, manifest: Manifest, apart: Bool) -> Float32:
+    """The geometric mean of each block's error and its band's: that of all blocks whose keys lie as far from their
+    queries. What few samples say of single blocks is mostly what was in their pictures.
+
+    Args:
+        error: float32 ``(Q, K)``.
+        manifest: Of the store.
+        apart: bool ``(Q, K)``, blocks that do not count.
+    """
+    band = _bands(manifest.blocks, *error.shape)
+    number = np.bincount(band.reshape(-1), weights=~apart.reshape(-1))
+    total = np.bincount(band.reshape(-1), weights=np.where(apart, 0, error).reshape(-1))
+    mean = (total / np.maximum(number, 1)).astype(np.float32)
+    found: Float32 = np.sqrt(error * mean.take(band))
+    return found
+
+
+@lru_cache(maxsize=2)
+def _bands(blocks: Blocks, q_blocks: int, k_blocks: int) -> Int64:
+    own = np.arange(q_blocks)[:, None] * blocks.block_q // blocks.block_k
+    distance: Int64 = np.arange(k_blocks) - own + own.max()
+    return distance
+
+
 class LadderMaker:
     """Makes the levels of all ladders of one unit, head by head.
 
@@ -111,13 +143,16 @@ class LadderMaker:
 
     def __init__(self, ladders: Ladders, manifest: Manifest) -> None:
         self.ladders = ladders
-        self.k_blocks = manifest.k_blocks
-        self.always = protected(manifest.grid, manifest.blocks, False, False)
+        self.manifest = manifest
+        self.text = protected(manifest.grid, manifest.blocks, False, False)
+        self.own_frame = window_keep(Window("frames", (0,)), manifest.grid, manifest.blocks)
         shape = (len(ladders.kinds), manifest.model.heads, manifest.q_blocks, manifest.k_blocks)
         self.levels = np.empty(shape, np.uint8)
         """uint8 ``(S, H, Q, K)``: what was made."""
 
-    def add(self, head: int, error: Float32 | None, codes: Codes | None, votes: Votes | None, mass: Any) -> None:
+    def add(
+        self, head: int, error: Float32 | None, codes: Codes | None, votes: Votes | None, mass: Float32 | None
+    ) -> None:
         """Makes one head's.
 
         Args:
@@ -127,35 +162,24 @@ class LadderMaker:
             votes: Of the head's planes.
             mass: float32 ``(Q, K)``, sums of block mass.
         """
+        q_blocks, k_blocks = self.text.shape
         whole = None if codes is None else codes[None]
-        always = self.always | unpack(row_required(whole, 1, *self.always.shape)[0], self.k_blocks)
+        always = self.text | unpack(row_required(whole, 1, q_blocks, k_blocks)[0], k_blocks)
+        by_own = None if codes is None else by_row(codes)
         for index, kind in enumerate(self.ladders.kinds):
-            if kind == "votes":
+            order = by_own
+            if kind == "frame":
+                assert by_own is not None
+                order = first(self.own_frame, by_own)
+            elif kind == "band":
+                assert error is not None
+                shrunk = shrunk_to_band(error, self.manifest, self.text)
+                order = by_row(fast_codes(shrunk, shrunk.max()))
+            elif kind == "votes":
                 assert votes is not None
-                order = by_votes(votes, self.k_blocks, codes)
-            elif kind == "row":
-                assert codes is not None
-                order = by_row(codes)
-            else:
-                values = error if kind == "error" else mass
-                assert values is not None
-                order = by_size(values)
+                order = by_votes(votes, k_blocks, codes)
+            elif kind == "mass":
+                assert mass is not None
+                order = by_size(mass)
+            assert order is not None
             self.levels[index, head] = levels_of(order, self.ladders.shares, always)
-
-
-def along_band(values: Float32, manifest: Manifest, apart: Bool) -> Float32:
-    """For each block the mean over all blocks whose keys lie as far behind or before their queries.
-
-    Args:
-        values: float32 ``(Q, K)``.
-        manifest: Of the store.
-        apart: bool ``(Q, K)``, blocks that do not count.
-    """
-    blocks = manifest.blocks
-    distance = np.arange(values.shape[1]) - np.arange(values.shape[0])[:, None] * blocks.block_q // blocks.block_k
-    distance -= distance.min()
-    at = distance.reshape(-1)
-    number = np.bincount(at, weights=~apart.reshape(-1))
-    total = np.bincount(at, weights=np.where(apart, 0, values).reshape(-1))
-    found: Float32 = (total / np.maximum(number, 1)).astype(np.float32)[distance]
-    return found

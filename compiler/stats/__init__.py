@@ -18,7 +18,7 @@ from calibatt.compiler.stats.manifest import DEFAULT_THRESHOLDS, Manifest
 from calibatt.compiler.stats.probes import ErrorWeights, Probe, TimeWeightInfo, error_weights
 from calibatt.compiler.stats.refinement import Ladders
 from calibatt.compiler.stats.store import Store
-from calibatt.compiler.stats.unit import UnitStatistics, code_values, dequantise, quantise, unit_shapes
+from calibatt.compiler.stats.unit import UnitStatistics, code_values, dequantise, fast_codes, quantise, unit_shapes
 from calibatt.compiler.stats.windows import Window, default_windows, window_keep
 from calibatt.compiler.stats.writer import SampleWriter, StoreWriter
 
@@ -50,6 +50,7 @@ __all__ = [
     "default_windows",
     "dequantise",
     "error_weights",
+    "fast_codes",
     "quantise",
     "unit_shapes",
     "window_keep",

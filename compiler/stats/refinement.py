@@ -30,9 +30,10 @@ MAGIC = b"CALIBREF"
 VERSION = (1, 0)
 RULE = 1
 """Of how levels follow from statistics: a change there makes what was measured before another ladder's."""
-KINDS = ("error", "row", "votes", "mass")
-"""By mean block error; by what a block adds to its row's error; by votes of the keep planes; by mean block mass."""
-DEFAULT_KINDS = ("error", "row", "votes")
+KINDS = ("row", "frame", "band", "votes", "mass")
+"""What comes first: what a block adds to its row's error; the own frame, then the same; the same with errors shrunk to
+those of blocks at the same distance; votes of the keep planes; mean block mass."""
+DEFAULT_KINDS = ("row", "frame", "band")
 DEFAULT_SHARES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MOST_SHARES = 254
 
@@ -76,7 +77,7 @@ class Ladders:
             RefinementError: Block error or mass was not recorded.
         """
         for kinds, has, how in (
-            ({"error", "row"}, manifest.has_block_error, "block error"),
+            ({"row", "frame", "band"}, manifest.has_block_error, "block error"),
             ({"mass"}, manifest.has_mass, "block mass (calibatt-calibrate --mass)"),
         ):
             if (wanting := kinds & set(self.kinds)) and not has:

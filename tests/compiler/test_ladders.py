@@ -24,7 +24,7 @@ from calibatt.compiler.language import parse_passes
 from calibatt.compiler.stats import Ladders, Manifest, RefinementError, Store, StoreWriter, code_values, window_keep
 
 SHARES = (0.1, 0.25, 0.5, 0.8)
-ALL = ("error", "row", "votes", "mass")
+ALL = ("row", "frame", "band", "votes", "mass")
 
 
 def ranks(order: Order) -> np.ndarray:
@@ -291,7 +291,7 @@ def test_damaged_refinements_are_one_error(path: Path, spoil: Any, message: str)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kinds": ("size",)}, "kinds must be some of error, row, votes, mass"),
+        ({"kinds": ("size",)}, "kinds must be some of row, frame, band, votes, mass"),
         ({"kinds": ()}, "kinds must be some of"),
         ({"shares": (0.5, 0.2)}, "ascending floats in"),
         ({"shares": (0.5, 1.0)}, "ascending floats in"),
