@@ -52,6 +52,7 @@ class Select(Pass):
             ladders and windows where the store is refined, cuts and windows where it is not. Without planes, which no
             cut of as many blocks loses to, those of the samples need not be read.
         levels_per_octave: Steps of the cuts' levels in a factor of 2.
+        ladder_kinds: Which of the refinement's ladders, joined by ``+``; all if absent.
 
     Raises:
         PassError: Several budgets, one out of range or beyond the best that can be reached (which is named), or a menu
@@ -66,6 +67,7 @@ class Select(Pass):
     attention_share: float = 0.75
     menu: str | None = None
     levels_per_octave: int = 4
+    ladder_kinds: str | None = None
 
     def __post_init__(self) -> None:
         density, error, speedup = self.target_density, self.max_error, self.target_speedup
@@ -95,6 +97,11 @@ class Select(Pass):
     def _parts(self) -> list[str]:
         return (self.menu or UNREFINED_MENU).split("+")
 
+    def _kinds(self, job: Job) -> tuple[str, ...]:
+        if not self.ladders or job.ladders is None:
+            return ()
+        return job.ladders.kinds if self.ladder_kinds is None else tuple(self.ladder_kinds.split("+"))
+
     def survey(self, job: Job, unit: UnitIR) -> Any:
         parts = self._parts()
         self.require(unit.tile_order is None, "schedule", "come after", unit.name)
@@ -105,6 +112,10 @@ class Select(Pass):
         self.require(has_error or "cuts" not in parts, "cuts", rule, "none")
         refined = unit.means.refined_error is not None or "ladders" not in parts
         self.require(refined, "ladders", "have been measured (calibatt-calibrate --refine)", unit.name)
+        if self.ladders and job.ladders is not None:
+            known = set(self._kinds(job)) <= set(job.ladders.kinds)
+            rule = f"be some of those measured, {'+'.join(job.ladders.kinds)}"
+            self.require(known, "ladder-kinds", rule, self.ladder_kinds)
         columns = self._columns(job)
         if unit.menu is None or unit.menu[0] != columns.key:
             unit.menu = (columns.key, *columns.table(job, unit))
@@ -164,7 +175,9 @@ class Select(Pass):
         """Where the errors of the menu come from, in words."""
         if self.ladders and job.ladders is not None:
             ladders = job.ladders
-            told = f"{len(ladders.kinds)} ladders of {len(ladders.shares)} masks and windows, on {len(ladders.samples)}"
+            told = (
+                f"{len(self._kinds(job))} ladders of {len(ladders.shares)} masks and windows, on {len(ladders.samples)}"
+            )
             measured = f"measured errors of {told} samples"
             if not {"cuts", "planes"} & set(self._parts()):
                 return measured
@@ -174,7 +187,7 @@ class Select(Pass):
         return "measured errors of planes and windows"
 
     def _columns(self, job: Job) -> _Columns:
-        return _Columns(job, self._parts(), self.levels_per_octave)
+        return _Columns(job, self._parts(), self.levels_per_octave, self._kinds(job))
 
     def _solve(self, job: Job, blocks: Float64, loss: Float64) -> Choice:
         block_ms = job.device.block_ms(job.manifest.blocks, job.manifest.model.head_dim)
@@ -213,19 +226,21 @@ class _Columns:
     Dense, planes, windows, cuts, ladders; and last, not in the table, what a head with anchors is now.
     """
 
-    def __init__(self, job: Job, parts: list[str], levels_per_octave: int) -> None:
+    def __init__(self, job: Job, parts: list[str], levels_per_octave: int, kinds: tuple[str, ...]) -> None:
         manifest = job.manifest
-        self.key = ("+".join(parts), levels_per_octave)
+        self.key = ("+".join(parts), levels_per_octave, kinds)
         self.planes = manifest.thresholds if "planes" in parts else ()
         self.windows = manifest.windows if "windows" in parts else ()
         step = STEPS_PER_OCTAVE // levels_per_octave
         self.cuts = np.arange(0, CODES, step) if "cuts" in parts else np.zeros(0, np.int64)
         """A cut keeps the blocks whose code is below this."""
-        self.ladders = job.ladders if "ladders" in parts else None
-        self.rungs = 0 if self.ladders is None else len(self.ladders.kinds) * len(self.ladders.shares)
+        self.ladders = job.ladders if kinds else None
+        self.kinds = [] if self.ladders is None else [self.ladders.kinds.index(kind) for kind in kinds]
+        """Which of the unit's ladders are in the menu."""
+        self.shares = 0 if self.ladders is None else len(self.ladders.shares)
         first = 1 + len(self.planes) + len(self.windows)
         self.first_rung = first + len(self.cuts)
-        estimated = np.zeros(self.first_rung + self.rungs + 1, np.bool_)
+        estimated = np.zeros(self.first_rung + len(self.kinds) * self.shares + 1, np.bool_)
         estimated[first : self.first_rung] = True
         estimated[1 : 1 + len(self.planes)] = manifest.has_block_error
         self.estimated = estimated
@@ -249,24 +264,23 @@ class _Columns:
             error[:, at + index] = unit.means.menu_residual_error[len(job.manifest.thresholds) + index]
         if self.ladders is not None:
             assert unit.means.refined_error is not None
-            measured = unit.means.refined_error.T
-            error[:, self.first_rung :] = measured[:, : self.rungs]
+            windows = len(unit.means.refined_error) - len(job.manifest.windows)
+            rungs = unit.means.refined_error[:windows].reshape(-1, self.shares, unit.heads)[self.kinds]
+            error[:, self.first_rung :] = rungs.reshape(-1, unit.heads).T
             if self.windows:
-                error[:, at : at + len(self.windows)] = measured[:, self.rungs :]
+                error[:, at : at + len(self.windows)] = unit.means.refined_error[windows:].T
             for head in range(unit.heads):
                 blocks[head, self.first_rung :] = self._rung_blocks(unit, head)
         return blocks, error
 
     def _rung_blocks(self, unit: UnitIR, head: int) -> Int64:
         """Blocks of every level of every ladder of a head, with those that are required."""
-        assert self.ladders is not None
         assert unit.means.levels is not None
-        shares = len(self.ladders.shares)
         dropped = ~unpack(unit.required[head], unit.k_blocks)
         found = []
-        for levels in unit.means.levels[:, head]:
-            number = np.bincount(levels[dropped], minlength=shares + 1)
-            found.append(unit.dense_blocks - number.sum() + number[:shares].cumsum())
+        for kind in self.kinds:
+            number = np.bincount(unit.means.levels[kind, head][dropped], minlength=self.shares + 1)
+            found.append(unit.dense_blocks - number.sum() + number[: self.shares].cumsum())
         return np.concatenate(found)
 
     def _from_codes(self, unit: UnitIR, head: int, blocks: Int64, error: Float64) -> None:
@@ -317,7 +331,8 @@ class _Columns:
             elif candidate >= self.first_rung:
                 assert self.ladders is not None
                 assert unit.means.levels is not None
-                kind, level = divmod(candidate - self.first_rung, len(self.ladders.shares))
+                index, level = divmod(candidate - self.first_rung, self.shares)
+                kind = self.kinds[index]
                 name = f"ladder {self.ladders.kinds[kind]}"
                 mask = pack(unit.means.levels[kind, head] <= level) | unit.required[head]
             else:

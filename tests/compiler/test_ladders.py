@@ -139,6 +139,26 @@ def test_masks_and_prices_are_those_of_the_rungs() -> None:
     assert seen == set(range(len(ALL)))
 
 
+def test_some_kinds_of_ladders() -> None:
+    store = refined()
+    text = "protect,select{target-density=0.6,menu=ladders,ladder-kinds=votes+frame}"
+    found, accounts = compile_store(store, text)
+    chosen = {choice for unit in found.all for choice in unit.choice}
+    assert {"ladder votes", "ladder frame"} <= chosen <= {"dense", "ladder votes", "ladder frame"}
+    for unit in found.all:
+        levels = StatisticsSource(store).levels(store.ladders, unit.time_index, unit.layer)
+        errors = store.refined_error(unit.time_index, unit.layer)
+        for head, choice in enumerate(unit.choice):
+            if choice != "dense":
+                kind = ALL.index(choice.split()[1])
+                level = errors[:, head].tolist().index(unit.error[head]) - kind * len(SHARES)
+                keep, required = (unpack(bits[head], unit.k_blocks) for bits in (unit.keep, unit.required))
+                np.testing.assert_array_equal(keep, (levels[kind, head] <= level) | required)
+    assert accounts[-1].error >= compile_store(store, text.split(",ladder")[0] + "}")[1][-1].error
+    with pytest.raises(PassError, match=r"ladder-kinds must be some of those measured, row\+frame.*, got size"):
+        compile_store(store, "select{menu=ladders,ladder-kinds=size}")
+
+
 @given(st.sampled_from([0.3, 0.45, 0.7]), st.integers(0, 5))
 def test_the_budget_holds_and_no_other_choice_loses_less(density: float, seed: int) -> None:
     """What an unrefined store would choose among windows costs at least as much by the measured errors."""
