@@ -1,6 +1,6 @@
 """Quality against executed density and attention time: our plans, and what else could choose the blocks.
 
-    calibatt-calibrate --model demo --samples 8 -o stats/
+    calibatt-calibrate --model demo --samples 8 --refine -o stats/
     python -m calibatt.tools.evaluate.pareto --stats stats/ -o docs/benchmarks/pareto.json \\
         --figure docs/pictures/pareto.png
 
@@ -337,7 +337,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     shown = {
         OURS: ("#1b3d78", "-", "calibrated plan (ours)"),
-        "budget: measured menu": ("#2694a0", "-", "the same, errors measured"),
+        "compiled, not refined": ("#2694a0", "-", "the same, errors estimated"),
         "dynamic: top-p, budget": ("#7a5ea8", "--", "dynamic top-p, our budget"),
         "dynamic: top-p, one p": ("#b79fd6", "--", "dynamic top-p"),
         "dynamic: skip-softmax": ("#c24f7a", "--", "skip-softmax"),
