@@ -109,20 +109,26 @@ def first(mask: Bool, order: Order) -> Order:
     return Order(classes, np.concatenate([order.rank, order.rank + order.rank.max() + 1]))
 
 
-def shrunk_to_band(error: Float32, manifest: Manifest, apart: Bool) -> Float32:
-    """The geometric mean of each block's error and its band's: that of all blocks whose keys lie as far from their
-    queries. What few samples say of single blocks is mostly what was in their pictures.
+def steady(error: Float32, codes: Codes, samples: int, manifest: Manifest, apart: Bool) -> Codes:
+    """Codes of each block's error, drawn to that of its band: of all blocks whose keys lie as far from their queries.
+
+    What few samples say of a single block is mostly what was in their pictures: the band counts as one sample more, in
+    a geometric mean. It is taken of codes, in integers, so that every machine finds the same.
 
     Args:
         error: float32 ``(Q, K)``.
+        codes: uint8 ``(Q, K)`` of it.
+        samples: How many it is the sum or mean of.
         manifest: Of the store.
-        apart: bool ``(Q, K)``, blocks that do not count.
+        apart: bool ``(Q, K)``, blocks that do not count in their bands.
     """
     band = _bands(manifest.blocks, *error.shape)
     number = np.bincount(band.reshape(-1), weights=~apart.reshape(-1))
     total = np.bincount(band.reshape(-1), weights=np.where(apart, 0, error).reshape(-1))
     mean = (total / np.maximum(number, 1)).astype(np.float32)
-    found: Float32 = np.sqrt(error * mean.take(band))
+    typical = fast_codes(mean, error.max()).astype(np.uint32)
+    both = codes * np.uint32(samples) + typical.take(band) + np.uint32((samples + 1) // 2)
+    found: Codes = (both // np.uint32(samples + 1)).astype(np.uint8)
     return found
 
 
@@ -165,16 +171,19 @@ class LadderMaker:
         q_blocks, k_blocks = self.text.shape
         whole = None if codes is None else codes[None]
         always = self.text | unpack(row_required(whole, 1, q_blocks, k_blocks)[0], k_blocks)
-        by_own = None if codes is None else by_row(codes)
+        by_error = None
+        if {"row", "frame"} & set(self.ladders.kinds):
+            assert error is not None
+            assert codes is not None
+            by_error = by_row(steady(error, codes, len(self.ladders.samples), self.manifest, self.text))
         for index, kind in enumerate(self.ladders.kinds):
-            order = by_own
+            order = by_error
             if kind == "frame":
-                assert by_own is not None
-                order = first(self.own_frame, by_own)
-            elif kind == "band":
-                assert error is not None
-                shrunk = shrunk_to_band(error, self.manifest, self.text)
-                order = by_row(fast_codes(shrunk, shrunk.max()))
+                assert by_error is not None
+                order = first(self.own_frame, by_error)
+            elif kind == "own":
+                assert codes is not None
+                order = by_row(codes)
             elif kind == "votes":
                 assert votes is not None
                 order = by_votes(votes, k_blocks, codes)

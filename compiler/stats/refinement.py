@@ -30,11 +30,14 @@ MAGIC = b"CALIBREF"
 VERSION = (1, 0)
 RULE = 1
 """Of how levels follow from statistics: a change there makes what was measured before another ladder's."""
-KINDS = ("row", "frame", "band", "votes", "mass")
-"""What comes first: what a block adds to its row's error; the own frame, then the same; the same with errors shrunk to
-those of blocks at the same distance; votes of the keep planes; mean block mass."""
-DEFAULT_KINDS = ("row", "frame", "band")
-DEFAULT_SHARES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+KINDS = ("row", "frame", "own", "votes", "mass")
+"""What comes first: what adds most to its row's error, errors shrunk to those of blocks at the same distance; the own
+frame, then the same; the same of errors as they are; what has most votes of the keep planes; most mean mass."""
+DEFAULT_KINDS = ("row", "frame")
+DEFAULT_SHARES = (
+    *(0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5),
+    *(0.6, 0.7, 0.8, 0.9),
+)
 MOST_SHARES = 254
 
 
@@ -77,7 +80,7 @@ class Ladders:
             RefinementError: Block error or mass was not recorded.
         """
         for kinds, has, how in (
-            ({"row", "frame", "band"}, manifest.has_block_error, "block error"),
+            ({"row", "frame", "own"}, manifest.has_block_error, "block error"),
             ({"mass"}, manifest.has_mass, "block mass (calibatt-calibrate --mass)"),
         ):
             if (wanting := kinds & set(self.kinds)) and not has:

@@ -19,12 +19,22 @@ from calibatt.compiler.cost import device_named
 from calibatt.compiler.emit import compile_in_memory
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.gather import StatisticsSource
-from calibatt.compiler.ladders import Order, by_row, by_size, by_votes, levels_of
+from calibatt.compiler.ladders import Order, by_row, by_size, by_votes, first, levels_of, steady
 from calibatt.compiler.language import parse_passes
-from calibatt.compiler.stats import Ladders, Manifest, RefinementError, Store, StoreWriter, code_values, window_keep
+from calibatt.compiler.stats import (
+    Ladders,
+    Manifest,
+    RefinementError,
+    Store,
+    StoreWriter,
+    code_values,
+    fast_codes,
+    quantise,
+    window_keep,
+)
 
 SHARES = (0.1, 0.25, 0.5, 0.8)
-ALL = ("row", "frame", "band", "votes", "mass")
+ALL = ("row", "frame", "own", "votes", "mass")
 
 
 def ranks(order: Order) -> np.ndarray:
@@ -57,6 +67,15 @@ def test_sizes_come_largest_first() -> None:
     assert ranks(by_size(np.zeros((1, 1), np.float32))) > keys.max()
 
 
+def test_a_mask_comes_first() -> None:
+    rng = np.random.default_rng(0)
+    keys, mask = rng.integers(0, 9, (5, 7)), rng.random((5, 7)) < 0.4
+    found = ranks(first(mask, Order(keys, np.arange(9))))
+    assert found[mask].max() < found[~mask].min()
+    for part in (mask, ~mask):
+        np.testing.assert_array_equal(found[part] - found[part].min(), keys[part] - keys[part].min())
+
+
 def test_votes_come_before_errors() -> None:
     rng = np.random.default_rng(0)
     masks = rng.random((6, 2, 4, 10)) < 0.5  # samples, planes
@@ -83,6 +102,23 @@ def test_rows_give_up_what_adds_least_to_their_errors() -> None:
         added.append((sums[row] + size.flat[at]) ** 2 - sums[row] ** 2)
         sums[row] += size.flat[at]
     assert (np.diff(added) >= -0.02 * np.array(added[1:])).all()
+
+
+def test_few_samples_are_drawn_to_what_is_typical_of_the_distance() -> None:
+    of = stats.manifest(grid=stats.TokenGrid(4, 8, 8), blocks=stats.Blocks(16, 16))
+    rng = np.random.default_rng(0)
+    error = rng.random((16, 16), np.float32) ** 8
+    codes, apart = fast_codes(error, error.max()), np.zeros((16, 16), bool)
+    apart[:, 3] = True
+    band = np.zeros((16, 16))
+    for row, column in np.ndindex(16, 16):
+        same = [error[i, i + column - row] for i in range(16) if 0 <= i + column - row < 16 and i + column - row != 3]
+        band[row, column] = np.mean(same) if same else 0
+    for samples in (1, 4, 10**6):
+        found = steady(error, codes, samples, of, apart)
+        wanted = (codes.astype(float) * samples + quantise(band, error.max())) / (samples + 1)
+        assert np.abs(found - wanted).max() <= 1
+    np.testing.assert_array_equal(found, codes)
 
 
 class Refined(MemoryStore):
@@ -311,7 +347,7 @@ def test_damaged_refinements_are_one_error(path: Path, spoil: Any, message: str)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kinds": ("size",)}, "kinds must be some of row, frame, band, votes, mass"),
+        ({"kinds": ("size",)}, "kinds must be some of row, frame, own, votes, mass"),
         ({"kinds": ()}, "kinds must be some of"),
         ({"shares": (0.5, 0.2)}, "ascending floats in"),
         ({"shares": (0.5, 1.0)}, "ascending floats in"),

@@ -24,7 +24,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "to_time": st.none() | st.floats(0, 1),
     "attention_share": st.floats(0, 1, exclude_min=True),
     "menu": st.sampled_from([None, "planes", "cuts+windows", "planes+windows+cuts", "windows+ladders"]),
-    "ladder_kinds": st.sampled_from([None, "row", "band+frame"]),
+    "ladder_kinds": st.sampled_from([None, "row", "own+frame"]),
     "levels_per_octave": st.sampled_from([1, 2, 4, 8]),
     "max_growth": st.floats(0, 1),
     "max_times": st.integers(1, 50),
