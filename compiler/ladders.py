@@ -55,7 +55,8 @@ def levels_of(order: Order, shares: Sequence[float], always: Bool) -> Levels:
     others = np.bincount(classes.reshape(-1), minlength=number) - np.bincount(classes[always], minlength=number)
     kept = np.bincount(order.rank, weights=others).cumsum() + np.count_nonzero(always)
     room = np.floor(np.array(shares) * classes.size)
-    level = np.searchsorted(room, kept).astype(np.uint8)
+    ends = np.searchsorted(kept, room, side="right")
+    level = np.bincount(ends, minlength=len(kept) + 1)[:-1].cumsum().astype(np.uint8)
     found: Levels = level[order.rank].take(classes)
     found[always] = 0
     return found
@@ -123,7 +124,7 @@ def steady(error: Float32, codes: Codes, samples: int, manifest: Manifest, apart
         apart: bool ``(Q, K)``, blocks that do not count in their bands.
     """
     band = _bands(manifest.blocks, *error.shape)
-    number = np.bincount(band.reshape(-1), weights=~apart.reshape(-1))
+    number = np.bincount(band[~apart], minlength=int(band.max()) + 1)
     total = np.bincount(band.reshape(-1), weights=np.where(apart, 0, error).reshape(-1))
     mean = (total / np.maximum(number, 1)).astype(np.float32)
     typical = fast_codes(mean, error.max()).astype(np.uint32)
