@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("diffusers")
 
-from support.sampler import GRID, TinyVideoSampler, tiny_store
+from support.sampler import GRID, TinyVideoSampler, tiny_refined, tiny_store
 
 from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.stats import Ladders, Store, StoreWriter, window_keep
@@ -83,16 +83,9 @@ def test_errors_are_those_of_masked_attention(tokens: int, sizes: Any, stride: i
 @pytest.fixture(scope="module")
 def refined(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """The tiny store, refined with all query blocks."""
-    path = tmp_path_factory.mktemp("refined") / "stats"
-    store = tiny_store(path)
-    ladders = Ladders(store.samples, shares=(0.1, 0.3, 0.6))
-    with StoreWriter.open(path, store.manifest) as writer:
-        assert writer.refine(ladders) == ()
-        refiner = Refiner(TinyVideoSampler(), store, ladders)
-        for name in store.samples:
-            refiner.refine(writer, name)
-        assert writer.refine(ladders) == store.samples
-    return Store.open(path)
+    return tiny_refined(
+        tmp_path_factory.mktemp("refined") / "stats", lambda names: Ladders(names, shares=(0.1, 0.3, 0.6))
+    )
 
 
 def test_what_is_stored_is_the_error_of_the_compilers_masks(refined: Store) -> None:

@@ -164,6 +164,13 @@ def variants(study: Study) -> dict[str, Callable[[float], Rule]]:
     store = study.store
     found: dict[str, Callable[[float], Rule]] = {BASE: compiled(study, store)}
     if store.ladders is not None:
+        select = "select{target-density=D,menu=%s}"
+        for kind in store.ladders.kinds:
+            menu = f"windows+ladders,ladder-kinds={kind}"
+            found[f"ladders {kind}, windows"] = compiled(study, store, f"protect,{select % menu},schedule,lower")
+        menus = {"ladders alone": "ladders", "ladders, windows, cuts": "windows+cuts+ladders"}
+        for name, menu in menus.items():
+            found[name] = compiled(study, store, f"protect,{select % menu},schedule,lower")
         found["not refined"] = compiled(study, Part(store))  # and so is all that follows
     for count in PROMPTS:
         if count <= len(store.samples):

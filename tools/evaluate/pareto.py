@@ -269,9 +269,6 @@ METHODS: dict[str, Callable[[Study, float], Rule]] = {
         d, f"vote,protect,select{{target-density={d:g},menu=planes+windows}},schedule,lower"
     ),
     "compiled, no anchors": lambda study, d: study.compiled(d, "protect,select,schedule,lower"),
-    "compiled, ladders alone": lambda study, d: study.compiled(
-        d, f"protect,select{{target-density={d:g},menu=ladders}},schedule,lower"
-    ),
     "budget: measured menu": lambda study, d: study.under_budget(MENU, d),
     "budget: measured menu, weights by final video": lambda study, d: study.under_budget(
         MENU, d, normalised(study.layer_probes)
