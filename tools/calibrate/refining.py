@@ -92,11 +92,12 @@ def _pieces(
             continue
         size = min(block_q, tokens - which[0] * block_q)
         within = torch.arange(offset if offset < size else 0, size, stride, device=device)
+        # Many query blocks of few heads: all keys and values of a head are copied for each piece.
         at_once = max(1, SCORES_AT_ONCE[device.type] // (tokens * len(within)))
-        heads_at_once = min(heads, at_once)
-        for part in torch.tensor(which, device=device).split(max(1, at_once // heads_at_once)):
-            index = (part[:, None] * block_q + within).reshape(-1)
-            for first in range(0, heads, heads_at_once):
+        heads_at_once = max(1, at_once // len(which))
+        for first in range(0, heads, heads_at_once):
+            for part in torch.tensor(which, device=device).split(at_once):
+                index = (part[:, None] * block_q + within).reshape(-1)
                 yield slice(first, min(heads, first + heads_at_once)), part, index
 
 
@@ -187,7 +188,8 @@ class Refiner:
         behind = call.v.float() @ projection_factor(call.projection, heads, head_dim)
         behind -= behind.mean(1, keepdim=True)  # o_J - O does not change when all values are shifted
         levels = self._levels(time_index, call.layer, device)[..., :q_blocks, :k_blocks]
-        windows = self._windows.to(device)[:, :q_blocks, :k_blocks]
+        self._windows = self._windows.to(device)
+        windows = self._windows[:, :q_blocks, :k_blocks]
         shares = len(self.ladders.shares)
         errors = mask_errors(call.q, call.k, behind, levels, windows, shares, blocks, picked, stride, offset)
         return errors / call.residual_square
