@@ -25,6 +25,8 @@ from calibatt.plans import Blocks
 Levels = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.uint8]
 
+FRAMES = {"frame": 0, "near": 1}
+"""Kinds that keep near frames first, and how far."""
 CODES = 256
 SIZES = 1 << 16
 """Sizes are compared by the upper half of their float32: to within 1 %."""
@@ -152,7 +154,10 @@ class LadderMaker:
         self.ladders = ladders
         self.manifest = manifest
         self.text = protected(manifest.grid, manifest.blocks, False, False)
-        self.own_frame = window_keep(Window("frames", (0,)), manifest.grid, manifest.blocks)
+        self.windows = {
+            kind: window_keep(Window("frames", (radius,)), manifest.grid, manifest.blocks)
+            for kind, radius in FRAMES.items()
+        }
         shape = (len(ladders.kinds), manifest.model.heads, manifest.q_blocks, manifest.k_blocks)
         self.levels = np.empty(shape, np.uint8)
         """uint8 ``(S, H, Q, K)``: what was made."""
@@ -173,15 +178,15 @@ class LadderMaker:
         whole = None if codes is None else codes[None]
         always = self.text | unpack(row_required(whole, 1, q_blocks, k_blocks)[0], k_blocks)
         by_error = None
-        if {"row", "frame"} & set(self.ladders.kinds):
+        if {"row", *FRAMES} & set(self.ladders.kinds):
             assert error is not None
             assert codes is not None
             by_error = by_row(steady(error, codes, len(self.ladders.samples), self.manifest, self.text))
         for index, kind in enumerate(self.ladders.kinds):
             order = by_error
-            if kind == "frame":
+            if kind in FRAMES:
                 assert by_error is not None
-                order = first(self.own_frame, by_error)
+                order = first(self.windows[kind], by_error)
             elif kind == "own":
                 assert codes is not None
                 order = by_row(codes)

@@ -34,7 +34,7 @@ from calibatt.compiler.stats import (
 )
 
 SHARES = (0.1, 0.25, 0.5, 0.8)
-ALL = ("row", "frame", "own", "votes", "mass")
+ALL = ("row", "frame", "near", "own", "votes", "mass")
 
 
 def ranks(order: Order) -> np.ndarray:
@@ -347,7 +347,7 @@ def test_damaged_refinements_are_one_error(path: Path, spoil: Any, message: str)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kinds": ("size",)}, "kinds must be some of row, frame, own, votes, mass"),
+        ({"kinds": ("size",)}, "kinds must be some of row, frame, near, own, votes, mass"),
         ({"kinds": ()}, "kinds must be some of"),
         ({"shares": (0.5, 0.2)}, "ascending floats in"),
         ({"shares": (0.5, 1.0)}, "ascending floats in"),
