@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import stats
-from support.jobs import MemoryStore, compile_store, memory_store, write_store
+from support.jobs import SHARES, MemoryStore, compile_store, errors_of, memory_store, refine_store, write_store
 
 from calibatt.compiler.bits import Votes, pack, unpack
 from calibatt.compiler.cost import device_named
@@ -33,7 +33,6 @@ from calibatt.compiler.stats import (
     window_keep,
 )
 
-SHARES = (0.1, 0.25, 0.5, 0.8)
 ALL = ("row", "frame", "near", "own", "votes", "mass")
 
 
@@ -232,24 +231,6 @@ def test_the_menu_is_settled_by_the_store() -> None:
         compile_store(plain.store, "select{menu=ladders}")
 
 
-def errors_of(store: Store, ladders: Ladders, seed: int) -> np.ndarray:
-    of = store.manifest
-    shape = len(of.times), of.model.layers, ladders.errors(of), of.model.heads
-    return np.random.default_rng(seed).random(shape, np.float32)
-
-
-def refine(path: Path, kinds: tuple[str, ...] = ("row", "votes"), count: int | None = None) -> Store:
-    """Random errors for the first samples of a store on disk."""
-    store = Store.open(path)
-    ladders = Ladders(store.samples, kinds, SHARES)
-    with StoreWriter.open(path, store.manifest) as writer:
-        done = writer.refine(ladders)
-        for seed, name in enumerate(store.samples[:count]):
-            if name not in done:
-                writer.write_errors(name, errors_of(store, ladders, seed), ladders, seconds=1.0)
-    return Store.open(path)
-
-
 PASSES = "protect,select{target-density=0.6},anchors,select{target-density=0.6},schedule,lower"
 
 
@@ -269,7 +250,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_refined_store_on_disk(path: Path) -> None:
     before = compiled(Store.open(path))
-    store = refine(path)
+    store = refine_store(path)
     ladders = store.ladders
     assert len(store.check_refinement()) == 3
     assert ladders is not None
@@ -283,17 +264,17 @@ def test_a_refined_store_on_disk(path: Path) -> None:
 
 
 def test_an_unfinished_refinement_is_refused_and_goes_on(path: Path) -> None:
-    store = refine(path, count=1)
+    store = refine_store(path, count=1)
     with pytest.raises(RefinementError, match=r"hold the errors of 3 samples, got none of s1, s2; go on \(calibatt"):
         compiled(store)
     assert compiled(store, PASSES.replace("0.6", "0.6,menu=windows+cuts"))
-    whole = refine(path)
+    whole = refine_store(path)
     assert sorted(whole.refined) == list(whole.samples)
     assert compiled(whole)
 
 
 def test_a_stale_refinement_is_refused(path: Path) -> None:
-    refine(path)
+    refine_store(path)
     with StoreWriter.open(path, Store.open(path).manifest) as writer:
         sample = writer.begin("s9")
         for time_index, layer in np.ndindex(2, 2):
@@ -338,7 +319,7 @@ def damage(path: Path) -> None:
     ],
 )
 def test_damaged_refinements_are_one_error(path: Path, spoil: Any, message: str) -> None:
-    refine(path)
+    refine_store(path)
     spoil(path / "refinement")
     with pytest.raises((RefinementError, PassError), match=message):
         compiled(Store.open(path), PASSES.replace("0.6", "0.6,menu=windows+ladders"))

@@ -13,7 +13,7 @@ from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.pipeline import Account, in_turn, run
 from calibatt.compiler.shelf import MemoryShelf
-from calibatt.compiler.stats import Manifest, Probe, StoreWriter, UnitStatistics
+from calibatt.compiler.stats import Ladders, Manifest, Probe, Store, StoreWriter, UnitStatistics
 from calibatt.compiler.stats.probes import ErrorWeights, TimeWeightInfo
 from support import stats
 
@@ -102,3 +102,27 @@ def write_store(path: Path, of: Manifest, samples: int = 3, seed: int = 0, probe
             final = 0.5 ** (len(of.times) - time_index)
             writer.write_probe(Probe(memory.samples[0], time_index, final / 0.25, 0.25, final, 1.0))
     return path
+
+
+SHARES = (0.1, 0.25, 0.5, 0.8)
+
+
+def errors_of(store: Store, ladders: Ladders, seed: int) -> np.ndarray:
+    """Random errors of every level and window of a sample, smaller the more is kept."""
+    of, rng = store.manifest, np.random.default_rng(seed)
+    shape = (len(of.times), of.model.layers, len(ladders.kinds), len(ladders.shares), of.model.heads)
+    rungs = np.sort(rng.random(shape, np.float32), 3)[:, :, :, ::-1]
+    windows = rng.random((*shape[:2], len(of.windows), of.model.heads), np.float32)
+    return np.concatenate([rungs.reshape(*shape[:2], -1, shape[4]), windows], 2)
+
+
+def refine_store(path: Path, kinds: tuple[str, ...] = ("row", "votes"), count: int | None = None) -> Store:
+    """Random errors for the first samples of a store on disk, all if absent."""
+    store = Store.open(path)
+    ladders = Ladders(store.samples, kinds, SHARES)
+    with StoreWriter.open(path, store.manifest) as writer:
+        done = writer.refine(ladders)
+        for seed, name in enumerate(store.samples[:count]):
+            if name not in done:
+                writer.write_errors(name, errors_of(store, ladders, seed), ladders, seconds=1.0)
+    return Store.open(path)
