@@ -323,6 +323,35 @@ def test_command_records_continues_and_probes(tmp_path, tiny):
     assert [store.meta[name]["seed"] for name in store.samples] in map(list, itertools.permutations(range(3)))
 
 
+def test_command_probes_by_layer_and_head(tmp_path, tiny):
+    common = ("--block-size", 16, "--samples", 1, "--probes", 2, "--device", "cpu", "-o")
+    both = {"layer_weights", "head_factors"}
+    for options, measured, told in (
+        ((), {"layer_factors"}, "1 samples, "),
+        (("--probe-layers", "final"), {"layer_weights"}, "every layer followed to the end: 2"),
+        (("--probe-heads", "final"), {"head_weights"}, "every head followed to the end: 2"),
+        (("--probe-heads", "step"), {"layer_factors", "head_factors"}, "heads by the next latent"),
+        (
+            ("--probe-layers", "final", "--layer-probes", 1, "--probe-heads", "step"),
+            {"layer_weights", "head_factors"},
+            "",
+        ),
+    ):
+        path = tmp_path / "-".join(["s", *map(str, options)])
+        result = invoke(*common, path, *options)
+        assert result.exit_code == 0, result.output
+        assert told in result.output
+        store = Store.open(path)
+        by_part = [probe for probe in store.probes if probe.layer_factors or probe.layer_weights or probe.head_weights]
+        assert len(by_part) == (1 if "--layer-probes" in options else 2)
+        for probe in by_part:
+            names = "layer_factors", "head_factors", "layer_weights", "head_weights"
+            assert {name for name in names if getattr(probe, name)} == measured
+        weights = store.error_weights()
+        assert (weights.head is not None) == bool({"head_factors", "head_weights"} & measured)
+        assert weights.unit.shape == (4, LAYERS)
+
+
 def test_command_killed_and_run_again(tmp_path, tiny, monkeypatch):
     def stop(*args: Any, **rest: Any) -> Any:
         if len(tiny.calls) == 11:

@@ -295,7 +295,7 @@ def pick_device(device: str) -> str:
 def _summary(writer: StoreWriter, recorded: int, refined: int, seconds: float) -> str:
     store = Store.open(writer.path)
     size = store.size_bytes / 2**20
-    weight, info = store.time_weight()
+    weights = store.error_weights()
     now = f"{recorded} recorded now, {f'{refined} refined, ' if refined else ''}{seconds:.1f} s"
     lines = [f"{writer.path}: {len(store.samples)} samples, {size:.1f} MiB; {now}"]
     if store.ladders is not None:
@@ -303,9 +303,9 @@ def _summary(writer: StoreWriter, recorded: int, refined: int, seconds: float) -
         of = f"{len(store.refined)} of {len(ladders.samples)} samples"
         stale = "" if ladders.samples == store.samples else "; made before other samples came: of no use"
         lines.append(f"refined: {'+'.join(ladders.kinds)} at {len(ladders.shares)} shares, {of}{stale}")
-    lines.append(str(info))
-    if info.probes:
-        lines.append("weight from clean to noise: " + " ".join(f"{value:.2g}" for value in weight))
+    lines.append(weights.told)
+    if weights.probed:
+        lines.append("weight from clean to noise: " + " ".join(f"{value:.2g}" for value in weights.unit.mean(1)))
     return "\n".join(lines)
 
 
