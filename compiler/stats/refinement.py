@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calibatt.compiler.stats.errors import RefinementError
-from calibatt.compiler.stats.files import LADDERS, REFINED
+from calibatt.compiler.stats.files import LADDERS, REFINED, entries
 from calibatt.compiler.stats.manifest import Manifest
 from calibatt.plans.container import Container, write_container
 from calibatt.plans.errors import PlanError
@@ -207,6 +207,8 @@ def read_ladders(folder: Path, manifest: Manifest) -> Ladders | None:
     """
     path = folder / LADDERS
     if not path.exists():
+        if found := entries(folder):
+            raise RefinementError(f"{folder} must have {LADDERS}, got only {', '.join(each.name for each in found)}")
         return None
     try:
         text = path.read_text("utf-8")

@@ -92,7 +92,7 @@ class Store:
             MissingUnits: A sample lacks files; names them.
             SampleError: A `sample.json` or a name breaks its rule.
             ProbeError: A probe breaks its rule.
-            RefinementError: What a refinement is of cannot be read, or two folders hold refinements of other ladders.
+            RefinementError: What a refinement is of cannot be read.
             StoreError: A folder holds what no store does.
             NoSamples: There is no complete sample.
         """
@@ -248,16 +248,17 @@ def _check_entries(folder: Path) -> None:
 
 
 def _refinement(folders: Sequence[Path], manifest: Manifest) -> tuple[Ladders | None, dict[str, Path]]:
-    """Ladders and files of the errors of all folders; whether they are whole and right is proved when they are used."""
-    ladders, first = None, folders[0]
+    """Ladders and files of the errors of all folders; whether they are whole and right is proved when they are used.
+
+    Refinements of several stores are each of their own samples, and so of use to no job of all: the first one says so.
+    """
+    ladders: Ladders | None = None
     refined: dict[str, Path] = {}
     for folder in folders:
         found = read_ladders(folder / REFINEMENT, manifest)
-        if found is None:
+        if found is None or ladders not in (None, found):
             continue
-        if ladders is not None and found != ladders:
-            raise RefinementError(f"{first} and {folder} must have one refinement, got those of other ladders")
-        ladders, first = found, folder
+        ladders = found
         for path in entries(folder / REFINEMENT):
             if path.name != LADDERS and path.suffix != REFINED:
                 raise RefinementError(f"{folder / REFINEMENT} must hold only {LADDERS} and errors, got {path.name!r}")

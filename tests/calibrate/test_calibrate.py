@@ -331,11 +331,7 @@ def test_command_probes_by_layer_and_head(tmp_path, tiny):
         (("--probe-layers", "final"), {"layer_weights"}, "every layer followed to the end: 2"),
         (("--probe-heads", "final"), {"head_weights"}, "every head followed to the end: 2"),
         (("--probe-heads", "step"), {"layer_factors", "head_factors"}, "heads by the next latent"),
-        (
-            ("--probe-layers", "final", "--layer-probes", 1, "--probe-heads", "step"),
-            {"layer_weights", "head_factors"},
-            "",
-        ),
+        (("--probe-layers", "final", "--layer-probes", 1, "--probe-heads", "step"), both, "heads by the next latent"),
     ):
         path = tmp_path / "-".join(["s", *map(str, options)])
         result = invoke(*common, path, *options)

@@ -286,6 +286,22 @@ def test_a_stale_refinement_is_refused(path: Path) -> None:
         compiled(Store.open(path))
 
 
+def test_refinements_of_several_stores_are_of_no_use_together(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(path, other)
+    for name in ("s0", "s1", "s2"):
+        (other / "samples" / name).rename(other / "samples" / f"x{name}")
+        text = (other / "samples" / f"x{name}" / "sample.json").read_text()
+        (other / "samples" / f"x{name}" / "sample.json").write_text(text.replace(f'"{name}"', f'"x{name}"'))
+    refine_store(path)
+    refine_store(other)
+    both = Store.open([path, other])
+    with pytest.raises(
+        RefinementError, match="of the samples that are compiled, got a refinement not of xs0, xs1, xs2"
+    ):
+        both.check_refinement()
+
+
 def changed(path: Path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new))
 
@@ -303,7 +319,7 @@ def damage(path: Path) -> None:
         (lambda r: shutil.copy(r / "s0.refined", r / "s2.refined"), r"the header must say .*'s2'"),
         (lambda r: (r / "ladders.json").write_text("{"), r"ladders\.json: ladders must be JSON"),
         (lambda r: (r / "ladders.json").write_text("{}"), r"ladders must have the fields"),
-        (lambda r: (r / "ladders.json").unlink(), "the store must be refined|must be ladders.json"),
+        (lambda r: (r / "ladders.json").unlink(), "must have ladders.json, got only s0.refined, s1"),
         (lambda r: (r / "s1.refined").unlink(), "got none of s1"),
         (lambda r: (r / "notes").write_text(""), "must hold only ladders.json and errors, got 'notes'"),
         (
