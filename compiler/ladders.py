@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -44,24 +44,44 @@ class Order:
     classes: npt.NDArray[Any]
     rank: Int64
 
+    @cached_property
+    def number(self) -> Int64:
+        """int64 ``(classes,)``: blocks of each."""
+        return np.bincount(self.classes.reshape(-1), minlength=len(self.rank))
 
-def levels_of(order: Order, shares: Sequence[float], always: Bool) -> Levels:
+
+def levels_of(order: Order, shares: Sequence[float], always: Bool, first: Bool | None = None) -> Levels:
     """The levels of one head's blocks.
 
     Args:
         order: Of the blocks.
         shares: Most blocks of each level, as a share of all; ascending.
         always: bool ``(Q, K)``, blocks of level 0 wherever they come.
+        first: bool ``(Q, K)``, blocks that come before all others, in the same order.
     """
-    classes, number = order.classes, len(order.rank)
-    others = np.bincount(classes.reshape(-1), minlength=number) - np.bincount(classes[always], minlength=number)
-    kept = np.bincount(order.rank, weights=others).cumsum() + np.count_nonzero(always)
+    classes, rank = order.classes, order.rank
     room = np.floor(np.array(shares) * classes.size)
-    ends = np.searchsorted(kept, room, side="right")
-    level = np.bincount(ends, minlength=len(kept) + 1)[:-1].cumsum().astype(np.uint8)
-    found: Levels = level[order.rank].take(classes)
-    found[always] = 0
-    return found
+
+    def some(mask: Bool) -> Int64:
+        return np.bincount(classes[mask], minlength=len(rank))
+
+    def level(number: Int64, before: int) -> Levels:
+        """Of each class, of whose blocks some come after others."""
+        kept = np.bincount(rank, weights=number).cumsum() + before
+        ends = np.searchsorted(kept, room, side="right")
+        found: Levels = np.bincount(ends, minlength=len(kept) + 1)[:-1].cumsum().astype(np.uint8)[rank]
+        return found
+
+    before = int(np.count_nonzero(always))
+    others = order.number - some(always)
+    if first is None:
+        levels = level(others, before).take(classes)
+    else:
+        inside = some(first & ~always)
+        levels = level(others - inside, before + int(inside.sum())).take(classes)
+        levels[first] = level(inside, before).take(classes[first])
+    levels[always] = 0
+    return levels
 
 
 def by_size(values: Float32) -> Order:
@@ -104,12 +124,6 @@ def _upper(values: Float32) -> npt.NDArray[np.uint16]:
     """The upper halves of non-negative float32: in the order of the values."""
     found: npt.NDArray[np.uint16] = (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16)
     return found
-
-
-def first(mask: Bool, order: Order) -> Order:
-    """Blocks of a mask ``(Q, K)`` before all others, each part in the order given."""
-    classes = order.classes + np.where(mask, 0, len(order.rank))
-    return Order(classes, np.concatenate([order.rank, order.rank + order.rank.max() + 1]))
 
 
 def steady(error: Float32, codes: Codes, samples: int, manifest: Manifest, apart: Bool) -> Codes:
@@ -184,10 +198,7 @@ class LadderMaker:
             by_error = by_row(steady(error, codes, len(self.ladders.samples), self.manifest, self.text))
         for index, kind in enumerate(self.ladders.kinds):
             order = by_error
-            if kind in FRAMES:
-                assert by_error is not None
-                order = first(self.windows[kind], by_error)
-            elif kind == "own":
+            if kind == "own":
                 assert codes is not None
                 order = by_row(codes)
             elif kind == "votes":
@@ -197,4 +208,5 @@ class LadderMaker:
                 assert mass is not None
                 order = by_size(mass)
             assert order is not None
-            self.levels[index, head] = levels_of(order, self.ladders.shares, always)
+            first = self.windows.get(kind)
+            self.levels[index, head] = levels_of(order, self.ladders.shares, always, first)

@@ -276,11 +276,12 @@ class _Columns:
     def _rung_blocks(self, unit: UnitIR, head: int) -> Int64:
         """Blocks of every level of every ladder of a head, with those that are required."""
         assert unit.means.levels is not None
-        dropped = ~unpack(unit.required[head], unit.k_blocks)
+        required = unpack(unit.required[head], unit.k_blocks)
         found = []
         for kind in self.kinds:
-            number = np.bincount(unit.means.levels[kind, head][dropped], minlength=self.shares + 1)
-            found.append(unit.dense_blocks - number.sum() + number[: self.shares].cumsum())
+            levels, size = unit.means.levels[kind, head], self.shares + 1
+            others = np.bincount(levels.reshape(-1), minlength=size) - np.bincount(levels[required], minlength=size)
+            found.append(np.count_nonzero(required) + others[: self.shares].cumsum())
         return np.concatenate(found)
 
     def _from_codes(self, unit: UnitIR, head: int, blocks: Int64, error: Float64) -> None:

@@ -19,7 +19,7 @@ from calibatt.compiler.cost import device_named
 from calibatt.compiler.emit import compile_in_memory
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.gather import StatisticsSource
-from calibatt.compiler.ladders import Order, by_row, by_size, by_votes, first, levels_of, steady
+from calibatt.compiler.ladders import Order, by_row, by_size, by_votes, levels_of, steady
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.stats import (
     Ladders,
@@ -40,21 +40,25 @@ def ranks(order: Order) -> np.ndarray:
     return order.rank[order.classes]
 
 
-@given(st.integers(0, 10**6), st.sampled_from([2, 5, 300]), st.floats(0, 0.3))
-def test_levels_are_nested_and_hit_their_densities(seed: int, different: int, kept: float) -> None:
+@given(st.integers(0, 10**6), st.sampled_from([2, 5, 300]), st.floats(0, 0.3), st.sampled_from([None, 0.0, 0.3, 1.0]))
+def test_levels_are_nested_and_hit_their_densities(seed: int, different: int, kept: float, before: Any) -> None:
+    seed: int, different: int, kept: float, before: float | None
+) -> None:
     rng = np.random.default_rng(seed)
     keys = rng.integers(0, different, (9, 11))
     always = rng.random((9, 11)) < kept
+    first = None if before is None else rng.random((9, 11)) < before
     rank = rng.permutation(different)
-    levels = levels_of(Order(rank.argsort()[keys], rank), SHARES, always)
+    levels = levels_of(Order(rank.argsort()[keys], rank), SHARES, always, first)
     assert levels.max() <= len(SHARES)
-    order = np.where(always, -1, keys)
+    last = 2 * different
+    order = np.where(always, -1, keys if first is None else np.where(first, keys, keys + different))
     for level, share in enumerate(SHARES):
         keep = levels <= level
         assert keep[always].all()
-        assert order[keep].max(initial=-1) < order[~keep].min(initial=different)
+        assert order[keep].max(initial=-1) < order[~keep].min(initial=last)
         assert keep.sum() <= max(share * keys.size, always.sum())
-        following = order[~keep].min(initial=different)
+        following = order[~keep].min(initial=last)
         assert keep.sum() + (order == following).sum() > share * keys.size or keep.all()
 
 
@@ -64,15 +68,6 @@ def test_sizes_come_largest_first() -> None:
     assert (np.diff(keys) <= 0).all()
     assert len(np.unique(keys)) == 600
     assert ranks(by_size(np.zeros((1, 1), np.float32))) > keys.max()
-
-
-def test_a_mask_comes_first() -> None:
-    rng = np.random.default_rng(0)
-    keys, mask = rng.integers(0, 9, (5, 7)), rng.random((5, 7)) < 0.4
-    found = ranks(first(mask, Order(keys, np.arange(9))))
-    assert found[mask].max() < found[~mask].min()
-    for part in (mask, ~mask):
-        np.testing.assert_array_equal(found[part] - found[part].min(), keys[part] - keys[part].min())
 
 
 def test_votes_come_before_errors() -> None:
