@@ -42,8 +42,6 @@ def ranks(order: Order) -> np.ndarray:
 
 @given(st.integers(0, 10**6), st.sampled_from([2, 5, 300]), st.floats(0, 0.3), st.sampled_from([None, 0.0, 0.3, 1.0]))
 def test_levels_are_nested_and_hit_their_densities(seed: int, different: int, kept: float, before: Any) -> None:
-    seed: int, different: int, kept: float, before: float | None
-) -> None:
     rng = np.random.default_rng(seed)
     keys = rng.integers(0, different, (9, 11))
     always = rng.random((9, 11)) < kept
