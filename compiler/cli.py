@@ -66,8 +66,10 @@ Passes run in the order in which they are given; options and their defaults:
   protect{sinks=false,diagonal=false,first-times=0,last-times=0,first-layers=0,last-layers=0}
       blocks that no mask drops: text, and if asked the first frame and the diagonal; heads that stay dense:
       so many of the noisiest (first) and cleanest (last) times, and of the layers
-  select{target-density=0.5,max-error,target-speedup,attention-share=0.75,menu=windows+cuts,levels-per-octave=4}
-      each head's mask at each time: least error within one density over all, or fewest blocks within max-error
+  select{target-density=0.5,max-error,target-speedup,attention-share=0.75,menu,levels-per-octave=4,ladder-kinds}
+      each head's mask at each time: least error within one density over all, or fewest blocks within max-error;
+      menu: windows+ladders where the store is refined (errors of the masks themselves), else windows+cuts;
+      ladder-kinds: which of the ladders that were measured, row+frame for example
   anchors{safety=4.0,max-group-rows=4}  rows that are computed once and copied to their neighbours
   fill-gaps{max-gap-blocks=1,max-growth=0.01}  joins short runs of blocks
   merge-times{max-growth=0.01,max-times=8}  neighbouring times share their masks
@@ -80,6 +82,7 @@ Every pass takes from-time and to-time: the range of denoising times (1: noise) 
 Examples:
   calibatt-compile stats/ -o plans/mine.plan
   calibatt-compile stats_a/ stats_b/ -o plans/mine.plan --target-density 0.35 --report report.html
+  calibatt-compile stats/ -o plans/mine.plan --passes "protect,select{menu=windows+cuts},schedule,lower"
   calibatt-compile stats/ -o plans/mine.plan --passes "protect{last-times=1},select,schedule,lower"
   calibatt-compile --from-plan plans/mine.plan --block-size 128 -o plans/coarse.plan
 
@@ -163,8 +166,10 @@ def command(
                 raise CompileError(f"interrupted samples must {rule}, got {named}")
             source = StatisticsSource(store)
             job = source.make_job(coefficients)
+            passes = source.settle(job, passes)
             origin, parts = provenance(job, store), segments(job.manifest.times)
             key = [store.manifest.digest, *store.samples, *(probe.to_json() for probe in store.probes)]
+            key += job.refinement
         console = Console()
 
         def after(account: Account) -> None:

@@ -106,6 +106,7 @@ def compile_in_memory(store: Store, source: Source, passes: Sequence[Pass], devi
     """
     require_lowered(passes)
     job, shelf = StatisticsSource(store).make_job(device), MemoryShelf()
+    passes = StatisticsSource(store).settle(job, passes)
     found = run(source, job, passes, shelf, in_turn)
     return make_plan(job, provenance(job, store), segments(job.manifest.times), passes, found, shelf, in_turn)
 
@@ -125,6 +126,8 @@ def provenance(job: Job, store: Store) -> dict[str, Any]:
         "versions": {**job.manifest.versions, "calibatt-compile": version("calibatt")},
         "time_weight": job.weights_source,
     }
+    if job.use_ladders and job.ladders is not None:
+        found["refinement"] = job.ladders.told(job.manifest)
     prompts = [store.meta[sample].get("prompt") for sample in job.samples]
     if all(isinstance(prompt, str) for prompt in prompts):
         text = json.dumps(prompts, ensure_ascii=True).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -13,7 +14,17 @@ from calibatt.compiler.bits import Bits, Votes, unpack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.error_model import dropped_error, priced_rows
 from calibatt.compiler.ir import Float32, Float64, Job, UnitIR, UnitMeans, query_weights, row_required
-from calibatt.compiler.stats import Manifest, TimeWeightInfo, UnitStatistics, code_values, quantise, window_keep
+from calibatt.compiler.ladders import LadderMaker, Levels
+from calibatt.compiler.passes import Pass
+from calibatt.compiler.stats import (
+    ErrorWeights,
+    Ladders,
+    Manifest,
+    UnitStatistics,
+    code_values,
+    fast_codes,
+    window_keep,
+)
 
 TOGETHER = 8
 """Samples that are mapped at once: memory does not grow with their number."""
@@ -30,8 +41,11 @@ class Samples(Protocol):
     def samples(self) -> tuple[str, ...]: ...
     def unit(self, sample: str, time_index: int, layer: int, planes: bool = True) -> UnitStatistics: ...
     def expect(self, samples: Sequence[str], time_index: int, layer: int, planes: bool = True) -> None: ...
-    def time_weight(self) -> tuple[Float64, TimeWeightInfo]: ...
-    def layer_factor(self) -> Float64: ...
+    def error_weights(self) -> ErrorWeights: ...
+    @property
+    def ladders(self) -> Ladders | None: ...
+    def check_refinement(self) -> tuple[str, ...]: ...
+    def refined_error(self, time_index: int, layer: int) -> Float64: ...
 
 
 class StatisticsSource:
@@ -46,16 +60,40 @@ class StatisticsSource:
 
     def make_job(self, device: Device) -> Job:
         """What is known before any unit is read."""
-        weights, info = self.store.time_weight()
+        weights = self.store.error_weights()
         return Job(
             manifest=self.store.manifest,
             samples=self.store.samples,
-            weights=weights,
-            unit_weights=weights[:, None] * self.store.layer_factor(),
-            weights_probed=info.probes > 0,
-            weights_source=str(info),
+            weights=weights.time,
+            unit_weights=weights.unit,
+            head_weights=weights.head,
+            weights_probed=weights.probed,
+            weights_source=weights.told,
             device=device,
+            ladders=self.store.ladders,
         )
+
+    def settle(self, job: Job, passes: Sequence[Pass]) -> tuple[Pass, ...]:
+        """The passes with what they leave to the job decided, what they need proved to be there.
+
+        Raises:
+            RefinementError: They need a refinement that is not there, not finished or of other samples.
+        """
+        settled = tuple(each.settled(job) for each in passes)
+        job.use_ladders = any(each.ladders for each in settled)
+        if job.use_ladders:
+            job.refinement = self.store.check_refinement()
+        return settled
+
+    def levels(self, ladders: Ladders, time_index: int, layer: int) -> Levels:
+        """The ladders of one (time, layer), uint8 ``(S, H, Q, K)``: what a refinement measures.
+
+        Raises:
+            StoreError: A unit is damaged.
+        """
+        found = self._summed(ladders.samples, time_index, layer, "votes" in ladders.kinds, ladders).levels
+        assert found is not None
+        return found
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
         """One (time, layer), read from every sample once.
@@ -63,25 +101,36 @@ class StatisticsSource:
         Raises:
             StoreError: A unit is damaged.
         """
-        manifest, names = job.manifest, job.samples
+        manifest, ladders = job.manifest, job.ladders if job.use_ladders else None
+        planes = job.planes or (ladders is not None and "votes" in ladders.kinds)
         following = time_index * manifest.model.layers + layer + 1
         if following < job.units:  # in whatever process it is made
-            self.store.expect(names[:TOGETHER], *job.place(following), job.planes)
-        sums = _Sums(manifest, len(names), job.planes)
-        for start in range(0, len(names), TOGETHER):
-            part = names[start : start + TOGETHER]
-            units = [self.store.unit(name, time_index, layer, job.planes) for name in part]
-            sums.add(units, last=start + TOGETHER >= len(names))
+            self.store.expect(job.samples[:TOGETHER], *job.place(following), planes)
+        sums = self._summed(job.samples, time_index, layer, planes, ladders)
         means = sums.means()
+        if ladders is not None:
+            means = replace(means, refined_error=self.store.refined_error(time_index, layer))
         required = row_required(means.error_code, manifest.model.heads, manifest.q_blocks, manifest.k_blocks)
         weight = float(job.unit_weights[time_index, layer])
-        return UnitIR(time_index, layer, manifest.grid, manifest.blocks, weight, means, required)
+        unit = UnitIR(time_index, layer, manifest.grid, manifest.blocks, weight, means, required)
+        unit.head_weight = None if job.head_weights is None else job.head_weights[time_index, layer]
+        return unit
+
+    def _summed(
+        self, names: Sequence[str], time_index: int, layer: int, planes: bool, ladders: Ladders | None
+    ) -> _Sums:
+        sums = _Sums(self.store.manifest, len(names), planes, ladders)
+        for start in range(0, len(names), TOGETHER):
+            part = names[start : start + TOGETHER]
+            units = [self.store.unit(name, time_index, layer, planes) for name in part]
+            sums.add(units, last=start + TOGETHER >= len(names))
+        return sums
 
 
 class _Sums:
     """Running sums over the samples of one (time, layer)."""
 
-    def __init__(self, manifest: Manifest, samples: int, planes: bool) -> None:
+    def __init__(self, manifest: Manifest, samples: int, planes: bool, ladders: Ladders | None) -> None:
         heads, q_blocks, k_blocks = manifest.model.heads, manifest.q_blocks, manifest.k_blocks
         self.manifest = manifest
         self.samples = samples
@@ -97,6 +146,8 @@ class _Sums:
         self.queries = (queries / queries.sum()).astype(np.float32)
         windows = [window_keep(window, manifest.grid, manifest.blocks)[self.rows] for window in manifest.windows]
         self.dropped = [~window for window in windows]
+        self.ladders = None if ladders is None else LadderMaker(ladders, manifest)
+        self.mass: dict[int, Float32] = {}
 
     def add(self, units: Sequence[UnitStatistics], last: bool) -> None:
         """Counts some samples; `last`: there are no more."""
@@ -108,10 +159,32 @@ class _Sums:
             for unit in units if self.votes else ():
                 assert unit.planes is not None
                 self.votes[head].add(unit.planes[:, head])
-            if self.code is not None:
-                self._add_error(units, head, last)
+            total = None if self.code is None else self._add_error(units, head, last)
+            if self.ladders is not None:
+                mass = self._add_mass(units, head, last)
+                if last:
+                    codes = None if self.code is None else self.code[head]
+                    self.ladders.add(head, total, codes, self.votes[head] if self.votes else None, mass)
 
-    def _add_error(self, units: Sequence[UnitStatistics], head: int, last: bool) -> None:
+    @property
+    def levels(self) -> Levels | None:
+        return None if self.ladders is None else self.ladders.levels
+
+    def _add_mass(self, units: Sequence[UnitStatistics], head: int, last: bool) -> Float32 | None:
+        assert self.ladders is not None
+        if "mass" not in self.ladders.ladders.kinds:
+            return None
+        total = self.mass.pop(head, None)
+        for unit in units:
+            assert unit.block_mass is not None
+            mass = self._values(unit.block_mass[head], np.float32(1))
+            total = mass.copy() if total is None else np.add(total, mass, out=total)
+        if not last:
+            assert total is not None
+            self.mass[head] = total
+        return total
+
+    def _add_error(self, units: Sequence[UnitStatistics], head: int, last: bool) -> Float32:
         assert self.code is not None
         total = self.errors.pop(head, None)
         for unit in units:
@@ -124,13 +197,14 @@ class _Sums:
         assert total is not None
         if not last:
             self.errors[head] = total
-            return
+            return total
         planes = len(self.manifest.thresholds)
         rows = total[self.rows]
         for index, drop in enumerate(self.dropped, planes):
             self.predicted[index, head] = dropped_error(rows, drop, self.queries)
         self.peak[head] = total.max()
         self.code[head] = fast_codes(total, self.peak[head])
+        return total
 
     def _values(self, codes: npt.NDArray[np.uint8], peak: np.float32) -> Float32:
         """What the codes stand for, float32 in a buffer that the next call overwrites; two codes a look-up."""
@@ -156,25 +230,9 @@ class _Sums:
             error_code=self.code,
             error_peak=self.peak,
             menu_predicted=self.predicted if known else None,
+            levels=self.levels,
             **means,
         )
-
-
-_TOP_BITS = 15
-
-
-def fast_codes(values: Float32, peak: np.float32) -> npt.NDArray[np.uint8]:
-    """`quantise` by table: a value's code by its exponent and 8 bits of its mantissa, at most 0.2 % from exact.
-
-    Args:
-        values: float32, any shape, 0 <= values <= peak.
-        peak: What code 0 stands for.
-    """
-    if peak <= 0:
-        return quantise(np.zeros(values.shape), 0.0)
-    relative = values * np.float32(1 / peak)
-    found: npt.NDArray[np.uint8] = _table().take(relative.view(np.uint32) >> _TOP_BITS, mode="clip")
-    return found
 
 
 @lru_cache(maxsize=1)
@@ -185,12 +243,3 @@ def _pairs() -> npt.NDArray[np.complex64]:
     pairs[..., 0], pairs[..., 1] = values[None, :], values[:, None]
     found: npt.NDArray[np.complex64] = pairs.reshape(-1).view(np.complex64)
     return found
-
-
-@lru_cache(maxsize=1)
-def _table() -> npt.NDArray[np.uint8]:
-    top = int(np.float32(1).view(np.uint32)) >> _TOP_BITS
-    middles = ((np.arange(top + 1, dtype=np.uint32) << _TOP_BITS) + (1 << (_TOP_BITS - 1))).view(np.float32)
-    codes = quantise(np.minimum(middles, 1), 1.0)
-    codes[0] = 255  # an exact zero
-    return codes

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from calibatt.compiler.bits import Bits, Bool, Votes, count, pack, unpack
 from calibatt.compiler.cost import Device
-from calibatt.compiler.stats import Manifest
+from calibatt.compiler.stats import Ladders, Manifest
 from calibatt.plans import Blocks, PackedLayer, TokenGrid
 
 Float32 = npt.NDArray[np.float32]
@@ -41,6 +41,9 @@ class UnitMeans:
         menu_predicted: float64 ``(M, H)``, the same predicted from block errors over some rows; None without.
         output_size: float64 ``(H,)``, the head's output relative to the residual stream.
         row_residual_error: float64 ``(H, Y, 2 R)``, NaN where the offset leaves the frame.
+        levels: uint8 ``(S, H, Q, K)``, the ladders (`compiler.ladders`), or None.
+        refined_error: float64 ``(C, H)``, measured errors of every level of every ladder, then of the windows, relative
+            to the residual stream; None without a refinement.
     """
 
     votes: list[Votes]
@@ -51,6 +54,8 @@ class UnitMeans:
     menu_predicted: Float64 | None
     output_size: Float64
     row_residual_error: Float64
+    levels: npt.NDArray[np.uint8] | None = None
+    refined_error: Float64 | None = None
 
 
 @dataclass(eq=False)
@@ -62,9 +67,10 @@ class UnitIR:
         layer: Of the model.
         grid: The token sequence.
         blocks: Block sizes.
-        weight: The time weight w(t), times the layer's factor where layers were probed.
+        weight: What an error costs at this time and layer; where heads were probed, the mean over them.
         means: The statistics.
         required: Packed ``(H, Q, ceil(K / 8))``, blocks that every mask of the head keeps; at least one a row.
+        head_weight: float64 ``(H,)``, what an error costs in each head; None where heads were not probed.
         force_dense: Every head stays dense.
         voted: Packed ``(T, H, Q, ceil(K / 8))``, the planes that the samples agree on; set by `vote`.
         keep: Packed ``(H, Q, ceil(K / 8))``, the chosen masks; set by `select`.
@@ -84,6 +90,7 @@ class UnitIR:
     weight: float
     means: UnitMeans
     required: Bits
+    head_weight: Float64 | None = None
     force_dense: bool = False
     voted: Bits | None = None
     keep: Bits | None = None
@@ -102,6 +109,11 @@ class UnitIR:
     @property
     def heads(self) -> int:
         return len(self.required)
+
+    @property
+    def weighted_error(self) -> float:
+        """Predicted error times weight, summed over the heads."""
+        return float(self.error.sum() * self.weight if self.head_weight is None else self.error @ self.head_weight)
 
     @property
     def q_blocks(self) -> int:
@@ -153,11 +165,15 @@ class Job:
         manifest: Of the statistics.
         samples: Names of the samples.
         weights: float64 ``(times,)``, the time weight w(t).
-        unit_weights: float64 ``(times, layers)``: w(t) times the layer's factor where layers were probed.
+        unit_weights: float64 ``(times, layers)``: what an error costs in each layer; see `stats.error_weights`.
         weights_probed: False where the weight is 1 for want of a probe.
         weights_source: Where the weights come from, in words.
         device: What predicts milliseconds.
+        head_weights: float64 ``(times, layers, heads)``, the same in each head; None where heads were not probed.
         planes: Some pass asks for the keep planes of the samples.
+        ladders: What a refinement of the store is of; None without one.
+        use_ladders: Some pass asks for ladders.
+        refinement: Digests of the files with their errors, where that is so.
         error_factor: Of `error_model.coherence`; known once every unit has been gathered.
         multiplier: The price of a millisecond in weighted error (lambda), once `select` has found it.
         error_budget: Most error times weight over all units, where that was asked for.
@@ -171,7 +187,11 @@ class Job:
     weights_probed: bool
     weights_source: str
     device: Device
+    head_weights: Float64 | None = None
     planes: bool = True
+    ladders: Ladders | None = None
+    use_ladders: bool = False
+    refinement: tuple[str, ...] = ()
     error_factor: float = 1.0
     multiplier: float | None = None
     error_budget: float | None = None

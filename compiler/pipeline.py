@@ -70,7 +70,8 @@ class Account:
 
 @dataclass(frozen=True)
 class UnitAccount:
-    """What a unit amounts to after a pass; see `Account`. `head_error` is not yet weighted with `weight`."""
+    """What a unit amounts to after a pass; see `Account`. `head_error` is not yet weighted with `weight`, which is one
+    number or one a head."""
 
     seconds: float
     blocks: int
@@ -78,7 +79,7 @@ class UnitAccount:
     predicted_ms: float
     error: float
     head_error: tuple[float, ...]
-    weight: float
+    weight: float | list[float]
     findings: Findings
     kinds: dict[str, int]
     line: str
@@ -157,6 +158,7 @@ def run(
     """
     accounts: list[Account] = []
     job.planes = any(each.planes for each in passes)
+    job.use_ladders = any(each.ladders for each in passes)
     decisions: Sequence[Any] = [None] * job.units
     for stage in stages(passes):
         work = partial(_work, source, job, stage, shelf, printing)
@@ -264,9 +266,9 @@ def _account(job: Job, unit: UnitIR, seconds: float, findings: Findings, printin
         blocks=int(blocks.sum()),
         plan_bytes=_bytes(unit, tiles, blocks),
         predicted_ms=job.unit_ms(unit),
-        error=float(unit.error.sum() * unit.weight),
+        error=unit.weighted_error if len(unit.error) else 0.0,
         head_error=tuple(unit.error.tolist()),
-        weight=float(unit.weight),
+        weight=float(unit.weight) if unit.head_weight is None else unit.head_weight.tolist(),
         findings=findings,
         kinds=_kinds(unit, blocks),
         line=unit_line(unit) if printing else "",

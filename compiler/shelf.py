@@ -16,7 +16,7 @@ from calibatt.compiler.errors import CompileError
 from calibatt.compiler.ir import UnitIR
 
 KEY = "key"
-SOURCES = ("error_code", "voted")
+SOURCES = ("error_code", "levels", "voted")
 """Large arrays that no pass changes once they are there: stored once, mapped afterwards."""
 
 
@@ -121,13 +121,14 @@ class DiskShelf:
         light = copy.copy(unit)
         if last:
             light.keep, light.menu, light.packed = None, None, {}
-        for name, array in (("error_code", unit.means.error_code), ("voted", unit.voted)):
+        for name in SOURCES:
+            array = unit.voted if name == "voted" else getattr(unit.means, name)
             path = self._source(index, name)
             if array is not None and not path.exists():
                 temporary = path.with_suffix(".tmp.npy")
                 np.save(temporary, array)
                 os.replace(temporary, path)
-        light.voted, light.means = None, replace(unit.means, error_code=None)
+        light.voted, light.means = None, replace(unit.means, error_code=None, levels=None)
         self._dump(self._path(stage, index, "unit"), light)
         self._dump(self._path(stage, index, "found"), found)
 

@@ -43,6 +43,15 @@ class Pass(ABC):
     from_time: float | None = None
     to_time: float | None = None
 
+    @property
+    def ladders(self) -> bool:
+        """The masks of a refined store's ladders must be made for it."""
+        return False
+
+    def settled(self, job: Job) -> Pass:
+        """The pass with what its options leave to the job decided; this is what a plan's pass string says."""
+        return self
+
     def covers(self, time: float) -> bool:
         """Whether the pass is for units of this denoising time."""
         return (self.from_time is None or self.from_time <= time) and (self.to_time is None or time <= self.to_time)

@@ -55,7 +55,9 @@ class Anchors(Pass):
         if radius == 0 or self.max_group_rows == 1 or unit.force_dense:
             return found
         share = self.safety * grid.frames * grid.width / grid.tokens
-        errors = copy_errors(unit.means.row_residual_error, self.max_group_rows) * (share * unit.weight)
+        weight = np.full(unit.heads, unit.weight) if unit.head_weight is None else unit.head_weight
+        errors = copy_errors(unit.means.row_residual_error, self.max_group_rows)
+        errors *= (share * weight)[:, None, None, None]
         price = multiplier * _head_ms(job, unit) / grid.height
         for head, (groups, error) in enumerate(best_groups(errors, price)):
             if len(groups[0]) == grid.height:
@@ -66,7 +68,7 @@ class Anchors(Pass):
                 found["dearer_when_lowered"] += 1
                 continue
             unit.anchors[head], unit.packed[head] = groups, after
-            unit.error[head] += error / unit.weight
+            unit.error[head] += error / weight[head]
             found["heads_with_anchors"] += 1
             found["rows"] += len(groups[0])
         return found

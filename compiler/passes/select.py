@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +16,8 @@ from calibatt.compiler.passes import Findings, Pass
 from calibatt.compiler.stats import window_keep
 from calibatt.compiler.stats.unit import STEPS_PER_OCTAVE
 
-KINDS = ("planes", "windows", "cuts")
+KINDS = ("planes", "windows", "cuts", "ladders")
+UNREFINED_MENU, REFINED_MENU = "windows+cuts", "windows+ladders"
 DEFAULT_DENSITY = 0.5
 NO_BUDGET_BINDS = 1e100
 """The multiplier where an error budget leaves every head its fewest blocks."""
@@ -26,8 +27,9 @@ NO_BUDGET_BINDS = 1e100
 class Select(Pass):
     """Picks masks so that the whole job loses least within its budget.
 
-    A head may be dense, keep a voted plane, a window, or a *cut*: the blocks whose mean block error is above a level.
-    A mask costs its predicted milliseconds and loses its output error, relative to the residual stream, times w(t). One
+    A head may be dense, keep a voted plane, a window, a *cut*: the blocks whose mean block error is above a level, or,
+    in a refined store, a level of a *ladder*, whose error was measured itself, as that of windows was then. A mask
+    costs its predicted milliseconds and loses its output error, relative to the residual stream, times its weight. One
     multiplier, the price of a millisecond, decides for all heads and times at once; what it leaves of the budget is
     spent on single changes, and the distance to a proven bound is reported.
 
@@ -36,7 +38,7 @@ class Select(Pass):
     A second `select` after `anchors` spends what those saved: all heads choose anew, those with anchors also among
     staying as they are.
 
-    Requires: `vote` for planes; block error in the store for cuts.
+    Requires: `vote` for planes; block error in the store for cuts; a refinement of it for ladders.
     Ensures: every mask keeps the required blocks; the budget holds.
 
     Args:
@@ -46,9 +48,11 @@ class Select(Pass):
             predicted squared error of the final latent, relative to its size).
         target_speedup: Least predicted speed-up of a whole forward, not of attention alone.
         attention_share: Share of dense attention in the time of a dense forward; only for `target_speedup`.
-        menu: What heads may choose beside dense: `planes`, `windows`, `cuts`, joined by ``+``. Without planes, which no
+        menu: What heads may choose beside dense: `planes`, `windows`, `cuts`, `ladders`, joined by ``+``. If absent,
+            ladders and windows where the store is refined, cuts and windows where it is not. Without planes, which no
             cut of as many blocks loses to, those of the samples need not be read.
         levels_per_octave: Steps of the cuts' levels in a factor of 2.
+        ladder_kinds: Which of the refinement's ladders, joined by ``+``; all if absent.
 
     Raises:
         PassError: Several budgets, one out of range or beyond the best that can be reached (which is named), or a menu
@@ -61,8 +65,9 @@ class Select(Pass):
     max_error: float | None = None
     target_speedup: float | None = None
     attention_share: float = 0.75
-    menu: str = "windows+cuts"
+    menu: str | None = None
     levels_per_octave: int = 4
+    ladder_kinds: str | None = None
 
     def __post_init__(self) -> None:
         density, error, speedup = self.target_density, self.max_error, self.target_speedup
@@ -75,20 +80,42 @@ class Select(Pass):
         rule = "be finite and at least 1"
         self.require(speedup is None or 1 <= speedup < np.inf, "target-speedup", rule, speedup)
         self.require(0 < self.attention_share <= 1, "attention-share", "be in (0, 1]", self.attention_share)
-        parts = self.menu.split("+")
+        parts = self.menu.split("+") if self.menu is not None else []
         known = set(parts) <= set(KINDS) and len(set(parts)) == len(parts)
         self.require(known, "menu", f"name some of {', '.join(KINDS)}, joined by +", self.menu)
         whole = self.levels_per_octave in (1, 2, 4, 8)
         self.require(whole, "levels-per-octave", "be 1, 2, 4 or 8", self.levels_per_octave)
 
+    @property
+    def ladders(self) -> bool:
+        return self.menu is not None and "ladders" in self.menu.split("+")
+
+    def settled(self, job: Job) -> Select:
+        menu = UNREFINED_MENU if job.ladders is None else REFINED_MENU
+        return self if self.menu is not None else replace(self, menu=menu)
+
+    def _parts(self) -> list[str]:
+        return (self.menu or UNREFINED_MENU).split("+")
+
+    def _kinds(self, job: Job) -> tuple[str, ...]:
+        if not self.ladders or job.ladders is None:
+            return ()
+        return job.ladders.kinds if self.ladder_kinds is None else tuple(self.ladder_kinds.split("+"))
+
     def survey(self, job: Job, unit: UnitIR) -> Any:
-        parts = self.menu.split("+")
+        parts = self._parts()
         self.require(unit.tile_order is None, "schedule", "come after", unit.name)
         voted = unit.voted is not None or "planes" not in parts
         self.require(voted, "planes", "have been voted (vote comes before select)", unit.name)
         has_error = job.manifest.has_block_error
         rule = "have block error in the store (menu=planes+windows does without)"
         self.require(has_error or "cuts" not in parts, "cuts", rule, "none")
+        refined = unit.means.refined_error is not None or "ladders" not in parts
+        self.require(refined, "ladders", "have been measured (calibatt-calibrate --refine)", unit.name)
+        if self.ladders and job.ladders is not None:
+            known = set(self._kinds(job)) <= set(job.ladders.kinds)
+            rule = f"be some of those measured, {'+'.join(job.ladders.kinds)}"
+            self.require(known, "ladder-kinds", rule, self.ladder_kinds)
         columns = self._columns(job)
         if unit.menu is None or unit.menu[0] != columns.key:
             unit.menu = (columns.key, *columns.table(job, unit))
@@ -106,7 +133,10 @@ class Select(Pass):
         blocks = np.concatenate([blocks for blocks, _ in surveys]).astype(np.float64)
         error = np.concatenate([error for _, error in surveys])
         error[:, columns.estimated] *= job.error_factor
-        weight = np.repeat(job.unit_weights.reshape(-1)[list(units)], job.manifest.model.heads)
+        heads = job.manifest.model.heads
+        weight = np.repeat(job.unit_weights.reshape(-1)[list(units)], heads)
+        if job.head_weights is not None:
+            weight = job.head_weights.reshape(-1, heads)[list(units)].reshape(-1)
         loss = error * weight[:, None]
         choice = self._solve(job, blocks, loss)
         rows = np.arange(len(loss))
@@ -121,9 +151,7 @@ class Select(Pass):
             "relative_gap": choice.gap / choice.loss if choice.loss else 0.0,
             "candidates": int(np.isfinite(loss).sum()),
             "weights": "probed" if job.weights_probed else "never probed: 1 at every time",
-            "error_estimate": f"(sum of roots of block errors)^2 x {job.error_factor:.3g}"
-            if job.manifest.has_block_error
-            else "measured errors of planes and windows",
+            "error_estimate": self._estimate(job),
         }
         shape = (len(surveys), -1)
         return list(zip(choice.pick.reshape(shape), error[rows, choice.pick].reshape(shape), strict=True))
@@ -143,8 +171,23 @@ class Select(Pass):
         kinds = {kind: int(number) for kind, number in sorted(total.items())}
         return {**job.findings[self.name], "heads_by_kind": kinds, "heads_with_anchors": int(anchored)}
 
+    def _estimate(self, job: Job) -> str:
+        """Where the errors of the menu come from, in words."""
+        if self.ladders and job.ladders is not None:
+            ladders = job.ladders
+            told = (
+                f"{len(self._kinds(job))} ladders of {len(ladders.shares)} masks and windows, on {len(ladders.samples)}"
+            )
+            measured = f"measured errors of {told} samples"
+            if not {"cuts", "planes"} & set(self._parts()):
+                return measured
+            return f"{measured}; of others (sum of roots of block errors)^2 x {job.error_factor:.3g}"
+        if job.manifest.has_block_error:
+            return f"(sum of roots of block errors)^2 x {job.error_factor:.3g}"
+        return "measured errors of planes and windows"
+
     def _columns(self, job: Job) -> _Columns:
-        return _Columns(job, self.menu, self.levels_per_octave)
+        return _Columns(job, self._parts(), self.levels_per_octave, self._kinds(job))
 
     def _solve(self, job: Job, blocks: Float64, loss: Float64) -> Choice:
         block_ms = job.device.block_ms(job.manifest.blocks, job.manifest.model.head_dim)
@@ -180,20 +223,25 @@ class Select(Pass):
 class _Columns:
     """The candidates of every head, in the order of a table's columns, and the masks of those picked.
 
-    Dense, planes, windows, cuts; and last, not in the table, what a head with anchors is now.
+    Dense, planes, windows, cuts, ladders; and last, not in the table, what a head with anchors is now.
     """
 
-    def __init__(self, job: Job, menu: str, levels_per_octave: int) -> None:
-        manifest, parts = job.manifest, menu.split("+")
-        self.key = (menu, levels_per_octave)
+    def __init__(self, job: Job, parts: list[str], levels_per_octave: int, kinds: tuple[str, ...]) -> None:
+        manifest = job.manifest
+        self.key = ("+".join(parts), levels_per_octave, kinds)
         self.planes = manifest.thresholds if "planes" in parts else ()
         self.windows = manifest.windows if "windows" in parts else ()
         step = STEPS_PER_OCTAVE // levels_per_octave
         self.cuts = np.arange(0, CODES, step) if "cuts" in parts else np.zeros(0, np.int64)
         """A cut keeps the blocks whose code is below this."""
+        self.ladders = job.ladders if kinds else None
+        self.kinds = [] if self.ladders is None else [self.ladders.kinds.index(kind) for kind in kinds]
+        """Which of the unit's ladders are in the menu."""
+        self.shares = 0 if self.ladders is None else len(self.ladders.shares)
         first = 1 + len(self.planes) + len(self.windows)
-        estimated = np.zeros(first + len(self.cuts) + 1, np.bool_)
-        estimated[first:-1] = True
+        self.first_rung = first + len(self.cuts)
+        estimated = np.zeros(self.first_rung + len(self.kinds) * self.shares + 1, np.bool_)
+        estimated[first : self.first_rung] = True
         estimated[1 : 1 + len(self.planes)] = manifest.has_block_error
         self.estimated = estimated
         """bool ``(columns,)``: errors that are sums of block errors, still without the job's factor."""
@@ -203,7 +251,7 @@ class _Columns:
         blocks = np.full((unit.heads, len(self.estimated) - 1), unit.dense_blocks, np.int64)
         error = np.zeros(blocks.shape)
         planes, at = len(self.planes), 1 + len(self.planes)
-        if unit.means.error_code is not None:
+        if unit.means.error_code is not None and (planes or len(self.cuts)):
             for head in range(unit.heads):
                 self._from_codes(unit, head, blocks[head], error[head])
         elif planes:
@@ -214,7 +262,27 @@ class _Columns:
             bits = pack(window_keep(window, unit.grid, unit.blocks))
             blocks[:, at + index] = count(bits | unit.required, (1, 2))
             error[:, at + index] = unit.means.menu_residual_error[len(job.manifest.thresholds) + index]
+        if self.ladders is not None:
+            assert unit.means.refined_error is not None
+            windows = len(unit.means.refined_error) - len(job.manifest.windows)
+            rungs = unit.means.refined_error[:windows].reshape(-1, self.shares, unit.heads)[self.kinds]
+            error[:, self.first_rung :] = rungs.reshape(-1, unit.heads).T
+            if self.windows:
+                error[:, at : at + len(self.windows)] = unit.means.refined_error[windows:].T
+            for head in range(unit.heads):
+                blocks[head, self.first_rung :] = self._rung_blocks(unit, head)
         return blocks, error
+
+    def _rung_blocks(self, unit: UnitIR, head: int) -> Int64:
+        """Blocks of every level of every ladder of a head, with those that are required."""
+        assert unit.means.levels is not None
+        required = unpack(unit.required[head], unit.k_blocks)
+        found = []
+        for kind in self.kinds:
+            levels, size = unit.means.levels[kind, head], self.shares + 1
+            others = np.bincount(levels.reshape(-1), minlength=size) - np.bincount(levels[required], minlength=size)
+            found.append(np.count_nonzero(required) + others[: self.shares].cumsum())
+        return np.concatenate(found)
 
     def _from_codes(self, unit: UnitIR, head: int, blocks: Int64, error: Float64) -> None:
         """Planes and cuts of one head from counts of its codes: no mask is made.
@@ -234,9 +302,10 @@ class _Columns:
         error[1 : 1 + planes] = (weights @ np.cumsum(sums[:, :planes].sum(2), 1) ** 2)[::-1]
         if len(self.cuts):
             dropped = np.cumsum(number[:-1].sum(0)[::-1])[::-1]
-            blocks[-len(self.cuts) :] = unit.dense_blocks - dropped[self.cuts]
+            cuts = slice(self.first_rung - len(self.cuts), self.first_rung)
+            blocks[cuts] = unit.dense_blocks - dropped[self.cuts]
             by_code = np.cumsum(sums[:, :-1].sum(1)[:, ::-1], 1)[:, ::-1]
-            error[-len(self.cuts) :] = (weights @ by_code**2)[self.cuts]
+            error[cuts] = (weights @ by_code**2)[self.cuts]
 
     def take(self, unit: UnitIR, pick: Int64) -> None:
         """Gives the unit the masks picked, int64 ``(H,)``."""
@@ -260,6 +329,13 @@ class _Columns:
             elif (at := at - len(self.planes)) < len(self.windows):
                 bits = pack(window_keep(self.windows[at], unit.grid, unit.blocks))
                 name, mask = str(self.windows[at]), bits | unit.required[head]
+            elif candidate >= self.first_rung:
+                assert self.ladders is not None
+                assert unit.means.levels is not None
+                index, level = divmod(candidate - self.first_rung, self.shares)
+                kind = self.kinds[index]
+                name = f"ladder {self.ladders.kinds[kind]}"
+                mask = pack(unit.means.levels[kind, head] <= level) | unit.required[head]
             else:
                 assert unit.means.error_code is not None
                 below = self.cuts[at - len(self.windows)]

@@ -7,6 +7,7 @@ from calibatt.compiler.stats.errors import (
     MissingUnits,
     NoSamples,
     ProbeError,
+    RefinementError,
     SampleError,
     SampleExists,
     StoreBusy,
@@ -14,7 +15,8 @@ from calibatt.compiler.stats.errors import (
     UnitError,
 )
 from calibatt.compiler.stats.manifest import DEFAULT_THRESHOLDS, Manifest
-from calibatt.compiler.stats.probes import Probe, TimeWeightInfo
+from calibatt.compiler.stats.probes import ErrorWeights, Probe, TimeWeightInfo, error_weights
+from calibatt.compiler.stats.refinement import Ladders
 from calibatt.compiler.stats.store import Store
 from calibatt.compiler.stats.unit import (
     STEPS_PER_OCTAVE,
@@ -22,6 +24,7 @@ from calibatt.compiler.stats.unit import (
     UnitStatistics,
     code_values,
     dequantise,
+    fast_codes,
     quantise,
     unit_shapes,
 )
@@ -33,6 +36,8 @@ __all__ = [
     "STEPS_PER_OCTAVE",
     "ZERO_CODE",
     "DuplicateSample",
+    "ErrorWeights",
+    "Ladders",
     "Manifest",
     "ManifestError",
     "ManifestMismatch",
@@ -40,6 +45,7 @@ __all__ = [
     "NoSamples",
     "Probe",
     "ProbeError",
+    "RefinementError",
     "SampleError",
     "SampleExists",
     "SampleWriter",
@@ -54,6 +60,8 @@ __all__ = [
     "code_values",
     "default_windows",
     "dequantise",
+    "error_weights",
+    "fast_codes",
     "quantise",
     "unit_shapes",
     "window_keep",

@@ -39,6 +39,10 @@ class ProbeError(StoreError):
     """A probe of the time weight breaks a rule."""
 
 
+class RefinementError(StoreError):
+    """A refinement is damaged, unfinished, or of other samples or ladders than those asked for."""
+
+
 class NoSamples(StoreError):
     """A store has no complete sample."""
 

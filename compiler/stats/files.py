@@ -11,6 +11,7 @@ from calibatt.compiler.stats.errors import ManifestError, SampleError
 from calibatt.compiler.stats.manifest import Manifest
 
 MANIFEST, SAMPLES, PROBES, SAMPLE = "manifest.json", "samples", "probes", "sample.json"
+REFINEMENT, LADDERS, REFINED = "refinement", "ladders.json", ".refined"
 PARTIAL = ".partial"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

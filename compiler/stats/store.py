@@ -17,14 +17,18 @@ from calibatt.compiler.stats.errors import (
     MissingUnits,
     NoSamples,
     ProbeError,
+    RefinementError,
     SampleError,
     StoreError,
     UnitError,
 )
 from calibatt.compiler.stats.files import (
+    LADDERS,
     MANIFEST,
     PARTIAL,
     PROBES,
+    REFINED,
+    REFINEMENT,
     SAMPLE,
     SAMPLES,
     check_name,
@@ -34,7 +38,15 @@ from calibatt.compiler.stats.files import (
     unit_names,
 )
 from calibatt.compiler.stats.manifest import Manifest
-from calibatt.compiler.stats.probes import Probe, TimeWeightInfo, layer_factor, time_weight
+from calibatt.compiler.stats.probes import ErrorWeights, Probe, TimeWeightInfo, error_weights, layer_factor, time_weight
+from calibatt.compiler.stats.refinement import (
+    Ladders,
+    check_complete,
+    file_name,
+    open_errors,
+    read_errors,
+    read_ladders,
+)
 from calibatt.compiler.stats.unit import UnitStatistics, read_unit
 
 
@@ -48,9 +60,15 @@ class Store:
         meta: dict[str, dict[str, Any]],
         probes: tuple[Probe, ...],
         interrupted: tuple[Path, ...],
+        ladders: Ladders | None = None,
+        refined: dict[str, Path] | None = None,
     ) -> None:
         """Use `Store.open`."""
         self.manifest = manifest
+        self.ladders = ladders
+        """What was measured in a refinement; None where there is none."""
+        self.refined = refined or {}
+        """Files with the errors of the ladders, by sample."""
         self.meta = meta
         """What was said of each sample when it was finished."""
         self.probes = probes
@@ -74,6 +92,7 @@ class Store:
             MissingUnits: A sample lacks files; names them.
             SampleError: A `sample.json` or a name breaks its rule.
             ProbeError: A probe breaks its rule.
+            RefinementError: What a refinement is of cannot be read.
             StoreError: A folder holds what no store does.
             NoSamples: There is no complete sample.
         """
@@ -111,9 +130,8 @@ class Store:
             if probe.sample not in samples:
                 raise ProbeError(f"{path}: a probe must be of a complete sample, got {probe.sample!r}")
         ordered = dict(sorted(samples.items()))
-        return cls(
-            manifest, ordered, meta, tuple(probe for _, (_, probe) in sorted(probes.items())), tuple(interrupted)
-        )
+        known = tuple(probe for _, (_, probe) in sorted(probes.items()))
+        return cls(manifest, ordered, meta, known, tuple(interrupted), *_refinement(folders, manifest))
 
     @property
     def samples(self) -> tuple[str, ...]:
@@ -170,6 +188,42 @@ class Store:
         """How the time weight spreads over the layers, float64 (times, layers); 1 everywhere if never probed."""
         return layer_factor(self.manifest.times, self.manifest.model.layers, self.probes)
 
+    def error_weights(self) -> ErrorWeights:
+        """What an error costs at each time, layer and head, by the finest of what was probed."""
+        model = self.manifest.model
+        return error_weights(self.manifest.times, model.layers, model.heads, self.probes)
+
+    def check_refinement(self) -> tuple[str, ...]:
+        """Proves that there is a finished refinement of just these samples, all but the errors themselves.
+
+        Returns:
+            The digests of its files.
+
+        Raises:
+            RefinementError: There is none, one of other samples, one that was not finished, or a file is damaged.
+            OSError: A file cannot be read.
+        """
+        if self.ladders is None:
+            raise RefinementError("the store must be refined (calibatt-calibrate --refine), got no refinement")
+        folder = next(iter(self.refined.values())).parent if self.refined else Path(REFINEMENT)
+        check_complete(folder, self.ladders, self.samples, tuple(self.refined))
+        files = [open_errors(self.refined[name], name, self.ladders, self.manifest) for name in self.samples]
+        return tuple(file.digest for file in files)
+
+    def refined_error(self, time_index: int, layer: int) -> npt.NDArray[np.float64]:
+        """Means over the samples of the errors of a unit's ladders and windows, float64 ``(C, H)``.
+
+        Raises:
+            RefinementError: A file is damaged, or there is no refinement.
+            OSError: A file cannot be read.
+        """
+        if self.ladders is None:
+            raise RefinementError("the store must be refined (calibatt-calibrate --refine), got no refinement")
+        total = np.zeros((self.ladders.errors(self.manifest), self.manifest.model.heads))
+        for name in self.samples:
+            total += read_errors(self.refined[name], name, time_index, self.ladders, self.manifest)[layer]
+        return total / len(self.samples)
+
     @property
     def size_bytes(self) -> int:
         """Bytes of all complete samples."""
@@ -188,8 +242,29 @@ def _check_same(first: Path, manifest: Manifest, folder: Path) -> None:
 
 def _check_entries(folder: Path) -> None:
     for path in entries(folder):
-        if path.name not in (MANIFEST, SAMPLES, PROBES):
-            raise StoreError(f"{folder} must hold only {MANIFEST}, {SAMPLES} and {PROBES}, got {path.name!r}")
+        if path.name not in (MANIFEST, SAMPLES, PROBES, REFINEMENT):
+            known = f"{MANIFEST}, {SAMPLES}, {PROBES} and {REFINEMENT}"
+            raise StoreError(f"{folder} must hold only {known}, got {path.name!r}")
+
+
+def _refinement(folders: Sequence[Path], manifest: Manifest) -> tuple[Ladders | None, dict[str, Path]]:
+    """Ladders and files of the errors of all folders; whether they are whole and right is proved when they are used.
+
+    Refinements of several stores are each of their own samples, and so of use to no job of all: the first one says so.
+    """
+    ladders: Ladders | None = None
+    refined: dict[str, Path] = {}
+    for folder in folders:
+        found = read_ladders(folder / REFINEMENT, manifest)
+        if found is None or ladders not in (None, found):
+            continue
+        ladders = found
+        for path in entries(folder / REFINEMENT):
+            if path.name != LADDERS and path.suffix != REFINED:
+                raise RefinementError(f"{folder / REFINEMENT} must hold only {LADDERS} and errors, got {path.name!r}")
+        names = [path.stem for path in entries(folder / REFINEMENT) if path.suffix == REFINED]
+        refined |= {name: folder / REFINEMENT / file_name(name) for name in names}
+    return ladders, refined
 
 
 def _check_sample(path: Path, manifest: Manifest) -> dict[str, Any]:
@@ -231,6 +306,8 @@ def _read_probe(path: Path, manifest: Manifest) -> Probe:
         raise ProbeError(f"{path}: the file must be named {probe.file_name!r}, got {path.name!r}")
     if probe.time_index >= len(manifest.times):
         raise ProbeError(f"{path}: time_index must be below {len(manifest.times)}, got {probe.time_index}")
-    if (count := len(probe.layer_factors)) not in (0, manifest.model.layers):
-        raise ProbeError(f"{path}: layer_factors must be none or {manifest.model.layers}, got {count}")
+    try:
+        probe.check_shape(manifest.model.layers, manifest.model.heads)
+    except ProbeError as error:
+        raise ProbeError(f"{path}: {error}") from None
     return probe

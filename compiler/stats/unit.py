@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from os import PathLike
 from typing import Any
 
@@ -67,6 +68,32 @@ def code_values(peak: float) -> Float:
 
 
 _FRACTIONS = np.append(np.exp2(-np.arange(ZERO_CODE) / STEPS_PER_OCTAVE), 0.0)
+
+
+_TOP_BITS = 15
+
+
+def fast_codes(values: Float, peak: np.float32) -> Code:
+    """`quantise` by table: a value's code by its exponent and 8 bits of its mantissa, at most 0.2 % from exact.
+
+    Args:
+        values: float32, any shape, 0 <= values <= peak.
+        peak: What code 0 stands for.
+    """
+    if peak <= 0:
+        return quantise(np.zeros(values.shape), 0.0)
+    relative = values * np.float32(1 / peak)
+    found: Code = _table().take(relative.view(np.uint32) >> _TOP_BITS, mode="clip")
+    return found
+
+
+@lru_cache(maxsize=1)
+def _table() -> Code:
+    top = int(np.float32(1).view(np.uint32)) >> _TOP_BITS
+    middles = ((np.arange(top + 1, dtype=np.uint32) << _TOP_BITS) + (1 << (_TOP_BITS - 1))).view(np.float32)
+    codes = quantise(np.minimum(middles, 1), 1.0)
+    codes[0] = 255  # an exact zero
+    return codes
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from calibatt.compiler.stats.errors import (
     DuplicateSample,
     ManifestMismatch,
     MissingUnits,
     ProbeError,
+    RefinementError,
     SampleError,
     SampleExists,
     StoreBusy,
     UnitError,
 )
 from calibatt.compiler.stats.files import (
+    LADDERS,
     MANIFEST,
     PARTIAL,
     PROBES,
+    REFINED,
+    REFINEMENT,
     SAMPLE,
     SAMPLES,
     check_name,
@@ -40,6 +47,7 @@ from calibatt.compiler.stats.files import (
 )
 from calibatt.compiler.stats.manifest import Manifest
 from calibatt.compiler.stats.probes import Probe
+from calibatt.compiler.stats.refinement import Ladders, file_name, open_errors, read_ladders, write_errors
 from calibatt.compiler.stats.unit import UnitStatistics, write_unit
 
 
@@ -165,11 +173,7 @@ class StoreWriter:
             raise ProbeError(f"a probe must be of a complete sample, got {probe.sample!r}")
         if probe.time_index >= len(self.manifest.times):
             raise ProbeError(f"probe.time_index must be below {len(self.manifest.times)}, got {probe.time_index}")
-        layers = self.manifest.model.layers
-        if len(probe.layer_factors) not in (0, layers):
-            raise ProbeError(
-                f"probe.layer_factors must be none or {layers}, one a layer, got {len(probe.layer_factors)}"
-            )
+        probe.check_shape(self.manifest.model.layers, self.manifest.model.heads)
         path = self.path / PROBES / probe.file_name
         try:
             write_whole(path, probe.to_json())
@@ -186,9 +190,63 @@ class StoreWriter:
         found = [Probe.from_json(path.read_text("utf-8"), str(path)) for path in entries(self.path / PROBES)]
         return frozenset((probe.sample, probe.time_index) for probe in found)
 
+    def refine(self, ladders: Ladders) -> tuple[str, ...]:
+        """Begins a refinement, or goes on with one.
+
+        Args:
+            ladders: Of the complete samples.
+
+        Returns:
+            Names of the samples whose errors are there already, ascending; what an interruption left is proved whole.
+
+        Raises:
+            RefinementError: The store has a refinement of other ladders, or samples, or a damaged file of one.
+            StoreBusy: This writer is closed.
+            OSError: It cannot be written.
+        """
+        self._check_open()
+        folder = self.path / REFINEMENT
+        ladders.check(self.manifest)
+        if ladders.samples != self.done():
+            raise RefinementError(f"a refinement must be of all {len(self.done())} samples, got {ladders.samples}")
+        found = read_ladders(folder, self.manifest)
+        if found is None:
+            folder.mkdir(exist_ok=True)
+            write_whole(folder / LADDERS, ladders.to_json())
+        elif found != ladders:
+            what = "samples" if found.samples != ladders.samples else "kinds or shares"
+            rule = f"be deleted before other {what} are refined"
+            raise RefinementError(f"{folder} must {rule}, got {_told(found)}, asked for {_told(ladders)}")
+        done = [path.name[: -len(REFINED)] for path in entries(folder) if path.name.endswith(REFINED)]
+        for name in done:
+            open_errors(folder / file_name(name), name, ladders, self.manifest)
+        return tuple(done)
+
+    def write_errors(self, sample: str, errors: npt.NDArray[np.float32], ladders: Ladders, **told: Any) -> Path:
+        """Adds what was measured of one sample to the refinement; see `refinement.write_errors`.
+
+        Raises:
+            RefinementError: No sample of the ladders, or errors that are none.
+            DuplicateSample: It is there already.
+            StoreBusy: This writer is closed.
+            OSError: It cannot be written.
+        """
+        self._check_open()
+        if sample not in ladders.samples:
+            raise RefinementError(f"errors must be of a sample of the ladders, got {sample!r}")
+        path = self.path / REFINEMENT / file_name(sample)
+        if path.exists():
+            raise DuplicateSample(f"{path} must be written once, got errors there already")
+        return write_errors(path.parent, sample, errors, ladders, self.manifest, **told)
+
     def _check_open(self) -> None:
         if self._lock < 0:
             raise StoreBusy(f"{self.path} must be open for writing, got a closed writer")
+
+
+def _told(ladders: Ladders) -> str:
+    shares = ",".join(f"{share:g}" for share in ladders.shares)
+    return f"{len(ladders.samples)} samples, {'+'.join(ladders.kinds)} at {shares}"
 
 
 class SampleWriter:

@@ -228,11 +228,53 @@ def test_layers_are_probed_alone():
     sampler = TinySampler()
     trajectory = Trajectory(sampler, "hello", 3, range(4))
     for step in range(4):
-        found = trajectory.probe("a", 0, step, masks(1), Blocks(16, 16), layers=True)
+        found = trajectory.probe("a", 0, step, masks(1), Blocks(16, 16), layers="step")
         assert len(found.layer_factors) == len(adapter_sites(sampler, None))
         assert min(found.layer_factors) < 1 < max(found.layer_factors)
         plain = trajectory.probe("a", 0, step, masks(1), Blocks(16, 16))
         assert (plain.layer_factors, plain.weight) == ((), found.weight)
+    assert torch.equal(sampler.run("hello", 3), trajectory.final)
+
+
+def test_layers_and_heads_are_followed_to_the_end():
+    """What is disturbed alone is what a run with that head's masked output by hand says."""
+    sampler, step, blocks = TinySampler(branches=2), 1, Blocks(16, 16)
+    trajectory = Trajectory(sampler, "hello", 3, range(4))
+    found = trajectory.probe("a", 0, step, masks(1), blocks, layers="final", heads="step")
+    whole = trajectory.probe("a", 0, step, masks(1), blocks, layers="step", heads="final")
+    assert (found.weight, found.layer_factors, found.head_weights) == (whole.weight, (), ())
+    assert (whole.layer_factors, whole.layer_weights) == ((), ())  # heads followed to the end say it
+    by_step: list[float] = []
+    for layer, head in itertools.product(range(LAYERS), [None, *range(HEADS)]):
+        made = []
+
+        def on_call(call: Call, layer: int = layer, head: int | None = head, made: list = made) -> Any:
+            if call.layer != layer:
+                return None
+            other = masked_output(call.q, call.k, call.v, masks(1)(layer), blocks)
+            out = other if head is None else call.out.clone()
+            if head is not None:
+                out[head] = other[head]
+            made.append(residual_error(call, out))
+            return out
+
+        latents = {}
+        with listening(sampler.transformer, GRID, lambda time: time == TIMES[step], on_call):
+            start = trajectory.latents[step]
+            final = sampler.run("hello", 3, step, start, latents.__setitem__)
+        assert len(made) == 2
+        change = [
+            float((a - b).square().mean() / b.square().mean())
+            for a, b in ((final, trajectory.final), (latents[step + 1], trajectory.latents[step + 1]))
+        ]
+        weights = [each / (sum(made) / 2) for each in change]
+        if head is None:
+            assert found.layer_weights[layer] == pytest.approx(weights[0], rel=1e-3)
+        else:
+            assert whole.head_weights[layer][head] == pytest.approx(weights[0], rel=1e-3)
+            ratio = found.head_factors[layer][head] / found.head_factors[0][0]
+            by_step.append(weights[1])
+            assert ratio == pytest.approx(weights[1] / by_step[0], rel=1e-3)
     assert torch.equal(sampler.run("hello", 3), trajectory.final)
 
 
@@ -279,6 +321,31 @@ def test_command_records_continues_and_probes(tmp_path, tiny):
     assert store.manifest.times == tuple(sorted(TIMES))
     assert store.manifest.versions["weights"] == "random"
     assert [store.meta[name]["seed"] for name in store.samples] in map(list, itertools.permutations(range(3)))
+
+
+def test_command_probes_by_layer_and_head(tmp_path, tiny):
+    common = ("--block-size", 16, "--samples", 1, "--probes", 2, "--device", "cpu", "-o")
+    both = {"layer_weights", "head_factors"}
+    for options, measured, told in (
+        ((), {"layer_factors"}, "1 samples, "),
+        (("--probe-layers", "final"), {"layer_weights"}, "every layer followed to the end: 2"),
+        (("--probe-heads", "final"), {"head_weights"}, "every head followed to the end: 2"),
+        (("--probe-heads", "step"), {"layer_factors", "head_factors"}, "heads by the next latent"),
+        (("--probe-layers", "final", "--layer-probes", 1, "--probe-heads", "step"), both, "heads by the next latent"),
+    ):
+        path = tmp_path / "-".join(["s", *map(str, options)])
+        result = invoke(*common, path, *options)
+        assert result.exit_code == 0, result.output
+        assert told in result.output
+        store = Store.open(path)
+        by_part = [probe for probe in store.probes if probe.layer_factors or probe.layer_weights or probe.head_weights]
+        assert len(by_part) == (1 if "--layer-probes" in options else 2)
+        for probe in by_part:
+            names = "layer_factors", "head_factors", "layer_weights", "head_weights"
+            assert {name for name in names if getattr(probe, name)} == measured
+        weights = store.error_weights()
+        assert (weights.head is not None) == bool({"head_factors", "head_weights"} & measured)
+        assert weights.unit.shape == (4, LAYERS)
 
 
 def test_command_killed_and_run_again(tmp_path, tiny, monkeypatch):

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from click.testing import CliRunner
 from support.ranks import Torchrun, run_commands, run_ranks
 
-from calibatt.compiler.stats import Store, StoreBusy, StoreWriter
+from calibatt.compiler.stats import Store, StoreBusy, StoreWriter, refinement
+from calibatt.plans.container import Container
 from calibatt.tools.calibrate import __main__ as command
 from calibatt.tools.calibrate.ranks import RankLostError, Ranks
 
@@ -23,7 +24,8 @@ PROMPTS = ["a", "bb", "ccc", "dddd", "eeeee"]
 def arguments(folder: Path, model: str = "tiny_sampler") -> list[Any]:
     (folder / "prompts").write_text("\n".join(PROMPTS))
     chosen = ["--model", f"support.sampler:{model}", "--prompts", folder / "prompts", "--device", "cpu"]
-    return [*chosen, "--block-size", "16", "--probes", "2", "--probe-samples", "3", "-o"]
+    chosen += ["--block-size", "16", "--probes", "2", "--probe-samples", "3"]
+    return [*chosen, "--refine", "--refine-blocks", "4", "-o"]
 
 
 def measured(path: Path) -> dict[str, Any]:
@@ -33,6 +35,9 @@ def measured(path: Path) -> dict[str, Any]:
         name = str(file.relative_to(path))
         if file.suffix == ".unit":
             found[name] = file.read_bytes()
+        elif file.suffix == ".refined":
+            errors = Container.open(file, magic=refinement.MAGIC, version=refinement.VERSION, crc=True)
+            found[name] = {time: errors.section(time).tolist() for time in errors.names}
         elif file.suffix == ".json":
             found[name] = json.loads(file.read_text())
             for part in (found[name], found[name].get("meta", {})):
@@ -65,14 +70,14 @@ def calibrate(options: list[Any], path: Path) -> str:
 def one_of_several(options: list[Any], path: Path) -> None:
     """In each process."""
     told = calibrate(options, path)
-    assert told.count("5 samples") == told.count("5 recorded now") == int(os.environ["RANK"] == "0"), told
+    assert told.count("5 recorded now, 5 refined") == int(os.environ["RANK"] == "0"), told
 
 
 def test_two_processes_write_what_one_does(tmp_path: Path, alone: dict[str, Any]) -> None:
     run_commands(one_of_several, 2, tmp_path, arguments(tmp_path), tmp_path / "two")
     assert measured(tmp_path / "two") == alone
     store = Store.open(tmp_path / "two")
-    assert (len(store.samples), len(store.probes), store.interrupted) == (5, 6, ())
+    assert (len(store.samples), len(store.probes), len(store.refined), store.interrupted) == (5, 6, 5, ())
 
 
 @pytest.mark.timeout(120)

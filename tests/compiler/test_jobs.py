@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from support import stats
-from support.jobs import write_store
+from support.jobs import refine_store, write_store
 
 from calibatt.compiler.cli import command
 from calibatt.compiler.stats import Store, StoreWriter
@@ -24,9 +24,12 @@ PASSES = (
 )
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_store(tmp_path_factory.mktemp("stats") / "store", stats.manifest(), probed=True)
+@pytest.fixture(scope="module", params=["plain", "refined"])
+def store(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    path = write_store(tmp_path_factory.mktemp("stats") / "store", stats.manifest(), probed=True)
+    if request.param == "refined":
+        refine_store(path)
+    return path
 
 
 def invoke(*arguments: object) -> Result:
@@ -104,6 +107,19 @@ def descending_thresholds(store: Path) -> None:
     (store / "manifest.json").write_text(json.dumps(value))
 
 
+def stale_refinement(store: Path) -> None:
+    shutil.rmtree(store / "refinement", ignore_errors=True)
+    refine_store(store)
+    shutil.rmtree(store / "samples" / "s1")
+
+
+def corrupt_refinement(store: Path) -> None:
+    path = refine_store(store).refined["s1"]
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
 def no_samples(store: Path) -> None:
     for path in (store / "samples").iterdir():
         shutil.rmtree(path)
@@ -112,6 +128,8 @@ def no_samples(store: Path) -> None:
 
 
 BROKEN = {
+    stale_refinement: "must be of the samples that are compiled, got a refinement of s1",
+    corrupt_refinement: "s1.refined: section 't001'",
     corrupt_shard: "t001_l001.unit: section '",
     missing_unit: "s1 must have 5 files, got none named t001_l001.unit",
     descending_thresholds: "thresholds must be ascending floats in (0, 1], got (0.98, 0.95, 0.9, 0.8)",
@@ -122,7 +140,7 @@ BROKEN = {
 @pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize("spoil", BROKEN)
 def test_a_broken_store_is_one_line_and_leaves_nothing(store: Path, tmp_path: Path, spoil: object, jobs: int) -> None:
-    if jobs == 2 and spoil is not corrupt_shard:
+    if jobs == 2 and spoil not in (corrupt_shard, corrupt_refinement):
         pytest.skip("found before any process is started")
     broken = shutil.copytree(store, tmp_path / "store")
     assert callable(spoil)

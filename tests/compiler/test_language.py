@@ -23,7 +23,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "from_time": st.none() | st.floats(0, 1),
     "to_time": st.none() | st.floats(0, 1),
     "attention_share": st.floats(0, 1, exclude_min=True),
-    "menu": st.sampled_from(["planes", "cuts+windows", "planes+windows+cuts"]),
+    "menu": st.sampled_from([None, "planes", "cuts+windows", "planes+windows+cuts", "windows+ladders"]),
+    "ladder_kinds": st.sampled_from([None, "row", "own+frame"]),
     "levels_per_octave": st.sampled_from([1, 2, 4, 8]),
     "max_growth": st.floats(0, 1),
     "max_times": st.integers(1, 50),
@@ -62,12 +63,12 @@ def test_the_registry_gives_frozen_dataclasses_of_that_name(name: str) -> None:
         kind().name = "other"
 
 
-def test_the_default_passes_print_with_every_option() -> None:
+def test_the_default_passes_print_with_every_option_that_has_a_value() -> None:
     assert print_passes(parse_passes(DEFAULT_PASSES)) == (
         "protect{sinks=false,diagonal=false,first-times=0,last-times=0,first-layers=0,last-layers=0},"
-        "select{target-density=0.5,attention-share=0.75,menu=windows+cuts,levels-per-octave=4},"
+        "select{target-density=0.5,attention-share=0.75,levels-per-octave=4},"
         "anchors{safety=4.0,max-group-rows=4},"
-        "select{target-density=0.5,attention-share=0.75,menu=windows+cuts,levels-per-octave=4},schedule,lower"
+        "select{target-density=0.5,attention-share=0.75,levels-per-octave=4},schedule,lower"
     )
 
 
@@ -94,7 +95,11 @@ def test_the_default_passes_print_with_every_option() -> None:
         ("protect{sinks=1}", PassSyntaxError, "protect: sinks must be true or false, got '1'"),
         ("protect{first-times=0.5}", PassSyntaxError, "protect: first-times must be an integer, got '0.5'"),
         ("protect{first-times=-1}", PassError, "protect: first-times must not be negative, got -1"),
-        ("select{menu=planes+pears}", PassError, "select: menu must name some of planes, windows, cuts, joined by +"),
+        (
+            "select{menu=planes+pears}",
+            PassError,
+            "select: menu must name some of planes, windows, cuts, ladders, joined by",
+        ),
         ("select{menu=a b}", PassSyntaxError, "select: menu must be of letters, digits"),
         (
             "select{target-density=0.5,max-error=1}",

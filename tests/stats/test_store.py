@@ -31,7 +31,7 @@ from calibatt.compiler.stats import (
     StoreWriter,
     UnitError,
 )
-from calibatt.compiler.stats.probes import time_weight
+from calibatt.compiler.stats.probes import error_weights, time_weight
 
 M = manifest()
 UNITS = [(time, layer) for time in range(2) for layer in range(2)]
@@ -274,7 +274,11 @@ def grow(path):
         (lambda s: (s / "samples/a/sample.json").write_text("{}"), SampleError, "must have the fields name, manifest"),
         (lambda s: (s / "samples/a").rename(s / "samples/z"), SampleError, "name must be 'z', got 'a'"),
         (lambda s: (s / "samples/z").write_text(""), SampleError, "must be a folder"),
-        (lambda s: (s / "notes.txt").write_text(""), StoreError, "must hold only manifest.json, samples and probes"),
+        (
+            lambda s: (s / "notes.txt").write_text(""),
+            StoreError,
+            "must hold only manifest.json, samples, probes and refinement",
+        ),
         (lambda s: (s / "manifest.json").write_text("{"), ManifestError, "manifest.json: the manifest must be JSON"),
         (lambda s: (s / "probes/a_t0.json").write_text("["), ProbeError, "a probe must be JSON"),
         (lambda s: (s / "probes/a_t0.json").write_text("{}"), ProbeError, "a probe must have the fields"),
@@ -372,11 +376,77 @@ def test_layer_factor(tmp_path):
     np.testing.assert_allclose(factor, [[1, 4], [2, 2], [4, 1]])
 
 
+def test_probes_of_before_are_still_read():
+    early = probe("a", 1, 2.0)
+    assert not {"head_factors", "layer_weights", "head_weights"} & set(json.loads(early.to_json()))
+    full = dataclasses.replace(early, layer_weights=(1.0, 0.0), head_weights=((1.0, 2.0), (0.0, 4.0)))
+    for each in (early, full):
+        assert Probe.from_json(each.to_json(), "x") == each
+    with pytest.raises(ProbeError, match="must have the fields"):
+        Probe.from_json(json.dumps({**json.loads(early.to_json()), "other": 1}), "x")
+    for changes, message in (
+        ({"layer_weights": (1.0,)}, "layer_weights must be none or 2, one a layer, got 1"),
+        ({"head_factors": ((1.0,), (1.0,))}, "head_factors must have 3 heads for each layer, got 1"),
+    ):
+        with pytest.raises(ProbeError, match=message):
+            dataclasses.replace(early, **changes).check_shape(2, 3)
+
+
+def test_weights_are_of_the_finest_that_was_probed():
+    times, rng = (0.0, 0.5, 1.0), np.random.default_rng(0)
+    head = rng.uniform(0.5, 5, (3, 2, 4)) * np.array([1.0, 10.0, 100.0])[:, None, None]
+    suffers = {"a": 1.0, "b": 30.0}
+
+    def tuples(values):
+        return tuple(map(tuples, values)) if values.ndim else float(values)
+
+    plain = [probe(name, at, float(head[at].mean() * by)) for name, by in suffers.items() for at in range(3)]
+    # nothing by part: the time weight alone
+    found = error_weights(times, 2, 4, plain)
+    np.testing.assert_allclose(found.unit, np.repeat(time_weight(times, plain)[0][:, None], 2, 1))
+    assert found.head is None
+    assert found.told == str(time_weight(times, plain)[1])
+    # by head to the end: their means, each sample relative to its own level
+    by_head = [dataclasses.replace(p, head_weights=tuples(head[p.time_index] * suffers[p.sample])) for p in plain]
+    found = error_weights(times, 2, 4, by_head)
+    np.testing.assert_allclose(found.head / found.head.mean(), head / head.mean())
+    np.testing.assert_allclose(found.unit, found.head.mean(2))
+    # a head that said nothing is like the rest of its layer; one that was not probed at a time lies between the others
+    some = [p for p in by_head if p.time_index != 1]
+    some = [dataclasses.replace(p, head_weights=(p.head_weights[0], (0.0, *p.head_weights[1][1:]))) for p in some]
+    found = error_weights(times, 2, 4, some).head
+    np.testing.assert_allclose(found[:, 1, 0], np.exp(np.interp(times, [0, 1], np.log(found[[0, 2], 1, 1:].mean(1)))))
+    np.testing.assert_allclose(found[1], np.sqrt(found[0] * found[2]))
+    # by layer to the end, and heads by the next latent within them
+    layers = head.mean(2)
+    both = [
+        dataclasses.replace(
+            p,
+            layer_weights=tuples(layers[p.time_index] * suffers[p.sample]),
+            head_factors=tuples(head[p.time_index] / head[p.time_index].mean()),
+        )
+        for p in plain
+    ]
+    found = error_weights(times, 2, 4, both)
+    np.testing.assert_allclose(found.unit / found.unit.mean(), layers / layers.mean())
+    np.testing.assert_allclose(found.head / found.head.mean(), head / head.mean())
+    # heads by the next latent alone spread the time weight
+    step = [dataclasses.replace(p, layer_weights=()) for p in both]
+    found = error_weights(times, 2, 4, step)
+    time = time_weight(times, plain)[0][:, None, None]
+    np.testing.assert_allclose(found.head, time * head / head.mean((1, 2), keepdims=True))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"layer_factors": [1.0]},
         {"layer_factors": (0.0, 1.0)},
+        {"layer_weights": (-1.0, 1.0)},
+        {"layer_weights": [1.0]},
+        {"head_factors": ((1.0, 2.0), (1.0,))},
+        {"head_weights": (1.0, 2.0)},
+        {"head_weights": ((1.0, float("inf")),)},
         {"weight": 0.0},
         {"weight": 9.0},
         {"final_error": float("nan")},

@@ -13,8 +13,8 @@ from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.pipeline import Account, in_turn, run
 from calibatt.compiler.shelf import MemoryShelf
-from calibatt.compiler.stats import Manifest, Probe, StoreWriter, UnitStatistics
-from calibatt.compiler.stats.probes import TimeWeightInfo
+from calibatt.compiler.stats import Ladders, Manifest, Probe, Store, StoreWriter, UnitStatistics
+from calibatt.compiler.stats.probes import ErrorWeights, TimeWeightInfo
 from support import stats
 
 DEVICE = Device("test", "made up", tflops=1.0, tile_us=0.0, store_us=0.0)
@@ -36,13 +36,13 @@ class MemoryStore:
         assert set(samples) <= set(self.samples)
         assert (samples[0], time_index, layer) in self.units
 
-    def layer_factor(self) -> np.ndarray:
-        return np.ones((len(self.manifest.times), self.manifest.model.layers))
+    ladders = None
 
-    def time_weight(self) -> tuple[np.ndarray, TimeWeightInfo]:
-        probes = 0 if self.weights is None else len(self.manifest.times)
-        weights = np.ones(len(self.manifest.times)) if self.weights is None else np.asarray(self.weights, float)
-        return weights, TimeWeightInfo(probes, (), (), 0.0)
+    def error_weights(self) -> ErrorWeights:
+        shape = len(self.manifest.times), self.manifest.model.layers
+        time = np.ones(shape[0]) if self.weights is None else np.asarray(self.weights, float)
+        info = TimeWeightInfo(0 if self.weights is None else shape[0], (), (), 0.0)
+        return ErrorWeights(time, time[:, None] * np.ones(shape), None, info.probes > 0, str(info))
 
 
 def memory_store(of: Manifest, samples: int = 3, seed: int = 0, weights: Any = None) -> MemoryStore:
@@ -102,3 +102,27 @@ def write_store(path: Path, of: Manifest, samples: int = 3, seed: int = 0, probe
             final = 0.5 ** (len(of.times) - time_index)
             writer.write_probe(Probe(memory.samples[0], time_index, final / 0.25, 0.25, final, 1.0))
     return path
+
+
+SHARES = (0.1, 0.25, 0.5, 0.8)
+
+
+def errors_of(store: Store, ladders: Ladders, seed: int) -> np.ndarray:
+    """Random errors of every level and window of a sample, smaller the more is kept."""
+    of, rng = store.manifest, np.random.default_rng(seed)
+    shape = (len(of.times), of.model.layers, len(ladders.kinds), len(ladders.shares), of.model.heads)
+    rungs = np.sort(rng.random(shape, np.float32), 3)[:, :, :, ::-1]
+    windows = rng.random((*shape[:2], len(of.windows), of.model.heads), np.float32)
+    return np.concatenate([rungs.reshape(*shape[:2], -1, shape[4]), windows], 2)
+
+
+def refine_store(path: Path, kinds: tuple[str, ...] = ("row", "votes"), count: int | None = None) -> Store:
+    """Random errors for the first samples of a store on disk, all if absent."""
+    store = Store.open(path)
+    ladders = Ladders(store.samples, kinds, SHARES)
+    with StoreWriter.open(path, store.manifest) as writer:
+        done = writer.refine(ladders)
+        for seed, name in enumerate(store.samples[:count]):
+            if name not in done:
+                writer.write_errors(name, errors_of(store, ladders, seed), ladders, seconds=1.0)
+    return Store.open(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from calibatt.compiler.cost import device_named
 from calibatt.compiler.emit import compile_in_memory
 from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.language import parse_passes
-from calibatt.compiler.stats import Manifest, Store, StoreWriter, default_windows
+from calibatt.compiler.stats import Ladders, Manifest, Store, StoreWriter, default_windows
 from calibatt.plans import Blocks, ModelSignature, PlanFile, TokenGrid
 from calibatt.tools.calibrate.probing import Trajectory
 from calibatt.tools.calibrate.recorder import Recorder, sample_name
+from calibatt.tools.calibrate.refining import Refiner
 from calibatt.tools.calibrate.statistics import unit_statistics
 
 GRID = TokenGrid(4, 8, 8)
@@ -119,6 +121,19 @@ def tiny_store(path: Path) -> Store:
             )
             if found:
                 writer.write_probe(found)
+    return Store.open(path)
+
+
+def tiny_refined(path: Path, ladders: Callable[[tuple[str, ...]], Ladders] = Ladders) -> Store:
+    """The same, its ladders measured on all query blocks."""
+    store = tiny_store(path)
+    asked = ladders(store.samples)
+    with StoreWriter.open(path, store.manifest) as writer:
+        assert writer.refine(asked) == ()
+        refiner = Refiner(TinyVideoSampler(), store, asked)
+        for name in store.samples:
+            refiner.refine(writer, name)
+        assert writer.refine(asked) == store.samples
     return Store.open(path)
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 pytest.importorskip("diffusers")
 
-from support.sampler import GRID, TIMES, TinyVideoSampler, tiny_store
+from support.sampler import GRID, TIMES, TinyVideoSampler, tiny_refined, tiny_store
 
 from calibatt.compiler.stats import Store
 from calibatt.plans import Blocks, TokenGrid
@@ -39,6 +39,13 @@ def one_thread():
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study") / "stats"
     tiny_store(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def refined(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("refined") / "stats"
+    tiny_refined(folder)
     return folder
 
 
@@ -207,6 +214,29 @@ def test_every_method_runs_and_says_the_same_again(store, tmp_path, monkeypatch)
     assert np.isfinite([row["mean"] for row in again["difference_from_ours_db"]]).all()
 
 
+def test_a_refined_store_is_compiled_by_measured_errors(refined, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.SAMPLERS, "demo", lambda steps, device: TinyVideoSampler())
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "a.json"
+    prompts.write_text("three\nfour words\n")
+    arguments = ["--stats", refined, "--held-out", prompts, "--densities", "0.3", "--calibration", 2, "--batch", 2]
+    arguments += ["--device", "cpu", "-o", output, "--methods", f"{pareto.OURS}; compiled, not refined"]
+    found = CliRunner().invoke(pareto.main, [str(argument) for argument in arguments])
+    assert found.exit_code == 0, found.output + repr(found.exception)
+    rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
+    ours, plain = rows[pareto.OURS], rows["compiled, not refined"]
+    assert ours["psnr"] != plain["psnr"]
+    assert max(ours["density"], plain["density"]) <= 0.3
+
+
+def test_ablations_of_a_refined_store(refined, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.SAMPLERS, "demo", lambda steps, device: TinyVideoSampler())
+    study = pareto.make_study("demo", (refined,), None, 1, 1, None, 1, "cpu")
+    found = ablations.variants(study)
+    assert {"ladders row, windows", "ladders frame, windows", "ladders alone", "not refined"} <= set(found)
+    for name in (ablations.BASE, "ladders row, windows", "ladders, windows, cuts", "not refined"):
+        assert found[name](0.4).density <= 0.4
+
+
 def test_ablations_change_one_thing_each(store, tmp_path, monkeypatch):
     monkeypatch.setitem(models.SAMPLERS, "demo", lambda steps, device: TinyVideoSampler())
     monkeypatch.setattr(pareto, "SHARES", (0.2, 0.6))
@@ -234,5 +264,5 @@ def test_a_part_of_a_store_has_what_it_says(store):
     unit = part.unit(part.samples[0], 0, 0)
     unit.check(part.manifest)
     assert [whole.meta[name]["seed"] for name in part.samples] == [0]
-    assert (part.time_weight()[0] == 1).all()
-    assert (whole.time_weight()[0] != 1).any()
+    assert (part.error_weights().time == 1).all()
+    assert (whole.error_weights().time != 1).any()

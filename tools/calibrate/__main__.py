@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -15,14 +16,24 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from calibatt.compiler.stats import DEFAULT_THRESHOLDS, Manifest, Store, StoreError, StoreWriter, default_windows
+from calibatt.compiler.stats import (
+    DEFAULT_THRESHOLDS,
+    Ladders,
+    Manifest,
+    Store,
+    StoreError,
+    StoreWriter,
+    default_windows,
+)
+from calibatt.compiler.stats.refinement import DEFAULT_KINDS, DEFAULT_SHARES, KINDS
 from calibatt.plans import BLOCK_SIZES, Blocks, PlanError
 from calibatt.runtime.adapters import UnknownModelError, adapter_for
 from calibatt.tools.calibrate.listen import ListenError
 from calibatt.tools.calibrate.models import MODEL_HELP, PROMPTS, default_prompts, make_sampler
-from calibatt.tools.calibrate.probing import Trajectory
+from calibatt.tools.calibrate.probing import FINAL, STEP, Trajectory
 from calibatt.tools.calibrate.ranks import RankLostError, Ranks
 from calibatt.tools.calibrate.recorder import Measure, Recorder, nearest_step, sample_name
+from calibatt.tools.calibrate.refining import QUERY_BLOCKS, Refiner
 from calibatt.tools.calibrate.sampler import Sampler
 from calibatt.tools.calibrate.statistics import unit_statistics
 
@@ -174,10 +185,13 @@ def probe(
     work: Work,
     times: int,
     layer_times: int,
+    by_part: dict[str, str],
     recorded: Mapping[tuple[str, int], Trajectory],
     progress: Progress,
 ) -> int:
-    """Probes the time weight on these samples, at some times layer by layer; returns how many probes said nothing.
+    """Probes the time weight on these samples, at some times `by_part` as well (see `Trajectory.probe`).
+
+    Returns how many probes said nothing.
 
     A sample that was not recorded just now is sampled once more, for the latents from which its probes start.
     """
@@ -203,13 +217,42 @@ def probe(
             def keep(layer: int, name: str = name, index: int = index) -> torch.Tensor:
                 return torch.from_numpy(store.unit(name, index, layer).keep(plane, manifest))
 
-            found = dense.probe(name, index, steps[index], keep, manifest.blocks, layers=index in by_layer)
+            found = dense.probe(
+                name, index, steps[index], keep, manifest.blocks, **(by_part if index in by_layer else {})
+            )
             if found:
                 writer.write_probe(found)
             else:
                 silent += 1
             progress.advance(task)
     return silent
+
+
+def refine(
+    writer: StoreWriter,
+    sampler: Sampler,
+    asked: Ladders,
+    query_blocks: int,
+    ranks: Ranks,
+    progress: Progress,
+) -> int:
+    """Measures ladders of the kinds and shares asked for, each rank some samples; returns how many this rank measured.
+
+    Raises:
+        StoreError: The store cannot be refined with these ladders.
+        RankLostError: A rank has failed.
+    """
+    store = Store.open(writer.path)
+    ladders = replace(asked, samples=store.samples)
+    done = ranks.from_first(writer.refine(ladders) if ranks.is_first else ())
+    todo = ranks.share([name for name in store.samples if name not in done])
+    sampler.check([store.meta[name]["prompt"] for name in todo])
+    units = len(store.manifest.times) * store.manifest.model.layers
+    task = progress.add_task("refining, units", total=len(todo) * units)
+    refiner = Refiner(sampler, store, ladders, query_blocks, on_unit=lambda: progress.advance(task))
+    for name in todo:
+        refiner.refine(writer, name)
+    return len(todo)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -228,18 +271,18 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def read_thresholds(text: str | None) -> tuple[float, ...]:
+def read_numbers(option: str, text: str | None, default: tuple[float, ...]) -> tuple[float, ...]:
     """Numbers joined by commas; the default ones if absent.
 
     Raises:
         ValueError: Something is no number.
     """
     if text is None:
-        return DEFAULT_THRESHOLDS
+        return default
     try:
         return tuple(map(float, text.split(",")))
     except ValueError:
-        raise ValueError(f"--thresholds must be numbers joined by commas, got {text!r}") from None
+        raise ValueError(f"{option} must be numbers joined by commas, got {text!r}") from None
 
 
 def plan_work(model: str, path: Path | None, samples: int | None, seed: int) -> Work:
@@ -278,14 +321,20 @@ def pick_device(device: str) -> str:
     return device
 
 
-def _summary(writer: StoreWriter, recorded: int, seconds: float) -> str:
+def _summary(writer: StoreWriter, recorded: int, refined: int, seconds: float) -> str:
     store = Store.open(writer.path)
     size = store.size_bytes / 2**20
-    weight, info = store.time_weight()
-    lines = [f"{writer.path}: {len(store.samples)} samples, {size:.1f} MiB; {recorded} recorded now, {seconds:.1f} s"]
-    lines.append(str(info))
-    if info.probes:
-        lines.append("weight from clean to noise: " + " ".join(f"{value:.2g}" for value in weight))
+    weights = store.error_weights()
+    now = f"{recorded} recorded now, {f'{refined} refined, ' if refined else ''}{seconds:.1f} s"
+    lines = [f"{writer.path}: {len(store.samples)} samples, {size:.1f} MiB; {now}"]
+    if store.ladders is not None:
+        ladders = store.ladders
+        of = f"{len(store.refined)} of {len(ladders.samples)} samples"
+        stale = "" if ladders.samples == store.samples else "; made before other samples came: of no use"
+        lines.append(f"refined: {'+'.join(ladders.kinds)} at {len(ladders.shares)} shares, {of}{stale}")
+    lines.append(weights.told)
+    if weights.probed:
+        lines.append("weight from clean to noise: " + " ".join(f"{value:.2g}" for value in weights.unit.mean(1)))
     return "\n".join(lines)
 
 
@@ -295,6 +344,7 @@ Examples:
   calibatt-calibrate --prompts prompts.txt --samples 4 --query-stride 8 -o stats/
   calibatt-calibrate --model my_wan:sampler --steps 30 --times 15 --block-size 128 --query-stride 8 -o stats/
   torchrun --nproc-per-node 8 -m calibatt.tools.calibrate --model my_wan:sampler --block-size 128 -o stats/
+  calibatt-calibrate -o stats/ --refine
   calibatt-compile stats/ -o plans/mine.plan
 
 Exit codes: 0 all is recorded; 1 stopped, run it again to continue; 2 the call or the store is wrong.
@@ -316,10 +366,36 @@ Exit codes: 0 all is recorded; 1 stopped, run it again to continue; 2 the call o
 @click.option("--probes", type=click.IntRange(0), default=8, show_default=True, help="Times to probe; 0: none.")
 @click.option("--probe-samples", type=click.IntRange(0), help="Samples to probe them on [all].")
 @click.option("--layer-probes", type=click.IntRange(0), help="Probed times also probed by layer [all].")
+@click.option(
+    "--probe-layers",
+    type=click.Choice([STEP, FINAL]),
+    default=STEP,
+    show_default=True,
+    help="Follow what one layer did for one step or to the final result.",
+)
+@click.option(
+    "--probe-heads",
+    type=click.Choice(["no", STEP, FINAL]),
+    default="no",
+    show_default=True,
+    help="The same with each head alone; followed to the end instead of layers.",
+)
 @click.option("--mass/--no-mass", default=False, show_default=True, help="Keep the block mass: about twice the bytes.")
 @click.option("--thresholds", help=f"Mass of the keep planes [{','.join(map(str, DEFAULT_THRESHOLDS))}].")
 @click.option("--block-size", type=click.Choice([str(size) for size in BLOCK_SIZES]), default="64", show_default=True)
 @click.option("--query-stride", type=click.IntRange(1), default=1, show_default=True, help="Measure every n-th query.")
+@click.option("--refine", "refine_too", is_flag=True, help="Then measure the masks that a plan may choose.")
+@click.option(
+    "--refine-blocks",
+    type=click.IntRange(1),
+    default=QUERY_BLOCKS,
+    show_default=True,
+    help="Query blocks of a head to measure masks on.",
+)
+@click.option("--refine-shares", help=f"Densities of the masks [{','.join(map(str, DEFAULT_SHARES))}].")
+@click.option(
+    "--ladders", default="+".join(DEFAULT_KINDS), show_default=True, help=f"What orders blocks: {', '.join(KINDS)}."
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one.")
 def main(
     model: str,
@@ -334,10 +410,16 @@ def main(
     probes: int,
     probe_samples: int | None,
     layer_probes: int | None,
+    probe_layers: str,
+    probe_heads: str,
     mass: bool,
     thresholds: str | None,
     block_size: str,
     query_stride: int,
+    refine_too: bool,
+    refine_blocks: int,
+    refine_shares: str | None,
+    ladders: str,
     device: str,
 ) -> None:
     """Measures attention while prompts are sampled; the result is what calibatt-compile reads.
@@ -353,6 +435,15 @@ def main(
     average, and one by layer takes one more step for each layer. What errors cost differs more from prompt to prompt
     than anything else that is measured: fewer probed samples are the wrong place to save. At the end the bytes written
     and the seconds taken are told.
+
+    --refine measures once more, when all prompts are recorded: which masks a plan may choose follows from them, and
+    what each mask really changes is then measured while every prompt is sampled again, instead of being estimated from
+    its blocks; calibatt-compile uses it by itself. It costs one more sampling of each prompt, and in a recorded step
+    --refine-blocks query blocks of attention. It is of just these prompts: if more come, it must be made again.
+
+    --probe-layers final follows what one layer did to the final result instead of to the next step: half of all steps
+    for each layer instead of one. --probe-heads does the same for each head alone, at as many times the cost as a layer
+    has heads: for small models.
 
     Run it again to continue where it stopped: finished samples are skipped, and at most the sample in progress is
     lost. Stores made on several machines with one set of options are given to calibatt-compile together.
@@ -374,9 +465,13 @@ def main(
             every=every,
             mass=mass,
             query_stride=query_stride,
-            thresholds=read_thresholds(thresholds),
+            thresholds=read_numbers("--thresholds", thresholds, DEFAULT_THRESHOLDS),
         )
         count = pick_branches(sampler, branches)
+        shares = read_numbers("--refine-shares", refine_shares, DEFAULT_SHARES)
+        asked = Ladders(("every",), tuple(ladders.split("+")), shares)
+        if refine_too:
+            asked.check(manifest)
         begun = time.perf_counter()
         with (
             ranks,
@@ -387,12 +482,17 @@ def main(
             trajectories = record(writer, sampler, todo, unit_statistics, probed, progress, count)
             ranks.wait()  # a probe needs a store in which every sample is whole
             by_layer = probes if layer_probes is None else layer_probes
-            silent = ranks.total(probe(writer, sampler, probed, probes, by_layer, trajectories, progress))
+            by_part = {"layers": probe_layers} | ({"heads": probe_heads} if probe_heads != "no" else {})
+            silent = ranks.total(probe(writer, sampler, probed, probes, by_layer, by_part, trajectories, progress))
+            refined = 0
+            if refine_too:
+                ranks.wait()
+                refined = ranks.total(refine(writer, sampler, asked, refine_blocks, ranks, progress))
             recorded, seconds = ranks.total(len(todo)), time.perf_counter() - begun
         if silent:
             console.print(f"{silent} probes dropped nothing and say nothing of their time")
         if ranks.is_first:
-            click.echo(_summary(writer, recorded, seconds))
+            click.echo(_summary(writer, recorded, refined, seconds))
     except (StoreError, PlanError, UnknownModelError, ListenError, RankLostError, OSError, ValueError) as error:
         _fail(error, ranks)
 

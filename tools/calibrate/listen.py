@@ -47,6 +47,10 @@ class Call:
     sample: int = 0
     samples: int = 1
 
+    def branch(self, forward: int) -> int:
+        """The branch of guidance that this is in a step's forward of that number: samples are numbered through."""
+        return forward * self.samples + self.sample
+
 
 OnForward = Callable[[float], bool]
 OnCall = Callable[[Call], Tensor | None]

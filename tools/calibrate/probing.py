@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,13 +44,22 @@ def masked_output(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, blocks: Blocks)
     return torch.cat(parts, 1)
 
 
-def residual_error(call: Call, other: Tensor) -> float:
-    """What another output changes in the residual stream, summed over heads: mean ||dO_h W_h||^2 / mean ||x||^2."""
+def residual_errors(call: Call, other: Tensor) -> Tensor:
+    """What another output changes in the residual stream, ``(H,)``: mean ||dO_h W_h||^2 / mean ||x||^2."""
     heads, _, head_dim = call.out.shape
     slices = call.projection.view(-1, heads, head_dim).permute(1, 2, 0)
     change = other.float() - call.out.float()
-    square = sum(float((part @ piece).square().sum(-1).mean()) for part, piece in zip(change, slices, strict=True))
-    return square / call.residual_square
+    square = [(part @ piece).square().sum(-1).mean() for part, piece in zip(change, slices, strict=True)]
+    return torch.stack(square) / call.residual_square
+
+
+def residual_error(call: Call, other: Tensor) -> float:
+    """The same, summed over heads."""
+    return float(residual_errors(call, other).double().sum())
+
+
+STEP, FINAL = "step", "final"
+"""How far what one layer or head did is followed: to the latent that leaves the step, or to the end."""
 
 
 class _Reached(Exception):
@@ -102,7 +112,8 @@ class Trajectory:
         blocks: Blocks,
         adapter: Adapter | None = None,
         *,
-        layers: bool = False,
+        layers: str | None = None,
+        heads: str | None = None,
     ) -> Probe | None:
         """Replaces every layer's attention at one step by masked attention; all later steps are dense.
 
@@ -113,41 +124,89 @@ class Trajectory:
             keep: The masks.
             blocks: Their block sizes.
             adapter: The model's row; found by its class if absent.
-            layers: Also disturb each layer alone, for this one step, and compare the latents that leave it.
+            layers: Also disturb each layer alone, and follow that to `STEP` or `FINAL`.
+            heads: The same with each head alone. Heads followed to the end say what layers would: those are not then.
 
         Returns:
             The probe (the first also bears the seconds of a dense run made for it alone), or None where the masks
             changed nothing, so that nothing can be said of the time.
         """
         begun = time.perf_counter()
+        errors: list[Tensor] = []
 
-        def disturb(only: int | None) -> tuple[float, Tensor]:
-            return self._disturbed(step, keep, blocks, adapter, only)
+        def mask(call: Call, branch: int) -> Tensor:
+            other = masked_output(call.q, call.k, call.v, keep(call.layer), blocks)
+            errors.append(residual_errors(call, other))
+            return other
 
-        injected, final = disturb(None)
-        change = _relative_square(final, self.final)
+        final, branches = self._disturbed(step, adapter, FINAL, mask)
+        injected = float(torch.stack(errors).double().sum()) / branches if errors else 0.0
+        change = self._change(final, step, FINAL)
         if not injected or not change:
             return None
-        factors: tuple[float, ...] = ()
-        if layers:
-            dense = self.latents.get(step + 1, self.final)
-            alone = [disturb(layer) for layer in range(len(adapter_sites(self.sampler, adapter)))]
-            factors = _layer_factors([(error, _relative_square(after, dense)) for error, after in alone])
+        found: dict[str, Any] = {}
+        if layers or heads:
+            found = self._by_part(step, keep, blocks, adapter, None if heads == FINAL else layers, heads)
         seconds, self._unbilled_seconds = time.perf_counter() - begun + self._unbilled_seconds, 0.0
-        return Probe(name, time_index, change / injected, injected, change, seconds, factors)
+        return Probe(name, time_index, change / injected, injected, change, seconds, **found)
+
+    def _by_part(
+        self, step: int, keep: Keep, blocks: Blocks, adapter: Adapter | None, layers: str | None, heads: str | None
+    ) -> dict[str, Any]:
+        """What a probe says of layers and heads alone."""
+        by_layer: list[tuple[float, float]] = []
+        by_head: list[list[tuple[float, float]]] = []
+        for layer in range(len(adapter_sites(self.sampler, adapter))):
+            masked = _Masked(layer, keep(layer), blocks)
+            if layers:
+                latent, branches = self._disturbed(step, adapter, layers, masked.whole)
+                by_layer.append((float(masked.errors.sum()) / branches, self._change(latent, step, layers)))
+            for head in range(self._heads(adapter)) if heads else ():
+                masked.only = head
+                latent, branches = self._disturbed(step, adapter, heads, masked.part)
+                by_head += [[]] if head == 0 else []
+                by_head[-1].append((float(masked.errors[head]) / branches, self._change(latent, step, heads)))
+        found: dict[str, Any] = {}
+        if layers == STEP:
+            found["layer_factors"] = _layer_factors(by_layer)
+        elif layers:
+            found["layer_weights"] = tuple(_ratio(change, error) for error, change in by_layer)
+        if heads == STEP:
+            every = [pair for row in by_head for pair in row]
+            mean = _ratio(sum(change for _, change in every), sum(error for error, _ in every)) or 1.0
+            found["head_factors"] = tuple(
+                tuple(_ratio(change, error * mean) for error, change in row) for row in by_head
+            )
+        elif heads:
+            found["head_weights"] = tuple(tuple(_ratio(change, error) for error, change in row) for row in by_head)
+        return found
+
+    def _heads(self, adapter: Adapter | None) -> int:
+        model = self.sampler.transformer
+        return (adapter or adapter_for(model)).signature(model).heads
+
+    def _change(self, latent: Tensor, step: int, reach: str) -> float:
+        dense = self.final if reach == FINAL else self.latents.get(step + 1, self.final)
+        return _relative_square(latent, dense)
 
     def _disturbed(
-        self, step: int, keep: Keep, blocks: Blocks, adapter: Adapter | None, only: int | None
-    ) -> tuple[float, Tensor]:
-        """Masks attention at a step, of all layers or of one.
+        self, step: int, adapter: Adapter | None, reach: str, other: Callable[[Call, int], Tensor | None]
+    ) -> tuple[Tensor, int]:
+        """Replaces attention at one step.
+
+        Args:
+            step: Which.
+            adapter: The model's row.
+            reach: Follow it to `STEP` or `FINAL`.
+            other: ``other(call, branch)`` stands in for a call's output, or None; branches of guidance (`Call.branch`)
+                have errors of their own.
 
         Returns:
-            The error made, relative to the residual stream, summed over layers and heads; and the final latent, or,
-            for one layer, the latent that leaves the step.
+            The latent reached, and the number of branches.
         """
         count = StepCounter(self.sampler.times)
-        injected, forwards = 0.0, 0
-        branches: set[tuple[int, int]] = set()
+        forwards = 0
+        branches: set[int] = set()
 
         def on_forward(now: float) -> bool:
             nonlocal forwards
@@ -155,26 +214,60 @@ class Trajectory:
             forwards += here
             return here
 
-        def on_call(call: Call) -> Tensor | None:
-            nonlocal injected
-            branches.add((forwards, call.sample))
-            if only not in (None, call.layer):
-                return None
-            other = masked_output(call.q, call.k, call.v, keep(call.layer), blocks)
-            injected += residual_error(call, other)
-            return other
-
         def on_step(now: int, latent: Tensor) -> None:
-            if only is not None and now == step + 1:
+            if reach == STEP and now == step + 1:
                 raise _Reached(latent)
+
+        def on_call(call: Call) -> Tensor | None:
+            branch = call.branch(forwards - 1)
+            branches.add(branch)
+            return other(call, branch)
 
         with listening(self.sampler.transformer, self.sampler.grid, on_forward, on_call, adapter, batches=True):
             try:
                 latent = self.sampler.run(self.prompt, self.seed, step, self.latents[step], on_step)
             except _Reached as reached:
                 latent = reached.latent
-        # Several forwards or samples of a step are branches of guidance, each with errors of its own.
-        return injected / max(len(branches), 1), latent
+        return latent, max(len(branches), 1)
+
+
+class _Masked:
+    """The masked output of one layer, computed once for every branch of a step: what enters the layer is always dense.
+
+    Args:
+        layer: Which.
+        keep: Its masks.
+        blocks: Their block sizes.
+    """
+
+    def __init__(self, layer: int, keep: Tensor, blocks: Blocks) -> None:
+        self.layer, self.keep, self.blocks = layer, keep, blocks
+        self.only = 0
+        """The head that `part` replaces."""
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def errors(self) -> Tensor:
+        """Errors of the heads ``(H,)``, summed over branches."""
+        return torch.stack([errors for _, errors in self.made.values()]).double().sum(0)
+
+    def whole(self, call: Call, branch: int) -> Tensor | None:
+        """All heads masked."""
+        if call.layer != self.layer:
+            return None
+        if branch not in self.made:
+            other = masked_output(call.q, call.k, call.v, self.keep, self.blocks)
+            self.made[branch] = other, residual_errors(call, other)
+        return self.made[branch][0]
+
+    def part(self, call: Call, branch: int) -> Tensor | None:
+        """One head masked."""
+        other = self.whole(call, branch)
+        if other is None:
+            return None
+        out = call.out.clone()
+        out[self.only] = other[self.only]
+        return out
 
 
 def adapter_sites(sampler: Sampler, adapter: Adapter | None) -> tuple[Site, ...]:
@@ -186,6 +279,11 @@ def adapter_sites(sampler: Sampler, adapter: Adapter | None) -> tuple[Site, ...]
 def _relative_square(latent: Tensor, dense: Tensor) -> float:
     dense = dense.to(latent.device).double()
     return float((latent.double() - dense).square().mean() / dense.square().mean())
+
+
+def _ratio(change: float, error: float) -> float:
+    """0 where nothing was changed or no error made: nothing can be said."""
+    return change / error if change > 0 and error > 0 else 0.0
 
 
 def _layer_factors(found: list[tuple[float, float]]) -> tuple[float, ...]:

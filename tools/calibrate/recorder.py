@@ -184,7 +184,7 @@ class Recorder:
             return here >= 0 and forward <= max(branches)
 
         def on_call(call: Call) -> None:
-            branch = forward * call.samples + call.sample
+            branch = call.branch(forward)
             if branch not in samples:
                 return
             unit = self._measure(

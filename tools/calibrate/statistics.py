@@ -157,7 +157,7 @@ def _padded(x: Tensor, tokens: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, tokens - x.shape[1])) if tokens > x.shape[1] else x
 
 
-def _by_key_block(q: Tensor, k: Tensor, v: Tensor, block_k: int) -> tuple[Tensor, Tensor]:
+def by_key_block(q: Tensor, k: Tensor, v: Tensor, block_k: int) -> tuple[Tensor, Tensor]:
     """Attention of queries ``(H, C, D)`` split by key block: masses ``(H, C, K)`` and sums ``(H, K, C, D)``."""
     (heads, queries, head_dim), tokens = q.shape, k.shape[1]
     k_blocks = -(-tokens // block_k)
@@ -201,7 +201,7 @@ def block_statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, strid
     mass, error = q.new_zeros(shape, dtype=torch.float32), q.new_zeros(shape, dtype=torch.float32)
     at_once = SCORES_AT_ONCE // (heads * tokens)
     for first, count, picked in _query_chunks(tokens, blocks.block_q, stride, at_once):
-        p, sums = _by_key_block(q[:, picked.to(q.device)], k, values, blocks.block_k)
+        p, sums = by_key_block(q[:, picked.to(q.device)], k, values, blocks.block_k)
         output = sums.sum(1, keepdim=True)
         own = torch.linalg.vecdot(sums, sums).mT
         cross = torch.linalg.vecdot(sums, output).mT
@@ -258,7 +258,7 @@ def menu_errors(
         at_once = max(1, SCORES_AT_ONCE // (tokens * len(range(tokens)[here])))
         for some in torch.arange(heads).split(at_once):
             some = slice(int(some[0]), int(some[-1]) + 1)
-            p, sums = _by_key_block(q[some, here], k[some], v[some], blocks.block_k)
+            p, sums = by_key_block(q[some, here], k[some], v[some], blocks.block_k)
             keep = menu[:, some, block].transpose(0, 1).float()
             share = keep @ p.mT
             output = sums.sum(1)

@@ -3,8 +3,9 @@
     python -m calibatt.tools.demo.tradeoff STATS -o docs/benchmarks/demo_tradeoff.json
 
 The trivial compiler votes and keeps one plane everywhere (``vote,uniform{threshold=T},lower``), for every threshold of
-the store; record one with `calibatt-calibrate --thresholds`. Ours is the default pipeline at a list of densities. Every
-video is compared with the dense one of the same prompt and noise. Between measured points PSNR is linear in density.
+the store; record one with `calibatt-calibrate --thresholds`. Ours is the default pipeline at a list of densities, and
+once more without what `calibatt-calibrate --refine` measured, where the store has it. Every video is compared with the
+dense one of the same prompt and noise. Between measured points PSNR is linear in density.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from calibatt.compiler.language import DEFAULT_PASSES
 from calibatt.compiler.stats import Store
 from calibatt.runtime import Plan, load_plan
 from calibatt.tools.demo import measure
@@ -34,6 +36,7 @@ FIRST_SEED = 5000
 DENSITIES = "0.15,0.2,0.25,0.3,0.35,0.4,0.5,0.6"
 AT_PSNR_DB = (25.0, 30.0, 35.0)
 AT_DENSITY = (0.35, 0.5)
+NOT_REFINED = DEFAULT_PASSES.replace("select", "select{menu=windows+cuts}")
 
 
 def compiled(stats: Path, target: Path, arguments: Iterable[str]) -> Plan:
@@ -117,6 +120,10 @@ def main(
             point(f"ours {each}", compiled(stats, target, ["--target-density", each, *arguments.split()]))
             for each in densities.split(",")
         ]
+        unrefined = [
+            point(f"not refined {each}", compiled(stats, target, ["--target-density", each, "--passes", NOT_REFINED]))
+            for each in (densities.split(",") if Store.open(stats).ladders else ())
+        ]
     result = {
         "command": typed("python -m calibatt.tools.demo.tradeoff"),
         "date": datetime.date.today().isoformat(),
@@ -125,8 +132,10 @@ def main(
         "torch": torch.__version__,
         "prompts": prompts,
         "compared": compare(baseline, ours) if trivial else None,
+        "compared_not_refined": compare(baseline, unrefined) if trivial and unrefined else None,
         "trivial": baseline,
         "ours": ours,
+        "not_refined": unrefined,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 import numpy as np
@@ -24,8 +24,15 @@ import torch
 from rich.console import Console
 
 from calibatt.compiler.language import DEFAULT_PASSES
-from calibatt.compiler.stats import Manifest, Probe, Store, UnitStatistics
-from calibatt.compiler.stats.probes import TimeWeightInfo, layer_factor, time_weight
+from calibatt.compiler.stats import (
+    ErrorWeights,
+    Manifest,
+    Probe,
+    RefinementError,
+    Store,
+    UnitStatistics,
+    error_weights,
+)
 from calibatt.tools.calibrate.models import MODEL_HELP
 from calibatt.tools.evaluate import bench
 from calibatt.tools.evaluate.bench import Kept, Measured, Rule
@@ -99,13 +106,24 @@ class Part:
     def expect(self, samples: Sequence[str], time_index: int, layer: int, planes: bool = True) -> None:
         self.store.expect(samples, time_index, layer, planes)
 
-    def time_weight(self) -> tuple[npt.NDArray[np.float64], TimeWeightInfo]:
-        weight, info = time_weight(self.manifest.times, self.probes)
-        return (weight if self.time_weighted else np.ones_like(weight)), info
+    def error_weights(self) -> ErrorWeights:
+        model, times = self.manifest.model, self.manifest.times
+        found = error_weights(times, model.layers, model.heads, self.probes)
+        if not self.time_weighted:
+            shape = len(times), model.layers
+            return replace(found, time=np.ones(shape[0]), unit=np.ones(shape), head=None)
+        if not self.layer_weighted:
+            return replace(found, unit=found.time[:, None] * np.ones(model.layers), head=None)
+        return found
 
-    def layer_factor(self) -> npt.NDArray[np.float64]:
-        factor = layer_factor(self.manifest.times, self.manifest.model.layers, self.probes)
-        return factor if self.layer_weighted else np.ones_like(factor)
+    ladders: ClassVar[None] = None
+    """What a refinement measured depends on every sample and threshold: a part of a store is not refined."""
+
+    def check_refinement(self) -> tuple[str, ...]:
+        raise RefinementError("a part of a store must do without ladders, got a pass that asks for them")
+
+    def refined_error(self, time_index: int, layer: int) -> npt.NDArray[np.float64]:
+        raise RefinementError("a part of a store must do without errors of ladders, got a pass that asks for them")
 
 
 def compiled(study: Study, store: Any, passes: str = DEFAULT_PASSES) -> Any:
@@ -126,7 +144,7 @@ def shared_votes(study: Study) -> Callable[[float], Rule]:
 
     def at(density: float) -> Rule:
         keep, found = study.ladder("vote, shared", score)
-        weighted = (found.error * study.bench.weight[..., None]).sum(1, keepdim=True)
+        weighted = (found.error * study.bench.weight).sum(1, keepdim=True)
         whole = Measured(weighted, found.density.mean(1, keepdim=True))
         pick = bench.budgeted(whole, torch.ones(1, weighted.shape[2]), density)
         return Kept(study.bench, keep.gather(0, pick[None, ..., None, None].expand(1, *keep.shape[1:]))[0])
@@ -145,6 +163,15 @@ def variants(study: Study) -> dict[str, Callable[[float], Rule]]:
     """Every change by name, each a function from the density."""
     store = study.store
     found: dict[str, Callable[[float], Rule]] = {BASE: compiled(study, store)}
+    if store.ladders is not None:
+        select = "select{target-density=D,menu=%s}"
+        for kind in store.ladders.kinds:
+            menu = f"windows+ladders,ladder-kinds={kind}"
+            found[f"ladders {kind}, windows"] = compiled(study, store, f"protect,{select % menu},schedule,lower")
+        menus = {"ladders alone": "ladders", "ladders, windows, cuts": "windows+cuts+ladders"}
+        for name, menu in menus.items():
+            found[name] = compiled(study, store, f"protect,{select % menu},schedule,lower")
+        found["not refined"] = compiled(study, Part(store))  # and so is all that follows
     for count in PROMPTS:
         if count <= len(store.samples):
             found[f"calibration prompts: {count}"] = compiled(study, Part(store, count))

@@ -83,7 +83,8 @@ class Bench:
         blocks: Block sizes.
         held_out: Prompts to judge on.
         calibration: Prompts to calibrate on; one batch.
-        weight: float32 ``(T, L)``, what an error costs at each step and layer.
+        weight: float32 ``(T, L)`` or ``(T, L, H)``, what an error costs at each step, layer and head; it becomes the
+            latter.
         batch: Videos generated at a time.
     """
 
@@ -97,9 +98,10 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.device = next(self.sampler.transformer.parameters()).device
-        self.weight = self.weight.to(self.device)
         self.adapter = adapter_for(self.sampler.transformer)
         self.signature = self.adapter.signature(self.sampler.transformer)
+        weight = self.weight if self.weight.ndim == 3 else self.weight[..., None]
+        self.weight = weight.to(self.device).expand(self.shape)
         self.dense = self.videos(self.held_out)
 
     @property

@@ -168,7 +168,7 @@ def _head(
 
 def promised(plan: PlanFile, times: Sequence[float], key: str) -> Floats | None:
     """What calibration promised at each step, from the plan's header: ``head_error`` ``(steps, layers, heads)`` or
-    ``error_weight`` ``(steps, layers, 1)``; None for a plan that does not say."""
+    ``error_weight`` ``(steps, layers, 1 or heads)``; None for a plan that does not say."""
     values: Any = plan.predicted.get(key)
     if values is None:
         return None

@@ -1,6 +1,6 @@
 """Quality against executed density and attention time: our plans, and what else could choose the blocks.
 
-    calibatt-calibrate --model demo --samples 8 -o stats/
+    calibatt-calibrate --model demo --samples 8 --refine -o stats/
     python -m calibatt.tools.evaluate.pareto --stats stats/ -o docs/benchmarks/pareto.json \\
         --figure docs/pictures/pareto.png
 
@@ -70,10 +70,10 @@ class _Remembered:
 
     def __init__(self, source: StatisticsSource) -> None:
         self._source = source
-        self._units: dict[tuple[bool, int, int], UnitIR] = {}
+        self._units: dict[tuple[bool, bool, int, int], UnitIR] = {}
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
-        key = job.planes, time_index, layer
+        key = job.planes, job.use_ladders, time_index, layer
         if key not in self._units:
             self._units[key] = self._source.unit(job, time_index, layer)
         return copy.deepcopy(self._units[key])
@@ -179,7 +179,7 @@ class Study:
     def error_score(self, q: Tensor, k: Tensor, v: Tensor, step: int, layer: int) -> Tensor:
         values = bench.projected(v, self.seen.factor[step, layer])
         _, error = bench.statistics(q, k, values, self.bench.blocks)
-        return error / self.seen.square[step, layer].mean() * self.bench.weight[step, layer]
+        return error / self.seen.square[step, layer].mean() * self.bench.weight[step, layer][:, None, None]
 
     def skip_score(self, q: Tensor, k: Tensor, v: Tensor, step: int, layer: int) -> Tensor:
         if q.is_cuda:
@@ -211,7 +211,7 @@ class Study:
         return PerInput(self.bench, score, thresholds.gather(0, pick[None])[0])
 
     def dynamic_error(self, density: float) -> Rule:
-        scores = self.seen.error * self.bench.weight[:, :, None, None, None, None]
+        scores = self.seen.error * self.bench.weight[:, :, None, :, None, None]
         return PerInput(self.bench, self.error_score, self.everywhere(bench.quantile_threshold(scores, density)))
 
     def skip_softmax(self, density: float) -> Rule:
@@ -259,9 +259,12 @@ def normalised(probes: Tensor) -> Tensor:
     return (probes / own).mean(-1) * own.mean()
 
 
+NOT_REFINED = DEFAULT_PASSES.replace("select", "select{target-density=D,menu=windows+cuts}")
+"""The default passes on a store that was not refined; D stands for the density."""
 MENU = ("vote", "mass", "error", "frames", "rows", "box")
 METHODS: dict[str, Callable[[Study, float], Rule]] = {
     OURS: lambda study, d: study.compiled(d),
+    "compiled, not refined": lambda study, d: study.compiled(d, NOT_REFINED.replace("D", f"{d:g}")),
     "compiled, planes + windows": lambda study, d: study.compiled(
         d, f"vote,protect,select{{target-density={d:g},menu=planes+windows}},schedule,lower"
     ),
@@ -331,7 +334,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     shown = {
         OURS: ("#1b3d78", "-", "calibrated plan (ours)"),
-        "budget: measured menu": ("#2694a0", "-", "the same, errors measured"),
+        "compiled, not refined": ("#2694a0", "-", "the same, errors estimated"),
         "dynamic: top-p, budget": ("#7a5ea8", "--", "dynamic top-p, our budget"),
         "dynamic: top-p, one p": ("#b79fd6", "--", "dynamic top-p"),
         "dynamic: skip-softmax": ("#c24f7a", "--", "skip-softmax"),
@@ -478,7 +481,8 @@ def make_study(
     work = [(prompt, FIRST_SEED + index) for index, prompt in enumerate(lines)]
     times = store.manifest.times
     at = [min(range(len(times)), key=lambda index: abs(times[index] - now)) for now in sampler.times]
-    weights = store.time_weight()[0][:, None] * store.layer_factor()
+    found = store.error_weights()
+    weights = found.unit if found.head is None else found.head
     weight = torch.tensor(weights[at], dtype=torch.float32)
     calibrated = plan_work(model, None, calibration, 0)
     return Study(Bench(sampler, store.manifest.blocks, work, calibrated, weight, batch), store)
