@@ -233,6 +233,8 @@ class DeviceSchedule:
     _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
     _streams: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
     _graphs: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
+    _known: set[int] = field(default_factory=set, repr=False)
+    """Handles of `_streams`: a torch stream is made anew each time that one asks for it, which takes longer."""
 
     @property
     def captured(self) -> bool:
@@ -241,14 +243,19 @@ class DeviceSchedule:
 
     def use(self) -> None:
         """Before the current CUDA stream uses the arrays: what is queued after this comes after the copies."""
+        capturing = torch.cuda.is_current_stream_capturing()
+        handle = torch._C._cuda_getCurrentRawStream(self.device.index)
+        if handle in self._known and not capturing:
+            return
         stream = torch.cuda.current_stream(self.device)
-        if torch.cuda.is_current_stream_capturing():  # which begins by waiting for all streams
+        if capturing:  # which begins by waiting for all streams
             if stream not in self._graphs:
                 self._graphs.append(stream)
         elif stream not in self._streams:
             if self._streams:
                 stream.wait_stream(self._streams[0])
             self._streams.append(stream)
+            self._known.add(handle)
 
     def let_go(self) -> None:
         """Before the arrays are freed: memory goes back to the stream it came from, which first waits for all."""

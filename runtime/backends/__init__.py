@@ -8,6 +8,7 @@ A module is imported when it is first asked, so that the torch backend works whe
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -37,7 +38,12 @@ def load_backend(name: str) -> ModuleType:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
-    return importlib.import_module(BACKENDS[name])
+    return _module(BACKENDS[name])
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(name)  # asks for locks even where the module is loaded
 
 
 def backend_reasons(name: str, outline: Outline, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:

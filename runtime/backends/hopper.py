@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +15,8 @@ from triton.runtime import driver
 from calibatt.plans.schedule import NO_ANCHORS
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.runtime.kernels.anchors import pack_queries
+from calibatt.runtime.launch import Launch, addressable, layout_of, on_device, tile_strides
 from calibatt.runtime.schedule import DeviceSchedule, Outline, move
-
-if TYPE_CHECKING:
-    from calibatt.runtime.kernels.gluon_compat import Launch
 
 TESTED_RELEASES = ("3.6.0", "3.9.0")
 """Of Triton. Gluon is experimental: the tests compile the kernel under both, and it was executed under the first."""
@@ -29,8 +27,6 @@ BLOCKS_K = (64, 128)
 MOST_HEADS = 1 << 15
 MOST_TILES = 1 << 16
 """Of a head: a tile's place is one integer."""
-ALIGNED_BYTES = 16
-"""Of addresses and strides that TMA takes."""
 PACKED_ROWS = 64
 """Rows that a program of the anchor kernels moves."""
 
@@ -59,7 +55,7 @@ class Prepared:
     Args:
         tiles: int32 ``(tiles, 4)``: place, start, stop, last key block; see `kernels.hopper.hopper_forward`.
         anchored: int32, the heads that compute anchor rows only.
-        packed_tokens: The most packed queries of such a head.
+        packed_tokens: The most packed queries of such a head; 0 if there is none.
         receivers: int64 ``(patterns, tiles_of_pattern * 128)``; see `kernels.hopper.hopper_forward`.
         most_copies: The most tokens that receive the output of one query.
         launches: What was launched for this schedule, by all that decides about it but addresses.
@@ -114,7 +110,7 @@ def prepare(bound: DeviceSchedule) -> Prepared:
     core, device = bound.core, bound.device
     anchored = np.flatnonzero(core.head_anchor != NO_ANCHORS).astype(np.int32)
     sizes, most_copies = _patterns(core)
-    packed = max(sizes, default=0)
+    packed = max(sizes, default=0) if len(anchored) else 0
     head, tile, start, stop = bound.tiles.long().unbind(1)
     last = bound.columns.view(torch.int16)[stop - 1].int() & 0xFFFF
     place = (head << 16 | tile).int()
@@ -153,9 +149,8 @@ def run(
         lse: fp32 ``(B, H, N)`` if asked for.
     """
     ready = bound.derived(prepare)
-    q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    odd_bytes = (q_at | k_at | v_at) % ALIGNED_BYTES
-    layout = (q.shape, q.dtype, q.stride(), k.stride(), v.stride(), odd_bytes, scale, return_lse)
+    addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr()]
+    layout = (layout_of(q, k, v, addresses), scale, return_lse)
     launches = ready.launches.get(layout)
     if launches is None:
         fit = addressable(q), addressable(k), addressable(v)
@@ -163,17 +158,21 @@ def run(
             return run(*fit, bound, scale, return_lse)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
-    packed_q = q.new_empty(*q.shape[:2], ready.packed_tokens, q.shape[3]) if bound.anchored else None
-    with torch.cuda.device_of(q):
-        stream = driver.active.get_current_stream(q.get_device())
+    packed_q = None
+    if ready.packed_tokens > 0:
+        packed_q = q.new_empty((q.shape[0], q.shape[1], ready.packed_tokens, q.shape[3]))
+    index = q.get_device()
+    with on_device(index):
+        stream = driver.active.get_current_stream(index)
         counter = work_counter(q.device, stream)
         if launches is None:
             ready.launches[layout] = _first_launches(q, k, v, out, lse, packed_q, counter, bound, scale)
             return out, lse
-        addresses = [q_at, k_at, v_at, out.data_ptr(), counter.data_ptr()]
-        if launches.pack is not None:
-            launches.pack(stream, q_at, packed_q.data_ptr())
-            addresses += [packed_q.data_ptr(), out.data_ptr()]
+        addresses += [out.data_ptr(), counter.data_ptr()]
+        if packed_q is not None:
+            packed_at = packed_q.data_ptr()
+            launches.pack(stream, addresses[0], packed_at)
+            addresses += [packed_at, out.data_ptr()]
         if lse is not None:
             addresses.append(lse.data_ptr())
         launches.forward(stream, *addresses)
@@ -216,7 +215,7 @@ def _first_launches(
             "enable_fp_fusion": True,
         }
         grid = (len(ready.anchored), -(-ready.packed_tokens // PACKED_ROWS), batch)
-        pack = gluon_compat.Launch(pack_queries, grid, arguments, ["q_ptr", "packed_ptr"])
+        pack = Launch(pack_queries, grid, arguments, ["q_ptr", "packed_ptr"])
     if lse is not None:
         moving.append("lse_ptr")
 
@@ -250,7 +249,7 @@ def _first_launches(
         **hopper.LAUNCH_OPTIONS,
     }
     grid = (min(processors(q.device), tiles * batch), 1, 1)
-    return Launches(pack, gluon_compat.Launch(hopper.hopper_forward, grid, arguments, moving))
+    return Launches(pack, Launch(hopper.hopper_forward, grid, arguments, moving))
 
 
 def work_counter(device: torch.device, stream: int) -> torch.Tensor:
@@ -265,22 +264,6 @@ def work_counter(device: torch.device, stream: int) -> torch.Tensor:
     if counter is None:
         counter = _counters[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
     return counter
-
-
-def addressable(x: torch.Tensor) -> torch.Tensor:
-    """x itself, or a copy if TMA cannot address it: its start and its strides must be multiples of 16 bytes, not 0."""
-    unit = ALIGNED_BYTES // x.element_size()
-    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
-    if x.data_ptr() % ALIGNED_BYTES == 0 and all(stride > 0 and stride % unit == 0 for stride in strides):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def tile_strides(x: torch.Tensor) -> list[int]:
-    """Strides of ``(B, H, N, D)`` for TMA; that of a dimension of one may be any."""
-    head_dim = x.shape[3]
-    strides = [stride if size > 1 else head_dim for stride, size in zip(x.stride()[:3], x.shape, strict=False)]
-    return [*strides, 1]
 
 
 @functools.cache

@@ -1,33 +1,96 @@
-"""The triton backend: one launch of `kernels.block_sparse` for all heads of a layer. CUDA, sm80 and later."""
+"""The triton backend: one launch of `kernels.block_sparse` for all heads of a layer. CUDA, sm80 and later.
+
+From sm90 on, keys and values come through TMA. What TMA cannot address is copied first, on every device: older ones,
+too, read rows whose addresses are no multiples of 16 bytes much more slowly than they copy them.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from calibatt.runtime.kernels.block_sparse import block_sparse_forward
+from calibatt.runtime.launch import Launch, addressable, is_known_release, layout_of, on_device, tile_strides
 from calibatt.runtime.schedule import DeviceSchedule, Outline
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 32, 64, 128, 256)
+TMA_SINCE = 90
+"""The first sm with TMA."""
+FEWEST_WARPS = 4
+"""Of a program: wgmma takes four together."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """How the kernel cuts a block: BLOCK_M x BLOCK_N scores at a time, and how it is compiled."""
+    """How the kernel cuts a block, and how it is compiled.
+
+    Args:
+        block_m: Queries at a time.
+        block_n: Keys at a time.
+        num_warps: Of a program.
+        num_stages: Of the loop over keys.
+        maxnreg: The most registers of a thread; None: as many as it asks for.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
-    def shared_bytes(self, head_dim: int) -> int:
-        """Shared memory of q and of the keys and values in flight (two bytes an element)."""
-        return 2 * head_dim * (self.block_m + 2 * self.num_stages * self.block_n)
+    def fit(self, block_q: int, block_k: int) -> Config:
+        """The same for blocks that may be smaller. Half the queries need half the warps, not fewer registers each."""
+        if block_q < self.block_m:
+            warps = max(FEWEST_WARPS, self.num_warps * block_q // self.block_m)
+            return replace(self, block_m=block_q, num_warps=warps, maxnreg=None).fit(block_q, block_k)
+        return replace(self, block_n=min(block_k, self.block_n))
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What Triton is told besides the arguments."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
+
+
+AMPERE = {
+    16: Config(128, 64, 4, 3),
+    32: Config(128, 64, 4, 3),
+    64: Config(128, 64, 4, 3),
+    128: Config(64, 64, 4, 2),
+    256: Config(64, 32, 8, 2),
+}
+ADA = {**AMPERE, 128: Config(64, 32, 4, 2)}
+HOPPER = {
+    16: Config(128, 64, 8, 3, 128),
+    32: Config(128, 64, 8, 3, 128),
+    64: Config(128, 64, 8, 3, 128),
+    128: Config(128, 64, 8, 2, 128),
+    256: Config(128, 64, 8, 2),
+}
+BLACKWELL = {
+    16: Config(128, 64, 4, 3),
+    32: Config(128, 64, 4, 3),
+    64: Config(128, 64, 4, 3),
+    128: Config(128, 64, 8, 2, 128),
+    256: Config(128, 64, 8, 2),
+}
+TABLE = {80: AMPERE, 86: ADA, 87: AMPERE, 89: ADA, 90: HOPPER, 100: BLACKWELL, 120: ADA}
+"""Configurations by sm, then by head_dim, for two bytes an element; another sm takes the row of the last one before it.
+
+One was measured: HOPPER at head_dim 128, fastest of nine on an H200 (triton 3.6.0, 40 heads, 480p and 720p). All others
+are arithmetic on what the compiler says (`tests/runtime/test_compile.py`): two programs an SM wherever registers
+(65,536 an SM) and shared memory (164 KB on sm80 and sm87, 100 KB on sm86, sm89 and sm120, 228 KB on sm90 and sm100)
+allow, since one then computes while the other waits; the largest tiles that leave them, with few spills (most on sm100
+at head_dim 128: up to 192 bytes a thread). Accumulators of 256 channels leave room for one.
+"""
 
 
 def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -50,24 +113,18 @@ def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_di
     return reasons
 
 
-def choose_config(block_q: int, block_k: int, head_dim: int, shared_bytes: int) -> Config:
-    """The largest key tile, then the deepest pipeline, that fits into `shared_bytes`; else the smallest."""
-    block_m = min(block_q, 128)
-    num_warps = 8 if block_m >= 128 and head_dim >= 128 else 4
-    for block_n in (64, 32, 16):
-        for num_stages in (3, 2):
-            config = Config(block_m, min(block_k, block_n), num_warps, num_stages)
-            if config.shared_bytes(head_dim) <= shared_bytes:
-                return config
-    return config
+def table_row(sm: int) -> dict[int, Config]:
+    """The row of `TABLE` for an sm, 80 or later."""
+    return TABLE[max(known for known in TABLE if known <= sm)]
 
 
 @functools.cache
-def shared_bytes(device: torch.device) -> int:
-    """Shared memory that one block may use on the device."""
+def device_sm(device: torch.device) -> int:
+    """The device's sm; the interpreter is taken for the first one with TMA."""
     if device.type != "cuda":
-        return 1 << 17  # the interpreter has no limit
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        return TMA_SINCE
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def run(
@@ -79,26 +136,97 @@ def run(
     return_lse: bool,
     config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See `runtime.backends`; a config other than the chosen one is for measurements.
+    """See `runtime.backends`; a config other than the table's is for measurements.
 
     Returns:
         out: ``(B, H, N, D)``, laid out in memory as q.
         lse: fp32 ``(B, H, N)`` if asked for.
     """
-    batch, heads, tokens, head_dim = q.shape
-    blocks = bound.core.blocks
-    config = config or choose_config(blocks.block_q, blocks.block_k, head_dim, shared_bytes(q.device))
+    addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr()]
+    launches = bound.derived(_no_launches)
+    layout = (layout_of(q, k, v, addresses), scale, return_lse, config)
+    launch = launches.get(layout)
+    if launch is None:
+        fit = addressable(q), addressable(k), addressable(v)
+        if any(one is not other for one, other in zip(fit, (q, k, v), strict=True)):
+            return run(*fit, bound, scale, return_lse, config)
     out = torch.empty_like(q)
-    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if return_lse else None
-    grid = (len(bound.tiles) * (blocks.block_q // config.block_m), batch)
-    with torch.cuda.device_of(q):
-        block_sparse_forward[grid](
-            q, k, v, out, lse if return_lse else out,
-            bound.tiles, bound.columns, bound.heads, bound.query_token, bound.query_first, bound.query_copies,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], heads * tokens, tokens,
-            tokens, bound.core.grid.width, scale * math.log2(math.e),
-            BLOCK_Q=blocks.block_q, BLOCK_K=blocks.block_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            HEAD_DIM=head_dim, PARTIAL=tokens % blocks.block_k != 0, ANCHORED=bound.anchored, LSE=return_lse,
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    addresses.append(out.data_ptr())
+    lse = None
+    if return_lse:
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        addresses.append(lse.data_ptr())
+    index = q.get_device()
+    with on_device(index):
+        if launch is not None:
+            launch(driver.active.get_current_stream(index), *addresses)
+            return out, lse
+        grid, arguments = _first_launch(q, k, v, out, lse, bound, scale, config)
+        if is_known_release() and not triton.knobs.runtime.interpret:
+            moving = ["q_ptr", "k", "v", "out_ptr", *(["lse_ptr"] if return_lse else [])]
+            launches[layout] = Launch(block_sparse_forward, grid, arguments, moving)
+        else:
+            block_sparse_forward[grid](**arguments)
     return out, lse
+
+
+def _no_launches(bound: DeviceSchedule) -> dict[Any, Launch]:
+    """Of a schedule: what was launched for it, by all that decides about it but addresses."""
+    return {}
+
+
+def _first_launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    bound: DeviceSchedule,
+    scale: float,
+    config: Config | None,
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """The grid and the arguments of the kernel, launch options included."""
+    batch, heads, tokens, head_dim = q.shape
+    blocks, sm = bound.core.blocks, device_sm(q.device)
+    config = (config or table_row(sm)[head_dim]).fit(blocks.block_q, blocks.block_k)
+    tma = sm >= TMA_SINCE
+
+    def keys(x: torch.Tensor) -> torch.Tensor | TensorDescriptor:
+        tile = [1, 1, config.block_n, head_dim]
+        return TensorDescriptor(x, list(x.shape), tile_strides(x), tile) if tma else x
+
+    def strides(name: str, x: torch.Tensor) -> dict[str, int]:
+        return {f"{name}_stride_{axis}": stride for axis, stride in zip("bhn", x.stride(), strict=False)}
+
+    arguments = {
+        "q_ptr": q,
+        "k": keys(k),
+        "v": keys(v),
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "tiles_ptr": bound.tiles,
+        "columns_ptr": bound.columns,
+        "heads_ptr": bound.heads,
+        "query_token_ptr": bound.query_token,
+        "query_first_ptr": bound.query_first,
+        "query_copies_ptr": bound.query_copies,
+        **strides("q", q),
+        **strides("k", k),
+        **strides("v", v),
+        **strides("out", out),
+        "heads": heads,
+        "tokens": tokens,
+        "width": bound.core.grid.width,
+        "scale_log2": scale * math.log2(math.e),
+        "BLOCK_Q": blocks.block_q,
+        "BLOCK_K": blocks.block_k,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "HEAD_DIM": head_dim,
+        "TMA": tma,
+        "PARTIAL": tokens % blocks.block_k != 0,
+        "ANCHORED": bound.anchored,
+        "LSE": lse is not None,
+        **config.options,
+    }
+    return (len(bound.tiles) * (blocks.block_q // config.block_m), batch, 1), arguments

@@ -8,62 +8,74 @@ query stands for. The schedule was validated when its plan was loaded, so that n
 import triton
 import triton.language as tl
 
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tile(
+    x, batch, head, first, tokens, stride,
+    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, ENDS: tl.constexpr,
+):  # fmt: skip
+    """Keys or values first .. first + BLOCK_N - 1 of a head, ``[BLOCK_N, HEAD_DIM]``.
+
+    With TMA, x is a descriptor, and tokens that do not exist read as 0. Else x is the address of the head; with ENDS,
+    some of the tokens may not exist, and the last one takes their place.
+    """
+    if TMA:
+        tile = x.load([batch, head, first, 0]).reshape(BLOCK_N, HEAD_DIM)
+    else:
+        row = tl.arange(0, BLOCK_N)
+        if ENDS:
+            row = tl.minimum(row, tokens - 1 - first)
+        tile = tl.load(x + first.to(tl.int64) * stride + (row[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :]))
+    return tile
+
 
 @triton.jit
 def _accumulate(
-    acc, row_sum, row_max, q, k_base, v_base, first_key, k_stride, v_stride, tokens, scale_log2,
-    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
+    acc, row_sum, row_max, q, k, v, batch, head, first, tokens, k_stride, v_stride, scale_log2,
+    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, in base 2, over keys first_key .. first_key + BLOCK_N - 1.
+    """One step of the online softmax, in base 2, over keys first .. first + BLOCK_N - 1.
 
-    With MASKED, keys from `tokens` on do not exist; at least the first one does.
+    With ENDS, keys from `tokens` on do not exist; at least the first one does.
     """
-    key = tl.arange(0, BLOCK_N)
-    channel = tl.arange(0, HEAD_DIM)
-    k_offset = first_key.to(tl.int64) * k_stride
-    v_offset = first_key.to(tl.int64) * v_stride
-    k_tile = k_base + k_offset + (key[:, None] * k_stride + channel[None, :])
-    v_tile = v_base + v_offset + (key[:, None] * v_stride + channel[None, :])
-    if MASKED:
-        exists = first_key + key < tokens
-        k = tl.load(k_tile, mask=exists[:, None], other=0.0)
-        scores = tl.where(exists[None, :], tl.dot(q, tl.trans(k)), -float("inf"))
-    else:
-        scores = tl.dot(q, tl.trans(tl.load(k_tile)))
+    scores = tl.dot(q, _tile(k, batch, head, first, tokens, k_stride, BLOCK_N, HEAD_DIM, TMA, ENDS).T)
+    if ENDS:
+        scores = tl.where((first + tl.arange(0, BLOCK_N) < tokens)[None, :], scores, -float("inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
     p = tl.exp2(scores * scale_log2 - new_max[:, None])
     fade = tl.exp2(row_max - new_max)
     row_sum = row_sum * fade + tl.sum(p, 1)
-    if MASKED:
-        v = tl.load(v_tile, mask=exists[:, None], other=0.0)
-    else:
-        v = tl.load(v_tile)
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
+    values = _tile(v, batch, head, first, tokens, v_stride, BLOCK_N, HEAD_DIM, TMA, ENDS)
+    acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None])
     return acc, row_sum, new_max
 
 
 @triton.jit
 def block_sparse_forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    q_ptr, k, v, out_ptr, lse_ptr,
     tiles_ptr, columns_ptr, heads_ptr, query_token_ptr, query_first_ptr, query_copies_ptr,
     q_stride_b, q_stride_h, q_stride_n,
     k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n,
     out_stride_b, out_stride_h, out_stride_n,
-    lse_stride_b, lse_stride_h,
-    tokens, width, scale_log2,
+    heads, tokens, width, scale_log2,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PARTIAL: tl.constexpr, ANCHORED: tl.constexpr, LSE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, TMA: tl.constexpr, PARTIAL: tl.constexpr, ANCHORED: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles * BLOCK_Q / BLOCK_M, batch). BLOCK_M divides BLOCK_Q, BLOCK_N divides BLOCK_K.
 
     The index arrays are those of `runtime.schedule.DeviceSchedule`. scale_log2 is scale * log2(e), positive.
+    With TMA, k and v are descriptors of ``(B, H, N, D)`` in tiles of BLOCK_N tokens, else addresses like q_ptr.
+    lse_ptr: fp32 ``(B, H, N)``; only with LSE.
     PARTIAL: the last key block has fewer than BLOCK_K keys. ANCHORED: some head computes anchor rows only.
     """
     parts: tl.constexpr = BLOCK_Q // BLOCK_M
     steps: tl.constexpr = BLOCK_K // BLOCK_N
     tile = tiles_ptr + 4 * (tl.program_id(0) // parts)
-    batch = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(1)
+    batch_offset = batch.to(tl.int64)
     head = tl.load(tile)
     first_query = tl.load(tile + 1) * BLOCK_Q + tl.program_id(0) % parts * BLOCK_M
     start = tl.load(tile + 2)
@@ -80,9 +92,10 @@ def block_sparse_forward(
 
     channel = tl.arange(0, HEAD_DIM)
     head_offset = head.to(tl.int64)
-    q_base = q_ptr + batch * q_stride_b + head_offset * q_stride_h
-    k_base = k_ptr + batch * k_stride_b + head_offset * k_stride_h
-    v_base = v_ptr + batch * v_stride_b + head_offset * v_stride_h
+    q_base = q_ptr + batch_offset * q_stride_b + head_offset * q_stride_h
+    if not TMA:
+        k += batch_offset * k_stride_b + head_offset * k_stride_h
+        v += batch_offset * v_stride_b + head_offset * v_stride_h
     q = tl.load(q_base + (token.to(tl.int64)[:, None] * q_stride_n + channel[None, :]))
 
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
@@ -98,21 +111,22 @@ def block_sparse_forward(
     for step in range(start * steps, stop * steps):
         following = tl.load(columns_ptr + (step + 1) // steps)  # ahead of its use: addresses wait for it
         acc, row_sum, row_max = _accumulate(
-            acc, row_sum, row_max, q, k_base, v_base, column.to(tl.int32) * BLOCK_K + step % steps * BLOCK_N,
-            k_stride_n, v_stride_n, tokens, scale_log2, BLOCK_N, HEAD_DIM, False,
+            acc, row_sum, row_max, q, k, v, batch, head, column.to(tl.int32) * BLOCK_K + step % steps * BLOCK_N,
+            tokens, k_stride_n, v_stride_n, scale_log2, BLOCK_N, HEAD_DIM, TMA, False,
         )  # fmt: skip
         column = following
     if PARTIAL:
         for step in range(last_steps):
             acc, row_sum, row_max = _accumulate(
-                acc, row_sum, row_max, q, k_base, v_base, last_column * BLOCK_K + step * BLOCK_N,
-                k_stride_n, v_stride_n, tokens, scale_log2, BLOCK_N, HEAD_DIM, True,
+                acc, row_sum, row_max, q, k, v, batch, head, last_column * BLOCK_K + step * BLOCK_N,
+                tokens, k_stride_n, v_stride_n, scale_log2, BLOCK_N, HEAD_DIM, TMA, True,
             )  # fmt: skip
 
     out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
-    lse = (row_max + tl.log2(row_sum)) * 0.6931471805599453
-    out_base = out_ptr + batch * out_stride_b + head_offset * out_stride_h
-    lse_base = lse_ptr + batch * lse_stride_b + head_offset * lse_stride_h
+    out_base = out_ptr + batch_offset * out_stride_b + head_offset * out_stride_h
+    if LSE:
+        lse = (row_max + tl.log2(row_sum)) * LN_2
+        lse_base = lse_ptr + (batch_offset * heads + head_offset) * tokens
     if ANCHORED:
         first = tl.load(query_first_ptr + packed_start + query)
         copies = tl.load(query_copies_ptr + packed_start + query, mask=exists, other=0)

@@ -12,13 +12,15 @@ from support.schedules import grids, layer_schedules, random_schedule
 
 from calibatt.plans import Blocks, TokenGrid
 from calibatt.plans import LayerSchedule as CoreSchedule
+from calibatt.runtime.backends import triton as triton_backend
+from calibatt.runtime.backends.triton import TABLE
 from calibatt.runtime.ops import planned_attention
 from calibatt.runtime.schedule import LayerSchedule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TORCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
-LAYOUTS = ("BHND", "BNHD", "packed qkv", "broadcast batch")
+LAYOUTS = ("BHND", "BNHD", "packed qkv", "broadcast batch", "odd strides")
 
 
 def inputs(
@@ -38,6 +40,8 @@ def inputs(
         x = x.permute(1, 2, 0, 3, 4).contiguous().permute(2, 0, 1, 3, 4)
     if layout == "broadcast batch":
         x = x[:, :1].expand(shape)
+    if layout == "odd strides":
+        x = torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
     x = x.transpose(2, 3)
     return list(x.contiguous() if layout == "BHND" else x)
 
@@ -122,6 +126,22 @@ def test_scale(backend: str, dtype: torch.dtype, scale: float) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_triton_head_sizes_of_real_models(head_dim: int) -> None:
     check(schedule(WIDE, Blocks(128, 128), density=0.5), "triton", torch.float16, head_dim=head_dim)
+
+
+@pytest.mark.parametrize("sm", TABLE)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_triton_as_on_every_device(monkeypatch: pytest.MonkeyPatch, sm: int, head_dim: int) -> None:
+    """By addresses and by TMA."""
+    monkeypatch.setattr(triton_backend, "device_sm", lambda _: sm)
+    core = schedule(WIDE, Blocks(128, 64), dense_heads=[1], anchored_heads=[2])
+    check(core, "triton", torch.float16, head_dim=head_dim, layout="packed qkv", batch=2)
+
+
+@pytest.mark.parametrize("block_k", [16, 32, 256])
+def test_triton_by_addresses(monkeypatch: pytest.MonkeyPatch, block_k: int) -> None:
+    monkeypatch.setattr(triton_backend, "device_sm", lambda _: 80)
+    for grid in (NARROW, WIDE):
+        check(schedule(grid, Blocks(64, block_k), anchored_heads=[2]), "triton", torch.float16)
 
 
 @BACKENDS

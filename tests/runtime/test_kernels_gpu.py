@@ -77,8 +77,9 @@ def test_hopper_tails(tokens: int, block_k: int) -> None:
     check(LayerSchedule(core), torch.bfloat16, 128, backend="hopper")
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("layout", ["side by side", "one tensor", "one head", "not aligned"])
-def test_hopper_takes_any_strides(layout: str) -> None:
+def test_kernels_take_any_strides(layout: str, backend: str) -> None:
     heads = 1 if layout == "one head" else 4
     grid = TokenGrid(frames=3, height=7, width=26)
     schedule = LayerSchedule(random_schedule(np.random.default_rng(0), grid, Blocks(128, 128), heads))
@@ -92,7 +93,7 @@ def test_hopper_takes_any_strides(layout: str) -> None:
         q, k, v = (x[:, :, part].transpose(1, 2) for part in range(3))
         if layout == "side by side":
             q, k, v = (part.contiguous() for part in (q, k, v))
-    out = planned_attention(q, k, v, schedule, backend="hopper")
+    out = planned_attention(q, k, v, schedule, backend=backend)
     check_against_oracle(out, q, k, v, schedule)
 
 
@@ -137,7 +138,8 @@ def test_hopper_gives_equal_bits_every_time(anchored: list[int]) -> None:
     assert not differ
 
 
-def test_hopper_follows_tensors_that_change() -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_follow_tensors_that_change(backend: str) -> None:
     """Addresses, strides, batch, dtype, scale: in turns, so that what was kept of a call meets other tensors."""
     schedule = made(TokenGrid(frames=5, height=12, width=26, text_after=33), Blocks(128, 128))
     layouts = []
@@ -149,7 +151,7 @@ def test_hopper_follows_tensors_that_change() -> None:
     for turn in range(3):
         for at, (q, k, v) in enumerate(layouts):
             q = q.clone() if turn else q
-            out = planned_attention(q, k, v, schedule, backend="hopper", scale=0.1 if at % 2 else None)
+            out = planned_attention(q, k, v, schedule, backend=backend, scale=0.1 if at % 2 else None)
             if turn == 0:
                 check_against_oracle(out, q, k, v, schedule, scale=0.1 if at % 2 else None)
             assert torch.equal(out, expected.setdefault(at, out))

@@ -91,6 +91,7 @@ class FakeCuda:
         self.stream = FakeStream()
         self.capturing = False
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self.stream)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: id(self.stream), raising=False)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr("calibatt.runtime.schedule._bind", lambda core, *_: _bind(core, torch.device("cpu")))
 

@@ -79,7 +79,7 @@ def test_kernel_and_torch_unpack_any_number_of_key_blocks(k_blocks: int, unpack:
 
 
 def test_the_kernel_compiles_and_spills_nothing() -> None:
-    cases = [{"arch": arch, "k_blocks": 591} for arch in (80, 90)]
+    cases = [{"sm": sm, "k_blocks": 591} for sm in (80, 90)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, compile_kernel.__file__, json.dumps(cases)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

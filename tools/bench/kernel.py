@@ -60,8 +60,17 @@ GPU_SIZES = (
     Size("small", TokenGrid(4, 32, 32), 128, 24, 128, torch.bfloat16, (0.3,)),
 )
 CPU_SIZES = (Size("demo", TokenGrid(8, 24, 24), 64, 4, 64, torch.float32, (1.0, 0.7, 0.5, 0.35, 0.2)),)
-SWEEP = [(128, block_n, warps, stages) for block_n in (64, 128) for warps in (4, 8) for stages in (2, 3, 4)]
-"""Configurations of the triton kernel for `--sweep`."""
+SWEEP = [
+    *((64, block_n, 4, stages, None) for block_n in (32, 64, 128) for stages in (2, 3)),
+    *(
+        (128, block_n, warps, stages, registers)
+        for block_n in (32, 64, 128)
+        for warps, squeezed in ((4, 168), (8, 128))
+        for stages in (2, 3)
+        for registers in (None, squeezed)
+    ),
+]
+"""Configurations of the triton kernel for `--sweep`; squeezed ones leave registers for another program on the SM."""
 GROUP_ROWS = 3
 """Rows of an anchor group in the anchored cases."""
 
@@ -164,14 +173,45 @@ def cases(
         found["hopper anchored", anchored.density] = partial(attend, q, k, v, anchored, "hopper")
         rising = k * torch.linspace(1, 0.02, size.grid.tokens, device=device, dtype=k.dtype)[:, None]
         found["hopper overshooting", schedule.density] = partial(attend, 40 * q, rising, v, schedule, "hopper")
-    if sweep and device.type == "cuda":
+    if sweep and device.type == "cuda" and ("triton", schedule.density) in found:
         triton = load_backend("triton")
         for config in (triton.Config(*fields) for fields in SWEEP):
-            if config.shared_bytes(size.head_dim) <= triton.shared_bytes(device):
-                run = partial(triton.run, q, k, v, schedule.bind(device), size.head_dim**-0.5, False, config)
-                found[str(config), schedule.density] = run
+            run = partial(triton.run, q, k, v, schedule.bind(device), size.head_dim**-0.5, False, config)
+            found[str(config), schedule.density] = refused_config(run) or run
     missing.update({name: each for (name, _), each in found.items() if isinstance(each, str)})
     return {case: each for case, each in found.items() if not isinstance(each, str)}
+
+
+def refused_config(run: Callable[[], object]) -> str | None:
+    """Why the device cannot run a configuration of the triton kernel; None if it can."""
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    try:
+        run()
+    except (OutOfResources, PTXASError) as error:
+        return str(error)
+    return None
+
+
+def ranking(records: list[dict[str, Any]], size: Size, device: torch.device) -> list[str]:
+    """What feeds the table of the triton backend: every configuration of a sweep, fastest first.
+
+    By the geometric mean over the densities of its speed relative to the table's configuration in the same rounds.
+    """
+    times: dict[str, dict[float, float]] = {}
+    for record in records:
+        if record["size"] == size.name and record["backend"].startswith(("triton", "Config")):
+            times.setdefault(record["backend"], {})[record["density"]] = record["median_ms"]
+    now = times.pop("triton", {})
+    speeds = {
+        name: float(np.exp(np.mean([np.log(now[density] / ms) for density, ms in each.items()])))
+        for name, each in times.items()
+    }
+    sm = load_backend("triton").device_sm(device)
+    return [
+        f"sm{sm}, head_dim {size.head_dim}, {size.name}: {speed:.3f} x the table's: {name}"
+        for name, speed in sorted(speeds.items(), key=lambda each: -each[1])
+    ]
 
 
 def milliseconds(function: Callable[[], object], device: torch.device) -> float:
@@ -327,7 +367,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 @click.option("--peers/--no-peers", default=True, show_default=True, help="FlashAttention-4 and FlexAttention too.")
 @click.option("--rounds", default=10, show_default=True, help="Measurements of each case.")
 @click.option("--seconds", type=float, default=float("inf"), help="Begin no density after so many seconds.")
-@click.option("--sweep", is_flag=True, help="Also every configuration of the triton kernel.")
+@click.option("--sweep", is_flag=True, help="Also rank configurations of the triton kernel.")
 @click.option("--threads", type=int, help="Threads of torch, on a CPU.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON to write after every density.")
 @click.option("--figure", type=click.Path(path_type=Path), help="PNG to draw.")
@@ -389,6 +429,13 @@ def main(
             report["states"].append({"size": size.name, "density": density, **state(where)})
             if output is not None:
                 output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    if sweep and on_gpu:
+        report["ranking"] = [
+            line for size in (known[name] for name in names) for line in ranking(report["measurements"], size, where)
+        ]
+        click.echo("\n".join(report["ranking"]))
+        if output is not None:
+            output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     for name, reason in missing.items():
         click.echo(f"not measured: {name}: {reason}")
     if figure is not None:

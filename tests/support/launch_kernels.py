@@ -1,4 +1,4 @@
-"""Launches the hopper backend on a CUDA driver that only writes down what it is asked for; prints the records as JSON.
+"""Launches a backend on a CUDA driver that only writes down what it is asked for; prints the records as JSON.
 
 A program of its own, so that it can be run under another release of Triton. `LD_LIBRARY_PATH` must begin with a folder
 where `build_driver` made the driver. Three calls are recorded: one that Triton launches, one of the same layout
@@ -24,8 +24,9 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
 from calibatt.plans import Blocks, TokenGrid
-from calibatt.runtime.backends import hopper as backend
+from calibatt.runtime.backends import hopper, load_backend
 from calibatt.runtime.kernels.anchors import pack_queries
+from calibatt.runtime.kernels.block_sparse import block_sparse_forward
 from calibatt.runtime.kernels.hopper import hopper_forward
 from calibatt.runtime.schedule import LayerSchedule
 from support.schedules import random_schedule
@@ -68,7 +69,7 @@ def pretend_a_gpu() -> ctypes.CDLL:
     fake.get_current_target = lambda: GPUTarget("cuda", 90, 32)
     driver.set_active(fake)
     torch.cuda.is_current_stream_capturing = lambda: False
-    backend.processors = lambda device: 132
+    hopper.processors = lambda device: 132
     return ctypes.CDLL(DRIVER)
 
 
@@ -100,14 +101,17 @@ def records(cuda: ctypes.CDLL, count: int, names: dict[int, str]) -> list[dict[s
     return found
 
 
-def launch_case(cuda: ctypes.CDLL, anchored: bool, lse: bool, head_dim: int, layout: str) -> dict[str, Any]:
+def launch_case(
+    cuda: ctypes.CDLL, backend: str, anchored: bool, lse: bool, head_dim: int, layout: str
+) -> dict[str, Any]:
     """What is launched at a first, a second and a third call, and microseconds of later ones."""
     grid, heads, batch = TokenGrid(2, 12, 26, text_before=7), 4, 2
     core = random_schedule(
         np.random.default_rng(0), grid, Blocks(128, 128), heads, 0.5, anchored_heads=[1, 3] if anchored else []
     )
     bound = LayerSchedule(core).bind("cpu")
-    ready = bound.derived(backend.prepare)
+    run = load_backend(backend).run
+    kernels = [block_sparse_forward] if backend == "triton" else [*([pack_queries] if anchored else []), hopper_forward]
     kept: list[torch.Tensor] = []
     made: list[torch.Tensor] = []
     empty = torch.Tensor.new_empty
@@ -126,26 +130,24 @@ def launch_case(cuda: ctypes.CDLL, anchored: bool, lse: bool, head_dim: int, lay
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[dict[str, Any]]:
         made.clear()
-        out, _ = backend.run(q, k, v, bound, 0.125, lse)
+        out, _ = run(q, k, v, bound, 0.125, lse)
         kept.extend((out, *made))
         moved = {"q": q, "k": k, "v": v, "out": out, **{f"made {i}": x for i, x in enumerate(made)}}
-        return records(cuda, 1 + anchored, {x.data_ptr(): name for name, x in moved.items()})
+        return records(cuda, len(kernels), {x.data_ptr(): name for name, x in moved.items()})
 
     tensors = inputs()
-    for kernel in (hopper_forward, pack_queries):
+    for kernel in kernels:
         kernel.device_caches.clear()
         cuda.declare(kernel.fn.__name__.encode(), 0, None)  # of an earlier case
     call(*tensors)
-    declare(cuda, hopper_forward)
-    if anchored:
-        declare(cuda, pack_queries)
-    ready.launches.clear()
+    for kernel in kernels:
+        declare(cuda, kernel)
+    bound._derived.clear()
     found = {"first": call(*tensors), "again": call(*tensors), "moved": call(*inputs())}
-    assert len(ready.launches) == 1
     torch.Tensor.new_empty = empty
     begin = time.perf_counter()
     for _ in range(CALLS):
-        backend.run(*tensors, bound, 0.125, lse)
+        run(*tensors, bound, 0.125, lse)
     return {**found, "us": (time.perf_counter() - begin) / CALLS * 1e6, "triton": triton.__version__}
 
 
