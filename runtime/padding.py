@@ -77,6 +77,10 @@ class ShorterSchedule(LayerSchedule):
         return self._whole.most_lists
 
     @property
+    def most_queries(self) -> int:
+        return self._whole.most_queries
+
+    @property
     def grid(self) -> TokenGrid:
         grid = self._whole.grid
         return TokenGrid(grid.frames, grid.height, grid.width, grid.text_before, self._text_after)

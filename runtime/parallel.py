@@ -144,6 +144,10 @@ class Share(LayerSchedule):
         return min(self._whole.most_lists, self.heads * self.q_blocks)
 
     @property
+    def most_queries(self) -> int:
+        return self._whole.most_queries
+
+    @property
     def grid(self) -> TokenGrid:
         return self._whole.grid
 

@@ -28,7 +28,7 @@ class ResidentSchedules:
         every = [schedule for layers in self._schedules for schedule in layers]
         most = [(schedule.most_lists + 1) * schedule.k_blocks + 1 for schedule in every]
         if COLUMN_BYTES * sum(most) > RESIDENT_BYTES:
-            self._workspace = Workspace(max(most))
+            self._workspace = Workspace(max(most), max(schedule.most_queries for schedule in every))
             for schedule in every:
                 schedule.workspace = self._workspace
 

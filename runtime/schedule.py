@@ -14,9 +14,11 @@ from calibatt.plans.packed import PackedLayer, StoredLayers
 from calibatt.plans.schedule import DENSE, NO_ANCHORS, Int32
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
-from calibatt.runtime.workspace import PackedLists, Workspace
+from calibatt.runtime.workspace import PackedLists, Workspace, expanded
 
 T = TypeVar("T")
+EVERY_AT_ONCE = 1024
+"""Queries of a run, where all of a sequence are computed."""
 
 
 class Outline(Protocol):
@@ -62,6 +64,11 @@ class LayerSchedule:
     def most_lists(self) -> int:
         """How many lists there are, at most: known without unpacking any."""
         return len(self.core.row_ptr) - 1
+
+    @property
+    def most_queries(self) -> int:
+        """Length of the arrays of queries, at most."""
+        return _most_queries(self.grid, self.core.anchor_ptr, self.core.group_start)
 
     @property
     def grid(self) -> TokenGrid:
@@ -183,6 +190,11 @@ class StoredSchedule(LayerSchedule):
         return self._stored.layers[self._segment][self._layer].lists
 
     @property
+    def most_queries(self) -> int:
+        small = self._stored.layers[self._segment][self._layer].small
+        return _most_queries(self.grid, small["anchor_ptr"], small["group_start"])
+
+    @property
     def grid(self) -> TokenGrid:
         return self._stored.grid
 
@@ -197,6 +209,12 @@ class StoredSchedule(LayerSchedule):
     @property
     def density(self) -> float:
         return self.packed.density
+
+
+def _most_queries(grid: TokenGrid, anchor_ptr: Int32, group_start: Int32) -> int:
+    patterns = len(anchor_ptr) - 1
+    text = grid.text_before + grid.text_after
+    return patterns * text + len(group_start) * grid.width + grid.tokens if patterns else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +236,8 @@ class DeviceSchedule:
             then token p, written once.
         query_first: int32 ``(packed,)``; the first token that receives the query's output.
         query_copies: int32 ``(packed,)``; how many receive it, ``grid.width`` tokens apart.
-        lists: What is unpacked to `columns` before each use; None: they are there.
+        lists: What is unpacked to `columns` and the three arrays above before each use, as said there; None: all of it
+            is there.
     """
 
     core: CoreSchedule
@@ -275,18 +294,20 @@ class DeviceSchedule:
         if self.lists is None:
             yield self
             return
-        with self.lists.room.entered() as columns:
-            self.lists.unpack(columns)
+        with self.lists.room.entered():
+            self.lists.unpack()
             yield self
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays and of the tensors that backends derived; not of columns that other layers share."""
-        arrays = [self.tiles, self.heads, self.query_token, self.query_first, self.query_copies]
+        """Bytes of the arrays and of the tensors that backends derived; not of those that other layers share."""
+        arrays = [self.tiles, self.heads]
+        if self.lists is None:
+            arrays += [self.columns, self.query_token, self.query_first, self.query_copies]
         for derived in tuple(self._derived.values()):
             arrays += [each for each in getattr(derived, "__dict__", {}).values() if isinstance(each, torch.Tensor)]
-        lists = self.columns if self.lists is None else self.lists
-        return lists.nbytes + sum(array.nbytes for array in arrays)
+        packed = 0 if self.lists is None else self.lists.nbytes
+        return packed + sum(array.nbytes for array in arrays)
 
     def derived(self, make: Callable[[DeviceSchedule], T]) -> T:
         """What a backend derives from the schedule: ``make(self)``, called once and kept."""
@@ -296,28 +317,25 @@ class DeviceSchedule:
 
 
 def _bind(core: CoreSchedule, device: torch.device, workspace: Workspace | None = None) -> DeviceSchedule:
-    """Puts a schedule on a device; with a workspace its lists as bits, from the packed form."""
+    """Puts a schedule on a device; with a workspace packed, from the packed form."""
 
     def there(array: np.ndarray) -> torch.Tensor:
         return move(torch.from_numpy(array), device)
 
-    token, first, copies, pattern_start = _anchor_queries(core)
+    runs, pattern_start = _query_runs(core)
     heads = np.array(
         [(core.packed_tokens(head), pattern_start[core.head_anchor[head]]) for head in range(core.heads)],
         dtype=np.int32,
     )  # head_anchor is -1 where every query is computed: the last start
-    lists = None
+    tiles = there(_tiles(core))
     if workspace is None:
         every = np.arange(core.k_blocks, dtype=np.uint16)
         columns = there(np.concatenate([every, core.col_idx, np.zeros(1, dtype=np.uint16)]))
-    else:
-        room = workspace.on(device)
-        starts = core.row_ptr + np.int32(core.k_blocks)
-        lists = PackedLists(there(core.packed.list_bits.copy()), there(starts), core.k_blocks, room)
-        columns = room.columns
-    return DeviceSchedule(
-        core, device, there(_tiles(core)), columns, *map(there, (heads, token, first, copies)), lists=lists
-    )
+        return DeviceSchedule(core, device, tiles, columns, there(heads), *map(there, expanded(runs)))
+    starts, queries = core.row_ptr + np.int32(core.k_blocks), int(runs[:, 1].sum())
+    room, bits = workspace.on(device), core.packed.list_bits.copy()
+    lists = PackedLists(there(bits), there(starts), core.k_blocks, there(runs), queries, room)
+    return DeviceSchedule(core, device, tiles, room.columns, there(heads), *room.queries(queries), lists=lists)
 
 
 def move(host: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -341,23 +359,26 @@ def _tiles(core: CoreSchedule) -> Int32:
     return np.stack([head, tile, start, stop], axis=1).astype(np.int32)[core.tile_order]
 
 
-def _anchor_queries(core: CoreSchedule) -> tuple[Int32, Int32, Int32, list[int]]:
-    """`query_token`, `query_first` and `query_copies` on the host, and where each pattern and then all N start."""
+def _query_runs(core: CoreSchedule) -> tuple[Int32, list[int]]:
+    """`query_token`, `query_first` and `query_copies` as runs (see `workspace.expanded`); where each pattern, then all
+    N start. No runs where every head computes every query.
+    """
     if (core.head_anchor == NO_ANCHORS).all():
-        return *(np.zeros(0, dtype=np.int32),) * 3, [0] * len(core.anchor_ptr)
+        return np.zeros((0, 5), dtype=np.int32), [0] * len(core.anchor_ptr)
     grid = core.grid
-    columns = np.arange(grid.width)
-    before = np.arange(grid.text_before)
-    after = np.arange(grid.tokens - grid.text_after, grid.tokens)
-    token, first, copies, starts = [], [], [], [0]
+    last = grid.tokens - grid.text_after
+    before, after = ([grid.text_before, 0, 0, 1], [grid.text_after, last, last, 1])
+    parts, starts = [], [0]
     for pattern in range(len(core.anchor_ptr) - 1):
         group_start, anchor = core.groups(pattern)
         size = np.diff(np.append(group_start, grid.rows))
-        for parts, rows in ((token, anchor), (first, group_start)):
-            video = grid.text_before + rows.astype(np.int64)[:, None] * grid.width + columns
-            parts += [before, video.reshape(-1), after]
-        copies += [np.ones_like(before), np.repeat(size, grid.width), np.ones_like(after)]
-        starts.append(starts[-1] + len(before) + len(anchor) * grid.width + len(after))
-    every = np.arange(grid.tokens)
-    token, first, copies = [*token, every], [*first, every], [*copies, np.ones_like(every)]
-    return *(np.concatenate(parts).astype(np.int32) for parts in (token, first, copies)), starts
+        tokens = (grid.text_before + rows.astype(np.int64) * grid.width for rows in (anchor, group_start))
+        video = np.stack([np.full(len(anchor), grid.width), *tokens, size], axis=1)
+        parts += [[before], video, [after]]
+        starts.append(starts[-1] + grid.text_before + len(anchor) * grid.width + grid.text_after)
+    first = np.arange(0, grid.tokens, EVERY_AT_ONCE)
+    every = np.stack([np.minimum(EVERY_AT_ONCE, grid.tokens - first), first, first, np.ones_like(first)], axis=1)
+    runs = np.concatenate([*parts, every])
+    runs = runs[runs[:, 0] > 0]
+    start = np.cumsum(runs[:, 0]) - runs[:, 0]
+    return np.concatenate([start[:, None], runs], axis=1).astype(np.int32), starts

@@ -1,4 +1,5 @@
 """Block lists unpacked on a device just before their use: bits wait there in a fifth of the memory that lists take.
+So are the arrays that say which token a packed query is, of which runs wait.
 
 The lists of one layer at a time are in a room that all layers of a plan share. Whoever uses it first fills it, on the
 stream that then reads it: nothing waits, and a CUDA graph fills it whenever it is replayed. At the size of Wan 14B in
@@ -12,8 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from calibatt.plans.schedule import Int32
+
+ALIGNED = 64
+"""Integers between the beginnings of arrays in a room are a multiple of this."""
 LISTS_AT_ONCE = 4096
 """By torch alone; bounds what it holds meanwhile."""
 
@@ -23,22 +29,24 @@ class Workspace:
 
     Args:
         columns: Of the layer with the most of them.
+        queries: Likewise, of anchor patterns.
     """
 
-    def __init__(self, columns: int) -> None:
-        self._columns = columns
+    def __init__(self, columns: int, queries: int = 0) -> None:
+        self._columns, self._queries = columns, -(-queries // ALIGNED) * ALIGNED
         self._rooms: dict[torch.device, Room] = {}
 
     def on(self, device: torch.device) -> Room:
         """The room on a device, the same one each time."""
         if device not in self._rooms:
-            self._rooms[device] = Room(torch.empty(self._columns, dtype=torch.uint16, device=device))
+            columns = torch.empty(self._columns, dtype=torch.uint16, device=device)
+            self._rooms[device] = Room(columns, torch.empty(3, self._queries, dtype=torch.int32, device=device))
         return self._rooms[device]
 
     @property
     def nbytes(self) -> int:
         """Bytes on all devices."""
-        return sum(room.columns.nbytes for room in tuple(self._rooms.values()))
+        return sum(room.nbytes for room in tuple(self._rooms.values()))
 
 
 class Room:
@@ -49,59 +57,93 @@ class Room:
 
     Args:
         columns: uint16; its address is for all layers and for ever.
+        queries: int32 ``(3, queries)``; as columns.
     """
 
-    def __init__(self, columns: torch.Tensor) -> None:
-        self.columns = columns
+    def __init__(self, columns: torch.Tensor, queries: torch.Tensor) -> None:
+        self.columns, self._queries = columns, queries
         self._lock = threading.Lock()
         self._stream = torch.cuda.current_stream(columns.device) if columns.device.type == "cuda" else None
         """That of the last use; at first the one that the memory comes from."""
 
+    @property
+    def nbytes(self) -> int:
+        return self.columns.nbytes + self._queries.nbytes
+
+    def queries(self, count: int) -> tuple[torch.Tensor, ...]:
+        """Token, first receiver and copies of so many packed queries, each int32 ``(count,)``."""
+        return self._queries[:, :count].unbind()
+
     @contextmanager
-    def entered(self) -> Iterator[torch.Tensor]:
-        """The columns, for those only who queue work on the current stream before they leave."""
+    def entered(self) -> Iterator[None]:
+        """For those who queue work on the current stream before they leave."""
         with self._lock:
             if self.columns.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
                 stream = torch.cuda.current_stream(self.columns.device)
                 if stream != self._stream:
                     stream.wait_stream(self._stream)
                     self.columns.record_stream(stream)
+                    self._queries.record_stream(stream)
                 self._stream = stream
-            yield self.columns
+            yield
 
 
 @dataclass(frozen=True, eq=False)
 class PackedLists:
-    """Lists of a layer as bits, and where they are unpacked; arrays on one device.
+    """Lists of a layer as bits, and queries as runs, and where they are unpacked; arrays on one device.
 
     Args:
         bits: uint8 ``(lists, ceil(K / 8))``: bit j, little-endian, is set if list i holds key block j.
         starts: int32 ``(lists + 1,)``; list i goes to ``columns[starts[i]:starts[i + 1]]``. The first is K.
         k_blocks: K.
+        runs: int32 ``(runs, 5)``; see `expanded`.
+        queries: How many they say.
         room: Where to.
     """
 
     bits: torch.Tensor
     starts: torch.Tensor
     k_blocks: int
+    runs: torch.Tensor
+    queries: int
     room: Room
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays, the room not counted."""
-        return self.bits.nbytes + self.starts.nbytes
+        return self.bits.nbytes + self.starts.nbytes + self.runs.nbytes
 
-    def unpack(self, columns: torch.Tensor) -> None:
-        """Writes 0, 1, ... K - 1, then the lists, then a 0; on CUDA on the current stream, without waiting."""
-        if columns.device.type == "cuda":
-            unpack_by_kernel(self, columns)
+    def unpack(self) -> None:
+        """Writes 0, 1, ... K - 1, then the lists, then a 0, and the queries; on CUDA without waiting."""
+        if self.bits.device.type == "cuda":
+            unpack_by_kernel(self)
         else:
-            unpack_by_torch(self, columns)
+            unpack_by_torch(self)
 
 
-def unpack_by_kernel(lists: PackedLists, columns: torch.Tensor) -> None:
+def expanded(runs: Int32) -> tuple[Int32, Int32, Int32]:
+    """Token, first receiver and copies of every query, from runs of queries: on the host.
+
+    Args:
+        runs: int32 ``(runs, 5)``: where each run begins, its length, token and first receiver of its first query, both
+            1 more for each query that follows, and the copies of all.
+    """
+    run = np.repeat(np.arange(len(runs)), runs[:, 1])
+    start, _, token, first, copies = runs[run].T
+    place = np.arange(len(run), dtype=np.int32) - start
+    return token + place, first + place, np.ascontiguousarray(copies)
+
+
+def unpack_by_kernel(lists: PackedLists) -> None:
     """`PackedLists.unpack` by Triton."""
-    from calibatt.runtime.kernels.unpack import COLUMNS_AT_ONCE, unpack_lists  # triton may be missing elsewhere
+    from calibatt.runtime.kernels.unpack import (  # triton may be missing elsewhere
+        COLUMNS_AT_ONCE,
+        QUERIES_AT_ONCE,
+        expand_runs,
+        unpack_lists,
+    )
+
+    columns = lists.room.columns
 
     count, width = lists.bits.shape
     with torch.cuda.device_of(columns):
@@ -109,11 +151,16 @@ def unpack_by_kernel(lists: PackedLists, columns: torch.Tensor) -> None:
             lists.bits, lists.starts, columns, count, lists.k_blocks,
             WIDTH=width, COLUMNS=COLUMNS_AT_ONCE, num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
+        if lists.queries:
+            expand_runs[len(lists.runs),](
+                lists.runs, *lists.room.queries(lists.queries), QUERIES=QUERIES_AT_ONCE, num_warps=1,
+                enable_fp_fusion=True,
+            )  # fmt: skip
 
 
-def unpack_by_torch(lists: PackedLists, columns: torch.Tensor) -> None:
+def unpack_by_torch(lists: PackedLists) -> None:
     """`PackedLists.unpack` by torch alone; waits for devices other than the CPU."""
-    columns, starts = columns.view(torch.int16), lists.starts.tolist()
+    columns, starts = lists.room.columns.view(torch.int16), lists.starts.tolist()
     every = torch.arange(lists.k_blocks, dtype=torch.int32, device=columns.device)
     columns[: lists.k_blocks] = every.to(torch.int16)
     places = torch.arange(8, dtype=torch.uint8, device=columns.device)
@@ -122,3 +169,5 @@ def unpack_by_torch(lists: PackedLists, columns: torch.Tensor) -> None:
         found = (bits[:, :, None] >> places & 1).flatten(1).nonzero()[:, 1]
         columns[starts[first] : starts[first + len(bits)]] = found.to(torch.int16)
     columns[starts[-1]] = 0
+    for array, values in zip(lists.room.queries(lists.queries), expanded(lists.runs.cpu().numpy()), strict=True):
+        array.copy_(torch.from_numpy(values))

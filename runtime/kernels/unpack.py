@@ -1,10 +1,11 @@
-"""Lists of key blocks from bits. Kernels only."""
+"""Lists of key blocks from bits, and queries from runs of them. Kernels only."""
 
 import triton
 import triton.language as tl
 
 COLUMNS_AT_ONCE = 512
 """Key blocks that a program looks at in a step."""
+QUERIES_AT_ONCE = 128
 
 
 @triton.jit(do_not_specialize=["lists", "k_blocks"])
@@ -32,3 +33,20 @@ def unpack_lists(bits_ptr, starts_ptr, columns_ptr, lists, k_blocks, WIDTH: tl.c
             before = tl.cumsum(kept, 0) - kept
             tl.store(columns_ptr + start + before, value.to(tl.uint16), mask=kept == 1)
             start += tl.sum(kept, 0)
+
+
+@triton.jit
+def expand_runs(runs_ptr, token_ptr, first_ptr, copies_ptr, QUERIES: tl.constexpr):
+    """`runtime.workspace.expanded`. Grid: (runs,). All int32."""
+    run = runs_ptr + 5 * tl.program_id(0)
+    start = tl.load(run)
+    length = tl.load(run + 1)
+    token = tl.load(run + 2)
+    first = tl.load(run + 3)
+    copies = tl.load(run + 4)
+    for done in range(0, length, QUERIES):
+        place = done + tl.arange(0, QUERIES)
+        exists = place < length
+        tl.store(token_ptr + start + place, token + place, mask=exists)
+        tl.store(first_ptr + start + place, first + place, mask=exists)
+        tl.store(copies_ptr + start + place, place * 0 + copies, mask=exists)

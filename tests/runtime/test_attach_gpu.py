@@ -59,6 +59,7 @@ def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).float().norm() / wanted.float().norm())
 
 
+@pytest.mark.filterwarnings("ignore")  # inductor's own
 @pytest.mark.parametrize("large", [False, True], ids=["lists", "bits"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_models_follow_the_time(mode: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
