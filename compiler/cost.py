@@ -51,16 +51,16 @@ DEVICES = {
     for device in (
         Device(
             name="h200-hopper",
-            source="718 TFLOP/s: whole calls at 720p, density 0.3, 128x128 blocks, 128 channels, 2026-11-24 "
+            source="660 TFLOP/s: whole calls at 720p, density 0.3, 128x128 blocks, 128 channels, 2026-11-26 "
             "(docs/benchmarks/kernels_h200.json)",
-            tflops=718.0,
+            tflops=660.0,
             tile_us=0.0,
             store_us=0.0,
         ),
         Device(
             name="h200-triton",
-            source="398 TFLOP/s: as h200-hopper, by the triton backend",
-            tflops=398.0,
+            source="437 TFLOP/s: as h200-hopper, by the triton backend",
+            tflops=436.6,
             tile_us=0.0,
             store_us=0.0,
         ),

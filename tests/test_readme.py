@@ -22,7 +22,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_every_picture_is_shown() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = "".join((ROOT / page).read_text("utf-8") for page in PAGES)
     assert [path.name for path in (ROOT / "docs" / "pictures").glob("*.png") if path.name not in text] == []
 
 

@@ -91,7 +91,7 @@ def test_the_report_as_a_page(store: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     page = (tmp_path / "r.html").read_text()
     assert page.startswith("<!doctype html>")
-    for expected in ("select{target-density=0.5", "duality gap", "predicted speed-up of a forward", "718 TFLOP/s"):
+    for expected in ("select{target-density=0.5", "duality gap", "predicted speed-up of a forward", "660 TFLOP/s"):
         assert expected in page
     assert page.count("<td title=") == 2 * 2
     assert "http" not in page

@@ -4,7 +4,8 @@ On a CUDA device the hopper and triton backends against the dense kernels of sca
 they are installed, FlashAttention-4 (dense and block sparse) and FlexAttention on the same masks and tensors; on a CPU
 the torch backend against scaled_dot_product_attention. The masks are synthetic: *structured*, where neighbouring query
 blocks keep similar key blocks and the number kept varies by 20 %, or *random*. All cases of a size and density take
-turns, so that clocks and temperature favour none. TFLOP/s count the blocks that are computed.
+turns, every round in another order, and each runs once untimed before it is timed: at its power limit a GPU's clocks
+are those that the kernel before has left. TFLOP/s count the blocks that are computed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import random
 import subprocess
 import time
 from collections.abc import Callable
@@ -235,9 +237,11 @@ def measure(
         for _ in range(2):
             milliseconds(function, device)
     times: dict[tuple[str, float], list[float]] = {case: [] for case in made}
+    order = random.Random(0)
     for _ in range(rounds):
-        for case, function in made.items():
-            times[case].append(milliseconds(function, device))
+        for case in order.sample(list(made), len(made)):
+            milliseconds(made[case], device)
+            times[case].append(milliseconds(made[case], device))
     flops = 4 * size.grid.tokens**2 * size.head_dim * size.heads
     records = []
     for (backend, density), ms in times.items():

@@ -17,6 +17,8 @@ from calibatt.plans.schedule import DENSE
 from calibatt.runtime.schedule import LayerSchedule
 
 DENSE_PEERS = ("sdpa-flash", "sdpa-cudnn", "flash-attention-4")
+FLASH_4_BLOCK = 128
+"""Queries and keys of the blocks that FlashAttention-4 takes on sm90."""
 SPARSE_PEERS = ("flash-attention-4 sparse", "flex-attention")
 
 Timed = Callable[[], object]
@@ -53,8 +55,8 @@ def sparse_peer(name: str, q: Tensor, k: Tensor, v: Tensor, schedule: LayerSched
     counts, indices = block_lists(schedule, q.device)
     if name == "flex-attention":
         return _flex_attention(q, k, v, schedule, counts, indices)
-    if (schedule.blocks.block_q, schedule.blocks.block_k) != (128, 128):
-        return f"blocks must be 128 x 128, got {schedule.blocks}"
+    if (schedule.blocks.block_q, schedule.blocks.block_k) != (FLASH_4_BLOCK, FLASH_4_BLOCK):
+        return f"blocks must be {FLASH_4_BLOCK} x {FLASH_4_BLOCK}, got {schedule.blocks}"
     return _flash_attention_4(q, k, v, (counts, indices))
 
 
@@ -90,6 +92,7 @@ def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, Ten
         mask_block_idx=torch.zeros_like(indices),
         full_block_cnt=counts,
         full_block_idx=indices,
+        block_size=(FLASH_4_BLOCK, FLASH_4_BLOCK),
     )
     return lambda: flash_attn_func(q, k, v, block_sparse_tensors=sparse)
 

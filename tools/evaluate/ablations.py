@@ -58,6 +58,7 @@ class Part:
         thresholds: Which of the thresholds there are; all if absent.
         time_weighted: Whether the time weight counts; 1 everywhere otherwise.
         layer_weighted: Whether its spread over the layers counts.
+        head_weighted: Whether its spread over the heads of a layer counts.
         probed: Samples of which there are probes, the first ones by seed; all if absent.
     """
 
@@ -66,6 +67,7 @@ class Part:
     thresholds: tuple[float, ...] | None = None
     time_weighted: bool = True
     layer_weighted: bool = True
+    head_weighted: bool = True
     probed: int | None = None
 
     def _first(self, count: int | None) -> tuple[str, ...]:
@@ -114,7 +116,7 @@ class Part:
             return replace(found, time=np.ones(shape[0]), unit=np.ones(shape), head=None)
         if not self.layer_weighted:
             return replace(found, unit=found.time[:, None] * np.ones(model.layers), head=None)
-        return found
+        return found if self.head_weighted else replace(found, head=None)
 
     ladders: ClassVar[None] = None
     """What a refinement measured depends on every sample and threshold: a part of a store is not refined."""
@@ -139,10 +141,10 @@ def planes(agreement: float) -> str:
 
 def shared_votes(study: Study) -> Callable[[float], Rule]:
     """Voted masks under the budget, each head with one for all times."""
-    score = study.score("vote")
-    score = score.mean(0, keepdim=True).expand_as(score)
 
     def at(density: float) -> Rule:
+        score = study.score("vote")
+        score = score.mean(0, keepdim=True).expand_as(score)
         keep, found = study.ladder("vote, shared", score)
         weighted = (found.error * study.bench.weight).sum(1, keepdim=True)
         whole = Measured(weighted, found.density.mean(1, keepdim=True))
@@ -154,9 +156,13 @@ def shared_votes(study: Study) -> Callable[[float], Rule]:
 
 def uniform_shared(study: Study) -> Callable[[float], Rule]:
     """Voted masks at one threshold everywhere, one mask for all times."""
-    score = study.score("vote")
-    score = score.mean(0, keepdim=True).expand_as(score).contiguous()
-    return lambda density: Kept(study.bench, with_top(score > bench.quantile_threshold(score, density), score))
+
+    def at(density: float) -> Rule:
+        score = study.score("vote")
+        score = score.mean(0, keepdim=True).expand_as(score).contiguous()
+        return Kept(study.bench, with_top(score > bench.quantile_threshold(score, density), score))
+
+    return at
 
 
 def variants(study: Study) -> dict[str, Callable[[float], Rule]]:
@@ -196,6 +202,7 @@ def variants(study: Study) -> dict[str, Callable[[float], Rule]]:
         found[f"anchors, safety {safety}"] = compiled(study, store, passes)
     found["no time weight"] = compiled(study, Part(store, time_weighted=False, layer_weighted=False))
     found["time weight alike in all layers"] = compiled(study, Part(store, layer_weighted=False))
+    found["time weight alike in all heads of a layer"] = compiled(study, Part(store, head_weighted=False))
     found["votes under the budget, masks by time"] = lambda density: study.under_budget(("vote",), density)
     found["votes under the budget, one mask for all times"] = shared_votes(study)
     found["votes, one threshold, masks by time"] = lambda density: study.uniform("vote", density)
@@ -244,6 +251,7 @@ def _cell(row: dict[str, Any] | None, base: dict[str, Any] | None, target: float
 @click.option("--prompts", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--calibration", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--densities", default=",".join(map(str, DENSITIES)), show_default=True)
+@click.option("--variants", "only", default="", help="Beginnings of names, separated by semicolons; all if absent.")
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--seconds", type=float, default=math.inf, help="Begin no run after so many seconds.")
 @click.option("--device", default="auto", show_default=True)
@@ -256,6 +264,7 @@ def main(
     prompts: int,
     calibration: int,
     densities: str,
+    only: str,
     batch: int,
     seconds: float,
     device: str,
@@ -289,8 +298,13 @@ def main(
         study = make_study(model, (path,), held_out, prompts, calibration, None, batch, device)
         result["about"] = about("python -m calibatt.tools.evaluate.ablations", study.sampler)
         if index == 0:
-            for name, make in variants(study).items():
-                judge(study, name, make)
+            begins = tuple(part.strip() for part in only.split(";"))
+            every = variants(study)
+            if unknown := [part for part in begins if not any(name.startswith(part) for name in every)]:
+                raise click.UsageError(f"--variants must begin some of {'; '.join(every)}; got {unknown[0]!r}")
+            for name, make in every.items():
+                if name.startswith(begins):
+                    judge(study, name, make)
         else:
             blocks = study.bench.blocks
             judge(study, f"blocks of {blocks.block_q} x {blocks.block_k}", compiled(study, study.store))
