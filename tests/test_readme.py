@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/design.md", "docs/models.md", "docs/benchmarks/README.md", "plans/FORMAT.md")
+PAGES = (
+    "README.md",
+    "docs/design.md",
+    "docs/evaluation.md",
+    "docs/models.md",
+    "docs/benchmarks/README.md",
+    "plans/FORMAT.md",
+)
 
 
 @pytest.mark.parametrize("page", PAGES)
