@@ -64,6 +64,8 @@ class Adapter:
         grid: (frames, height, width, text_before, text_after) in tokens, from configuration and arguments of the model.
         time: Denoising time from the arguments of the model: float64 ``()`` on the CPU, 1 is pure noise. The noisiest
             where the samples or tokens of a batch differ.
+        timestep: Name of the one argument that `time` looks at, if it is one: it is then read from its device without
+            waiting where that is possible, and `time` gets it on the CPU, outside of what is traced.
         output_weight: ``(dim, heads * head_dim)``; of the projection after a site's attention, bias excluded. This and
             the next two are needed to record statistics, not to attach plans; they are of the video tokens, where those
             of the text have their own.
@@ -83,6 +85,7 @@ class Adapter:
     heads: Callable[[Any], tuple[int, int]]
     grid: Callable[[Any, Arguments], tuple[int, int, int, int, int]]
     time: Callable[[Arguments], torch.Tensor]
+    timestep: str | None = None
     output_weight: Callable[[Place], torch.Tensor] | None = None
     residual: Callable[[Arguments], torch.Tensor] | None = None
     gate: Callable[[nn.Module, Arguments], torch.Tensor] | None = None
@@ -217,6 +220,7 @@ ADAPTERS = (
         heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_wan_grid,
         time=_thousandths,
+        timestep="timestep",
         output_weight=lambda site: site.attention.to_out[0].weight,
         residual=lambda arguments: arguments["hidden_states"],
         gate=_wan_gate,
@@ -228,6 +232,7 @@ ADAPTERS = (
         heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_ltx_grid,
         time=_thousandths,
+        timestep="timestep",
         output_weight=lambda site: site.attention.to_out[0].weight,
         residual=lambda arguments: arguments["hidden_states"],
         gate=_ltx_gate,
@@ -240,6 +245,7 @@ ADAPTERS = (
         heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_cogvideox_grid,
         time=_thousandths,
+        timestep="timestep",
         output_weight=lambda site: site.attention.to_out[0].weight,
         residual=lambda arguments: arguments["hidden_states"],
         gate=_cogvideox_gate,
@@ -253,6 +259,7 @@ ADAPTERS = (
         heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_mochi_grid,
         time=_mochi_time,
+        timestep="timestep",
         output_weight=lambda site: site.attention.to_out[0].weight,
         residual=lambda arguments: arguments["hidden_states"],
         gate=_mochi_gate,
@@ -265,6 +272,7 @@ ADAPTERS = (
         heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_hunyuan_grid,
         time=_thousandths,
+        timestep="timestep",
         output_weight=_hunyuan_output_weight,
         residual=lambda arguments: arguments["hidden_states"],
         gate=_hunyuan_gate,

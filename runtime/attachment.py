@@ -21,6 +21,7 @@ from calibatt.runtime.padding import ShorterPlans, each_sample
 from calibatt.runtime.parallel import Place, Share, Ulysses, slowest_rank, ulysses_of
 from calibatt.runtime.resident import ResidentSchedules
 from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.timesteps import Timesteps
 
 if TYPE_CHECKING:
     from calibatt.runtime.plan import Plan, PlanSet
@@ -47,7 +48,7 @@ class Attachment:
         for plan in plans:
             check_signature(plan.signature, adapter.signature(model))
         self.plans = tuple(plans)
-        self._session = _Session(self.plans, backend, on_mismatch == "dense")
+        self._session = _Session(self.plans, adapter, backend, on_mismatch == "dense")
         self._session.join(unwrap(model), adapter.sites(model))
         for plan in plans:
             self._session.check_parallel(plan)
@@ -166,17 +167,20 @@ class _Session:
 
     Args:
         plans: What to execute, each for a grid of its own.
+        adapter: The model's row.
         backend: ``auto`` or a name.
         dense: Whether another grid means the model's own attention instead of an error.
     """
 
     interception: Interception
 
-    def __init__(self, plans: Sequence[Plan], backend: str, dense: bool) -> None:
+    def __init__(self, plans: Sequence[Plan], adapter: Adapter, backend: str, dense: bool) -> None:
         self.entries = [(plan, segment) for plan in plans for segment in range(len(plan.segments))]
         """All segments of all plans: the ops know a segment by its place here."""
         self.plans = {plan.grid: plan for plan in plans}
         self.first_entry = {plan.grid: self.entries.index((plan, 0)) for plan in plans}
+        self.adapter = adapter
+        self.timesteps = Timesteps()
         self.backend = backend
         self.dense = dense
         self.warned: set[TokenGrid] = set()
@@ -271,7 +275,13 @@ class _Session:
         plan, segment = self.entries[entry]
         return self.after.get(entry, entry - 1 if segment else entry + len(plan.segments) - 1)
 
-    def resolve(self, time: float, grid: tuple[int, ...]) -> int:
+    def read_time(self, time: torch.Tensor) -> float:
+        """The denoising time from what the adapter said of it, or from the timestep itself on whatever device."""
+        if self.adapter.timestep is not None:
+            time = self.adapter.time({self.adapter.timestep: self.timesteps.read(time)})
+        return float(time)
+
+    def resolve(self, time: torch.Tensor, grid: tuple[int, ...]) -> int:
         self.interception.verify()
         self.join(self.interception.model, self.interception.sites)
         found = TokenGrid(*grid)
@@ -285,7 +295,7 @@ class _Session:
                 warnings.warn(f"{message}; such forwards run the model's own attention", stacklevel=2)
             return STOCK
         self.check_parallel(plan)
-        entry = self.first_entry[found] + plan.file.segment_index(time)
+        entry = self.first_entry[found] + plan.file.segment_index(self.read_time(time))
         if entry != self.entry:
             self.after[self.entry] = entry
             self.entry = entry
@@ -371,7 +381,9 @@ def _intercept(model: nn.Module, adapter: Adapter, session: _Session) -> Interce
 
     def begin(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
         grid = adapter.grid(config, arguments)
-        segment = torch.ops.calibatt.resolve_segment(adapter.time(arguments), grid, session.number)
+        name = adapter.timestep
+        time = adapter.time(arguments) if name is None else arguments[name]
+        segment = torch.ops.calibatt.resolve_segment(time, grid, session.number)
         return segment, adapter.lengths(config, arguments)
 
     def attend(

@@ -21,7 +21,7 @@ OUTSIDE_GRAPHS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None
 class Session(Protocol):
     """Who executes the ops: one plan attached to one model."""
 
-    def resolve(self, time: float, grid: tuple[int, ...]) -> int:
+    def resolve(self, time: torch.Tensor, grid: tuple[int, ...]) -> int:
         """The segment that a forward runs in, everything it needs made ready; raises where it must not run."""
 
     def attend(
@@ -49,8 +49,8 @@ def open_session(session: Session) -> torch.Tensor:
 
 @torch.library.custom_op("calibatt::resolve_segment", mutates_args=(), tags=OUTSIDE_GRAPHS)
 def resolve_segment(time: torch.Tensor, grid: Sequence[int], session: torch.Tensor) -> torch.Tensor:
-    """`Session.resolve` of a float ``()`` time; int64 ``()`` on the CPU."""
-    return torch.tensor(_sessions[int(session)].resolve(time.item(), tuple(grid)), device="cpu")
+    """`Session.resolve` of what says the time; int64 ``()`` on the CPU."""
+    return torch.tensor(_sessions[int(session)].resolve(time, tuple(grid)), device="cpu")
 
 
 @resolve_segment.register_fake

@@ -1,0 +1,51 @@
+"""Timesteps that wait on a device, read without waiting for the device where they were read before."""
+
+from __future__ import annotations
+
+import torch
+
+MOST_BYTES = 1 << 16
+"""Of a tensor that is read as a whole: the timesteps of a sampling are some hundred bytes."""
+
+
+class Timesteps:
+    """The values of timesteps, on the CPU.
+
+    Reading a value from a device waits for all that was queued there: the forward before. But a scheduler keeps the
+    timesteps of a sampling in one tensor, of which pipelines pass views: its memory is read once, and again when it is
+    another one or has changed, which PyTorch counts. What is written behind PyTorch's back (``.data``, a CUDA graph of
+    one's own) is not seen. Inference tensors have no count, and are read every time.
+    """
+
+    def __init__(self) -> None:
+        self._storage: torch.UntypedStorage | None = None
+        """Held, so that nothing else comes to its address."""
+        self._version = -1
+        self._values = torch.empty(0, dtype=torch.uint8)
+
+    def read(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The same values on the CPU, of the same shape and dtype."""
+        if at_hand(timestep):
+            return timestep
+        storage = timestep.untyped_storage()
+        if timestep.is_inference() or storage.nbytes() > MOST_BYTES:
+            return timestep.cpu()
+        if self._storage is None or (storage.data_ptr(), timestep._version) != (
+            self._storage.data_ptr(),
+            self._version,
+        ):
+            self._values = fetch(storage)
+            self._storage, self._version = storage, timestep._version
+        found = torch.empty(0, dtype=timestep.dtype)
+        return found.set_(self._values.untyped_storage(), timestep.storage_offset(), timestep.shape, timestep.stride())
+
+
+def at_hand(x: torch.Tensor) -> bool:
+    """Whether values can be read without waiting for a device."""
+    return x.device.type == "cpu"
+
+
+def fetch(storage: torch.UntypedStorage) -> torch.Tensor:
+    """The bytes of a storage on the CPU, uint8; waits for its device."""
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return whole.to("cpu", copy=True)
