@@ -28,13 +28,7 @@ TIMES = [1.0, 0.9, 0.6, 0.3]
 LAYERS, HEADS, HEAD_DIM = 2, 2, 16
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they bring at this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TinySampler:

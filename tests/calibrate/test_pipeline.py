@@ -24,13 +24,7 @@ from calibatt.tools.calibrate.recording import recording
 from calibatt.tools.evaluate.__main__ import main as evaluate
 from calibatt.tools.evaluate.harness import head_errors
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def invoke(command, *arguments: object) -> Result:

@@ -46,15 +46,6 @@ def measured(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def one_thread() -> Any:
-    """As torchrun's processes have, for the same rounding."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
 def alone(tmp_path: Path, one_thread: None) -> dict[str, Any]:
     """What one process measures."""
     calibrate(arguments(tmp_path), tmp_path / "one")

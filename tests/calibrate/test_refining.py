@@ -25,13 +25,7 @@ from calibatt.tools.calibrate import models, refining
 from calibatt.tools.calibrate.listen import Call, listening
 from calibatt.tools.calibrate.refining import Refiner, mask_errors
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def brute_force(q: Any, k: Any, v: Any, keep: Any, blocks: Blocks, queries: Any) -> Any:

@@ -23,13 +23,7 @@ from calibatt.tools.evaluate import evaluation, gate, metrics
 from calibatt.tools.evaluate.masks import schedule_of
 from calibatt.tools.inspect_plan.__main__ import main as inspect
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
