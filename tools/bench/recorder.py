@@ -106,7 +106,8 @@ def statistics(call: Call, manifest: Manifest) -> dict[str, Callable[[], Any]]:
     q, k, v = call.q, call.k, call.v
     heads, _, head_dim = q.shape
     factor = projection_factor(call.projection, heads, head_dim)
-    projected = projected_values(v, factor)
+    project = partial(projected_values, v, factor, q.dtype if q.is_cuda else torch.float32)
+    projected = project()
     if q.is_cuda:
         from calibatt.tools.calibrate.kernels import block_statistics as measure
     else:
@@ -118,7 +119,7 @@ def statistics(call: Call, manifest: Manifest) -> dict[str, Callable[[], Any]]:
     everything = {"projection": call.projection, "residual_square": call.residual_square, "seed": 0}
     return {
         "projection factor": partial(projection_factor, call.projection, heads, head_dim),
-        "projected values": partial(projected_values, v, factor),
+        "projected values": project,
         "block statistics": partial(measure, q, k, projected, blocks, stride),
         "keep planes": partial(keep_planes, mass, manifest.thresholds),
         "menu errors": partial(menu_errors, q, k, v, menu, factor, blocks, stride, 0),

@@ -22,7 +22,7 @@ from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.tools.calibrate.listen import Call, ListenError, listening
 from calibatt.tools.calibrate.recorder import StepCounter, recorded_steps
 from calibatt.tools.calibrate.sampler import Sampler
-from calibatt.tools.calibrate.statistics import by_key_block, projection_factor
+from calibatt.tools.calibrate.statistics import by_key_block, projected_values, projection_factor
 
 QUERY_BLOCKS = 96
 """Query blocks of a head on which masks are measured, unless asked otherwise."""
@@ -187,8 +187,7 @@ class Refiner:
         generator = np.random.default_rng(zlib.crc32(seed.encode()))
         picked = sorted(generator.permutation(q_blocks)[: self.query_blocks].tolist())
         offset = int(generator.integers(stride))
-        behind = call.v.float() @ projection_factor(call.projection, heads, head_dim)
-        behind -= behind.mean(1, keepdim=True)  # o_J - O does not change when all values are shifted
+        behind = projected_values(call.v, projection_factor(call.projection, heads, head_dim))
         levels = self._levels(time_index, call.layer, device)[..., :q_blocks, :k_blocks]
         self._windows = self._windows.to(device)
         windows = self._windows[:, :q_blocks, :k_blocks]

@@ -63,7 +63,9 @@ def unit_statistics(
         from calibatt.tools.calibrate.kernels import block_statistics as measure
     else:
         measure = block_statistics
-    mass, error = measure(q, k, projected_values(v, factor), blocks, stride)
+    # The kernel multiplies in q's dtype, and would make a copy of any other.
+    values = projected_values(v, factor, q.dtype if q.is_cuda else torch.float32)
+    mass, error = measure(q, k, values, blocks, stride)
     there = (..., slice(blocks.q_blocks(tokens)), slice(blocks.k_blocks(tokens)))
     mass, error = (_with_padding(x, manifest.q_blocks, manifest.k_blocks) for x in (mass, error / residual_square))
     planes = keep_planes(mass, manifest.thresholds)
@@ -135,12 +137,12 @@ def projection_factor(projection: Tensor, heads: int, head_dim: int) -> Tensor:
     return torch.linalg.cholesky(square).float()
 
 
-def projected_values(v: Tensor, factor: Tensor) -> Tensor:
-    """Values behind the projection, ``(H, N, D)``: float32, or on a GPU of v's dtype, as `kernels` wants them.
+def projected_values(v: Tensor, factor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values behind the projection, ``(H, N, D)``.
 
     They are centred: o_J - O does not change when all values are shifted, and differences of small numbers are exact.
     """
-    found = torch.empty(v.shape, dtype=v.dtype if v.is_cuda else torch.float32, device=v.device)
+    found = torch.empty(v.shape, dtype=dtype, device=v.device)
     for some in _heads_at_once(v):
         behind = v[some].float() @ factor[some]
         found[some] = behind.sub_(behind.mean(1, keepdim=True))
