@@ -13,7 +13,7 @@ import numpy.typing as npt
 from calibatt.compiler.bits import Bits, Votes, unpack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.error_model import dropped_error, priced_rows
-from calibatt.compiler.ir import Float32, Float64, Job, UnitIR, UnitMeans, query_weights, row_required
+from calibatt.compiler.ir import Float32, Float64, Job, UnitIR, UnitMeans, column_bits, query_weights, row_required
 from calibatt.compiler.ladders import LadderMaker, Levels
 from calibatt.compiler.passes import Pass
 from calibatt.compiler.stats import (
@@ -91,9 +91,9 @@ class StatisticsSource:
         Raises:
             StoreError: A unit is damaged.
         """
-        found = self._summed(ladders.samples, time_index, layer, "votes" in ladders.kinds, ladders).levels
-        assert found is not None
-        return found
+        made = self._summed(ladders.samples, time_index, layer, "votes" in ladders.kinds, False, ladders).ladders
+        assert made is not None
+        return made.levels
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
         """One (time, layer), read from every sample once.
@@ -106,20 +106,20 @@ class StatisticsSource:
         following = time_index * manifest.model.layers + layer + 1
         if following < job.units:  # in whatever process it is made
             self.store.expect(job.samples[:TOGETHER], *job.place(following), planes)
-        sums = self._summed(job.samples, time_index, layer, planes, ladders)
+        sums = self._summed(job.samples, time_index, layer, planes, job.codes, ladders)
         means = sums.means()
         if ladders is not None:
             means = replace(means, refined_error=self.store.refined_error(time_index, layer))
-        required = row_required(means.error_code, manifest.model.heads, manifest.q_blocks, manifest.k_blocks)
+        required = column_bits(sums.required, manifest.k_blocks)
         weight = float(job.unit_weights[time_index, layer])
         unit = UnitIR(time_index, layer, manifest.grid, manifest.blocks, weight, means, required)
         unit.head_weight = None if job.head_weights is None else job.head_weights[time_index, layer]
         return unit
 
     def _summed(
-        self, names: Sequence[str], time_index: int, layer: int, planes: bool, ladders: Ladders | None
+        self, names: Sequence[str], time_index: int, layer: int, planes: bool, codes: bool, ladders: Ladders | None
     ) -> _Sums:
-        sums = _Sums(self.store.manifest, len(names), planes, ladders)
+        sums = _Sums(self.store.manifest, len(names), planes, codes, ladders)
         for start in range(0, len(names), TOGETHER):
             part = names[start : start + TOGETHER]
             units = [self.store.unit(name, time_index, layer, planes) for name in part]
@@ -128,9 +128,17 @@ class StatisticsSource:
 
 
 class _Sums:
-    """Running sums over the samples of one (time, layer)."""
+    """Running sums over the samples of one (time, layer).
 
-    def __init__(self, manifest: Manifest, samples: int, planes: bool, ladders: Ladders | None) -> None:
+    Args:
+        manifest: Of the store.
+        samples: How many there will be.
+        planes: Count the votes of the keep planes.
+        codes: Keep the mean block error, and what it predicts of the menu.
+        ladders: Make these, if any.
+    """
+
+    def __init__(self, manifest: Manifest, samples: int, planes: bool, codes: bool, ladders: Ladders | None) -> None:
         heads, q_blocks, k_blocks = manifest.model.heads, manifest.q_blocks, manifest.k_blocks
         self.manifest = manifest
         self.samples = samples
@@ -138,7 +146,10 @@ class _Sums:
         self.small: dict[str, Float64] = {}
         self.errors: dict[int, Float32] = {}
         self.values = np.empty(q_blocks * k_blocks + 1, np.float32)
-        self.code = np.empty((heads, q_blocks, k_blocks), np.uint8) if manifest.has_block_error else None
+        kept = (heads, q_blocks, k_blocks) if codes and manifest.has_block_error else None
+        self.code = None if kept is None else np.empty(kept, np.uint8)
+        self.required = np.empty((heads, q_blocks), np.int64)
+        """int64 ``(H, Q)``, of `row_required`."""
         self.peak = np.zeros(heads, np.float32)
         self.predicted = np.zeros((len(manifest.menu), heads))
         self.rows = priced_rows(q_blocks, PREDICTED_ROWS)
@@ -159,16 +170,27 @@ class _Sums:
             for unit in units if self.votes else ():
                 assert unit.planes is not None
                 self.votes[head].add(unit.planes[:, head])
-            total = None if self.code is None else self._add_error(units, head, last)
-            if self.ladders is not None:
-                mass = self._add_mass(units, head, last)
-                if last:
-                    codes = None if self.code is None else self.code[head]
-                    self.ladders.add(head, total, codes, self.votes[head] if self.votes else None, mass)
+            total = self._add_error(units, head, last) if self.manifest.has_block_error else None
+            mass = self._add_mass(units, head, last) if self.ladders is not None else None
+            if last:
+                self._finish(head, total, mass)
 
-    @property
-    def levels(self) -> Levels | None:
-        return None if self.ladders is None else self.ladders.levels
+    def _finish(self, head: int, error: Float32 | None, mass: Float32 | None) -> None:
+        """Makes what follows from the sums over all samples, float32 ``(Q, K)``."""
+        codes = None
+        if error is not None:
+            self.peak[head] = error.max()
+            codes = fast_codes(error, self.peak[head])
+        self.required[head] = row_required(codes, self.manifest.q_blocks, self.manifest.k_blocks)
+        if self.code is not None:
+            assert error is not None
+            self.code[head] = codes
+            rows = error[self.rows]
+            for index, drop in enumerate(self.dropped, len(self.manifest.thresholds)):
+                self.predicted[index, head] = dropped_error(rows, drop, self.queries)
+        if self.ladders is not None:
+            votes = self.votes[head] if self.votes else None
+            self.ladders.add(head, self.required[head], error, codes, votes, mass)
 
     def _add_mass(self, units: Sequence[UnitStatistics], head: int, last: bool) -> Float32 | None:
         assert self.ladders is not None
@@ -185,25 +207,17 @@ class _Sums:
         return total
 
     def _add_error(self, units: Sequence[UnitStatistics], head: int, last: bool) -> Float32:
-        assert self.code is not None
         total = self.errors.pop(head, None)
         for unit in units:
             assert unit.block_error is not None
             assert unit.block_error_peak is not None
             error = self._values(unit.block_error[head], unit.block_error_peak[head] / self.samples)
             total = error.copy() if total is None else np.add(total, error, out=total)
-            if unit.planes is not None:
+            if unit.planes is not None and self.code is not None:
                 self._predict(unit.planes[:, head, self.rows], error[self.rows], head)
         assert total is not None
         if not last:
             self.errors[head] = total
-            return total
-        planes = len(self.manifest.thresholds)
-        rows = total[self.rows]
-        for index, drop in enumerate(self.dropped, planes):
-            self.predicted[index, head] = dropped_error(rows, drop, self.queries)
-        self.peak[head] = total.max()
-        self.code[head] = fast_codes(total, self.peak[head])
         return total
 
     def _values(self, codes: npt.NDArray[np.uint8], peak: np.float32) -> Float32:
@@ -230,7 +244,8 @@ class _Sums:
             error_code=self.code,
             error_peak=self.peak,
             menu_predicted=self.predicted if known else None,
-            levels=self.levels,
+            levels=None if self.ladders is None else self.ladders.levels,
+            level_blocks=None if self.ladders is None else self.ladders.blocks,
             **means,
         )
 

@@ -34,7 +34,8 @@ class UnitMeans:
 
     Args:
         votes: Of the keep planes of each head, packed masks ``(T, Q, ceil(K / 8))``; gone when the votes are counted.
-        error_code: uint8 ``(H, Q, K)``, codes of the mean block error (`stats.quantise`), or None.
+        error_code: uint8 ``(H, Q, K)``, codes of the mean block error (`stats.quantise`), or None where none was
+            measured, or no pass asks for it.
         error_peak: float32 ``(H,)``, what code 0 stands for: squared output error relative to the residual stream.
         menu_error: float64 ``(M, H)``, measured, relative to the head's output.
         menu_residual_error: float64 ``(M, H)``, measured, relative to the residual stream.
@@ -42,6 +43,7 @@ class UnitMeans:
         output_size: float64 ``(H,)``, the head's output relative to the residual stream.
         row_residual_error: float64 ``(H, Y, 2 R)``, NaN where the offset leaves the frame.
         levels: uint8 ``(S, H, Q, K)``, the ladders (`compiler.ladders`), or None.
+        level_blocks: int64 ``(S, H, shares)``, blocks up to each level.
         refined_error: float64 ``(C, H)``, measured errors of every level of every ladder, then of the windows, relative
             to the residual stream; None without a refinement.
     """
@@ -55,6 +57,7 @@ class UnitMeans:
     output_size: Float64
     row_residual_error: Float64
     levels: npt.NDArray[np.uint8] | None = None
+    level_blocks: Int64 | None = None
     refined_error: Float64 | None = None
 
 
@@ -171,6 +174,7 @@ class Job:
         device: What predicts milliseconds.
         head_weights: float64 ``(times, layers, heads)``, the same in each head; None where heads were not probed.
         planes: Some pass asks for the keep planes of the samples.
+        codes: Some pass asks for the mean block error.
         ladders: What a refinement of the store is of; None without one.
         use_ladders: Some pass asks for ladders.
         refinement: Digests of the files with their errors, where that is so.
@@ -189,6 +193,7 @@ class Job:
     device: Device
     head_weights: Float64 | None = None
     planes: bool = True
+    codes: bool = True
     ladders: Ladders | None = None
     use_ladders: bool = False
     refinement: tuple[str, ...] = ()
@@ -290,17 +295,19 @@ def query_weights(grid: TokenGrid, blocks: Blocks) -> Float64:
     return share
 
 
-def row_required(error_code: npt.NDArray[np.uint8] | None, heads: int, q_blocks: int, k_blocks: int) -> Bits:
-    """Packed ``(H, Q, ceil(K / 8))`` with the one block of each row that no mask may drop.
+def row_required(error_code: npt.NDArray[np.uint8] | None, q_blocks: int, k_blocks: int) -> Int64:
+    """int64 ``(Q,)``: the one block of each row of a head that no mask may drop.
 
-    It is the block of the largest mean block error, or, where none was measured, that of the row's own keys.
+    It is the block of the largest mean block error by its codes ``(Q, K)``, or, where none was measured, that of the
+    row's own keys.
     """
-    if error_code is None:
-        own = np.arange(q_blocks) * k_blocks // q_blocks
-        column = np.broadcast_to(own, (heads, q_blocks))
-    else:
-        column = error_code.argmin(axis=2)
-    keep = np.zeros((heads, q_blocks, -(-k_blocks // 8)), dtype=np.uint8)
+    found: Int64 = np.arange(q_blocks) * k_blocks // q_blocks if error_code is None else error_code.argmin(axis=1)
+    return found
+
+
+def column_bits(column: Int64, k_blocks: int) -> Bits:
+    """Packed ``(..., ceil(K / 8))`` with one block of each row, given as int64 ``(...)``."""
+    keep = np.zeros((*column.shape, -(-k_blocks // 8)), dtype=np.uint8)
     bit = (1 << (column % 8)).astype(np.uint8)
-    np.put_along_axis(keep, column[..., None] // 8, bit[..., None], axis=2)
+    np.put_along_axis(keep, column[..., None] // 8, bit[..., None], axis=-1)
     return keep

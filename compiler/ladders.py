@@ -9,116 +9,110 @@ first level that keeps it, is all of a ladder; blocks of level ``len(shares)`` o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from calibatt.compiler.bits import Bool, Votes, unpack
-from calibatt.compiler.ir import Float32, Int64, row_required
+from calibatt.compiler.ir import Float32, Int64
 from calibatt.compiler.passes.protect import protected
 from calibatt.compiler.stats import Ladders, Manifest, Window, code_values, fast_codes, window_keep
-from calibatt.plans import Blocks
 
 Levels = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.uint8]
+Regions = npt.NDArray[np.uint8]
+Rank = npt.NDArray[Any]
 
 FRAMES = {"frame": 0, "near": 1}
-"""Kinds that keep near frames first, and how far."""
+"""Kinds that keep near frames first, and how far; the nearest come first."""
 CODES = 256
 SIZE_BITS = 13
 """Sizes are compared by so many upper bits of their float32: to within 6 %."""
 SIZES = 1 << SIZE_BITS
+WORD = 4
+"""Ladders whose levels fit into one uint32."""
 
 
-@dataclass(frozen=True, eq=False)
-class Order:
-    """In which order a head's blocks are kept.
-
-    Args:
-        classes: Non-negative integers ``(Q, K)``: blocks of one class are kept together.
-        rank: int64 ``(classes,)``: the class of the lowest is kept first, equals together.
-    """
-
-    classes: npt.NDArray[Any]
-    rank: Int64
-
-    @cached_property
-    def number(self) -> Int64:
-        """int64 ``(classes,)``: blocks of each."""
-        return np.bincount(self.classes.reshape(-1), minlength=len(self.rank))
-
-
-def levels_of(order: Order, shares: Sequence[float], always: Bool, first: Bool | None = None) -> Levels:
-    """The levels of one head's blocks.
+def levels_of(rank: Rank, shares: Sequence[float], region: Regions, firsts: Sequence[int]) -> tuple[Levels, Int64]:
+    """The levels of one head's blocks in some ladders of one order.
 
     Args:
-        order: Of the blocks.
+        rank: Unsigned integers ``(Q, K)``: the blocks of the lowest are kept first, equals together.
         shares: Most blocks of each level, as a share of all; ascending.
-        always: bool ``(Q, K)``, blocks of level 0 wherever they come.
-        first: bool ``(Q, K)``, blocks that come before all others, in the same order.
+        region: uint8 ``(Q, K)``: blocks of region 0 are of level 0 wherever they come.
+        firsts: One a ladder: blocks of regions 1 to that come before all others, in the same order.
+
+    Returns:
+        Levels uint8 ``(len(firsts), Q, K)``, and blocks up to each level, int64 ``(len(firsts), len(shares))``.
     """
-    classes, rank = order.classes, order.rank
-    room = np.floor(np.array(shares) * classes.size)
+    ranks, regions = int(rank.max()) + 1, int(region.max()) + 1
+    place = (rank * rank.dtype.type(regions) + region).astype(np.intp)
+    number = np.bincount(place.reshape(-1), minlength=ranks * regions).reshape(ranks, regions)
+    room = np.floor(np.array(shares) * place.size)
 
-    def some(mask: Bool) -> Int64:
-        return np.bincount(classes[mask], minlength=len(rank))
-
-    def level(number: Int64, before: int) -> Levels:
-        """Of each class, of whose blocks some come after others."""
-        kept = np.bincount(rank, weights=number).cumsum() + before
-        ends = np.searchsorted(kept, room, side="right")
-        found: Levels = np.bincount(ends, minlength=len(kept) + 1)[:-1].cumsum().astype(np.uint8)[rank]
+    def level(number: Int64, before: int) -> Int64:
+        """Of each rank, of whose blocks some come after others."""
+        ends = np.searchsorted(number.cumsum() + before, room, side="right")
+        found: Int64 = np.bincount(ends, minlength=ranks + 1)[:-1].cumsum()
         return found
 
-    before = int(np.count_nonzero(always))
-    others = order.number - some(always)
-    if first is None:
-        levels = level(others, before).take(classes)
-    else:
-        inside = some(first & ~always)
-        levels = level(others - inside, before + int(inside.sum())).take(classes)
-        levels[first] = level(inside, before).take(classes[first])
-    levels[always] = 0
-    return levels
+    tables = np.zeros((len(firsts), ranks, regions), np.uint8)
+    blocks = np.empty((len(firsts), len(shares)), np.int64)
+    always = int(number[:, 0].sum())
+    for table, first, kept in zip(tables, firsts, blocks, strict=True):
+        inside, outside = number[:, 1 : first + 1].sum(1), number[:, first + 1 :].sum(1)
+        table[:, 1 : first + 1] = level(inside, always)[:, None]
+        table[:, first + 1 :] = level(outside, always + int(inside.sum()))[:, None]
+        kept[:] = np.bincount(table.reshape(-1), number.reshape(-1), len(shares) + 1)[:-1].cumsum()
+    found = np.empty((len(firsts), *rank.shape), np.uint8)
+    for start in range(0, len(firsts), WORD):  # some tables in one, so that blocks are looked up once
+        words = np.zeros(ranks * regions, np.uint32)
+        for shift, table in enumerate(tables[start : start + WORD]):
+            words |= table.reshape(-1).astype(np.uint32) << (8 * shift)
+        looked_up = words.take(place)
+        for shift, levels in enumerate(found[start : start + WORD]):
+            levels[:] = looked_up >> (8 * shift) if shift else looked_up
+    return found, blocks
 
 
-def by_size(values: Float32) -> Order:
+def by_size(values: Float32) -> Rank:
     """Non-negative values ``(Q, K)``: the largest first."""
-    return Order(_upper(values), np.arange(SIZES)[::-1])
+    found: Rank = SIZES - 1 - _upper(values)
+    return found
 
 
-def by_votes(votes: Votes, k_blocks: int, codes: Codes | None) -> Order:
+def by_votes(votes: Votes, k_blocks: int, codes: Codes | None) -> Rank:
     """Blocks of the most votes of all samples and planes first; of equals those of most error by their codes."""
-    number = np.zeros((*votes.digits[0].shape[1:-1], k_blocks), np.uint16)
+    number = np.zeros((*votes.digits[0].shape[1:-1], k_blocks), np.uint32)
     for digit, bits in enumerate(votes.digits):
         for plane in bits:
-            number += unpack(plane, k_blocks).view(np.uint8).astype(np.uint16) << digit
-    most = int(number.max())
-    if codes is None:
-        return Order(number, most - np.arange(most + 1))
-    worth = number.astype(np.int64) * CODES + (CODES - 1 - codes)
-    return Order(worth, (most + 1) * CODES - 1 - np.arange((most + 1) * CODES))
+            number += unpack(plane, k_blocks).view(np.uint8).astype(np.uint32) << digit
+    found: Rank = number.max() - number
+    return found if codes is None else found * CODES + codes
 
 
-def by_row(codes: Codes) -> Order:
+def by_row(codes: npt.NDArray[Any]) -> Rank:
     """By what it adds to its row's error to drop a block after all smaller ones of the row, largest first.
 
     Errors of dropped blocks point the same way (`error_model`), so a row's error is the square of the sum of their
     sizes, and a block of size s dropped after a sum S adds ``s * (s + 2 S)``: rows with few large blocks give up more.
 
     Args:
-        codes: uint8 ``(Q, K)`` of the mean block error, of any peak.
+        codes: Integers ``(Q, K)`` below 256, codes of the mean block error, of any peak.
     """
     classes = (np.arange(len(codes)) * CODES)[:, None] + codes
-    number = np.bincount(classes.reshape(-1), minlength=len(codes) * CODES).reshape(-1, CODES)
+    number = np.bincount(classes.reshape(-1), minlength=len(codes) * CODES).reshape(-1, CODES).astype(np.float64)
     size = np.sqrt(code_values(1.0).astype(np.float64))
-    larger = np.cumsum(number * size, 1)
-    smaller = larger[:, -1:] - larger
-    added = size * (size + 2 * (smaller + np.maximum(number - 1, 0) * size / 2))
-    return Order(classes, SIZES - 1 - _upper(added.astype(np.float32)).astype(np.int64).reshape(-1))
+    larger = np.cumsum(number * (2 * size), 1)
+    added = larger[:, -1:] - larger  # 2 S
+    number -= 1  # of classes without blocks nobody asks
+    number *= size
+    added += number
+    added += size
+    added *= size
+    return by_size(added.astype(np.float32)).reshape(-1).take(classes)
 
 
 def _upper(values: Float32) -> npt.NDArray[np.uint16]:
@@ -128,34 +122,40 @@ def _upper(values: Float32) -> npt.NDArray[np.uint16]:
     return found
 
 
-def steady(error: Float32, codes: Codes, samples: int, manifest: Manifest, apart: Bool) -> Codes:
-    """Codes of each block's error, drawn to that of its band: of all blocks whose keys lie as far from their queries.
-
-    What few samples say of a single block is mostly what was in their pictures: the band counts as one sample more, in
-    a geometric mean. It is taken of codes, in integers, so that every machine finds the same.
+class Bands:
+    """All blocks whose keys lie as far from their queries, band by band.
 
     Args:
-        error: float32 ``(Q, K)``.
-        codes: uint8 ``(Q, K)`` of it.
-        samples: How many it is the sum or mean of.
         manifest: Of the store.
         apart: bool ``(Q, K)``, blocks that do not count in their bands.
     """
-    band = _bands(manifest.blocks, *error.shape)
-    number = np.bincount(band[~apart], minlength=int(band.max()) + 1)
-    total = np.bincount(band.reshape(-1), weights=np.where(apart, 0, error).reshape(-1))
-    mean = (total / np.maximum(number, 1)).astype(np.float32)
-    typical = fast_codes(mean, error.max()).astype(np.uint32)
-    both = codes * np.uint32(samples) + typical.take(band) + np.uint32((samples + 1) // 2)
-    found: Codes = (both // np.uint32(samples + 1)).astype(np.uint8)
-    return found
 
+    def __init__(self, manifest: Manifest, apart: Bool) -> None:
+        own = np.arange(manifest.q_blocks) * manifest.blocks.block_q // manifest.blocks.block_k
+        self._first = own.max() - own
+        """Band of each row's first block."""
+        self._band = (self._first[:, None] + np.arange(manifest.k_blocks)).reshape(-1)
+        self._number = np.bincount(self._band, ~apart.reshape(-1))
+        self._counts = ~apart if apart.any() else None
 
-@lru_cache(maxsize=2)
-def _bands(blocks: Blocks, q_blocks: int, k_blocks: int) -> Int64:
-    own = np.arange(q_blocks)[:, None] * blocks.block_q // blocks.block_k
-    distance: Int64 = np.arange(k_blocks) - own + own.max()
-    return distance
+    def steady(self, error: Float32, codes: Codes, samples: int) -> npt.NDArray[np.uint32]:
+        """Codes of each block's error, drawn to that of its band.
+
+        What few samples say of a single block is mostly what was in their pictures: the band counts as one sample more,
+        in a geometric mean. It is taken of codes, in integers, so that every machine finds the same.
+
+        Args:
+            error: float32 ``(Q, K)``.
+            codes: uint8 ``(Q, K)`` of it.
+            samples: How many it is the sum or mean of.
+        """
+        counted = error if self._counts is None else error * self._counts
+        mean = (np.bincount(self._band, counted.reshape(-1)) / np.maximum(self._number, 1)).astype(np.float32)
+        typical = fast_codes(mean, error.max()).astype(np.uint32) + np.uint32((samples + 1) // 2)
+        both: npt.NDArray[np.uint32] = sliding_window_view(typical, codes.shape[1])[self._first]
+        both += codes * np.uint32(samples)
+        both //= np.uint32(samples + 1)
+        return both
 
 
 class LadderMaker:
@@ -168,47 +168,57 @@ class LadderMaker:
 
     def __init__(self, ladders: Ladders, manifest: Manifest) -> None:
         self.ladders = ladders
-        self.manifest = manifest
-        self.text = protected(manifest.grid, manifest.blocks, False, False)
-        self.windows = {
-            kind: window_keep(Window("frames", (radius,)), manifest.grid, manifest.blocks)
-            for kind, radius in FRAMES.items()
-        }
-        shape = (len(ladders.kinds), manifest.model.heads, manifest.q_blocks, manifest.k_blocks)
-        self.levels = np.empty(shape, np.uint8)
+        text = protected(manifest.grid, manifest.blocks, False, False)
+        self._bands = Bands(manifest, text)
+        self._region = np.full(text.shape, len(FRAMES) + 1, np.uint8)
+        for region, radius in sorted(enumerate(FRAMES.values(), 1), reverse=True):
+            self._region[window_keep(Window("frames", (radius,)), manifest.grid, manifest.blocks)] = region
+        self._region[text] = 0
+        shape = (len(ladders.kinds), manifest.model.heads)
+        self.levels = np.empty((*shape, *text.shape), np.uint8)
         """uint8 ``(S, H, Q, K)``: what was made."""
+        self.blocks = np.empty((*shape, len(ladders.shares)), np.int64)
+        """int64 ``(S, H, shares)``: blocks up to each level."""
 
     def add(
-        self, head: int, error: Float32 | None, codes: Codes | None, votes: Votes | None, mass: Float32 | None
+        self,
+        head: int,
+        required: Int64,
+        error: Float32 | None,
+        codes: Codes | None,
+        votes: Votes | None,
+        mass: Float32 | None,
     ) -> None:
         """Makes one head's.
 
         Args:
             head: Which.
+            required: int64 ``(Q,)``: the block of each row that is always kept.
             error: float32 ``(Q, K)``, sums of block errors over the samples.
             codes: uint8 ``(Q, K)`` of them.
             votes: Of the head's planes.
             mass: float32 ``(Q, K)``, sums of block mass.
         """
-        q_blocks, k_blocks = self.text.shape
-        whole = None if codes is None else codes[None]
-        always = self.text | unpack(row_required(whole, 1, q_blocks, k_blocks)[0], k_blocks)
-        by_error = None
-        if {"row", *FRAMES} & set(self.ladders.kinds):
+        region = self._region.copy()
+        region[np.arange(len(region)), required] = 0
+        kinds = self.ladders.kinds
+        if together := [kind for kind in kinds if kind in ("row", *FRAMES)]:
             assert error is not None
             assert codes is not None
-            by_error = by_row(steady(error, codes, len(self.ladders.samples), self.manifest, self.text))
-        for index, kind in enumerate(self.ladders.kinds):
-            order = by_error
-            if kind == "own":
-                assert codes is not None
-                order = by_row(codes)
-            elif kind == "votes":
-                assert votes is not None
-                order = by_votes(votes, k_blocks, codes)
-            elif kind == "mass":
-                assert mass is not None
-                order = by_size(mass)
-            assert order is not None
-            first = self.windows.get(kind)
-            self.levels[index, head] = levels_of(order, self.ladders.shares, always, first)
+            self._make(head, together, by_row(self._bands.steady(error, codes, len(self.ladders.samples))), region)
+        if "own" in kinds:
+            assert codes is not None
+            self._make(head, ["own"], by_row(codes), region)
+        if "votes" in kinds:
+            assert votes is not None
+            self._make(head, ["votes"], by_votes(votes, region.shape[1], codes), region)
+        if "mass" in kinds:
+            assert mass is not None
+            self._make(head, ["mass"], by_size(mass), region)
+
+    def _make(self, head: int, kinds: Sequence[str], rank: Rank, region: Regions) -> None:
+        firsts = [list(FRAMES).index(kind) + 1 if kind in FRAMES else 0 for kind in kinds]
+        made = levels_of(rank, self.ladders.shares, region, firsts)
+        for kind, levels, blocks in zip(kinds, *made, strict=True):
+            index = self.ladders.kinds.index(kind)
+            self.levels[index, head], self.blocks[index, head] = levels, blocks

@@ -158,6 +158,7 @@ def run(
     """
     accounts: list[Account] = []
     job.planes = any(each.planes for each in passes)
+    job.codes = any(each.codes for each in passes)
     job.use_ladders = any(each.ladders for each in passes)
     decisions: Sequence[Any] = [None] * job.units
     for stage in stages(passes):

@@ -44,6 +44,11 @@ class Pass(ABC):
     to_time: float | None = None
 
     @property
+    def codes(self) -> bool:
+        """The mean block error must be kept for it."""
+        return False
+
+    @property
     def ladders(self) -> bool:
         """The masks of a refined store's ladders must be made for it."""
         return False

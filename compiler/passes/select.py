@@ -87,6 +87,10 @@ class Select(Pass):
         self.require(whole, "levels-per-octave", "be 1, 2, 4 or 8", self.levels_per_octave)
 
     @property
+    def codes(self) -> bool:
+        return bool({"cuts", "planes"} & set(self._parts()))
+
+    @property
     def ladders(self) -> bool:
         return self.menu is not None and "ladders" in self.menu.split("+")
 
@@ -179,7 +183,7 @@ class Select(Pass):
                 f"{len(self._kinds(job))} ladders of {len(ladders.shares)} masks and windows, on {len(ladders.samples)}"
             )
             measured = f"measured errors of {told} samples"
-            if not {"cuts", "planes"} & set(self._parts()):
+            if not self.codes:
                 return measured
             return f"{measured}; of others (sum of roots of block errors)^2 x {job.error_factor:.3g}"
         if job.manifest.has_block_error:
@@ -270,19 +274,20 @@ class _Columns:
             if self.windows:
                 error[:, at : at + len(self.windows)] = unit.means.refined_error[windows:].T
             for head in range(unit.heads):
-                blocks[head, self.first_rung :] = self._rung_blocks(unit, head)
+                blocks[head, self.first_rung :] = self._rung_blocks(unit, head).reshape(-1)
         return blocks, error
 
     def _rung_blocks(self, unit: UnitIR, head: int) -> Int64:
-        """Blocks of every level of every ladder of a head, with those that are required."""
+        """Blocks of every level of every ladder of a head, int64 ``(kinds, shares)``, with those that are required."""
         assert unit.means.levels is not None
-        required = unpack(unit.required[head], unit.k_blocks)
+        assert unit.means.level_blocks is not None
+        required = np.flatnonzero(unpack(unit.required[head], unit.k_blocks))
         found = []
         for kind in self.kinds:
-            levels, size = unit.means.levels[kind, head], self.shares + 1
-            others = np.bincount(levels.reshape(-1), minlength=size) - np.bincount(levels[required], minlength=size)
-            found.append(np.count_nonzero(required) + others[: self.shares].cumsum())
-        return np.concatenate(found)
+            levels = unit.means.levels[kind, head].reshape(-1).take(required)
+            kept = np.bincount(levels, minlength=self.shares + 1)[: self.shares].cumsum()
+            found.append(unit.means.level_blocks[kind, head] + len(required) - kept)
+        return np.stack(found)
 
     def _from_codes(self, unit: UnitIR, head: int, blocks: Int64, error: Float64) -> None:
         """Planes and cuts of one head from counts of its codes: no mask is made.

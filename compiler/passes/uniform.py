@@ -28,6 +28,10 @@ class Uniform(Pass):
     decides: ClassVar[bool] = True
     threshold: float = 0.9
 
+    @property
+    def codes(self) -> bool:
+        return True
+
     def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
         thresholds = job.manifest.thresholds
         known = ", ".join(f"{each:g}" for each in thresholds)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
@@ -110,7 +111,7 @@ class Manifest:
         """Candidate masks in the order of `menu_error`: the planes' thresholds, then the windows."""
         return (*self.thresholds, *self.windows)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Stands for the whole manifest, 32 hexadecimal digits; every unit carries it."""
         return blake2b(self.to_json().encode(), digest_size=16).hexdigest()

@@ -73,7 +73,7 @@ def test_a_killed_job_goes_on(store: Path, tmp_path: Path, units: int) -> None:
     other = invoke(store, "-o", plan, "--resume", "--target-density", 0.4)
     assert other.exit_code == 2
     assert "must be of this very job to be resumed, got other statistics or options" in other.stderr
-    times = {path: os.stat(path).st_mtime_ns for path in work.glob("*.error_code.npy")}
+    times = {path: os.stat(path).st_mtime_ns for path in work.glob("*.npy")}
     assert times
     resumed = invoke(*arguments, "--resume")
     assert resumed.exit_code == 0, resumed.output

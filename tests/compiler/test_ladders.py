@@ -19,7 +19,7 @@ from calibatt.compiler.cost import device_named
 from calibatt.compiler.emit import compile_in_memory
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.gather import StatisticsSource
-from calibatt.compiler.ladders import Order, by_row, by_size, by_votes, levels_of, steady
+from calibatt.compiler.ladders import Bands, by_row, by_size, by_votes, levels_of
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.stats import (
     Ladders,
@@ -36,19 +36,17 @@ from calibatt.compiler.stats import (
 ALL = ("row", "frame", "near", "own", "votes", "mass")
 
 
-def ranks(order: Order) -> np.ndarray:
-    return order.rank[order.classes]
-
-
 @given(st.integers(0, 10**6), st.sampled_from([2, 5, 300]), st.floats(0, 0.3), st.sampled_from([None, 0.0, 0.3, 1.0]))
 def test_levels_are_nested_and_hit_their_densities(seed: int, different: int, kept: float, before: Any) -> None:
     rng = np.random.default_rng(seed)
     keys = rng.integers(0, different, (9, 11))
     always = rng.random((9, 11)) < kept
     first = None if before is None else rng.random((9, 11)) < before
-    rank = rng.permutation(different)
-    levels = levels_of(Order(rank.argsort()[keys], rank), SHARES, always, first)
+    region = np.where(always, 0, np.where(first is not None and first, 1, 2)).astype(np.uint8)
+    (other, levels), (_, blocks) = levels_of(keys, SHARES, region, (2, 0 if first is None else 1))
+    assert first is not None or np.array_equal(other, levels)
     assert levels.max() <= len(SHARES)
+    assert blocks.tolist() == [np.count_nonzero(levels <= level) for level in range(len(SHARES))]
     last = 2 * different
     order = np.where(always, -1, keys if first is None else np.where(first, keys, keys + different))
     for level, share in enumerate(SHARES):
@@ -62,11 +60,11 @@ def test_levels_are_nested_and_hit_their_densities(seed: int, different: int, ke
 
 def test_sizes_come_largest_first() -> None:
     values = np.geomspace(1e-3, 1e3, 600).astype(np.float32).reshape(20, 30)
-    keys = ranks(by_size(values)).reshape(-1)
+    keys = by_size(values).astype(int).reshape(-1)
     assert (np.diff(keys) <= 0).all()
     groups = [values.reshape(-1)[keys == key] for key in np.unique(keys)]
     assert max(group.max() / group.min() for group in groups) < 1.0626
-    assert ranks(by_size(np.zeros((1, 1), np.float32))) > keys.max()
+    assert by_size(np.zeros((1, 1), np.float32)) > keys.max()
 
 
 def test_votes_come_before_errors() -> None:
@@ -76,7 +74,7 @@ def test_votes_come_before_errors() -> None:
     for mask in masks:
         votes.add(pack(mask))
     codes = rng.integers(0, 256, (4, 10)).astype(np.uint8)
-    keys = ranks(by_votes(votes, 10, codes))
+    keys = by_votes(votes, 10, codes)
     number = masks.sum((0, 1))
     for a, b in np.ndindex(40, 40):
         first = (-number.flat[a], codes.flat[a]) < (-number.flat[b], codes.flat[b])
@@ -88,7 +86,7 @@ def test_rows_give_up_what_adds_least_to_their_errors() -> None:
     rng = np.random.default_rng(1)
     codes = np.stack([rng.permutation(256)[:40] for _ in range(5)]).astype(np.uint8)
     size = np.sqrt(code_values(1.0).astype(np.float64))[codes]
-    order = np.argsort(-ranks(by_row(codes)), axis=None, kind="stable")
+    order = np.argsort(-by_row(codes).astype(int), axis=None, kind="stable")
     sums, added = np.zeros(5), []
     for at in order.tolist():
         row = at // 40
@@ -108,7 +106,7 @@ def test_few_samples_are_drawn_to_what_is_typical_of_the_distance() -> None:
         same = [error[i, i + column - row] for i in range(16) if 0 <= i + column - row < 16 and i + column - row != 3]
         band[row, column] = np.mean(same) if same else 0
     for samples in (1, 4, 10**6):
-        found = steady(error, codes, samples, of, apart)
+        found = Bands(of, apart).steady(error, codes, samples)
         wanted = (codes.astype(float) * samples + quantise(band, error.max())) / (samples + 1)
         assert np.abs(found - wanted).max() <= 1
     np.testing.assert_array_equal(found, codes)
