@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from calibatt.compiler.bits import Bits, Votes, unpack
+from calibatt.compiler.bits import Votes, unpack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.error_model import dropped_error, priced_rows
 from calibatt.compiler.ir import Float32, Float64, Job, UnitIR, UnitMeans, column_bits, query_weights, row_required
-from calibatt.compiler.ladders import LadderMaker, Levels
+from calibatt.compiler.ladders import Codes, LadderMaker, Levels, some_rows
 from calibatt.compiler.passes import Pass
 from calibatt.compiler.stats import (
     ErrorWeights,
@@ -144,7 +144,8 @@ class _Sums:
         self.samples = samples
         self.votes = [Votes() for _ in range(heads if planes else 0)]
         self.small: dict[str, Float64] = {}
-        self.errors: dict[int, Float32] = {}
+        self.totals: dict[tuple[str, int], Float32] = {}
+        """What was summed so far, by what it is and head."""
         self.values = np.empty(q_blocks * k_blocks + 1, np.float32)
         kept = (heads, q_blocks, k_blocks) if codes and manifest.has_block_error else None
         self.code = None if kept is None else np.empty(kept, np.uint8)
@@ -158,7 +159,6 @@ class _Sums:
         windows = [window_keep(window, manifest.grid, manifest.blocks)[self.rows] for window in manifest.windows]
         self.dropped = [~window for window in windows]
         self.ladders = None if ladders is None else LadderMaker(ladders, manifest)
-        self.mass: dict[int, Float32] = {}
 
     def add(self, units: Sequence[UnitStatistics], last: bool) -> None:
         """Counts some samples; `last`: there are no more."""
@@ -192,35 +192,47 @@ class _Sums:
             votes = self.votes[head] if self.votes else None
             self.ladders.add(head, self.required[head], error, codes, votes, mass)
 
+    def _add_error(self, units: Sequence[UnitStatistics], head: int, last: bool) -> Float32:
+        arrays = []
+        for unit in units:
+            assert unit.block_error is not None
+            assert unit.block_error_peak is not None
+            arrays.append((unit.block_error[head], unit.block_error_peak[head] / self.samples))
+        for unit, (codes, peak) in zip(units, arrays, strict=True):
+            if unit.planes is not None and self.code is not None:
+                kept = unpack(unit.planes[:, head, self.rows], self.manifest.k_blocks)
+                error = self._values(codes[self.rows], peak)
+                self.predicted[: len(kept), head] += dropped_error(error, ~kept, self.queries)
+        return self._add("error", head, arrays, last)
+
     def _add_mass(self, units: Sequence[UnitStatistics], head: int, last: bool) -> Float32 | None:
         assert self.ladders is not None
         if "mass" not in self.ladders.ladders.kinds:
             return None
-        total = self.mass.pop(head, None)
+        arrays = []
         for unit in units:
             assert unit.block_mass is not None
-            mass = self._values(unit.block_mass[head], np.float32(1))
-            total = mass.copy() if total is None else np.add(total, mass, out=total)
+            arrays.append((unit.block_mass[head], np.float32(1)))
+        return self._add("mass", head, arrays, last)
+
+    def _add(self, what: str, head: int, arrays: Sequence[tuple[Codes, np.float32]], last: bool) -> Float32:
+        """Adds what codes ``(Q, K)`` stand for under their peaks to the sum so far; some rows at a time, in cache."""
+        total = self.totals.pop((what, head), None)
+        started = total is not None
+        if total is None:
+            total = np.empty(arrays[0][0].shape, np.float32)
+        for rows in some_rows(*total.shape):
+            for index, (codes, peak) in enumerate(arrays):
+                values = self._values(codes[rows], peak)
+                if index or started:
+                    total[rows] += values
+                else:
+                    total[rows] = values
         if not last:
-            assert total is not None
-            self.mass[head] = total
+            self.totals[what, head] = total
         return total
 
-    def _add_error(self, units: Sequence[UnitStatistics], head: int, last: bool) -> Float32:
-        total = self.errors.pop(head, None)
-        for unit in units:
-            assert unit.block_error is not None
-            assert unit.block_error_peak is not None
-            error = self._values(unit.block_error[head], unit.block_error_peak[head] / self.samples)
-            total = error.copy() if total is None else np.add(total, error, out=total)
-            if unit.planes is not None and self.code is not None:
-                self._predict(unit.planes[:, head, self.rows], error[self.rows], head)
-        assert total is not None
-        if not last:
-            self.errors[head] = total
-        return total
-
-    def _values(self, codes: npt.NDArray[np.uint8], peak: np.float32) -> Float32:
+    def _values(self, codes: Codes, peak: np.float32) -> Float32:
         """What the codes stand for, float32 in a buffer that the next call overwrites; two codes a look-up."""
         flat = codes.reshape(-1)
         even = len(flat) // 2 * 2
@@ -230,11 +242,6 @@ class _Sums:
         found = self.values[: len(flat)]
         found *= np.float32(peak)
         return found.reshape(codes.shape)
-
-    def _predict(self, planes: Bits, error: Float32, head: int) -> None:
-        """Adds what this sample's planes are predicted to lose, over some rows."""
-        kept = unpack(planes, self.manifest.k_blocks)
-        self.predicted[: len(kept), head] += dropped_error(error, ~kept, self.queries)
 
     def means(self) -> UnitMeans:
         means: dict[str, Any] = {name: total / self.samples for name, total in self.small.items()}

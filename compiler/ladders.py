@@ -8,7 +8,7 @@ first level that keeps it, is all of a ladder; blocks of level ``len(shares)`` o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,22 @@ CODES = 256
 SIZE_BITS = 13
 """Sizes are compared by so many upper bits of their float32: to within 6 %."""
 SIZES = 1 << SIZE_BITS
+CACHED_BLOCKS = 1 << 16
+"""About so many blocks of a head are worked on at once."""
 WORD = 4
 """Ladders whose levels fit into one uint32."""
 
 
-def levels_of(rank: Rank, shares: Sequence[float], region: Regions, firsts: Sequence[int]) -> tuple[Levels, Int64]:
+def some_rows(q_blocks: int, k_blocks: int) -> Iterator[slice]:
+    """All rows of a head, as many at a time as stay in cache."""
+    step = max(1, CACHED_BLOCKS // k_blocks)
+    for start in range(0, q_blocks, step):
+        yield slice(start, start + step)
+
+
+def levels_of(
+    rank: Rank, shares: Sequence[float], region: Regions, firsts: Sequence[int], out: Sequence[Levels]
+) -> Int64:
     """The levels of one head's blocks in some ladders of one order.
 
     Args:
@@ -43,38 +54,40 @@ def levels_of(rank: Rank, shares: Sequence[float], region: Regions, firsts: Sequ
         shares: Most blocks of each level, as a share of all; ascending.
         region: uint8 ``(Q, K)``: blocks of region 0 are of level 0 wherever they come.
         firsts: One a ladder: blocks of regions 1 to that come before all others, in the same order.
+        out: One a ladder, uint8 ``(Q, K)``: the levels are written there.
 
     Returns:
-        Levels uint8 ``(len(firsts), Q, K)``, and blocks up to each level, int64 ``(len(firsts), len(shares))``.
+        Blocks up to each level, int64 ``(len(firsts), len(shares))``.
     """
     ranks, regions = int(rank.max()) + 1, int(region.max()) + 1
-    place = (rank * rank.dtype.type(regions) + region).astype(np.intp)
-    number = np.bincount(place.reshape(-1), minlength=ranks * regions).reshape(ranks, regions)
+    place = (region * rank.dtype.type(ranks) + rank).astype(np.intp)
+    number = np.bincount(place.reshape(-1), minlength=regions * ranks).reshape(regions, ranks)
     room = np.floor(np.array(shares) * place.size)
 
-    def level(number: Int64, before: int) -> Int64:
-        """Of each rank, of whose blocks some come after others."""
-        ends = np.searchsorted(number.cumsum() + before, room, side="right")
-        found: Int64 = np.bincount(ends, minlength=ranks + 1)[:-1].cumsum()
-        return found
+    def level(number: Int64, before: int) -> tuple[Int64, Int64]:
+        """Of each rank, of whose blocks some come after others; and blocks up to each level."""
+        kept = np.append(0, number.cumsum())
+        ends = np.searchsorted(kept[1:] + before, room, side="right")
+        return np.bincount(ends, minlength=ranks + 1)[:-1].cumsum(), kept[ends]
 
-    tables = np.zeros((len(firsts), ranks, regions), np.uint8)
-    blocks = np.empty((len(firsts), len(shares)), np.int64)
-    always = int(number[:, 0].sum())
+    tables = np.zeros((len(firsts), regions, ranks), np.uint8)
+    blocks = np.full((len(firsts), len(shares)), number[0].sum())
     for table, first, kept in zip(tables, firsts, blocks, strict=True):
-        inside, outside = number[:, 1 : first + 1].sum(1), number[:, first + 1 :].sum(1)
-        table[:, 1 : first + 1] = level(inside, always)[:, None]
-        table[:, first + 1 :] = level(outside, always + int(inside.sum()))[:, None]
-        kept[:] = np.bincount(table.reshape(-1), number.reshape(-1), len(shares) + 1)[:-1].cumsum()
-    found = np.empty((len(firsts), *rank.shape), np.uint8)
+        before = int(kept[0])
+        for some in (slice(1, first + 1), slice(first + 1, None)):
+            here = number[some].sum(0)
+            table[some], added = level(here, before)
+            kept += added
+            before += int(here.sum())
     for start in range(0, len(firsts), WORD):  # some tables in one, so that blocks are looked up once
-        words = np.zeros(ranks * regions, np.uint32)
+        words = np.zeros(regions * ranks, np.uint32)
         for shift, table in enumerate(tables[start : start + WORD]):
             words |= table.reshape(-1).astype(np.uint32) << (8 * shift)
-        looked_up = words.take(place)
-        for shift, levels in enumerate(found[start : start + WORD]):
-            levels[:] = looked_up >> (8 * shift) if shift else looked_up
-    return found, blocks
+        for rows in some_rows(*place.shape):
+            looked_up = words.take(place[rows])
+            for shift, levels in enumerate(out[start : start + WORD]):
+                levels[rows] = looked_up >> (8 * shift) if shift else looked_up
+    return blocks
 
 
 def by_size(values: Float32) -> Rank:
@@ -102,9 +115,18 @@ def by_row(codes: npt.NDArray[Any]) -> Rank:
     Args:
         codes: Integers ``(Q, K)`` below 256, codes of the mean block error, of any peak.
     """
-    classes = (np.arange(len(codes)) * CODES)[:, None] + codes
-    number = np.bincount(classes.reshape(-1), minlength=len(codes) * CODES).reshape(-1, CODES).astype(np.float64)
-    size = np.sqrt(code_values(1.0).astype(np.float64))
+    rank = np.empty(codes.shape, np.uint16)
+    for rows in some_rows(*codes.shape):
+        rank[rows] = _by_row(codes[rows])
+    return rank
+
+
+def _by_row(codes: npt.NDArray[Any]) -> Rank:
+    width = int(codes.max()) + 1
+    classes = codes.astype(np.intp)
+    classes += (np.arange(len(codes)) * width)[:, None]
+    number = np.bincount(classes.reshape(-1), minlength=len(codes) * width).reshape(-1, width).astype(np.float64)
+    size = np.sqrt(code_values(1.0)[:width].astype(np.float64))
     larger = np.cumsum(number * (2 * size), 1)
     added = larger[:, -1:] - larger  # 2 S
     number -= 1  # of classes without blocks nobody asks
@@ -138,7 +160,7 @@ class Bands:
         self._number = np.bincount(self._band, ~apart.reshape(-1))
         self._counts = ~apart if apart.any() else None
 
-    def steady(self, error: Float32, codes: Codes, samples: int) -> npt.NDArray[np.uint32]:
+    def steady(self, error: Float32, codes: Codes, samples: int) -> npt.NDArray[Any]:
         """Codes of each block's error, drawn to that of its band.
 
         What few samples say of a single block is mostly what was in their pictures: the band counts as one sample more,
@@ -151,10 +173,11 @@ class Bands:
         """
         counted = error if self._counts is None else error * self._counts
         mean = (np.bincount(self._band, counted.reshape(-1)) / np.maximum(self._number, 1)).astype(np.float32)
-        typical = fast_codes(mean, error.max()).astype(np.uint32) + np.uint32((samples + 1) // 2)
-        both: npt.NDArray[np.uint32] = sliding_window_view(typical, codes.shape[1])[self._first]
-        both += codes * np.uint32(samples)
-        both //= np.uint32(samples + 1)
+        kind = np.uint16 if CODES * (samples + 2) <= 1 << 16 else np.uint32
+        typical = fast_codes(mean, error.max()).astype(kind) + kind((samples + 1) // 2)
+        both: npt.NDArray[Any] = sliding_window_view(typical, codes.shape[1])[self._first]
+        both += codes * kind(samples)
+        both //= kind(samples + 1)
         return both
 
 
@@ -218,7 +241,6 @@ class LadderMaker:
 
     def _make(self, head: int, kinds: Sequence[str], rank: Rank, region: Regions) -> None:
         firsts = [list(FRAMES).index(kind) + 1 if kind in FRAMES else 0 for kind in kinds]
-        made = levels_of(rank, self.ladders.shares, region, firsts)
-        for kind, levels, blocks in zip(kinds, *made, strict=True):
-            index = self.ladders.kinds.index(kind)
-            self.levels[index, head], self.blocks[index, head] = levels, blocks
+        here = [self.ladders.kinds.index(kind) for kind in kinds]
+        out = [self.levels[index, head] for index in here]
+        self.blocks[here, head] = levels_of(rank, self.ladders.shares, region, firsts, out)

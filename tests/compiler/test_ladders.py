@@ -43,7 +43,8 @@ def test_levels_are_nested_and_hit_their_densities(seed: int, different: int, ke
     always = rng.random((9, 11)) < kept
     first = None if before is None else rng.random((9, 11)) < before
     region = np.where(always, 0, np.where(first is not None and first, 1, 2)).astype(np.uint8)
-    (other, levels), (_, blocks) = levels_of(keys, SHARES, region, (2, 0 if first is None else 1))
+    other, levels = np.empty((2, 9, 11), np.uint8)
+    _, blocks = levels_of(keys, SHARES, region, (2, 0 if first is None else 1), (other, levels))
     assert first is not None or np.array_equal(other, levels)
     assert levels.max() <= len(SHARES)
     assert blocks.tolist() == [np.count_nonzero(levels <= level) for level in range(len(SHARES))]
