@@ -189,7 +189,23 @@ def read_errors(path: Path, sample: str, time_index: int, ladders: Ladders, mani
         RefinementError: The file is damaged, or of another sample or other ladders.
         OSError: It cannot be read.
     """
+    return _section(open_errors(path, sample, ladders, manifest), path, time_index, ladders, manifest)
+
+
+def prove_errors(path: Path, sample: str, ladders: Ladders, manifest: Manifest) -> str:
+    """Reads all errors of one sample; returns the file's digest.
+
+    Raises:
+        RefinementError: The file is damaged, or of another sample or other ladders.
+        OSError: It cannot be read.
+    """
     file = open_errors(path, sample, ladders, manifest)
+    for time_index in range(len(manifest.times)):
+        _section(file, path, time_index, ladders, manifest)
+    return file.digest
+
+
+def _section(file: Container, path: Path, time_index: int, ladders: Ladders, manifest: Manifest) -> Float:
     try:
         errors: Float = file.section(time_name(time_index))
     except PlanError as error:

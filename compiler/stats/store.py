@@ -43,7 +43,7 @@ from calibatt.compiler.stats.refinement import (
     Ladders,
     check_complete,
     file_name,
-    open_errors,
+    prove_errors,
     read_errors,
     read_ladders,
 )
@@ -194,7 +194,7 @@ class Store:
         return error_weights(self.manifest.times, model.layers, model.heads, self.probes)
 
     def check_refinement(self) -> tuple[str, ...]:
-        """Proves that there is a finished refinement of just these samples, all but the errors themselves.
+        """Proves that there is a finished refinement of just these samples, and reads all of its errors once.
 
         Returns:
             The digests of its files.
@@ -207,8 +207,7 @@ class Store:
             raise RefinementError("the store must be refined (calibatt-calibrate --refine), got no refinement")
         folder = next(iter(self.refined.values())).parent if self.refined else Path(REFINEMENT)
         check_complete(folder, self.ladders, self.samples, tuple(self.refined))
-        files = [open_errors(self.refined[name], name, self.ladders, self.manifest) for name in self.samples]
-        return tuple(file.digest for file in files)
+        return tuple(prove_errors(self.refined[name], name, self.ladders, self.manifest) for name in self.samples)
 
     def refined_error(self, time_index: int, layer: int) -> npt.NDArray[np.float64]:
         """Means over the samples of the errors of a unit's ladders and windows, float64 ``(C, H)``.

@@ -2,8 +2,9 @@
 
     python -m calibatt.tools.bench.compiler -o docs/benchmarks/compiler_scale.json
 
-Writes a store (21 MB for each sample, layer and time), compiles it as a user would, opens and proves the plan, and
-lowers every layer. What is said of the full model is the measured part times 40 / layers.
+Writes a store (21 MB for each sample, layer and time), compiles it as a user would, without a refinement and with one,
+opens and proves the plans, and lowers every layer. What is said of the full model is the measured part times 40 /
+layers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,12 +25,18 @@ import click
 import numpy as np
 from rich.progress import track
 
+from calibatt.compiler.language import DEFAULT_PASSES
 from calibatt.compiler.stats import Ladders, Store, StoreWriter
-from calibatt.compiler.stats.refinement import KINDS
+from calibatt.compiler.stats.refinement import DEFAULT_KINDS, KINDS
 from calibatt.plans import PlanFile, StoredLayers
 from calibatt.tools.bench.synthetic import Synthetic, wan14b_manifest
 
 FULL_LAYERS = 40
+PASSES = {
+    "unrefined": "protect,select{menu=windows+cuts},anchors,select{menu=windows+cuts},schedule,lower",
+    "refined": DEFAULT_PASSES,
+}
+"""The default passes of a store without a refinement, in any store; and those of a refined one."""
 REPEATS = 3
 """On a machine that others use as well, the least of a few times says what the work takes."""
 
@@ -119,7 +125,12 @@ def open_plan(path: Path) -> dict:
 @click.option("--samples", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--store", type=click.Path(path_type=Path), help="Use this store, or make and keep it; else a temporary.")
-@click.option("--ladders", help=f"Refine the store with made-up errors: some of {', '.join(KINDS)}, joined by +.")
+@click.option(
+    "--ladders",
+    default="+".join(DEFAULT_KINDS),
+    show_default=True,
+    help=f"Of the made-up refinement: some of {', '.join(KINDS)}, joined by +; ignored if the store has one.",
+)
 @click.option("--arguments", default="--target-density 0.3", show_default=True, help="For calibatt-compile.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="JSON file to write.")
 def main(
@@ -128,7 +139,7 @@ def main(
     samples: int,
     jobs: int,
     store: Path | None,
-    ladders: str | None,
+    ladders: str,
     arguments: str,
     output: Path,
 ) -> None:
@@ -137,25 +148,42 @@ def main(
         if not stats.exists():
             steps = iter(track(range(layers * times), "writing statistics"))
             Synthetic(wan14b_manifest(layers, times)).write(stats, samples, lambda: next(steps, None))
-        if ladders is not None:
+        if Store.open(stats).ladders is None:
             refine(stats, tuple(ladders.split("+")))
-        plan, report = Path(folder) / "bench.plan", Path(folder) / "report.json"
-        cost = compile_once(stats, plan, report, [*arguments.split(), "--jobs", str(jobs)])
-        value, lowering, opening = json.loads(report.read_text()), lower_all(plan), open_plan(plan)
-    if store is None:
-        shutil.rmtree(stats, ignore_errors=True)
-    units = layers * times
+        opened = Store.open(stats)
+        shape = opened.manifest
+        units = len(shape.times) * shape.model.layers
+        told = f"{len(opened.samples)} samples x {shape.model.layers} layers x {len(shape.times)} times x "
+        told += f"{shape.model.heads} heads, {shape.q_blocks} x {shape.k_blocks} blocks"
+        assert opened.ladders is not None
+        result = {
+            "command": " ".join(["python -m calibatt.tools.bench.compiler", *sys.argv[1:]]).replace(
+                str(store), "STORE"
+            ),
+            "date": datetime.date.today().isoformat(),
+            "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "zstandard": version("zstandard"),
+            "statistics": f"synthetic, {told}",
+            "refinement": f"made up, {opened.ladders.told(shape)}",
+        }
+        for name, passes in PASSES.items():
+            result[name] = measure(stats, Path(folder), units, ["--passes", passes, *arguments.split()], jobs)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    parts = ("compile", "times_smaller", "open", "lowering", "full_model")
+    click.echo(json.dumps({name: {key: result[name][key] for key in parts} for name in PASSES}, indent=1))
+
+
+def measure(store: Path, folder: Path, units: int, arguments: list[str], jobs: int) -> dict:
+    """Compiles once, and opens, proves and lowers the plan."""
+    plan, report = folder / "bench.plan", folder / "report.json"
+    cost = compile_once(store, plan, report, [*arguments, "--jobs", str(jobs)])
+    value, lowering, opening = json.loads(report.read_text()), lower_all(plan), open_plan(plan)
     per_unit = cost["processor_seconds"] / units
     scale = FULL_LAYERS * 50 / units
-    result = {
-        "command": " ".join(["python -m calibatt.tools.bench.compiler", *sys.argv[1:]]).replace(str(store), "STORE"),
-        "date": datetime.date.today().isoformat(),
-        "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "zstandard": version("zstandard"),
-        "ladders": ladders,
-        "statistics": f"synthetic, {samples} samples x {layers} layers x {times} times x 40 heads, 591 x 591 blocks",
+    return {
         "compile": {**cost, "jobs": jobs, "processor_seconds_per_unit": round(per_unit, 3)},
         "passes": [
             {key: each[key] for key in ("passes", "seconds", "blocks", "density", "plan_bytes", "predicted_ms")}
@@ -172,13 +200,6 @@ def main(
             "open_and_prove_seconds": round((opening["open_ms"] + opening["prove_ms"]) * scale / 1e3, 1),
         },
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
-    click.echo(
-        json.dumps(
-            {key: result[key] for key in ("compile", "times_smaller", "open", "lowering", "full_model")}, indent=1
-        )
-    )
 
 
 if __name__ == "__main__":
