@@ -17,6 +17,8 @@ from calibatt.compiler.ir import Job
 from calibatt.compiler.pipeline import Account, Run
 from calibatt.plans import PlanFile
 
+KINDS = ("dense", "sparse", "anchored")
+"""Of heads, in every report."""
 SHADES = "·░▒▓█"
 
 
@@ -54,9 +56,6 @@ def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int, attention_share
     }
 
 
-KINDS = ("dense", "sparse", "anchored")
-
-
 def _speedup(plan: PlanFile) -> float:
     planned, dense = (sum(map(sum, plan.predicted[key])) for key in ("planned_ms", "dense_ms"))
     return float(dense / planned)
@@ -66,7 +65,7 @@ def show(console: Console, job: Job, plan: PlanFile, run: Run, file_bytes: int, 
     """Prints the report."""
     value = as_json(job, plan, run, file_bytes, attention_share)
     console.print(_accounts(run.accounts))
-    console.print(_times(job, plan, value["density_by_time_and_layer"]))
+    console.print(_times(job, plan, value["density_by_time_and_layer"], value["heads_by_time_and_layer"]))
     console.print(_densities(job, value["density_by_time_and_layer"]))
     for name, findings in job.findings.items():
         console.print(f"{name}: {_findings(findings)}", markup=False, highlight=False)
@@ -158,17 +157,21 @@ def _accounts(accounts: Sequence[Account]) -> Table:
     return table
 
 
-def _times(job: Job, plan: PlanFile, densities: Sequence[Sequence[float]]) -> Table:
+def _times(
+    job: Job, plan: PlanFile, densities: Sequence[Sequence[float]], heads: Sequence[Sequence[dict[str, int]]]
+) -> Table:
     title = "times" if job.weights_probed else "times (weight never probed: 1 everywhere)"
     table = Table(title=title, title_justify="left")
-    for name in ("time", "segment", "weight", "density", "error x weight", "planned ms", "dense ms"):
+    for name in ("time", "segment", "weight", "density", "error x weight", "planned ms", "dense ms", *KINDS):
         table.add_column(name, justify="right")
     for index, segment in enumerate(plan.segments):
         density = sum(densities[index]) / len(densities[index])
         error = plan.predicted["weighted_error"][index]
         planned, dense = (sum(plan.predicted[key][index]) for key in ("planned_ms", "dense_ms"))
         cells = [f"{segment.start:.3f}-{segment.stop:.3f}", f"{job.weights[index]:.3g}", f"{density:.4f}"]
-        table.add_row(f"{segment.time:.3f}", *cells, f"{error:.3e}", f"{planned:.4g}", f"{dense:.4g}")
+        cells += [f"{error:.3e}", f"{planned:.4g}", f"{dense:.4g}"]
+        cells += [str(sum(layer[kind] for layer in heads[index])) for kind in KINDS]
+        table.add_row(f"{segment.time:.3f}", *cells)
     return table
 
 

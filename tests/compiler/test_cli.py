@@ -62,8 +62,9 @@ def test_a_store_in_two_folders_is_the_same_store(store: Path, tmp_path: Path) -
     shutil.rmtree(halves[1] / "probes")
     (halves[1] / "probes").mkdir()
     assert invoke(store, "-o", tmp_path / "one.plan").exit_code == 0
-    assert invoke(*reversed(halves), "-o", tmp_path / "two.plan").exit_code == 0
-    assert (tmp_path / "one.plan").read_bytes() == (tmp_path / "two.plan").read_bytes()
+    for order in (halves, halves[::-1]):
+        assert invoke(*order, "-o", tmp_path / "two.plan", "--force").exit_code == 0
+        assert (tmp_path / "one.plan").read_bytes() == (tmp_path / "two.plan").read_bytes()
 
 
 def test_the_report(store: Path, tmp_path: Path) -> None:
@@ -80,9 +81,20 @@ def test_the_report(store: Path, tmp_path: Path) -> None:
     assert sum(value["weighted_error_by_time"]) <= 1
     assert value["device"]["name"] == "cpu-2core"
     assert sum(value["planned_ms"]) < sum(value["dense_ms"])
+    heads = [[sum(counts.values()) for counts in layers] for layers in value["heads_by_time_and_layer"]]
+    assert heads == [[3, 3], [3, 3]]
+    assert value["accounts"][2]["findings"]["duality_gap"] >= 0
+    assert value["forward_speedup"] == pytest.approx(1 / (0.25 + 0.75 / value["attention_speedup"]))
     assert value["weights_probed"] is True
     assert sum(number for kind, number in value["heads_by_kind"].items() if kind.startswith("mask ")) == 2 * 2 * 3
-    for expected in ("passes", "density by layer", "provenance: 3 samples", "provisional", "predicted attention"):
+    for expected in (
+        "passes",
+        "density by layer",
+        "provenance: 3 samples",
+        "provisional",
+        "predicted attention",
+        "duality gap",
+    ):
         assert expected in result.stdout
 
 

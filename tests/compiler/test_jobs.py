@@ -159,6 +159,19 @@ def test_stores_of_other_blocks_are_not_mixed(store: Path, tmp_path: Path) -> No
     found = invoke(store, tmp_path / "other", "-o", tmp_path / "p.plan")
     assert found.exit_code == 2
     assert "must have one manifest, got: blocks.block_k: 16, 32; blocks.block_q: 16, 32" in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_refinement_is_proved_before_any_unit_is_read(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = shutil.copytree(store, tmp_path / "store")
+    corrupt_refinement(broken)
+    monkeypatch.setattr(Store, "unit", lambda *_: pytest.fail("a unit was read"))
+    found = invoke(broken, "-o", tmp_path / "p.plan")
+    assert found.exit_code == 2
+    assert BROKEN[corrupt_refinement] in found.stderr
 
 
 @pytest.mark.parametrize(
@@ -173,4 +186,13 @@ def test_an_impossible_target_names_the_best(store: Path, tmp_path: Path, option
 
 
 def test_samples_in_any_order(store: Path, tmp_path: Path) -> None:
-    assert Store.open(store).samples == tuple(sorted(Store.open(store).samples))
+    """Folders of samples and refinement are made and listed in another order, the plan is the same."""
+    other = shutil.copytree(store, tmp_path / "other", ignore=shutil.ignore_patterns("samples", "refinement"))
+    for part in ("samples", "refinement"):
+        for path in sorted((store / part).glob("*"), reverse=True):
+            copy = shutil.copytree if path.is_dir() else shutil.copy
+            (other / part).mkdir(exist_ok=True)
+            copy(path, other / part / path.name)
+    for name, stats_dir in (("a", store), ("b", other)):
+        assert invoke(stats_dir, "-o", tmp_path / f"{name}.plan", "--target-density", 0.6).exit_code == 0
+    assert (tmp_path / "a.plan").read_bytes() == (tmp_path / "b.plan").read_bytes()
