@@ -184,6 +184,7 @@ class _Sums:
         self.required[head] = row_required(codes, self.manifest.q_blocks, self.manifest.k_blocks)
         if self.code is not None:
             assert error is not None
+            assert codes is not None
             self.code[head] = codes
             rows = error[self.rows]
             for index, drop in enumerate(self.dropped, len(self.manifest.thresholds)):

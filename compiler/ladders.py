@@ -9,6 +9,7 @@ first level that keeps it, is all of a ladder; blocks of level ``len(shares)`` o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,17 @@ class Bands:
         return both
 
 
+@lru_cache(maxsize=1)
+def _of_all_heads(manifest: Manifest) -> tuple[Bands, Regions]:
+    """Bands, and region of each block but for those that a head requires; read only."""
+    text = protected(manifest.grid, manifest.blocks, False, False)
+    found = np.full(text.shape, len(FRAMES) + 1, np.uint8)
+    for region, radius in sorted(enumerate(FRAMES.values(), 1), reverse=True):
+        found[window_keep(Window("frames", (radius,)), manifest.grid, manifest.blocks)] = region
+    found[text] = 0
+    return Bands(manifest, text), found
+
+
 class LadderMaker:
     """Makes the levels of all ladders of one unit, head by head.
 
@@ -191,14 +203,9 @@ class LadderMaker:
 
     def __init__(self, ladders: Ladders, manifest: Manifest) -> None:
         self.ladders = ladders
-        text = protected(manifest.grid, manifest.blocks, False, False)
-        self._bands = Bands(manifest, text)
-        self._region = np.full(text.shape, len(FRAMES) + 1, np.uint8)
-        for region, radius in sorted(enumerate(FRAMES.values(), 1), reverse=True):
-            self._region[window_keep(Window("frames", (radius,)), manifest.grid, manifest.blocks)] = region
-        self._region[text] = 0
+        self._bands, self._region = _of_all_heads(manifest)
         shape = (len(ladders.kinds), manifest.model.heads)
-        self.levels = np.empty((*shape, *text.shape), np.uint8)
+        self.levels = np.empty((*shape, *self._region.shape), np.uint8)
         """uint8 ``(S, H, Q, K)``: what was made."""
         self.blocks = np.empty((*shape, len(ladders.shares)), np.int64)
         """int64 ``(S, H, shares)``: blocks up to each level."""

@@ -262,9 +262,12 @@ class _Columns:
             assert unit.voted is not None
             blocks[:, 1:at] = count(unit.voted | unit.required, (2, 3)).T
             error[:, 1:at] = unit.means.menu_residual_error[:planes].T
+        required = [np.flatnonzero(unpack(bits, unit.k_blocks)) for bits in unit.required]
+        places, starts = np.concatenate(required), np.cumsum([0, *map(len, required[:-1])])
         for index, window in enumerate(self.windows):
-            bits = pack(window_keep(window, unit.grid, unit.blocks))
-            blocks[:, at + index] = count(bits | unit.required, (1, 2))
+            keep = window_keep(window, unit.grid, unit.blocks)
+            outside = np.add.reduceat(~keep.reshape(-1).take(places), starts, dtype=np.int64)
+            blocks[:, at + index] = np.count_nonzero(keep) + outside
             error[:, at + index] = unit.means.menu_residual_error[len(job.manifest.thresholds) + index]
         if self.ladders is not None:
             assert unit.means.refined_error is not None
@@ -274,14 +277,13 @@ class _Columns:
             if self.windows:
                 error[:, at : at + len(self.windows)] = unit.means.refined_error[windows:].T
             for head in range(unit.heads):
-                blocks[head, self.first_rung :] = self._rung_blocks(unit, head).reshape(-1)
+                blocks[head, self.first_rung :] = self._rung_blocks(unit, head, required[head]).reshape(-1)
         return blocks, error
 
-    def _rung_blocks(self, unit: UnitIR, head: int) -> Int64:
-        """Blocks of every level of every ladder of a head, int64 ``(kinds, shares)``, with those that are required."""
+    def _rung_blocks(self, unit: UnitIR, head: int, required: Int64) -> Int64:
+        """Blocks of every level of every ladder of a head, int64 ``(kinds, shares)``, with those at `required`."""
         assert unit.means.levels is not None
         assert unit.means.level_blocks is not None
-        required = np.flatnonzero(unpack(unit.required[head], unit.k_blocks))
         found = []
         for kind in self.kinds:
             levels = unit.means.levels[kind, head].reshape(-1).take(required)

@@ -91,7 +91,7 @@ class Manifest:
         object.__setattr__(self, "versions", dict(sorted(self.versions.items())))
 
     def __hash__(self) -> int:
-        return hash(self.to_json())
+        return hash(self.digest)
 
     @property
     def q_blocks(self) -> int:

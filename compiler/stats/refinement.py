@@ -202,7 +202,7 @@ def prove_errors(path: Path, sample: str, ladders: Ladders, manifest: Manifest) 
     file = open_errors(path, sample, ladders, manifest)
     for time_index in range(len(manifest.times)):
         _section(file, path, time_index, ladders, manifest)
-    return file.digest
+    return str(file.digest)
 
 
 def _section(file: Container, path: Path, time_index: int, ladders: Ladders, manifest: Manifest) -> Float:
