@@ -26,10 +26,10 @@ import numpy as np
 from rich.progress import track
 
 from calibatt.compiler.language import DEFAULT_PASSES
-from calibatt.compiler.stats import Ladders, Store, StoreWriter
+from calibatt.compiler.stats import Store
 from calibatt.compiler.stats.refinement import DEFAULT_KINDS, KINDS
 from calibatt.plans import PlanFile, StoredLayers
-from calibatt.tools.bench.synthetic import Synthetic, wan14b_manifest
+from calibatt.tools.bench.synthetic import Synthetic, refine, wan14b_manifest
 
 FULL_LAYERS = 40
 PASSES = {
@@ -39,19 +39,6 @@ PASSES = {
 """The default passes of a store without a refinement, in any store; and those of a refined one."""
 REPEATS = 3
 """On a machine that others use as well, the least of a few times says what the work takes."""
-
-
-def refine(path: Path, kinds: tuple[str, ...]) -> None:
-    """Made-up errors of ladders for every sample: what a refined store costs to compile, not what it is worth."""
-    store = Store.open(path)
-    of, ladders = store.manifest, Ladders(store.samples, kinds)
-    shape = (len(of.times), of.model.layers, len(kinds), len(ladders.shares), of.model.heads)
-    with StoreWriter.open(path, of) as writer:
-        for name in sorted(set(store.samples) - set(writer.refine(ladders))):
-            rng = np.random.default_rng(len(name))
-            rungs = 1e-3 * np.sort(rng.random(shape, np.float32), 3)[:, :, :, ::-1]
-            windows = rng.random((*shape[:2], len(of.windows), shape[4]), np.float32)
-            writer.write_errors(name, np.concatenate([rungs.reshape(*shape[:2], -1, shape[4]), windows], 2), ladders)
 
 
 def compile_once(store: Path, plan: Path, report: Path, arguments: list[str]) -> dict:

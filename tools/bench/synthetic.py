@@ -19,7 +19,16 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import track
 
-from calibatt.compiler.stats import Manifest, Probe, StoreWriter, UnitStatistics, default_windows, window_keep
+from calibatt.compiler.stats import (
+    Ladders,
+    Manifest,
+    Probe,
+    Store,
+    StoreWriter,
+    UnitStatistics,
+    default_windows,
+    window_keep,
+)
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
 
 Float = npt.NDArray[np.float32]
@@ -233,6 +242,30 @@ class Synthetic:
                 for name in names[:2]:
                     weight = 1e-5 * 100.0 ** manifest.times[time_index]
                     writer.write_probe(Probe(name, time_index, weight, 1.0, weight, 0.0))
+
+
+def refine(path: Path, kinds: tuple[str, ...], seed: int = 0) -> None:
+    """Made-up errors of ladders and windows for every sample of a store: what a refined store costs, not its worth.
+
+    A head's error falls with a power of what a mask drops; its size drifts over time, one turn from time 0 to time 1.
+    """
+    store = Store.open(path)
+    of, ladders = store.manifest, Ladders(store.samples, kinds)
+    rng = np.random.default_rng([seed, 8])
+    layers, heads = of.model.layers, of.model.heads
+    windows = [window_keep(window, of.grid, of.blocks).mean() for window in of.windows]
+    dropped = 1 - np.array([*(ladders.shares * len(kinds)), *windows])
+    kind = rng.normal(0, 0.2, (layers, len(kinds) + len(windows), heads))
+    kind[:, len(kinds) :] += 0.5  # windows are the worse masks
+    kind = np.repeat(kind, [len(ladders.shares)] * len(kinds) + [1] * len(windows), 1)
+    power = rng.uniform(2, 8, (layers, 1, heads))
+    turn = 2 * np.pi * (np.array(of.times)[:, None, None, None] + rng.random((layers, 1, heads)))
+    size = 10 ** (rng.normal(-2, 0.7, (layers, 1, heads)) + 0.3 * np.sin(turn))
+    errors = size * dropped[:, None] ** power * np.exp(kind)
+    with StoreWriter.open(path, of) as writer:
+        for name in sorted(set(store.samples) - set(writer.refine(ladders))):
+            own = errors * np.exp(rng.normal(0, 0.2) + rng.normal(0, 0.05, (len(of.times), 1, 1, 1)))
+            writer.write_errors(name, own.astype(np.float32), ladders)
 
 
 @click.command(help=__doc__)
