@@ -29,7 +29,7 @@ class Anchors(Pass):
     Ensures: no head computes more blocks than before.
 
     Args:
-        safety: Factor on the copy error: copies hurt more than their error says.
+        safety: Factor on the copy error; 1: a copy costs what was measured (docs/ablations.md compares others).
         max_group_rows: Most rows of a group, its anchor included; 1 does nothing.
 
     Raises:
@@ -37,7 +37,7 @@ class Anchors(Pass):
     """
 
     name: ClassVar[str] = "anchors"
-    safety: float = 4.0
+    safety: float = 1.0
     max_group_rows: int = 4
 
     def __post_init__(self) -> None:

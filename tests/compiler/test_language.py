@@ -67,7 +67,7 @@ def test_the_default_passes_print_with_every_option_that_has_a_value() -> None:
     assert print_passes(parse_passes(DEFAULT_PASSES)) == (
         "protect{sinks=false,diagonal=false,first-times=0,last-times=0,first-layers=0,last-layers=0},"
         "select{target-density=0.5,attention-share=0.75,levels-per-octave=4},"
-        "anchors{safety=4.0,max-group-rows=4},"
+        "anchors{safety=1.0,max-group-rows=4},"
         "select{target-density=0.5,attention-share=0.75,levels-per-octave=4},schedule,lower"
     )
 

@@ -1,7 +1,7 @@
 """What the compiler's defaults are worth: one change at a time, at equal executed density, on held-out prompts.
 
     python -m calibatt.tools.evaluate.ablations --stats stats/ --stats stats_32/ --stats stats_128/ \\
-        -o docs/benchmarks/ablations.json --table docs/ablations.md
+        -o docs/benchmarks/ablations_h100.json --table docs/ablations.md
 
 The first store is the one that is varied; the others, of other block sizes, are compiled with the default passes. For
 32 calibration prompts the first store must have 32 samples.
@@ -197,7 +197,7 @@ def variants(study: Study) -> dict[str, Callable[[float], Rule]]:
         )
     found["no anchors"] = compiled(study, store, "protect,select,schedule,lower")
     select = "select{target-density=D}"
-    for safety in (1, 16):
+    for safety in (0.25, 0.5, 1, 2, 4, 16):
         passes = f"protect,{select},anchors{{safety={safety}}},{select},schedule,lower"
         found[f"anchors, safety {safety}"] = compiled(study, store, passes)
     found["no time weight"] = compiled(study, Part(store, time_weighted=False, layer_weighted=False))
