@@ -232,6 +232,12 @@ def test_ablations_of_a_refined_store(refined, tmp_path, monkeypatch):
         assert found[name](0.4).density <= 0.4
 
 
+def test_the_published_table_is_that_of_the_published_rows():
+    docs = Path(__file__).parents[2] / "docs"
+    result = json.loads((docs / "benchmarks" / "ablations_h100.json").read_text("utf-8"))
+    assert (docs / "ablations.md").read_text("utf-8") == ablations.table(result)
+
+
 def test_ablations_change_one_thing_each(store, tmp_path, monkeypatch):
     monkeypatch.setitem(models.SAMPLERS, "demo", lambda steps, device: TinyVideoSampler())
     monkeypatch.setattr(pareto, "SHARES", (0.2, 0.6))

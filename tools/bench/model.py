@@ -541,7 +541,7 @@ def main(
         if trace:
             last = [case for case in attending if case.mode == ways[-1]]
             few = {*last[:1], *sorted(last, key=lambda case: case.variant.density)[:1]}
-            bench.trace([case for case in last if case in few and clock.allows(medians.get(case, 0.0))])
+            bench.trace([case for case in last if case in few and clock.allows(2 * medians.get(case, 0.0))])
             save()
         if steps:
             bench.time_samplings(attending, steps, samplings, medians)

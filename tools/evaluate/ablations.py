@@ -197,7 +197,7 @@ def variants(study: Study) -> dict[str, Callable[[float], Rule]]:
         )
     found["no anchors"] = compiled(study, store, "protect,select,schedule,lower")
     select = "select{target-density=D}"
-    for safety in (0.25, 0.5, 1, 2, 4, 16):
+    for safety in (0.25, 0.5, 2, 4, 16):
         passes = f"protect,{select},anchors{{safety={safety}}},{select},schedule,lower"
         found[f"anchors, safety {safety}"] = compiled(study, store, passes)
     found["no time weight"] = compiled(study, Part(store, time_weighted=False, layer_weighted=False))
