@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -153,3 +154,25 @@ def test_a_large_plan_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None
         found = traced(forward, torch.device("cuda"))
     assert found["planned_calls"] == LAYERS
     assert all(count == 1 for count in found["waits"].values()), found["waits"]
+
+
+def test_times_of_a_scheduler_are_read_once_a_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are parts of one tensor on the device, which the first forward reads; the others wait for nothing."""
+    monkeypatch.setattr(resident, "RESIDENT_BYTES", 0)
+    model = make_model().to("cuda")
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    hidden = torch.randn(1, 4, GRID.frames, 2 * GRID.height, 2 * GRID.width, device="cuda", dtype=torch.bfloat16)
+    text = torch.randn(1, 7, 16, device="cuda", dtype=torch.bfloat16)
+
+    def forward(now: torch.Tensor) -> None:
+        with torch.no_grad():
+            model(hidden, now.expand(1), text)
+
+    with make_plan(model).attach(model):
+        for steps in (5, 8):
+            scheduler.set_timesteps(steps, device="cuda")
+            first, *others = scheduler.timesteps
+            forward(first)
+            found = [traced(partial(forward, now), torch.device("cuda")) for now in others]
+            assert [each["planned_calls"] for each in found] == [LAYERS] * (steps - 1)
+            assert [each["waits"] for each in found] == [{}] * (steps - 1)

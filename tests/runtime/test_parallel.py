@@ -267,6 +267,15 @@ def test_ranks_compute_what_one_process_does(ranks: int, tmp_path: Path) -> None
     run_ranks(all_checks, ranks, tmp_path)
 
 
+@pytest.mark.gpu
+@pytest.mark.timeout(180)
+def test_ranks_with_a_gpu_each(tmp_path: Path) -> None:
+    """Through NCCL, and whichever kernels `auto` takes there."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    run_ranks(all_checks, 2, tmp_path, backend="nccl")
+
+
 class Config:
     """What diffusers hangs on models and processors, as far as it is looked at."""
 

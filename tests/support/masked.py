@@ -13,6 +13,9 @@ from calibatt.runtime import Plan
 from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.runtime.intercept import Interception
 
+AT_ONCE = 8192
+"""Queries of a call: a mask of all of a large model's would be several gigabytes."""
+
 
 @contextmanager
 def masked(model: Any, plan: Plan, adapter: Adapter | None = None) -> Iterator[None]:
@@ -22,13 +25,16 @@ def masked(model: Any, plan: Plan, adapter: Adapter | None = None) -> Iterator[N
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any, time: torch.Tensor) -> torch.Tensor:
         schedule = plan.schedule(float(time), site.layer)
         tokens = q.shape[1]  # fewer than planned where text is padded
-        block = torch.arange(tokens) // schedule.blocks.block_k
-        heads = []
+        block = torch.arange(tokens, device=q.device) // schedule.blocks.block_k
+        out = torch.empty_like(q)
         for head in range(schedule.heads):
-            source, keep = (part[:tokens] for part in schedule.dense(head))
-            parts = q[:, source, head], k[:, :, head], v[:, :, head]
-            heads.append(F.scaled_dot_product_attention(*parts, keep[:, block]))
-        return torch.stack(heads, dim=2)
+            source, keep = (part[:tokens].to(q.device) for part in schedule.dense(head))
+            keys, values = k[:, None, :, head], v[:, None, :, head]
+            for rows in torch.arange(tokens, device=q.device).split(AT_ONCE):
+                queries = q[:, None, source[rows], head]
+                attended = F.scaled_dot_product_attention(queries, keys, values, keep[rows][:, block])
+                out[:, rows, head] = attended[:, 0]
+        return out
 
     interception = Interception(model, adapter, attend, begin=adapter.time)
     try:

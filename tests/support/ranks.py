@@ -1,4 +1,4 @@
-"""Several processes at once, which form a process group on the CPU: of a function, or of a command by torchrun."""
+"""Several processes at once, which form a process group: of a function, or of a command by torchrun."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMEOUT = timedelta(seconds=60)
 """How long a rank waits for another one before it fails."""
 
 
-def run_ranks(function: Callable[..., None], ranks: int, folder: Path, *arguments: Any) -> None:
+def run_ranks(function: Callable[..., None], ranks: int, folder: Path, *arguments: Any, backend: str = "gloo") -> None:
     """Calls ``function(*arguments)`` in each rank.
 
     Where one fails the others are ended, and its traceback is in the error.
@@ -32,8 +32,9 @@ def run_ranks(function: Callable[..., None], ranks: int, folder: Path, *argument
         ranks: How many.
         folder: Where the ranks find each other.
         arguments: What to call it with.
+        backend: ``gloo`` on the CPU; with ``nccl`` each rank makes its tensors on a GPU of its own.
     """
-    _start(_in_group, ranks, folder, function, arguments)
+    _start(partial(_in_group, backend), ranks, folder, function, arguments)
 
 
 def run_commands(function: Callable[..., None], ranks: int, folder: Path, *arguments: Any) -> None:
@@ -48,12 +49,18 @@ def _start(wrapper: Callable[..., None], ranks: int, folder: Path, *arguments: A
     torch.multiprocessing.start_processes(wrapper, (ranks, meeting, *arguments), ranks, start_method="forkserver")
 
 
-def _in_group(rank: int, ranks: int, meeting: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _in_group(
+    backend: str, rank: int, ranks: int, meeting: Path, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # diffusers calls what torch will replace
     torch.set_num_threads(1)
-    torch.accelerator.device_count = lambda: 1  # what diffusers divides by, even on a CPU
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        torch.set_default_device("cuda")
+    else:
+        torch.accelerator.device_count = lambda: 1  # what diffusers divides by, even on a CPU
     store = dist.FileStore(str(meeting), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     try:
         function(*arguments)
     finally:

@@ -24,7 +24,7 @@ from calibatt.tools.bench.__main__ import main
 from calibatt.tools.bench.published import MODELS, token_grid
 from calibatt.tools.bench.trace import WAITS, WHOLE, summarised
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 LAYERS = 3
 
 
@@ -190,11 +190,29 @@ def test_flash_attention_4_is_one_of_the_cases(tmp_path: Path, monkeypatch: pyte
     assert against == ["sdpa", variants.FLASH_4]
 
 
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_a_model_without_regions_runs_eager_and_as_a_whole(tmp_path: Path) -> None:
+    """Text is a part of Mochi's sequence, and its attention is no dispatched function of diffusers."""
+    options = ["--model", "tiny-mochi", "--densities", "0.5", "--rounds", "1", "--steps", "2"]
+    found = bench("model", tmp_path / "mochi.json", *options)
+    assert "--modes eager,full" in found["command"]
+    assert found["sizes"][0]["grid"] == {"frames": 4, "height": 8, "width": 8, "text_before": 0, "text_after": 7}
+    assert found["missing"] == {variants.FLASH_4: "FlashAttention-4 needs a CUDA device"}
+    assert {(row["mode"], row["attention"]): row["planned_calls"] for row in found["checks"]} == {
+        (mode, name): LAYERS * (name == "plan 0.5")
+        for mode in ("eager", "full")
+        for name in ("sdpa", "copy", "plan 0.5")
+    }
+    refused = CliRunner().invoke(main, ["model", "--model", "tiny-mochi", "--modes", "regional"])
+    assert refused.exit_code == 2
+    assert "must be eager or full: diffusers compiles MochiTransformer3DModel only as a whole" in refused.output
+
+
 def test_published_models_are_of_known_families_and_sizes() -> None:
     assert {row.architecture for row in MODELS.values()} <= {row.architecture for row in ADAPTERS}
     for name, parameters in (("wan-14b", 14.3e9), ("wan-1.3b", 1.42e9)):
         row = MODELS[name]
-        made = row.make(1, torch.device("meta"))
+        made = row.make(1, META)
         count = sum(parameter.numel() for parameter in made.parameters())
         block = sum(parameter.numel() for parameter in made.blocks.parameters())
         assert count + (row.layers - 1) * block == pytest.approx(parameters, rel=0.01)
@@ -208,8 +226,19 @@ def test_published_models_are_of_known_families_and_sizes() -> None:
         } <= kept
         assert not any(".attn1." in key or ".ffn." in key for key in kept)
         for size, tokens in (("480p", 32_760), ("720p", 75_600)):
-            shape = (1, 16, *row.sizes[size])
-            assert token_grid(made, {"hidden_states": torch.empty(shape, device="meta")}).tokens == tokens
+            assert token_grid(made, row.inputs(size, CPU)).tokens == tokens
+
+
+def test_mochi_is_as_published() -> None:
+    """All its layers but the last, which does not follow the text any further, are alike."""
+    row = MODELS["mochi"]
+    made = row.make(3, META)
+    first, middle, _ = (sum(each.numel() for each in block.parameters()) for block in made.transformer_blocks)
+    count = sum(parameter.numel() for parameter in made.parameters())
+    assert first == middle
+    assert count + (row.layers - 3) * middle == pytest.approx(10.03e9, rel=0.005)
+    assert token_grid(made, row.inputs("480p", CPU)) == TokenGrid(28, 30, 53, 0, 256)
+    assert adapter_for(made).time(row.inputs("480p", CPU)) == pytest.approx(0.999)
 
 
 def test_plans_of_the_bench_have_their_density_and_a_segment_for_each_step() -> None:
@@ -222,7 +251,12 @@ def test_plans_of_the_bench_have_their_density_and_a_segment_for_each_step() -> 
         times.append(float(timestep.max()) / 1000)
         return hidden_states
 
-    model.sample(forward, {"hidden_states": torch.zeros(1, 4, 4, 16, 16)}, 4)
+    noise = {"hidden_states": torch.zeros(1, 4, 4, 16, 16)}
+    model.sample(MODELS["tiny"], forward, noise, 4)
+    falling = [times.pop(0) for _ in range(4)]
+    model.sample(MODELS["tiny-mochi"], forward, noise, 4)
+    assert [1 - time for time in times] == pytest.approx(falling), "Mochi's rise"
+    times[:] = falling
     assert [plan.file.segment_index(time) for time in times] == [3, 2, 1, 0]
     lists = [plan.schedule(time, layer).core.col_idx.tobytes() for time in times[2:] for layer in range(10)]
     assert lists[0] == lists[8]

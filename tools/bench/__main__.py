@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from calibatt.tools.bench import compiler, kernel, model, recorder
+from calibatt.tools.bench import compiler, energy, kernel, model, recorder
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -13,6 +13,7 @@ def main() -> None:
 
 
 main.add_command(kernel.main, "kernel")
+main.add_command(energy.main, "energy")
 main.add_command(model.main, "model")
 main.add_command(recorder.main, "recorder")
 main.add_command(compiler.main, "compiler")

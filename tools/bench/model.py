@@ -130,7 +130,7 @@ class Runner:
             yield lambda **inputs: whole(**inputs)[0]
 
 
-def sample(forward: Callable[..., Tensor], inputs: dict[str, Any], steps: int) -> Tensor:
+def sample(row: Published, forward: Callable[..., Tensor], inputs: dict[str, Any], steps: int) -> Tensor:
     """A denoising loop as WanPipeline's, without guidance; returns the final latents, float32."""
     from diffusers import UniPCMultistepScheduler  # not needed by the commands beside this one
 
@@ -139,7 +139,8 @@ def sample(forward: Callable[..., Tensor], inputs: dict[str, Any], steps: int) -
     scheduler.set_timesteps(steps, device=noise.device)
     latents = noise.float()
     for now in scheduler.timesteps:
-        found = forward(**{**inputs, "hidden_states": latents.to(noise.dtype), "timestep": now.expand(len(noise))})
+        timestep = row.timestep(now).expand(len(noise))
+        found = forward(**{**inputs, "hidden_states": latents.to(noise.dtype), "timestep": timestep})
         latents = scheduler.step(found, now, latents, return_dict=False)[0]
     return latents
 
@@ -154,6 +155,7 @@ class SizeBench:
     """All that is measured at one size; results go into a report as they come.
 
     Args:
+        row: The model's.
         runner: Of the model.
         size: Its name.
         inputs: Of a forward.
@@ -165,6 +167,7 @@ class SizeBench:
 
     def __init__(
         self,
+        row: Published,
         runner: Runner,
         size: str,
         inputs: dict[str, Any],
@@ -173,7 +176,7 @@ class SizeBench:
         report: dict[str, Any],
         done: Callable[[], None],
     ) -> None:
-        self.runner, self.size, self.inputs, self.device = runner, size, inputs, device
+        self.row, self.runner, self.size, self.inputs, self.device = row, runner, size, inputs, device
         self.clock, self.report, self.done = clock, report, done
         self._dense: dict[str, Tensor] = {}
         self._plans: dict[str, Plan] = {}
@@ -291,7 +294,7 @@ class SizeBench:
                 final: list[Tensor] = []
                 known = compiled_graphs()
                 with self.runner.running(case) as forward:
-                    run = partial(sample, forward, self.inputs, steps)
+                    run = partial(sample, self.row, forward, self.inputs, steps)
                     times[case].append(milliseconds(lambda run=run, final=final: final.append(run()), self.device))
                 graphs[case] += compiled_graphs() - known
                 if not final[0].isfinite().all():
@@ -422,6 +425,18 @@ def choose(text: str | None, known: Sequence[str], option: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def pick_modes(text: str | None, row: Published) -> list[str]:
+    """Modes that a model can run in; by default eager, and compiled in the smallest parts that diffusers offers.
+
+    Raises:
+        click.UsageError: One is not known, or regional where diffusers does not compile the model's blocks.
+    """
+    found = choose(text or f"eager,{'regional' if row.repeats else 'full'}", MODES, "--modes")
+    if "regional" in found and not row.repeats:
+        raise click.UsageError(f"--modes must be eager or full: diffusers compiles {row.architecture} only as a whole")
+    return found
+
+
 def read_densities(text: str) -> list[float]:
     """Numbers in (0, 1] joined by commas.
 
@@ -459,7 +474,7 @@ def progress_bar() -> Progress:
 @click.option("--model", type=click.Choice(list(MODELS)), default="wan-14b", show_default=True)
 @click.option("--sizes", help="Names, separated by commas: 480p, 720p [all of the model's].")
 @click.option("--densities", default="0.5,0.3", show_default=True, help="Of the plans.")
-@click.option("--modes", default="eager,regional", show_default=True, help="Of eager, regional, full.")
+@click.option("--modes", help="Of eager, regional, full [eager,regional; eager,full where blocks are no regions].")
 @click.option("--layers", type=click.IntRange(1), help="Fewer layers than the model has; said in the report [all].")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Forwards of each case.")
 @click.option("--steps", type=click.IntRange(0), default=4, show_default=True, help="Of a sampling; 0: none.")
@@ -475,7 +490,7 @@ def main(
     model: str,
     sizes: str | None,
     densities: str,
-    modes: str,
+    modes: str | None,
     layers: int | None,
     rounds: int,
     steps: int,
@@ -489,7 +504,7 @@ def main(
     figure: Path | None,
 ) -> None:
     row, where, clock = MODELS[model], torch.device(device), Clock(seconds)
-    names, ways = choose(sizes, list(row.sizes), "--sizes"), choose(modes, MODES, "--modes")
+    names, ways = choose(sizes, list(row.sizes), "--sizes"), pick_modes(modes, row)
     shares, count = read_densities(densities), pick_layers(layers, row)
     compiler = compiler or ("inductor" if where.type == "cuda" else "aot_eager")
     options = f"--model {model} --sizes {','.join(names)} --densities {densities} --modes {','.join(ways)}"
@@ -523,7 +538,7 @@ def main(
         inputs = row.inputs(size, where)
         grid = token_grid(transformer, inputs)
         report["sizes"].append({"name": size, "grid": asdict(grid), "tokens": grid.tokens, "block": row.block})
-        bench = SizeBench(runner, size, inputs, where, clock, report, lambda: progress.advance(task))
+        bench = SizeBench(row, runner, size, inputs, where, clock, report, lambda: progress.advance(task))
         progress.reset(task, description=f"{size}: plans", total=None)
         signature, variants = adapter_for(transformer).signature(transformer), [*base]
         for share in shares:

@@ -29,6 +29,8 @@ class Published:
         block: Tokens of a query or key block.
         dtype: Of the weights that are not kept in float32.
         what: What it stands for, for people.
+        text_mask: Whether a forward takes a mask of the text tokens; none of them is padding here.
+        rising: Whether its timesteps rise from the noise, 0, to the video, 1000; others fall.
     """
 
     architecture: str
@@ -38,11 +40,24 @@ class Published:
     block: int
     dtype: torch.dtype
     what: str
+    text_mask: bool = False
+    rising: bool = False
 
     @property
     def layers(self) -> int:
         """As published."""
         return int(self.config["num_layers"])
+
+    @property
+    def repeats(self) -> bool:
+        """Whether diffusers compiles its blocks one by one."""
+        import diffusers
+
+        return bool(getattr(diffusers, self.architecture)._repeated_blocks)
+
+    def timestep(self, now: Tensor) -> Tensor:
+        """What the model calls a time that falls from 1000, the noise, to 0."""
+        return 1000 - now if self.rising else now
 
     def make(self, layers: int, device: torch.device, seed: int = 0) -> Any:
         """The model on a device, weights drawn there: `dtype`, but float32 where diffusers keeps it when it loads.
@@ -61,6 +76,8 @@ class Published:
         for name, parameter in model.named_parameters():
             if kept & set(name.split(".")):
                 parameter.data = parameter.data.float()
+            if name == "pos_frequencies":  # Mochi makes them zeros
+                parameter.data.normal_()
         return model.eval().requires_grad_(False)
 
     def inputs(self, size: str, device: torch.device, seed: int = 1) -> dict[str, Any]:
@@ -70,14 +87,17 @@ class Published:
         def noise(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
 
-        return {
+        text_dim = self.config["text_embed_dim" if "text_embed_dim" in self.config else "text_dim"]
+        found = {
             "hidden_states": noise(1, self.config["in_channels"], *self.sizes[size]),
-            "timestep": torch.tensor(NOISIEST, device=device).expand(
-                1
-            ),  # as pipelines make it: code is compiled for it
-            "encoder_hidden_states": noise(1, self.text_tokens, self.config["text_dim"]),
+            # As pipelines make it: code is compiled for it.
+            "timestep": self.timestep(torch.tensor(NOISIEST, device=device)).expand(1),
+            "encoder_hidden_states": noise(1, self.text_tokens, text_dim),
             "return_dict": False,
         }
+        if self.text_mask:
+            found["encoder_attention_mask"] = torch.ones(1, self.text_tokens, dtype=torch.bool, device=device)
+        return found
 
 
 def token_grid(model: nn.Module, inputs: Mapping[str, Any]) -> TokenGrid:
@@ -94,9 +114,17 @@ def _wan(heads: int, ffn_dim: int, layers: int) -> dict[str, Any]:
 
 WAN_SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160)}
 """Latents of 81 frames at 832 x 480 and 1280 x 720."""
+MOCHI = {
+    "patch_size": 2, "num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 48, "in_channels": 12,
+    "pooled_projection_dim": 1536, "text_embed_dim": 4096, "time_embed_dim": 256, "max_sequence_length": 256,
+}  # fmt: skip
 TINY = {
     "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
     "text_dim": 16, "freq_dim": 32, "ffn_dim": 32, "num_layers": 3, "rope_max_seq_len": 32,
+}  # fmt: skip
+TINY_MOCHI = {
+    "patch_size": 2, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "in_channels": 4,
+    "pooled_projection_dim": 16, "text_embed_dim": 16, "time_embed_dim": 8, "max_sequence_length": 7,
 }  # fmt: skip
 
 MODELS = {
@@ -107,9 +135,17 @@ MODELS = {
     "wan-1.3b": Published(
         "WanTransformer3DModel", _wan(12, 8960, 30), WAN_SIZES, 512, 128, torch.bfloat16, "Wan 2.1 1.3B, 81 frames"
     ),
+    "mochi": Published(
+        "MochiTransformer3DModel", MOCHI, {"480p": (28, 60, 106)}, 256, 128, torch.bfloat16,
+        "Mochi 1, 163 frames of 848 x 480", text_mask=True, rising=True,
+    ),
     "tiny": Published(
         "WanTransformer3DModel", TINY, {"small": (4, 16, 16), "smaller": (3, 16, 12)}, 7, 16, torch.float32,
         "A Wan that a CPU runs in no time: proves that the command works",
+    ),
+    "tiny-mochi": Published(
+        "MochiTransformer3DModel", TINY_MOCHI, {"small": (4, 16, 16)}, 7, 16, torch.float32,
+        "The same of Mochi", text_mask=True, rising=True,
     ),
 }  # fmt: skip
 """By the names of the command line; the runtime's table of adapters has a row for each."""

@@ -47,13 +47,16 @@ class Variant:
 
 
 def dense(model: Any) -> Variant:
-    """The model's own attention, by the dense kernel that diffusers offers where the model is: cuDNN's on a GPU.
+    """The model's own attention by the dense kernel of PyTorch where the model is: cuDNN's on a GPU.
 
-    From here on the model's cross-attention uses that kernel too, in every variant.
+    Where diffusers lets one choose, the model's cross-attention uses that kernel too from here on, in every variant.
     """
     on_gpu = next(model.parameters()).is_cuda
+    name = "sdpa-cudnn" if on_gpu else "sdpa"
+    if on_gpu and adapter_for(model).dispatch != "dispatch_attention_fn":
+        return Variant(name, 1.0, lambda model: _through(model, _cudnn))
     model.set_attention_backend("_native_cudnn" if on_gpu else "native")
-    return Variant("sdpa-cudnn" if on_gpu else "sdpa", 1.0, lambda model: nullcontext())
+    return Variant(name, 1.0, lambda model: nullcontext())
 
 
 def copied() -> Variant:
@@ -153,14 +156,29 @@ def run_flash_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.contiguous()
 
 
+@torch.library.custom_op("calibatt_bench::cudnn", mutates_args=())
+def run_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention of q, k, v ``(B, N, H, D)`` by cuDNN."""
+    run = dense_peer("sdpa-cudnn", *(x.transpose(1, 2) for x in (q, k, v)))
+    assert not isinstance(run, str), run
+    found: Any = run()
+    out: Tensor = found.transpose(1, 2)
+    return out.contiguous()
+
+
 @copy_values.register_fake
 @run_flash_4.register_fake
+@run_cudnn.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return v.new_empty(v.shape)
 
 
 def _copy(q: Tensor, k: Tensor, v: Tensor, site: Any, context: Any) -> Tensor:
     return torch.ops.calibatt_bench.copy(q, k, v)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, site: Any, context: Any) -> Tensor:
+    return torch.ops.calibatt_bench.cudnn(q, k, v)
 
 
 def _flash_4(q: Tensor, k: Tensor, v: Tensor, site: Any, context: Any) -> Tensor:
