@@ -2,8 +2,12 @@
 
 A ladder follows from the samples of a store and nothing else, the same wherever it is made: only the errors of its
 masks, measured while prompts are sampled once more (`stats.refinement`), are kept. Level l of a ladder keeps at most
-`shares[l]` of a head's blocks, more only where more is always kept: text, and one block a row. A uint8 a block, the
-first level that keeps it, is all of a ladder; blocks of level ``len(shares)`` only a dense head keeps.
+`shares[l]` of a head's blocks, more only where more is always kept: text, and one block a row. The first level that
+keeps a block is all of a ladder; blocks of level ``len(shares)`` only a dense head keeps. The levels of a block in all
+ladders are kept together in one *word*, a few bits each.
+
+Blocks of equal *rank* in equal *regions* share their levels: all that is done for every block is to find its place
+among those, to count the blocks of each place, and to look up its word.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from calibatt.compiler.passes.protect import protected
 from calibatt.compiler.stats import Ladders, Manifest, Window, code_values, fast_codes, window_keep
 
 Levels = npt.NDArray[np.uint8]
+Words = npt.NDArray[Any]
 Codes = npt.NDArray[np.uint8]
 Regions = npt.NDArray[np.uint8]
 Rank = npt.NDArray[Any]
@@ -34,8 +39,8 @@ SIZE_BITS = 13
 SIZES = 1 << SIZE_BITS
 CACHED_BLOCKS = 1 << 16
 """About so many blocks of a head are worked on at once."""
-WORD = 4
-"""Ladders whose levels fit into one uint32."""
+REGIONS = len(FRAMES) + 2
+"""Blocks that are always kept, those that kinds of `FRAMES` keep first, and all others."""
 
 
 def some_rows(q_blocks: int, k_blocks: int) -> Iterator[slice]:
@@ -45,25 +50,37 @@ def some_rows(q_blocks: int, k_blocks: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def levels_of(
-    rank: Rank, shares: Sequence[float], region: Regions, firsts: Sequence[int], out: Sequence[Levels]
-) -> Int64:
-    """The levels of one head's blocks in some ladders of one order.
+def level_bits(shares: int) -> int:
+    """Bits of a level in a word, of ladders of so many shares."""
+    return shares.bit_length()
+
+
+def level_in(words: Words, ladder: int, shares: int) -> Levels:
+    """The levels of one ladder, uint8, from words of any shape."""
+    bits = level_bits(shares)
+    found: Levels = ((words >> (bits * ladder)) & ((1 << bits) - 1)).astype(np.uint8)
+    return found
+
+
+def no_words(shape: tuple[int, ...], ladders: int, shares: int) -> Words:
+    """Words of level 0 in all ladders, of the fewest bytes that hold them."""
+    return np.zeros(shape, np.min_scalar_type((1 << (level_bits(shares) * ladders)) - 1))
+
+
+def levels_of(number: Int64, shares: Sequence[float], firsts: Sequence[int]) -> tuple[Levels, Int64]:
+    """The levels of one head's blocks in some ladders of one order, by what decides them.
 
     Args:
-        rank: Unsigned integers ``(Q, K)``: the blocks of the lowest are kept first, equals together.
+        number: int64 ``(R, ranks)``, how many blocks there are of each region and rank. Those of the lowest rank are
+            kept first, equals together; those of region 0 are of level 0 whatever their rank.
         shares: Most blocks of each level, as a share of all; ascending.
-        region: uint8 ``(Q, K)``: blocks of region 0 are of level 0 wherever they come.
         firsts: One a ladder: blocks of regions 1 to that come before all others, in the same order.
-        out: One a ladder, uint8 ``(Q, K)``: the levels are written there.
 
     Returns:
-        Blocks up to each level, int64 ``(len(firsts), len(shares))``.
+        The levels, uint8 ``(len(firsts), R, ranks)``; blocks up to each level, int64 ``(len(firsts), len(shares))``.
     """
-    ranks, regions = int(rank.max()) + 1, int(region.max()) + 1
-    place = (region * rank.dtype.type(ranks) + rank).astype(np.intp)
-    number = np.bincount(place.reshape(-1), minlength=regions * ranks).reshape(regions, ranks)
-    room = np.floor(np.array(shares) * place.size)
+    ranks = number.shape[1]
+    room = np.floor(np.array(shares) * number.sum())
 
     def level(number: Int64, before: int) -> tuple[Int64, Int64]:
         """Of each rank, of whose blocks some come after others; and blocks up to each level."""
@@ -71,7 +88,7 @@ def levels_of(
         ends = np.searchsorted(kept[1:] + before, room, side="right")
         return np.bincount(ends, minlength=ranks + 1)[:-1].cumsum(), kept[ends]
 
-    tables = np.zeros((len(firsts), regions, ranks), np.uint8)
+    tables = np.zeros((len(firsts), *number.shape), np.uint8)
     blocks = np.full((len(firsts), len(shares)), number[0].sum())
     for table, first, kept in zip(tables, firsts, blocks, strict=True):
         before = int(kept[0])
@@ -80,15 +97,7 @@ def levels_of(
             table[some], added = level(here, before)
             kept += added
             before += int(here.sum())
-    for start in range(0, len(firsts), WORD):  # some tables in one, so that blocks are looked up once
-        words = np.zeros(regions * ranks, np.uint32)
-        for shift, table in enumerate(tables[start : start + WORD]):
-            words |= table.reshape(-1).astype(np.uint32) << (8 * shift)
-        for rows in some_rows(*place.shape):
-            looked_up = words.take(place[rows])
-            for shift, levels in enumerate(out[start : start + WORD]):
-                levels[rows] = looked_up >> (8 * shift) if shift else looked_up
-    return blocks
+    return tables, blocks
 
 
 def by_size(values: Float32) -> Rank:
@@ -115,27 +124,28 @@ def by_row(codes: npt.NDArray[Any]) -> Rank:
 
     Args:
         codes: Integers ``(Q, K)`` below 256, codes of the mean block error, of any peak.
+
+    Returns:
+        Below `SIZES`, int64 ``(Q, K)``.
     """
-    rank = np.empty(codes.shape, np.uint16)
+    rank = np.empty(codes.shape, np.int64)
     for rows in some_rows(*codes.shape):
-        rank[rows] = _by_row(codes[rows])
+        _by_row(codes[rows], rank[rows])
     return rank
 
 
-def _by_row(codes: npt.NDArray[Any]) -> Rank:
+def _by_row(codes: npt.NDArray[Any], out: Int64) -> None:
     width = int(codes.max()) + 1
-    classes = codes.astype(np.intp)
-    classes += (np.arange(len(codes)) * width)[:, None]
+    classes = np.add(codes, (np.arange(len(codes)) * width)[:, None], dtype=np.intp)
     number = np.bincount(classes.reshape(-1), minlength=len(codes) * width).reshape(-1, width).astype(np.float64)
     size = np.sqrt(code_values(1.0)[:width].astype(np.float64))
-    larger = np.cumsum(number * (2 * size), 1)
-    added = larger[:, -1:] - larger  # 2 S
-    number -= 1  # of classes without blocks nobody asks
-    number *= size
+    number *= size  # of all blocks of a code at once
+    larger = np.cumsum(number, 1)
+    added = larger[:, -1:] - larger
+    added *= 2
     added += number
-    added += size
     added *= size
-    return by_size(added.astype(np.float32)).reshape(-1).take(classes)
+    by_size(added.astype(np.float32)).astype(np.int64).take(classes, out=out, mode="clip")
 
 
 def _upper(values: Float32) -> npt.NDArray[np.uint16]:
@@ -186,7 +196,7 @@ class Bands:
 def _of_all_heads(manifest: Manifest) -> tuple[Bands, Regions]:
     """Bands, and region of each block but for those that a head requires; read only."""
     text = protected(manifest.grid, manifest.blocks, False, False)
-    found = np.full(text.shape, len(FRAMES) + 1, np.uint8)
+    found = np.full(text.shape, REGIONS - 1, np.uint8)
     for region, radius in sorted(enumerate(FRAMES.values(), 1), reverse=True):
         found[window_keep(Window("frames", (radius,)), manifest.grid, manifest.blocks)] = region
     found[text] = 0
@@ -204,10 +214,10 @@ class LadderMaker:
     def __init__(self, ladders: Ladders, manifest: Manifest) -> None:
         self.ladders = ladders
         self._bands, self._region = _of_all_heads(manifest)
-        shape = (len(ladders.kinds), manifest.model.heads)
-        self.levels = np.empty((*shape, *self._region.shape), np.uint8)
-        """uint8 ``(S, H, Q, K)``: what was made."""
-        self.blocks = np.empty((*shape, len(ladders.shares)), np.int64)
+        heads, shares = manifest.model.heads, len(ladders.shares)
+        self.words = no_words((heads, *self._region.shape), len(ladders.kinds), shares)
+        """``(H, Q, K)``: what was made."""
+        self.blocks = np.empty((len(ladders.kinds), heads, shares), np.int64)
         """int64 ``(S, H, shares)``: blocks up to each level."""
 
     def add(
@@ -229,25 +239,41 @@ class LadderMaker:
             votes: Of the head's planes.
             mass: float32 ``(Q, K)``, sums of block mass.
         """
-        region = self._region.copy()
-        region[np.arange(len(region)), required] = 0
         kinds = self.ladders.kinds
         if together := [kind for kind in kinds if kind in ("row", *FRAMES)]:
             assert error is not None
             assert codes is not None
-            self._make(head, together, by_row(self._bands.steady(error, codes, len(self.ladders.samples))), region)
+            self._make(head, together, by_row(self._bands.steady(error, codes, len(self.ladders.samples))), required)
         if "own" in kinds:
             assert codes is not None
-            self._make(head, ["own"], by_row(codes), region)
+            self._make(head, ["own"], by_row(codes), required)
         if "votes" in kinds:
             assert votes is not None
-            self._make(head, ["votes"], by_votes(votes, region.shape[1], codes), region)
+            self._make(head, ["votes"], by_votes(votes, self._region.shape[1], codes), required)
         if "mass" in kinds:
             assert mass is not None
-            self._make(head, ["mass"], by_size(mass), region)
+            self._make(head, ["mass"], by_size(mass), required)
 
-    def _make(self, head: int, kinds: Sequence[str], rank: Rank, region: Regions) -> None:
+    def _make(self, head: int, kinds: Sequence[str], rank: Rank, required: Int64) -> None:
+        """Ladders of one order.
+
+        Args:
+            head: Which.
+            kinds: Of the ladders.
+            rank: Unsigned or int64 ``(Q, K)``, written to where it is int64: the blocks of the lowest come first.
+            required: Of `add`.
+        """
+        rows, ranks = np.arange(len(rank)), int(rank.max()) + 1
+        place = rank.astype(np.int64, copy=False)
+        for some in some_rows(*place.shape):
+            place[some] += self._region[some] * np.int64(ranks)
+        place[rows, required] -= self._region[rows, required] * np.int64(ranks)  # to region 0
+        number = np.bincount(place.reshape(-1), minlength=REGIONS * ranks)
         firsts = [list(FRAMES).index(kind) + 1 if kind in FRAMES else 0 for kind in kinds]
         here = [self.ladders.kinds.index(kind) for kind in kinds]
-        out = [self.levels[index, head] for index in here]
-        self.blocks[here, head] = levels_of(rank, self.ladders.shares, region, firsts, out)
+        shares = self.ladders.shares
+        tables, self.blocks[here, head] = levels_of(number.reshape(REGIONS, ranks), shares, firsts)
+        words = np.zeros(number.size, self.words.dtype)
+        for index, levels in zip(here, tables, strict=True):
+            words |= levels.reshape(-1).astype(words.dtype) << (level_bits(len(shares)) * index)
+        self.words[head] |= words.take(place)

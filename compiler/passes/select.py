@@ -12,6 +12,7 @@ from calibatt.compiler.bits import count, pack, unpack
 from calibatt.compiler.budget import Choice, choose
 from calibatt.compiler.error_model import CODES, code_counts, row_weights
 from calibatt.compiler.ir import Float64, Int64, Job, UnitIR, full_bits
+from calibatt.compiler.ladders import level_in
 from calibatt.compiler.passes import Findings, Pass
 from calibatt.compiler.stats import window_keep
 from calibatt.compiler.stats.unit import STEPS_PER_OCTAVE
@@ -282,11 +283,12 @@ class _Columns:
 
     def _rung_blocks(self, unit: UnitIR, head: int, required: Int64) -> Int64:
         """Blocks of every level of every ladder of a head, int64 ``(kinds, shares)``, with those at `required`."""
-        assert unit.means.levels is not None
+        assert unit.means.level_words is not None
         assert unit.means.level_blocks is not None
+        words = unit.means.level_words[head].reshape(-1).take(required)
         found = []
         for kind in self.kinds:
-            levels = unit.means.levels[kind, head].reshape(-1).take(required)
+            levels = level_in(words, kind, self.shares)
             kept = np.bincount(levels, minlength=self.shares + 1)[: self.shares].cumsum()
             found.append(unit.means.level_blocks[kind, head] + len(required) - kept)
         return np.stack(found)
@@ -338,11 +340,12 @@ class _Columns:
                 name, mask = str(self.windows[at]), bits | unit.required[head]
             elif candidate >= self.first_rung:
                 assert self.ladders is not None
-                assert unit.means.levels is not None
+                assert unit.means.level_words is not None
                 index, level = divmod(candidate - self.first_rung, self.shares)
                 kind = self.kinds[index]
                 name = f"ladder {self.ladders.kinds[kind]}"
-                mask = pack(unit.means.levels[kind, head] <= level) | unit.required[head]
+                levels = level_in(unit.means.level_words[head], kind, self.shares)
+                mask = pack(levels <= level) | unit.required[head]
             else:
                 assert unit.means.error_code is not None
                 below = self.cuts[at - len(self.windows)]

@@ -19,7 +19,7 @@ from calibatt.compiler.cost import device_named
 from calibatt.compiler.emit import compile_in_memory
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.gather import StatisticsSource
-from calibatt.compiler.ladders import Bands, by_row, by_size, by_votes, levels_of
+from calibatt.compiler.ladders import Bands, by_row, by_size, by_votes, level_bits, level_in, levels_of, no_words
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.stats import (
     Ladders,
@@ -43,8 +43,10 @@ def test_levels_are_nested_and_hit_their_densities(seed: int, different: int, ke
     always = rng.random((9, 11)) < kept
     first = None if before is None else rng.random((9, 11)) < before
     region = np.where(always, 0, np.where(first is not None and first, 1, 2)).astype(np.uint8)
-    other, levels = np.empty((2, 9, 11), np.uint8)
-    _, blocks = levels_of(keys, SHARES, region, (2, 0 if first is None else 1), (other, levels))
+    place = region.astype(np.int64) * different + keys
+    number = np.bincount(place.reshape(-1), minlength=3 * different).reshape(3, different)
+    tables, (_, blocks) = levels_of(number, SHARES, (2, 0 if first is None else 1))
+    other, levels = tables.reshape(2, -1)[:, place]
     assert first is not None or np.array_equal(other, levels)
     assert levels.max() <= len(SHARES)
     assert blocks.tolist() == [np.count_nonzero(levels <= level) for level in range(len(SHARES))]
@@ -57,6 +59,18 @@ def test_levels_are_nested_and_hit_their_densities(seed: int, different: int, ke
         assert keep.sum() <= max(share * keys.size, always.sum())
         following = order[~keep].min(initial=last)
         assert keep.sum() + (order == following).sum() > share * keys.size or keep.all()
+
+
+@given(st.integers(1, 6), st.integers(1, 254), st.integers(0, 10**6))
+def test_words_hold_the_levels_of_all_ladders(ladders: int, shares: int, seed: int) -> None:
+    levels = np.random.default_rng(seed).integers(0, shares + 1, (ladders, 5, 7))
+    words = no_words((5, 7), ladders, shares)
+    assert words.dtype.itemsize <= 8
+    assert words.dtype.itemsize == 1 or 8 * words.dtype.itemsize < 2 * ladders * level_bits(shares) + 1
+    for index, each in enumerate(levels):
+        words |= each.astype(words.dtype) << (index * level_bits(shares))
+    for index, each in enumerate(levels):
+        assert np.array_equal(level_in(words, index, shares), each)
 
 
 def test_sizes_come_largest_first() -> None:

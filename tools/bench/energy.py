@@ -4,7 +4,8 @@ A large GPU that computes attention without a pause runs at its power limit: its
 fits, and the time of a kernel is then the energy it needs over the power it gets, however few cycles it takes. So each
 case runs back to back for a whole window, after a short untimed one, and the joules are read from the device's counter.
 The cases take turns, every round in another order. Beside them runs `matmul`, a product of two square matrices of
-the same random values by cuBLAS: what the same power buys where nothing but multiplying is done.
+the same values by cuBLAS: what the same power buys where nothing but multiplying is done. With ``--values zeros`` no
+bit flips, a chip needs half the power and no clock is lowered: what is left is how well a kernel uses its cycles.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 import click
 import numpy as np
 import torch
+from torch import Tensor
 
 from calibatt.plans import Blocks
 from calibatt.runtime.ops import attend, supports
@@ -30,6 +32,7 @@ from calibatt.tools.bench.model import choose
 from calibatt.tools.bench.peers import DENSE_PEERS, SPARSE_PEERS, dense_peer, sparse_peer
 
 KERNELS = ("hopper", "triton", *SPARSE_PEERS, *DENSE_PEERS, "matmul")
+VALUES = {"random": torch.randn, "zeros": torch.zeros}
 MATRIX = 8192
 """Rows and columns of the matrices of `matmul`."""
 WARM = 0.2
@@ -95,15 +98,17 @@ class Case:
     run: Callable[[], object]
 
 
-def cases(size: Size, kernels: list[str], device: torch.device, missing: dict[str, str]) -> list[Case]:
+def cases(
+    size: Size, kernels: list[str], values: Callable[..., Tensor], device: torch.device, missing: dict[str, str]
+) -> list[Case]:
     """Every kernel at every density of a size; dense ones once. Why others are `missing`."""
     shape = (1, size.grid.tokens, size.heads, size.head_dim)
-    q, k, v = (torch.randn(shape, device=device, dtype=size.dtype).transpose(1, 2) for _ in range(3))
+    q, k, v = (values(shape, device=device, dtype=size.dtype).transpose(1, 2) for _ in range(3))
     flops = 4 * size.grid.tokens**2 * size.head_dim * size.heads
     found: list[Case] = []
     for kernel in kernels:
         if kernel == "matmul":
-            a, b = (torch.randn(MATRIX, MATRIX, device=device, dtype=size.dtype) for _ in range(2))
+            a, b = (values((MATRIX, MATRIX), device=device, dtype=size.dtype) for _ in range(2))
             found.append(Case(kernel, 1.0, 2 * MATRIX**3, partial(torch.mm, a, b)))
         elif kernel in DENSE_PEERS:
             run = dense_peer(kernel, q, k, v)
@@ -194,19 +199,21 @@ def compared(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @click.command(help=__doc__)
 @click.option("--sizes", default="480p,720p", show_default=True, help="Of calibatt-bench kernel.")
 @click.option("--kernels", default="hopper,flash-attention-4 sparse,sdpa-cudnn,matmul", show_default=True)
+@click.option("--values", type=click.Choice(list(VALUES)), default="random", show_default=True, help="Of the tensors.")
 @click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Windows of each case.")
 @click.option("--window", "seconds", type=float, default=1.0, show_default=True, help="Seconds of a window.")
 @click.option("--device", default="cuda", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON to write after every size.")
-def main(sizes: str, kernels: str, rounds: int, seconds: float, device: str, output: Path | None) -> None:
+def main(sizes: str, kernels: str, values: str, rounds: int, seconds: float, device: str, output: Path | None) -> None:
     where = torch.device(device)
     if where.type != "cuda" or not torch.cuda.is_available():
         raise click.UsageError(f"--device must be a CUDA device, whose driver counts joules; got {device}")
     known = {size.name: size for size in GPU_SIZES}
     names, chosen = choose(sizes, list(known), "--sizes"), choose(kernels, KERNELS, "--kernels")
     torch.manual_seed(0)
+    options = f"--sizes {sizes} --kernels '{kernels}' --values {values} --rounds {rounds} --window {seconds}"
     report: dict[str, Any] = {
-        "command": f"calibatt-bench energy --sizes {sizes} --kernels '{kernels}' --rounds {rounds} --window {seconds}",
+        "command": f"calibatt-bench energy {options}",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(where),
         "versions": versions(),
@@ -221,7 +228,7 @@ def main(sizes: str, kernels: str, rounds: int, seconds: float, device: str, out
     click.echo(f"{report['device']}, {report['versions']}")
     meter = NvmlMeter(where)
     for name in names:
-        made = cases(known[name], chosen, where, report["missing"])
+        made = cases(known[name], chosen, VALUES[values], where, report["missing"])
         for record in measure(made, rounds, seconds, meter, lambda: torch.cuda.synchronize(where)):
             report["measurements"].append({"size": name, **record})
             click.echo(f"{name:>8} {LINE.format(**record)}")
