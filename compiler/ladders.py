@@ -6,8 +6,8 @@ masks, measured while prompts are sampled once more (`stats.refinement`), are ke
 keeps a block is all of a ladder; blocks of level ``len(shares)`` only a dense head keeps. The levels of a block in all
 ladders are kept together in one *word*, a few bits each.
 
-Blocks of equal *rank* in equal *regions* share their levels: all that is done for every block is to find its place
-among those, to count the blocks of each place, and to look up its word.
+Many blocks come at the same place in the order for the same reason. They are one *class*: all that is done for every
+block is to find its class, to count the blocks of each, and to look up its word.
 """
 
 from __future__ import annotations
@@ -23,24 +23,19 @@ from numpy.lib.stride_tricks import sliding_window_view
 from calibatt.compiler.bits import Bool, Votes, unpack
 from calibatt.compiler.ir import Float32, Int64
 from calibatt.compiler.passes.protect import protected
-from calibatt.compiler.stats import Ladders, Manifest, Window, code_values, fast_codes, window_keep
+from calibatt.compiler.stats import Ladders, Manifest, code_values, fast_codes
 
 Levels = npt.NDArray[np.uint8]
 Words = npt.NDArray[Any]
 Codes = npt.NDArray[np.uint8]
-Regions = npt.NDArray[np.uint8]
 Rank = npt.NDArray[Any]
 
-FRAMES = {"frame": 0, "near": 1}
-"""Kinds that keep near frames first, and how far; the nearest come first."""
 CODES = 256
 SIZE_BITS = 13
 """Sizes are compared by so many upper bits of their float32: to within 6 %."""
 SIZES = 1 << SIZE_BITS
 CACHED_BLOCKS = 1 << 16
 """About so many blocks of a head are worked on at once."""
-REGIONS = len(FRAMES) + 2
-"""Blocks that are always kept, those that kinds of `FRAMES` keep first, and all others."""
 
 
 def some_rows(q_blocks: int, k_blocks: int) -> Iterator[slice]:
@@ -67,37 +62,21 @@ def no_words(shape: tuple[int, ...], ladders: int, shares: int) -> Words:
     return np.zeros(shape, np.min_scalar_type((1 << (level_bits(shares) * ladders)) - 1))
 
 
-def levels_of(number: Int64, shares: Sequence[float], firsts: Sequence[int]) -> tuple[Levels, Int64]:
-    """The levels of one head's blocks in some ladders of one order, by what decides them.
+def levels_of(number: Int64, always: int, shares: Sequence[float]) -> tuple[Levels, Int64]:
+    """The levels of one head's blocks by their rank.
 
     Args:
-        number: int64 ``(R, ranks)``, how many blocks there are of each region and rank. Those of the lowest rank are
-            kept first, equals together; those of region 0 are of level 0 whatever their rank.
+        number: int64 ``(ranks,)``, how many blocks there are of each rank. Those of the lowest are kept first, equals
+            together.
+        always: How many more there are, which come before all of them.
         shares: Most blocks of each level, as a share of all; ascending.
-        firsts: One a ladder: blocks of regions 1 to that come before all others, in the same order.
 
     Returns:
-        The levels, uint8 ``(len(firsts), R, ranks)``; blocks up to each level, int64 ``(len(firsts), len(shares))``.
+        The levels, uint8 ``(ranks,)``; blocks up to each level, int64 ``(len(shares),)``.
     """
-    ranks = number.shape[1]
-    room = np.floor(np.array(shares) * number.sum())
-
-    def level(number: Int64, before: int) -> tuple[Int64, Int64]:
-        """Of each rank, of whose blocks some come after others; and blocks up to each level."""
-        kept = np.append(0, number.cumsum())
-        ends = np.searchsorted(kept[1:] + before, room, side="right")
-        return np.bincount(ends, minlength=ranks + 1)[:-1].cumsum(), kept[ends]
-
-    tables = np.zeros((len(firsts), *number.shape), np.uint8)
-    blocks = np.full((len(firsts), len(shares)), number[0].sum())
-    for table, first, kept in zip(tables, firsts, blocks, strict=True):
-        before = int(kept[0])
-        for some in (slice(1, first + 1), slice(first + 1, None)):
-            here = number[some].sum(0)
-            table[some], added = level(here, before)
-            kept += added
-            before += int(here.sum())
-    return tables, blocks
+    kept = np.append(0, number.cumsum()) + always
+    ends = np.searchsorted(kept[1:], np.floor(np.array(shares) * kept[-1]), side="right")
+    return np.bincount(ends, minlength=len(kept))[:-1].cumsum().astype(np.uint8), kept[ends]
 
 
 def by_size(values: Float32) -> Rank:
@@ -116,7 +95,7 @@ def by_votes(votes: Votes, k_blocks: int, codes: Codes | None) -> Rank:
     return found if codes is None else found * CODES + codes
 
 
-def by_row(codes: npt.NDArray[Any]) -> Rank:
+def by_row(codes: npt.NDArray[Any]) -> tuple[Int64, Int64, Int64]:
     """By what it adds to its row's error to drop a block after all smaller ones of the row, largest first.
 
     Errors of dropped blocks point the same way (`error_model`), so a row's error is the square of the sum of their
@@ -126,26 +105,28 @@ def by_row(codes: npt.NDArray[Any]) -> Rank:
         codes: Integers ``(Q, K)`` below 256, codes of the mean block error, of any peak.
 
     Returns:
-        Below `SIZES`, int64 ``(Q, K)``.
+        The class of every block, one of its row and code, int64 ``(Q, K)``; of each class how many blocks it has and
+        its rank, int64. The rank of a class without blocks is of no meaning.
     """
-    rank = np.empty(codes.shape, np.int64)
-    for rows in some_rows(*codes.shape):
-        _by_row(codes[rows], rank[rows])
-    return rank
-
-
-def _by_row(codes: npt.NDArray[Any], out: Int64) -> None:
     width = int(codes.max()) + 1
-    classes = np.add(codes, (np.arange(len(codes)) * width)[:, None], dtype=np.intp)
-    number = np.bincount(classes.reshape(-1), minlength=len(codes) * width).reshape(-1, width).astype(np.float64)
+    classes = np.empty(codes.shape, np.int64)
+    number = np.empty((len(codes), width), np.int64)
+    rank = np.empty(number.shape, np.int64)
     size = np.sqrt(code_values(1.0)[:width].astype(np.float64))
-    number *= size  # of all blocks of a code at once
-    larger = np.cumsum(number, 1)
-    added = larger[:, -1:] - larger
-    added *= 2
-    added += number
-    added *= size
-    by_size(added.astype(np.float32)).astype(np.int64).take(classes, out=out, mode="clip")
+    for rows in some_rows(*codes.shape):
+        count = len(codes[rows])
+        first = (np.arange(count) * width)[:, None]
+        here = np.add(codes[rows], first, dtype=np.int64)
+        number[rows] = np.bincount(here.reshape(-1), minlength=count * width).reshape(count, width)
+        np.add(here, rows.start * width, out=classes[rows])
+        sizes = number[rows] * size  # of all blocks of a code at once
+        larger = np.cumsum(sizes, 1)
+        added = larger[:, -1:] - larger
+        added *= 2
+        added += sizes
+        added *= size
+        rank[rows] = by_size(added.astype(np.float32))
+    return classes, number.reshape(-1), rank.reshape(-1)
 
 
 def _upper(values: Float32) -> npt.NDArray[np.uint16]:
@@ -193,14 +174,10 @@ class Bands:
 
 
 @lru_cache(maxsize=1)
-def _of_all_heads(manifest: Manifest) -> tuple[Bands, Regions]:
-    """Bands, and region of each block but for those that a head requires; read only."""
+def _of_all_heads(manifest: Manifest) -> tuple[Bands, Int64]:
+    """Bands, and the places of blocks that every head keeps, ascending; read only."""
     text = protected(manifest.grid, manifest.blocks, False, False)
-    found = np.full(text.shape, REGIONS - 1, np.uint8)
-    for region, radius in sorted(enumerate(FRAMES.values(), 1), reverse=True):
-        found[window_keep(Window("frames", (radius,)), manifest.grid, manifest.blocks)] = region
-    found[text] = 0
-    return Bands(manifest, text), found
+    return Bands(manifest, text), np.flatnonzero(text)
 
 
 class LadderMaker:
@@ -213,9 +190,10 @@ class LadderMaker:
 
     def __init__(self, ladders: Ladders, manifest: Manifest) -> None:
         self.ladders = ladders
-        self._bands, self._region = _of_all_heads(manifest)
+        self._bands, self._text = _of_all_heads(manifest)
         heads, shares = manifest.model.heads, len(ladders.shares)
-        self.words = no_words((heads, *self._region.shape), len(ladders.kinds), shares)
+        shape = (heads, manifest.q_blocks, manifest.k_blocks)
+        self.words = no_words(shape, len(ladders.kinds), shares)
         """``(H, Q, K)``: what was made."""
         self.blocks = np.empty((len(ladders.kinds), heads, shares), np.int64)
         """int64 ``(S, H, shares)``: blocks up to each level."""
@@ -239,41 +217,47 @@ class LadderMaker:
             votes: Of the head's planes.
             mass: float32 ``(Q, K)``, sums of block mass.
         """
-        kinds = self.ladders.kinds
-        if together := [kind for kind in kinds if kind in ("row", *FRAMES)]:
-            assert error is not None
-            assert codes is not None
-            self._make(head, together, by_row(self._bands.steady(error, codes, len(self.ladders.samples))), required)
-        if "own" in kinds:
-            assert codes is not None
-            self._make(head, ["own"], by_row(codes), required)
-        if "votes" in kinds:
-            assert votes is not None
-            self._make(head, ["votes"], by_votes(votes, self._region.shape[1], codes), required)
-        if "mass" in kinds:
-            assert mass is not None
-            self._make(head, ["mass"], by_size(mass), required)
+        q_blocks, k_blocks = self.words.shape[1:]
+        always = np.union1d(np.arange(q_blocks) * k_blocks + required, self._text)
+        for index, kind in enumerate(self.ladders.kinds):
+            if kind == "row":
+                assert error is not None
+                assert codes is not None
+                found = by_row(self._bands.steady(error, codes, len(self.ladders.samples)))
+            elif kind == "own":
+                assert codes is not None
+                found = by_row(codes)
+            elif kind == "votes":
+                assert votes is not None
+                found = _of_ranks(by_votes(votes, k_blocks, codes))
+            else:
+                assert mass is not None
+                found = _of_ranks(by_size(mass))
+            self._make(head, index, *found, always)
 
-    def _make(self, head: int, kinds: Sequence[str], rank: Rank, required: Int64) -> None:
-        """Ladders of one order.
+    def _make(self, head: int, index: int, classes: Int64, number: Int64, rank: Int64, always: Int64) -> None:
+        """Writes the levels of one ladder.
 
         Args:
             head: Which.
-            kinds: Of the ladders.
-            rank: Unsigned or int64 ``(Q, K)``, written to where it is int64: the blocks of the lowest come first.
-            required: Of `add`.
+            index: Of the ladder.
+            classes: Of every block, int64 ``(Q, K)``.
+            number: Blocks of each class, int64.
+            rank: Of each class, int64.
+            always: Places of the blocks that are of level 0, int64.
         """
-        rows, ranks = np.arange(len(rank)), int(rank.max()) + 1
-        place = rank.astype(np.int64, copy=False)
-        for some in some_rows(*place.shape):
-            place[some] += self._region[some] * np.int64(ranks)
-        place[rows, required] -= self._region[rows, required] * np.int64(ranks)  # to region 0
-        number = np.bincount(place.reshape(-1), minlength=REGIONS * ranks)
-        firsts = [list(FRAMES).index(kind) + 1 if kind in FRAMES else 0 for kind in kinds]
-        here = [self.ladders.kinds.index(kind) for kind in kinds]
-        shares = self.ladders.shares
-        tables, self.blocks[here, head] = levels_of(number.reshape(REGIONS, ranks), shares, firsts)
-        words = np.zeros(number.size, self.words.dtype)
-        for index, levels in zip(here, tables, strict=True):
-            words |= levels.reshape(-1).astype(words.dtype) << (level_bits(len(shares)) * index)
-        self.words[head] |= words.take(place)
+        shares, words = self.ladders.shares, self.words[head].reshape(-1)
+        others = number - np.bincount(classes.reshape(-1)[always], minlength=len(number))
+        ranks = np.bincount(rank, others).astype(np.int64)
+        levels, self.blocks[index, head] = levels_of(ranks, len(always), shares)
+        of_class = levels.take(rank).astype(words.dtype) << (level_bits(len(shares)) * index)
+        before = words[always]
+        words |= of_class.take(classes.reshape(-1))
+        words[always] = before
+
+
+def _of_ranks(rank: Rank) -> tuple[Int64, Int64, Int64]:
+    """As `by_row`, of blocks of equal rank."""
+    classes = rank.astype(np.int64)
+    number = np.bincount(classes.reshape(-1))
+    return classes, number, np.arange(len(number))

@@ -30,11 +30,10 @@ MAGIC = b"CALIBREF"
 VERSION = (1, 0)
 RULE = 1
 """Of how levels follow from statistics: a change there makes what was measured before another ladder's."""
-KINDS = ("row", "frame", "near", "own", "votes", "mass")
-"""What comes first: what adds most to its row's error, errors drawn to those of blocks at the same distance; the own
-frame, or that and its neighbours, then the same; the same of errors as they are; what has most votes of the keep
-planes; most mean mass."""
-DEFAULT_KINDS = ("row", "frame", "near")
+KINDS = ("row", "own", "votes", "mass")
+"""What comes first: what adds most to its row's error, errors drawn to those of blocks at the same distance; the same
+of errors as they are; what has most votes of the keep planes; most mean mass."""
+DEFAULT_KINDS = ("row",)
 DEFAULT_SHARES = (
     *(0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5),
     *(0.6, 0.7, 0.8, 0.9),
@@ -81,7 +80,7 @@ class Ladders:
             RefinementError: Block error or mass was not recorded.
         """
         for kinds, has, how in (
-            ({"row", "frame", "near", "own"}, manifest.has_block_error, "block error"),
+            ({"row", "own"}, manifest.has_block_error, "block error"),
             ({"mass"}, manifest.has_mass, "block mass (calibatt-calibrate --mass)"),
         ):
             if (wanting := kinds & set(self.kinds)) and not has:

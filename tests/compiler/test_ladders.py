@@ -33,35 +33,30 @@ from calibatt.compiler.stats import (
     window_keep,
 )
 
-ALL = ("row", "frame", "near", "own", "votes", "mass")
+ALL = ("row", "own", "votes", "mass")
 
 
-@given(st.integers(0, 10**6), st.sampled_from([2, 5, 300]), st.floats(0, 0.3), st.sampled_from([None, 0.0, 0.3, 1.0]))
-def test_levels_are_nested_and_hit_their_densities(seed: int, different: int, kept: float, before: Any) -> None:
+@given(st.integers(0, 10**6), st.sampled_from([2, 5, 300]), st.floats(0, 0.3))
+def test_levels_are_nested_and_hit_their_densities(seed: int, different: int, kept: float) -> None:
     rng = np.random.default_rng(seed)
     keys = rng.integers(0, different, (9, 11))
     always = rng.random((9, 11)) < kept
-    first = None if before is None else rng.random((9, 11)) < before
-    region = np.where(always, 0, np.where(first is not None and first, 1, 2)).astype(np.uint8)
-    place = region.astype(np.int64) * different + keys
-    number = np.bincount(place.reshape(-1), minlength=3 * different).reshape(3, different)
-    tables, (_, blocks) = levels_of(number, SHARES, (2, 0 if first is None else 1))
-    other, levels = tables.reshape(2, -1)[:, place]
-    assert first is not None or np.array_equal(other, levels)
+    number = np.bincount(keys[~always], minlength=different)
+    of_rank, blocks = levels_of(number, int(always.sum()), SHARES)
+    levels = np.where(always, 0, of_rank[keys])
     assert levels.max() <= len(SHARES)
     assert blocks.tolist() == [np.count_nonzero(levels <= level) for level in range(len(SHARES))]
-    last = 2 * different
-    order = np.where(always, -1, keys if first is None else np.where(first, keys, keys + different))
+    order = np.where(always, -1, keys)
     for level, share in enumerate(SHARES):
         keep = levels <= level
         assert keep[always].all()
-        assert order[keep].max(initial=-1) < order[~keep].min(initial=last)
+        assert order[keep].max(initial=-1) < order[~keep].min(initial=different)
         assert keep.sum() <= max(share * keys.size, always.sum())
-        following = order[~keep].min(initial=last)
+        following = order[~keep].min(initial=different)
         assert keep.sum() + (order == following).sum() > share * keys.size or keep.all()
 
 
-@given(st.integers(1, 6), st.integers(1, 254), st.integers(0, 10**6))
+@given(st.integers(1, len(ALL)), st.integers(1, 254), st.integers(0, 10**6))
 def test_words_hold_the_levels_of_all_ladders(ladders: int, shares: int, seed: int) -> None:
     levels = np.random.default_rng(seed).integers(0, shares + 1, (ladders, 5, 7))
     words = no_words((5, 7), ladders, shares)
@@ -101,7 +96,9 @@ def test_rows_give_up_what_adds_least_to_their_errors() -> None:
     rng = np.random.default_rng(1)
     codes = np.stack([rng.permutation(256)[:40] for _ in range(5)]).astype(np.uint8)
     size = np.sqrt(code_values(1.0).astype(np.float64))[codes]
-    order = np.argsort(-by_row(codes).astype(int), axis=None, kind="stable")
+    classes, number, rank = by_row(codes)
+    assert np.array_equal(number, np.bincount(classes.reshape(-1), minlength=len(number)))
+    order = np.argsort(-rank[classes], axis=None, kind="stable")
     sums, added = np.zeros(5), []
     for at in order.tolist():
         row = at // 40
@@ -183,10 +180,10 @@ def test_masks_and_prices_are_those_of_the_rungs() -> None:
 
 def test_some_kinds_of_ladders() -> None:
     store = refined()
-    text = "protect,select{target-density=0.6,menu=ladders,ladder-kinds=votes+frame}"
+    text = "protect,select{target-density=0.6,menu=ladders,ladder-kinds=votes+own}"
     found, accounts = compile_store(store, text)
     chosen = {choice for unit in found.all for choice in unit.choice}
-    assert {"ladder votes", "ladder frame"} <= chosen <= {"dense", "ladder votes", "ladder frame"}
+    assert {"ladder votes", "ladder own"} <= chosen <= {"dense", "ladder votes", "ladder own"}
     for unit in found.all:
         levels = StatisticsSource(store).levels(store.ladders, unit.time_index, unit.layer)
         errors = store.refined_error(unit.time_index, unit.layer)
@@ -197,7 +194,7 @@ def test_some_kinds_of_ladders() -> None:
                 keep, required = (unpack(bits[head], unit.k_blocks) for bits in (unit.keep, unit.required))
                 np.testing.assert_array_equal(keep, (levels[kind, head] <= level) | required)
     assert accounts[-1].error >= compile_store(store, text.split(",ladder")[0] + "}")[1][-1].error
-    with pytest.raises(PassError, match=r"ladder-kinds must be some of those measured, row\+frame.*, got size"):
+    with pytest.raises(PassError, match=r"ladder-kinds must be some of those measured, row\+own.*, got size"):
         compile_store(store, "select{menu=ladders,ladder-kinds=size}")
 
 
@@ -351,7 +348,7 @@ def test_damaged_refinements_are_one_error(path: Path, spoil: Any, message: str)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kinds": ("size",)}, "kinds must be some of row, frame, near, own, votes, mass"),
+        ({"kinds": ("size",)}, "kinds must be some of row, own, votes, mass"),
         ({"kinds": ()}, "kinds must be some of"),
         ({"shares": (0.5, 0.2)}, "ascending floats in"),
         ({"shares": (0.5, 1.0)}, "ascending floats in"),

@@ -14,12 +14,12 @@ from calibatt.tools.bench.compiler import main
 
 def test_both_paths_are_measured(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", stats.manifest())
-    arguments = ["--store", store, "--ladders", "row+near", "--arguments", "--target-density 0.6", "-o"]
+    arguments = ["--store", store, "--ladders", "row+own", "--arguments", "--target-density 0.6", "-o"]
     found = CliRunner().invoke(main, [*map(str, arguments), str(tmp_path / "found.json")])
     assert found.exit_code == 0, found.output
     value = json.loads((tmp_path / "found.json").read_text())
     assert value["statistics"] == "synthetic, 3 samples x 2 layers x 2 times x 3 heads, 5 x 5 blocks"
-    assert value["refinement"].startswith("made up, measured: ladders row+near at 0.02, ")
+    assert value["refinement"].startswith("made up, measured: ladders row+own at 0.02, ")
     for path, menu in (("unrefined", "windows+cuts"), ("refined", "windows+ladders")):
         of = value[path]
         assert f"menu={menu}," in of["passes"][2]["passes"]
