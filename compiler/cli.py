@@ -69,7 +69,7 @@ Passes run in the order in which they are given; options and their defaults:
   select{target-density=0.5,max-error,target-speedup,attention-share=0.75,menu,levels-per-octave=4,ladder-kinds}
       each head's mask at each time: least error within one density over all, or fewest blocks within max-error;
       menu: windows+ladders where the store is refined (errors of the masks themselves), else windows+cuts;
-      ladder-kinds: which of the ladders that were measured, row+frame for example
+      ladder-kinds: which of the ladders that were measured, row+votes for example
   anchors{safety=1.0,max-group-rows=4}  rows that are computed once and copied to their neighbours
   fill-gaps{max-gap-blocks=1,max-growth=0.01}  joins short runs of blocks
   merge-times{max-growth=0.01,max-times=8}  neighbouring times share their masks
@@ -84,6 +84,7 @@ Examples:
   calibatt-compile stats_a/ stats_b/ -o plans/mine.plan --target-density 0.35 --report report.html
   calibatt-compile stats/ -o plans/mine.plan --passes "protect,select{menu=windows+cuts},schedule,lower"
   calibatt-compile stats/ -o plans/mine.plan --passes "protect{last-times=1},select,schedule,lower"
+  calibatt-compile a_few_layers/ -o /tmp/part.plan --extrapolate 40x50
   calibatt-compile --from-plan plans/mine.plan --block-size 128 -o plans/coarse.plan
 
 Exit codes: 0 the plan is written; 2 the call or the statistics are wrong, and no plan is written.
@@ -107,6 +108,9 @@ Exit codes: 0 the plan is written; 2 the call or the statistics are wrong, and n
 @click.option(
     "--report", "report_path", metavar="REPORT", type=click.Path(path_type=Path), help="Report as .html, or JSON."
 )
+@click.option(
+    "--extrapolate", metavar="LAYERSxTIMES", help="Report also what a whole job of so many layers and times will take."
+)
 @click.option("--print-after-all", is_flag=True, help="Print every time and layer after every pass.")
 @click.option("--time-passes", is_flag=True, help="Print what each pass took, as it ends.")
 @click.option("--notes", default="", help="Text stored in the plan.")
@@ -127,6 +131,7 @@ def command(
     resume: bool,
     work: Path | None,
     report_path: Path | None,
+    extrapolate: str | None,
     print_after_all: bool,
     time_passes: bool,
     notes: str,
@@ -141,6 +146,7 @@ def command(
     """
     try:
         _check_targets([output, report_path], force)
+        whole = _read_whole(extrapolate)
         budget = dict(zip(BUDGETS, (target_density, max_error, target_speedup), strict=True))
         if (old is None) == (not stats_dirs):
             raise CompileError(f"a plan must come from statistics or --from-plan, got {'both' if old else 'neither'}")
@@ -192,9 +198,9 @@ def command(
             raise
         shelf.remove()
         if report_path is not None:
-            value = report.as_json(job, plan, found, file_bytes, attention_share)
+            value = report.as_json(job, plan, found, file_bytes, attention_share, whole)
             report.write(report_path, value)
-        report.show(console, job, plan, found, file_bytes, attention_share)
+        report.show(console, job, plan, found, file_bytes, attention_share, whole)
     except (CompileError, StoreError, PlanError, OSError) as error:
         click.echo(f"calibatt-compile: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
@@ -216,6 +222,20 @@ def _check_targets(paths: list[Path | None], force: bool) -> None:
             raise CompileError(f"{path} must be a file, got a folder there")
         if path.exists() and not force:
             raise CompileError(f"{path} must not exist (--force replaces it), got a file there")
+
+
+def _read_whole(text: str | None) -> report.Whole:
+    """Layers and times of a whole job.
+
+    Raises:
+        CompileError: They are not two positive integers joined by an x.
+    """
+    if text is None:
+        return None
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise CompileError(f"--extrapolate must be LAYERSxTIMES, such as 40x50, got {text!r}")
+    return int(parts[0]), int(parts[1])
 
 
 def _key(parts: Sequence[str]) -> str:

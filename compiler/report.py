@@ -22,7 +22,13 @@ KINDS = ("dense", "sparse", "anchored")
 SHADES = "·░▒▓█"
 
 
-def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int, attention_share: float) -> dict[str, Any]:
+Whole = tuple[int, int] | None
+"""Layers and times of the job that this one is a part of, if it is told."""
+
+
+def as_json(
+    job: Job, plan: PlanFile, run: Run, file_bytes: int, attention_share: float, whole: Whole = None
+) -> dict[str, Any]:
     """The report as plain values; the same input gives the same report but for the seconds."""
     times, layers = range(len(plan.segments)), job.manifest.model.layers
     dense = job.manifest.model.heads * job.manifest.q_blocks * job.manifest.k_blocks
@@ -53,7 +59,35 @@ def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int, attention_share
         "file_bytes": file_bytes,
         "file_bytes_per_time_and_layer": file_bytes / (len(plan.segments) * full_layers),
         "plain_csr_bytes": run.accounts[-2].plan_bytes,
+        "cost": _cost(job, run, file_bytes, whole),
     }
+
+
+def _cost(job: Job, run: Run, file_bytes: int, whole: Whole) -> dict[str, Any]:
+    """What a unit, one layer at one time, took; and at that price a whole job."""
+    seconds = sum(account.seconds for account in run.accounts) / job.units
+    found: dict[str, Any] = {"units": job.units, "seconds_a_unit": seconds, "file_bytes_a_unit": file_bytes / job.units}
+    if whole is not None:
+        layers, times = whole
+        units = layers * times
+        found["whole"] = {
+            "layers": layers,
+            "times": times,
+            "units": units,
+            "minutes": units * seconds / 60,
+            "file_mb": units * file_bytes / job.units / 1e6,
+        }
+    return found
+
+
+def _cost_told(cost: dict[str, Any]) -> str:
+    told = f"{cost['units']} units (layer, time), {cost['seconds_a_unit']:.3g} s and "
+    told += f"{cost['file_bytes_a_unit']:.0f} bytes each"
+    if "whole" in cost:
+        told += "; {layers} layers x {times} times: {minutes:.3g} min in one process, {file_mb:.4g} MB".format(
+            **cost["whole"]
+        )
+    return told
 
 
 def _speedup(plan: PlanFile) -> float:
@@ -61,9 +95,17 @@ def _speedup(plan: PlanFile) -> float:
     return float(dense / planned)
 
 
-def show(console: Console, job: Job, plan: PlanFile, run: Run, file_bytes: int, attention_share: float) -> None:
+def show(
+    console: Console,
+    job: Job,
+    plan: PlanFile,
+    run: Run,
+    file_bytes: int,
+    attention_share: float,
+    whole: Whole = None,
+) -> None:
     """Prints the report."""
-    value = as_json(job, plan, run, file_bytes, attention_share)
+    value = as_json(job, plan, run, file_bytes, attention_share, whole)
     console.print(_accounts(run.accounts))
     console.print(_times(job, plan, value["density_by_time_and_layer"], value["heads_by_time_and_layer"]))
     console.print(_densities(job, value["density_by_time_and_layer"]))
@@ -78,6 +120,7 @@ def show(console: Console, job: Job, plan: PlanFile, run: Run, file_bytes: int, 
         f"predicted attention: {planned:.4g} ms planned, {dense:.4g} ms dense, {dense / planned:.2f} times",
         f"predicted forward: {value['forward_speedup']:.2f} times, attention being {attention_share:g} of a dense one",
         f"density {plan.predicted['density']:.4f}, {file_bytes} bytes, plain CSR {value['plain_csr_bytes']}",
+        f"cost: {_cost_told(value['cost'])}",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False)
@@ -124,6 +167,7 @@ def as_html(value: dict[str, Any]) -> str:
         "predicted speed-up of a forward": f"{value['forward_speedup']:.3f}, attention being "
         f"{value['attention_share']:g} of a dense one",
         "bytes of the file": f"{value['file_bytes']} (plain CSR {value['plain_csr_bytes']})",
+        "cost": _cost_told(value["cost"]),
         "provenance": value["provenance"],
     }
     return (

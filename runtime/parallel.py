@@ -163,7 +163,8 @@ class Share(LayerSchedule):
         """As of `LayerSchedule`; also puts there which heads go where."""
         bound = super().bind(device)
         if bound.device not in self._heads:
-            order = move(torch.tensor([head for some in self.divided for head in some]), bound.device)
+            heads = [head for some in self.divided for head in some]
+            order = move(torch.tensor(heads, device="cpu"), bound.device)
             self._heads[bound.device] = order.split([len(some) for some in self.divided])
         return bound
 
@@ -214,7 +215,7 @@ def slowest_rank(works: Iterable[Sequence[int]], ranks: int) -> tuple[float, flo
     divided = in_order = mean = 0.0
     for work in works:
         divided += max(sum(work[head] for head in heads) for heads in divide(work, ranks))
-        parts = torch.tensor(work).split(even_counts(len(work), ranks))
+        parts = torch.tensor(work, device="cpu").split(even_counts(len(work), ranks))
         in_order += max(int(part.sum()) for part in parts)
         mean += sum(work) / ranks
     return divided / mean, in_order / mean

@@ -35,10 +35,10 @@ def reference_attention(
     """
     batch, heads, tokens, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
-    queries = torch.arange(tokens) if queries is None else queries.cpu()
+    queries = torch.arange(tokens, device="cpu") if queries is None else queries.cpu()
     out = q.new_empty(batch, heads, len(queries), head_dim)
     lse = q.new_empty(batch, heads, len(queries))
-    block_of_key = torch.arange(tokens) // schedule.blocks.block_k
+    block_of_key = torch.arange(tokens, device="cpu") // schedule.blocks.block_k
     chunk = max(1, CHUNK_SCORES // (batch * tokens))
     for head in range(heads):
         source, keep = schedule.dense(head)

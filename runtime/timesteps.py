@@ -21,7 +21,7 @@ class Timesteps:
         self._storage: torch.UntypedStorage | None = None
         """Held, so that nothing else comes to its address."""
         self._version = -1
-        self._values = torch.empty(0, dtype=torch.uint8)
+        self._values = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def read(self, timestep: torch.Tensor) -> torch.Tensor:
         """The same values on the CPU, of the same shape and dtype."""
@@ -36,7 +36,7 @@ class Timesteps:
         ):
             self._values = fetch(storage)
             self._storage, self._version = storage, timestep._version
-        found = torch.empty(0, dtype=timestep.dtype)
+        found = torch.empty(0, dtype=timestep.dtype, device="cpu")
         return found.set_(self._values.untyped_storage(), timestep.storage_offset(), timestep.shape, timestep.stride())
 
 

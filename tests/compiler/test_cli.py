@@ -98,6 +98,25 @@ def test_the_report(store: Path, tmp_path: Path) -> None:
         assert expected in result.stdout
 
 
+def test_a_part_says_what_the_whole_job_will_take(store: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    result = invoke(store, "-o", tmp_path / "p.plan", "--report", report, "--extrapolate", "40x50")
+    assert result.exit_code == 0, result.output
+    value = json.loads(report.read_text())
+    cost, size = value["cost"], (tmp_path / "p.plan").stat().st_size
+    units = len(value["times"]) * len(value["density_by_time_and_layer"][0])
+    assert cost["units"] == units
+    assert cost["seconds_a_unit"] == pytest.approx(sum(each["seconds"] for each in value["accounts"]) / units)
+    assert cost["whole"]["units"] == 2000
+    assert cost["whole"]["file_mb"] == pytest.approx(size * 2000 / units / 1e6)
+    assert cost["whole"]["minutes"] == pytest.approx(cost["seconds_a_unit"] * 2000 / 60)
+    assert "40 layers x 50 times: " in " ".join(result.output.split())
+    for text in ("40", "40x", "0x50", "40x50x2", "-1x5", "axb"):
+        result = invoke(store, "-o", tmp_path / "q.plan", "--extrapolate", text)
+        assert result.exit_code == 2
+        assert f"--extrapolate must be LAYERSxTIMES, such as 40x50, got {text!r}" in " ".join(result.stderr.split())
+
+
 def test_the_report_as_a_page(store: Path, tmp_path: Path) -> None:
     result = invoke(store, "-o", tmp_path / "p.plan", "--report", tmp_path / "r.html", "--notes", "<b>")
     assert result.exit_code == 0, result.output

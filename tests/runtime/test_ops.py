@@ -84,3 +84,13 @@ def test_attend_is_planned_attention_without_checks(schedule: LayerSchedule) -> 
     expected = ops.planned_attention(q, k, v, schedule, backend="torch", return_lse=True)
     for got, want in zip(ops.attend(q, k, v, schedule, "torch", return_lse=True), expected, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "triton"])
+def test_the_default_device_is_of_no_concern(schedule: LayerSchedule, name: str) -> None:
+    """`torch.set_default_device` is for what users make, not for index arrays."""
+    q, k, v = torch.randn(3, *SHAPE).to(torch.float16 if name == "triton" else torch.float32)
+    fresh = LayerSchedule(schedule.core)
+    with torch.device("meta"):
+        found = ops.planned_attention(q, k, v, schedule=fresh, backend=name)
+    torch.testing.assert_close(found, ops.planned_attention(q, k, v, schedule=schedule, backend=name))

@@ -67,3 +67,9 @@ def test_inference_tensors_and_large_ones_are_read_as_they_are(fetched: list[int
 def test_what_is_at_hand_is_given_back() -> None:
     timestep = torch.tensor([5])
     assert Timesteps().read(timestep) is timestep
+
+
+def test_the_default_device_is_of_no_concern(fetched: list[int]) -> None:
+    schedule = torch.tensor([999.0, 500.0])
+    with torch.device("meta"):
+        assert Timesteps().read(schedule[1:]).tolist() == [500]

@@ -34,7 +34,9 @@ def run_ranks(function: Callable[..., None], ranks: int, folder: Path, *argument
         arguments: What to call it with.
         backend: ``gloo`` on the CPU; with ``nccl`` each rank makes its tensors on a GPU of its own.
     """
-    _start(partial(_in_group, backend), ranks, folder, function, arguments)
+    # A server that has imported all may have begun to use a GPU, which none of its processes could then.
+    method = "spawn" if backend == "nccl" else "forkserver"
+    _start(partial(_in_group, backend), ranks, folder, function, arguments, method=method)
 
 
 def run_commands(function: Callable[..., None], ranks: int, folder: Path, *arguments: Any) -> None:
@@ -42,11 +44,11 @@ def run_commands(function: Callable[..., None], ranks: int, folder: Path, *argum
     _start(_as_command, ranks, folder, function, arguments)
 
 
-def _start(wrapper: Callable[..., None], ranks: int, folder: Path, *arguments: Any) -> None:
+def _start(wrapper: Callable[..., None], ranks: int, folder: Path, *arguments: Any, method: str = "forkserver") -> None:
     # The server imports once what every process needs.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "diffusers.models.transformers"])
     meeting = folder / "meeting"
-    torch.multiprocessing.start_processes(wrapper, (ranks, meeting, *arguments), ranks, start_method="forkserver")
+    torch.multiprocessing.start_processes(wrapper, (ranks, meeting, *arguments), ranks, start_method=method)
 
 
 def _in_group(

@@ -31,7 +31,7 @@ from calibatt.compiler.stats.refinement import DEFAULT_KINDS, KINDS
 from calibatt.plans import PlanFile, StoredLayers
 from calibatt.tools.bench.synthetic import Synthetic, refine, wan14b_manifest
 
-FULL_LAYERS = 40
+FULL_LAYERS, FULL_TIMES = 40, 50
 PASSES = {
     "unrefined": "protect,select{menu=windows+cuts},anchors,select{menu=windows+cuts},schedule,lower",
     "refined": DEFAULT_PASSES,
@@ -44,6 +44,7 @@ REPEATS = 3
 def compile_once(store: Path, plan: Path, report: Path, arguments: list[str]) -> dict:
     """Seconds and memory of one `calibatt-compile`, processes it starts included."""
     command = [sys.executable, "-m", "calibatt.compiler.cli", str(store), "-o", str(plan), "--report", str(report)]
+    command += ["--extrapolate", f"{FULL_LAYERS}x{FULL_TIMES}"]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([*command, "--force", *arguments], check=True, stdout=subprocess.DEVNULL)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -169,7 +170,7 @@ def measure(store: Path, folder: Path, units: int, arguments: list[str], jobs: i
     cost = compile_once(store, plan, report, [*arguments, "--jobs", str(jobs)])
     value, lowering, opening = json.loads(report.read_text()), lower_all(plan), open_plan(plan)
     per_unit = cost["processor_seconds"] / units
-    scale = FULL_LAYERS * 50 / units
+    whole = value["cost"]["whole"]
     return {
         "compile": {**cost, "jobs": jobs, "processor_seconds_per_unit": round(per_unit, 3)},
         "passes": [
@@ -182,9 +183,11 @@ def measure(store: Path, folder: Path, units: int, arguments: list[str], jobs: i
         "open": opening,
         "lowering": lowering,
         "full_model": {
-            "plan_mb": round(value["file_bytes"] * scale / 1e6, 1),
-            "processor_minutes": round(per_unit * FULL_LAYERS * 50 / 60, 1),
-            "open_and_prove_seconds": round((opening["open_ms"] + opening["prove_ms"]) * scale / 1e3, 1),
+            "plan_mb": round(whole["file_mb"], 1),
+            "processor_minutes": round(per_unit * whole["units"] / 60, 1),
+            "open_and_prove_seconds": round(
+                (opening["open_ms"] + opening["prove_ms"]) * whole["units"] / units / 1e3, 1
+            ),
         },
     }
 
