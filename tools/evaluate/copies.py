@@ -147,17 +147,8 @@ def decided(
 @click.option("--batch", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="JSON to write.")
-def main(
-    model: str,
-    stores: tuple[Path, ...],
-    held_out: Path | None,
-    prompts: int,
-    calibration: int,
-    batch: int,
-    device: str,
-    output: Path,
-) -> None:
-    study = make_study(model, stores, held_out, prompts, calibration, None, batch, device)
+def main(output: Path, **options: Any) -> None:
+    study = make_study(**options, steps=None)
     bench, work = study.bench, study.bench.calibration
     result: dict[str, Any] = {"about": about("python -m calibatt.tools.evaluate.copies", study.sampler)}
     result |= {"calibration": len(work), "prompts": len(bench.held_out), "sizes": SIZES}
