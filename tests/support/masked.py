@@ -29,11 +29,12 @@ def masked(model: Any, plan: Plan, adapter: Adapter | None = None) -> Iterator[N
         out = torch.empty_like(q)
         for head in range(schedule.heads):
             source, keep = (part[:tokens].to(q.device) for part in schedule.dense(head))
-            keys, values = k[:, None, :, head], v[:, None, :, head]
             for rows in torch.arange(tokens, device=q.device).split(AT_ONCE):
-                queries = q[:, None, source[rows], head]
-                attended = F.scaled_dot_product_attention(queries, keys, values, keep[rows][:, block])
-                out[:, rows, head] = attended[:, 0]
+                parts = [q[:, source[rows], head], k[:, :, head], v[:, :, head]]
+                if q.is_cuda:  # whose kernels with masks want an axis of heads; a CPU's round otherwise with one
+                    parts = [x[:, None] for x in parts]
+                attended = F.scaled_dot_product_attention(*parts, keep[rows][:, block])
+                out[:, rows, head] = attended.flatten(0, -3)
         return out
 
     interception = Interception(model, adapter, attend, begin=adapter.time)
