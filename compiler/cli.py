@@ -84,7 +84,7 @@ Examples:
   calibatt-compile stats_a/ stats_b/ -o plans/mine.plan --target-density 0.35 --report report.html
   calibatt-compile stats/ -o plans/mine.plan --passes "protect,select{menu=windows+cuts},schedule,lower"
   calibatt-compile stats/ -o plans/mine.plan --passes "protect{last-times=1},select,schedule,lower"
-  calibatt-compile a_few_layers/ -o /tmp/part.plan --extrapolate 40x50
+  calibatt-compile a_few_layers/ -o plans/part.plan --extrapolate 40x50
   calibatt-compile --from-plan plans/mine.plan --block-size 128 -o plans/coarse.plan
 
 Exit codes: 0 the plan is written; 2 the call or the statistics are wrong, and no plan is written.

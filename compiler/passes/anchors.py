@@ -58,7 +58,7 @@ class Anchors(Pass):
         weight = np.full(unit.heads, unit.weight) if unit.head_weight is None else unit.head_weight
         errors = copy_errors(unit.means.row_residual_error, self.max_group_rows)
         errors *= (share * weight)[:, None, None, None]
-        price = multiplier * _head_ms(job, unit) / grid.height
+        price = multiplier * head_ms(job, unit) / grid.height
         for head, (groups, error) in enumerate(best_groups(errors, price)):
             if len(groups[0]) == grid.height:
                 continue
@@ -140,7 +140,7 @@ def _trace(size_at: Int64, anchor: Int64, group: Float64) -> tuple[Groups, float
     return (tuple(reversed(starts)), tuple(reversed(rows))), error
 
 
-def _head_ms(job: Job, unit: UnitIR) -> Float64:
+def head_ms(job: Job, unit: UnitIR) -> Float64:
     """float64 ``(H,)``: milliseconds that fall with the rows computed."""
     tiles, blocks = unit.computed()
     dim = job.manifest.model.head_dim

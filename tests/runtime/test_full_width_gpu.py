@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,7 +99,7 @@ def compiled(wide: Wide) -> Iterator[Callable[..., torch.Tensor]]:
             block._compiled_call_impl = None
     else:
         whole = torch.compile(wide.model, fullgraph=True, dynamic=False)
-        yield partial(Wide(whole, wide.inputs))
+        yield Wide(whole, wide.inputs)
 
 
 @pytest.mark.filterwarnings("ignore")  # inductor's own

@@ -5,7 +5,7 @@ fits, and the time of a kernel is then the energy it needs over the power it get
 case runs back to back for a whole window, after a short untimed one, and the joules are read from the device's counter.
 The cases take turns, every round in another order. Beside them runs `matmul`, a product of two square matrices of
 the same values by cuBLAS: what the same power buys where nothing but multiplying is done. With ``--values zeros`` no
-bit flips, a chip needs half the power and no clock is lowered: what is left is how well a kernel uses its cycles.
+bit flips, and power is no limit: what is left is how well a kernel uses its cycles.
 """
 
 from __future__ import annotations
@@ -201,7 +201,14 @@ def compared(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @click.option("--kernels", default="hopper,flash-attention-4 sparse,sdpa-cudnn,matmul", show_default=True)
 @click.option("--values", type=click.Choice(list(VALUES)), default="random", show_default=True, help="Of the tensors.")
 @click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Windows of each case.")
-@click.option("--window", "seconds", type=float, default=1.0, show_default=True, help="Seconds of a window.")
+@click.option(
+    "--window",
+    "seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Seconds of a window.",
+)
 @click.option("--device", default="cuda", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON to write after every size.")
 def main(sizes: str, kernels: str, values: str, rounds: int, seconds: float, device: str, output: Path | None) -> None:

@@ -171,7 +171,7 @@ def variants(study: Study) -> dict[str, Callable[[float], Rule]]:
     found: dict[str, Callable[[float], Rule]] = {BASE: compiled(study, store)}
     if store.ladders is not None:
         select = "select{target-density=D,menu=%s}"
-        for kind in store.ladders.kinds:
+        for kind in store.ladders.kinds if len(store.ladders.kinds) > 1 else ():  # alone it is `no anchors`
             menu = f"windows+ladders,ladder-kinds={kind}"
             found[f"ladders {kind}, windows"] = compiled(study, store, f"protect,{select % menu},schedule,lower")
         menus = {"ladders alone": "ladders", "ladders, windows, cuts": "windows+cuts+ladders"}

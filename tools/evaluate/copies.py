@@ -24,6 +24,7 @@ from torch import Tensor
 from calibatt.compiler.cost import device_named
 from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.language import parse_passes
+from calibatt.compiler.passes.anchors import head_ms
 from calibatt.compiler.pipeline import in_turn, run
 from calibatt.compiler.shelf import MemoryShelf
 from calibatt.compiler.stats import Store
@@ -70,8 +71,7 @@ def measure(bench: Bench, work: Work) -> Errors:
                 found[what][index, moment.step, moment.layer] += lost.sum(0).double().cpu() / len(work)
 
     for start in range(0, len(work), bench.batch):
-        bench.calibration = work[start : start + bench.batch]
-        bench.calibrate(on_moment)
+        bench.calibrate(on_moment, work[start : start + bench.batch])
     return {what: errors.numpy() for what, errors in found.items()}
 
 
@@ -87,15 +87,11 @@ def priced(store: Store, density: float) -> tuple[npt.NDArray[np.float64], npt.N
     passes = source.settle(job, parse_passes(f"protect,select{{target-density={density:g}}}"))
     run(source, job, passes, shelf, in_turn)
     assert job.multiplier is not None
-    weights = np.broadcast_to(job.unit_weights[..., None], (*job.unit_weights.shape, job.manifest.model.heads))
-    weights = weights if job.head_weights is None else job.head_weights
-    worth, loss = np.zeros((2, *weights.shape))
+    worth, loss = np.zeros((2, *job.unit_weights.shape, job.manifest.model.heads))
     for index, unit in shelf.units.items():
         at = job.place(index)
-        for head, (tiles, blocks) in enumerate(zip(*unit.computed(), strict=True)):
-            ms = job.device.predict_ms(int(tiles), int(blocks), 0, unit.blocks, job.manifest.model.head_dim)
-            worth[at][head] = job.multiplier * ms
-        loss[at] = unit.error * weights[at]
+        worth[at] = job.multiplier * head_ms(job, unit)
+        loss[at] = unit.error * (unit.weight if unit.head_weight is None else unit.head_weight)
     return worth, loss
 
 
