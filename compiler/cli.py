@@ -70,7 +70,7 @@ Passes run in the order in which they are given; options and their defaults:
       each head's mask at each time: least error within one density over all, or fewest blocks within max-error;
       menu: windows+ladders where the store is refined (errors of the masks themselves), else windows+cuts;
       ladder-kinds: which of the ladders that were measured, row+votes for example
-  anchors{safety=1.0,max-group-rows=4}  rows that are computed once and copied to their neighbours
+  anchors{safety=1.0,max-group-rows=4,max-group-frames=8}  rows, or frames, computed once and copied to neighbours
   fill-gaps{max-gap-blocks=1,max-growth=0.01}  joins short runs of blocks
   merge-times{max-growth=0.01,max-times=8}  neighbouring times share their masks
   merge-heads{max-growth=0.01}  heads of a layer share their masks

@@ -13,7 +13,7 @@ from calibatt.compiler.errors import CompileError
 from calibatt.compiler.ir import Groups, Job, UnitIR, UnitMeans, full_bits
 from calibatt.compiler.passes import Pass
 from calibatt.compiler.stats import Manifest
-from calibatt.plans import NO_ANCHORS, Blocks, PackedLayer, PlanFile
+from calibatt.plans import FRAMES, NO_ANCHORS, ROWS, Blocks, PackedLayer, PlanFile
 
 PASSES = ("fill-gaps", "merge-times", "merge-heads", "schedule", "lower")
 """What can be done to masks alone."""
@@ -107,7 +107,9 @@ class PlanSource:
         if pattern == NO_ANCHORS:
             return None
         part = slice(int(layer.anchor_ptr[pattern]), int(layer.anchor_ptr[pattern + 1]))
-        starts, rows = layer.group_start[part], layer.anchor_row[part]
+        starts, rows = layer.group_start[part], layer.group_anchor[part]
+        if layer.anchor_axis[pattern] == FRAMES:
+            return Groups(FRAMES, tuple(starts.tolist()), tuple(rows.tolist()))
         grid = layer.grid
         by_frame = [np.flatnonzero(starts // grid.height == frame) for frame in range(grid.frames)]
         found = {
@@ -115,7 +117,7 @@ class PlanSource:
         }
         if len(found) > 1:
             raise CompileError(f"{self.path}: anchors must be the same in every frame, got {len(found)} kinds")
-        return found.pop()
+        return Groups(ROWS, *found.pop())
 
 
 def coarser(bits: Bits, k_blocks: int, times_q: int, times_k: int) -> Bits:

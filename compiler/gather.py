@@ -162,8 +162,10 @@ class _Sums:
 
     def add(self, units: Sequence[UnitStatistics], last: bool) -> None:
         """Counts some samples; `last`: there are no more."""
+        names = ["menu_error", "menu_residual_error", "output_size", "row_residual_error"]
+        names += ["frame_residual_error"] if self.manifest.frame_radius else []
         for unit in units:
-            for name in ("menu_error", "menu_residual_error", "output_size", "row_residual_error"):
+            for name in names:
                 values = getattr(unit, name).astype(np.float64)
                 self.small[name] = self.small[name] + values if name in self.small else values
         for head in range(self.manifest.model.heads):

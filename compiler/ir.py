@@ -3,14 +3,14 @@
 A `Job` is small and knows the whole; a `UnitIR` is large, and only a few are in memory at once.
 
 H heads, Q and K query and key blocks, T thresholds, M menu entries (T planes, then the windows), Y rows of a frame,
-R the row radius. Packed masks are uint8 ``(..., ceil(K / 8))``, bits little-endian.
+F frames, R and S the radii of rows and frames. Packed masks are uint8 ``(..., ceil(K / 8))``, bits little-endian.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +18,32 @@ import numpy.typing as npt
 from calibatt.compiler.bits import Bits, Bool, Votes, count, pack, unpack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.stats import Ladders, Manifest
-from calibatt.plans import Blocks, PackedLayer, TokenGrid
+from calibatt.plans import ROWS, Blocks, PackedLayer, TokenGrid
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
-Groups = tuple[tuple[int, ...], tuple[int, ...]]
-"""First rows and anchor rows of the groups of one frame; every frame repeats them."""
+
+class Groups(NamedTuple):
+    """What is computed for what it is copied to.
+
+    Args:
+        axis: `plans.ROWS` or `plans.FRAMES`: what the members of the groups are.
+        starts: The first member of each group, ascending from 0: a row of the frame, or a frame of the video.
+        anchors: The member that is computed for each group.
+    """
+
+    axis: int
+    starts: tuple[int, ...]
+    anchors: tuple[int, ...]
+
+    def in_video(self, grid: TokenGrid) -> tuple[Int64, Int64]:
+        """Starts and anchors over the whole video: groups of rows are the same in every frame."""
+        first = np.arange(grid.frames if self.axis == ROWS else 1)[:, None] * grid.height
+        starts, anchors = (np.array(each, np.int64) for each in (self.starts, self.anchors))
+        return (first + starts).reshape(-1), (first + anchors).reshape(-1)
+
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +60,7 @@ class UnitMeans:
         menu_predicted: float64 ``(M, H)``, the same predicted from block errors over some rows; None without.
         output_size: float64 ``(H,)``, the head's output relative to the residual stream.
         row_residual_error: float64 ``(H, Y, 2 R)``, NaN where the offset leaves the frame.
+        frame_residual_error: float64 ``(H, F, 2 S)``, of frames; None where it was not measured.
         level_words: unsigned ``(H, Q, K)``, the ladders (`compiler.ladders`), or None.
         level_blocks: int64 ``(S, H, shares)``, blocks up to each level.
         refined_error: float64 ``(C, H)``, measured errors of every level of every ladder, then of the windows, relative
@@ -59,6 +78,7 @@ class UnitMeans:
     level_words: npt.NDArray[Any] | None = None
     level_blocks: Int64 | None = None
     refined_error: Float64 | None = None
+    frame_residual_error: Float64 | None = None
 
 
 @dataclass(eq=False)
@@ -146,7 +166,7 @@ class UnitIR:
         return unpack(bits, self.k_blocks)
 
     def tile_keep(self, head: int) -> Bool:
-        """bool ``(tiles, K)``, the head's mask over its packed tiles (those of the anchor rows, where it has any)."""
+        """bool ``(tiles, K)``, the head's mask over its packed tiles (those of its anchors, where it has any)."""
         return unpack(self.tile_bits(head), self.k_blocks)
 
     def computed(self) -> tuple[Int64, Int64]:
@@ -257,29 +277,28 @@ def full_bits(q_blocks: int, k_blocks: int) -> Bits:
     return bits
 
 
-def packed_keep(keep: Bool, grid: TokenGrid, blocks: Blocks, frame_anchors: tuple[int, ...]) -> Bool:
+def packed_bits(bits: Bits, grid: TokenGrid, blocks: Blocks, groups: Groups) -> Bits:
     """The mask of a head's packed tiles: each tile keeps what any query block of its queries keeps.
 
     Args:
-        keep: bool ``(Q, K)`` over the original query blocks.
+        bits: Packed ``(Q, ceil(K / 8))`` over the original query blocks.
         grid: The token sequence.
         blocks: Block sizes.
-        frame_anchors: The anchor rows of a frame, ascending; every frame has the same.
+        groups: The head's anchors.
 
     Returns:
-        bool ``(tiles, K)``.
+        Packed ``(tiles, ceil(K / 8))``.
     """
-    source, starts = tile_sources(grid, blocks, frame_anchors)
-    packed: Bool = np.logical_or.reduceat(keep[source], starts, axis=0)
+    source, starts = tile_sources(grid, blocks, groups)
+    packed: Bits = np.bitwise_or.reduceat(bits[source], starts, axis=0)
     return packed
 
 
 @lru_cache(maxsize=64)
-def tile_sources(grid: TokenGrid, blocks: Blocks, frame_anchors: tuple[int, ...]) -> tuple[Int64, Int64]:
+def tile_sources(grid: TokenGrid, blocks: Blocks, groups: Groups) -> tuple[Int64, Int64]:
     """The original query blocks of every packed tile, one tile after the other, and where each tile's start."""
-    first_row = np.arange(grid.frames, dtype=np.int64)[:, None] * grid.height
-    rows = (first_row + np.array(frame_anchors, dtype=np.int64)).reshape(-1)
-    video = (grid.text_before + rows[:, None] * grid.width + np.arange(grid.width)).reshape(-1)
+    size = grid.width if groups.axis == ROWS else grid.height * grid.width
+    video = (grid.text_before + groups.in_video(grid)[1][:, None] * size + np.arange(size)).reshape(-1)
     after = grid.text_before + grid.video_tokens
     queries = np.concatenate([np.arange(grid.text_before), video, np.arange(after, grid.tokens)])
     tile, source = np.arange(len(queries)) // blocks.block_q, queries // blocks.block_q

@@ -4,14 +4,16 @@ from calibatt.plans.container import Container, write_container
 from calibatt.plans.errors import PlanError, ScheduleError, SchemaError
 from calibatt.plans.packed import EncodedLayer, PackedLayer, StoredLayers, base_segments, encode, longest_first
 from calibatt.plans.plan import PlanFile, write_plan
-from calibatt.plans.schedule import DENSE, NO_ANCHORS, LayerSchedule
+from calibatt.plans.schedule import DENSE, FRAMES, NO_ANCHORS, ROWS, LayerSchedule
 from calibatt.plans.schema import BLOCK_SIZES, MAX_BLOCKS, Blocks, ModelSignature, Segment, TokenGrid
 
 __all__ = [
     "BLOCK_SIZES",
     "DENSE",
+    "FRAMES",
     "MAX_BLOCKS",
     "NO_ANCHORS",
+    "ROWS",
     "Blocks",
     "Container",
     "EncodedLayer",

@@ -21,7 +21,16 @@ import numpy.typing as npt
 import zstandard
 
 from calibatt.plans.errors import MaskError, ScheduleError
-from calibatt.plans.schedule import DENSE, Int32, LayerSchedule, UInt16, check_anchors, check_kept, check_types
+from calibatt.plans.schedule import (
+    DENSE,
+    SMALL_ARRAYS,
+    Int32,
+    LayerSchedule,
+    UInt16,
+    check_anchors,
+    check_kept,
+    check_types,
+)
 from calibatt.plans.schema import Blocks, TokenGrid
 
 UInt8 = npt.NDArray[np.uint8]
@@ -45,8 +54,9 @@ class PackedLayer:
         head_list: int32 ``(heads,)``, as in `LayerSchedule`; so are the others.
         head_anchor: int32 ``(heads,)``.
         anchor_ptr: int32 ``(patterns + 1,)``.
+        anchor_axis: int32 ``(patterns,)``.
         group_start: int32 ``(groups,)``.
-        anchor_row: int32 ``(groups,)``.
+        group_anchor: int32 ``(groups,)``.
         tile_order: int32 ``(tiles,)``.
     """
 
@@ -56,8 +66,9 @@ class PackedLayer:
     head_list: Int32
     head_anchor: Int32
     anchor_ptr: Int32
+    anchor_axis: Int32
     group_start: Int32
-    anchor_row: Int32
+    group_anchor: Int32
     tile_order: Int32
 
     @classmethod
@@ -223,7 +234,6 @@ class _UnpackedLater(LayerSchedule):
 
 
 _ROWS_AT_ONCE = 512
-SMALL_ARRAYS = ("head_list", "head_anchor", "anchor_ptr", "group_start", "anchor_row", "tile_order")
 
 
 def longest_first(lengths: Sequence[npt.NDArray[np.int64]]) -> Int32:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -13,7 +14,6 @@ from calibatt.plans.container import Container, FilePath, write_container
 from calibatt.plans.errors import ScheduleError, SchemaError, SectionError, UnsupportedVersion
 from calibatt.plans.packed import (
     MAX_BASES,
-    SMALL_ARRAYS,
     EncodedLayer,
     PackedLayer,
     StoredLayers,
@@ -21,26 +21,17 @@ from calibatt.plans.packed import (
     check_bases,
     encode,
 )
-from calibatt.plans.schedule import Int64, LayerSchedule
+from calibatt.plans.schedule import ROWS, SMALL_ARRAYS, Int64, LayerSchedule
 from calibatt.plans.schema import Blocks, ModelSignature, Segment, TokenGrid
 
 MAGIC = b"CALIBPLN"
-VERSION = (2, 0)
-FIRST_VERSION = (1, 0)
-"""Block lists as they are; still read, no longer written."""
-ARRAYS = (
-    "row_ptr",
-    "col_idx",
-    "head_list",
-    "head_anchor",
-    "anchor_ptr",
-    "group_start",
-    "anchor_row",
-    "tile_order",
-)
-"""The arrays of a `LayerSchedule`, in the order of the columns of ``s/layers`` in version 1."""
+VERSION = (3, 0)
+OLD_VERSIONS = (2, 1)
+"""Still read, no longer written: 2 has anchor rows only, 1 block lists as they are, too."""
 COLUMNS = ("masks", "lists", *SMALL_ARRAYS)
 """Of ``s/layers``; all but ``lists`` are sections."""
+_ROWS_ONLY = ("head_list", "head_anchor", "anchor_ptr", "group_start", "anchor_row", "tile_order")
+OLD_COLUMNS = {2: ("masks", "lists", *_ROWS_ONLY), 1: ("row_ptr", "col_idx", *_ROWS_ONLY)}
 
 Value = TypeVar("Value", ModelSignature, TokenGrid, Blocks)
 
@@ -123,13 +114,7 @@ class PlanFile:
             PlanError: The first broken promise of FORMAT.md; the message names file, rule and value.
             OSError: The file cannot be read.
         """
-        try:
-            container = Container.open(path, magic=MAGIC, version=VERSION)
-        except UnsupportedVersion:
-            try:
-                container = Container.open(path, magic=MAGIC, version=FIRST_VERSION)
-            except UnsupportedVersion as error:
-                raise UnsupportedVersion(f"{error} (this version reads 1 and 2)") from None
+        container = _open(path)
         container.verify()
         try:
             return _parse(container)
@@ -250,8 +235,19 @@ def write_plan(path: FilePath, plan: PlanFile) -> int:
     return write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections)
 
 
+def _open(path: FilePath) -> Container:
+    """The file, of any version that is read."""
+    try:
+        return Container.open(path, magic=MAGIC, version=VERSION)
+    except UnsupportedVersion as error:
+        for major in OLD_VERSIONS:
+            with suppress(UnsupportedVersion):
+                return Container.open(path, magic=MAGIC, version=(major, 0))
+        raise UnsupportedVersion(f"{error} (this version reads 1, 2 and 3)") from None
+
+
 def _parse(container: Container) -> PlanFile:
-    first = container.version[0] == FIRST_VERSION[0]
+    first = container.version[0] == 1
     keys = tuple(key for key in _HEADER_KEYS if not first or key != "bases")
     header = _known("header", container.header, keys, container.newer)
     signature = _value(ModelSignature, "model", header, container.newer)
@@ -262,7 +258,7 @@ def _parse(container: Container) -> PlanFile:
         _segment(f"segments[{index}]", value, container.newer) for index, value in enumerate(header["segments"])
     )
     _check_segments(segments)
-    columns = ARRAYS if first else COLUMNS
+    columns = OLD_COLUMNS.get(container.version[0], COLUMNS)
     names = {name for name in columns if name != "lists"} | {"layers"}
     expected = {f"{index}/{name}" for index in range(len(segments)) for name in names}
     unknown = sorted(set(container.names) - expected)
@@ -333,13 +329,15 @@ def _layers(
                 f"segment {index}, layer 0: {of} must be a one-dimensional {kind} array, got {array.dtype}"
             )
     at = columns.index("lists") if "lists" in columns else None
-    return [
-        (
-            0 if at is None else int(starts[layer + 1, at] - starts[layer, at]),
-            {of: arrays[of][starts[layer, i] : starts[layer + 1, i]] for i, of in enumerate(columns) if of != "lists"},
-        )
-        for layer in range(layers)
-    ]
+    found = []
+    for layer in range(layers):
+        lists = 0 if at is None else int(starts[layer + 1, at] - starts[layer, at])
+        part = {of: arrays[of][starts[layer, i] : starts[layer + 1, i]] for i, of in enumerate(columns) if of in arrays}
+        if "anchor_row" in part:
+            part["group_anchor"] = part.pop("anchor_row")
+            part["anchor_axis"] = np.full(max(0, len(part["anchor_ptr"]) - 1), ROWS, np.int32)
+        found.append((lists, part))
+    return found
 
 
 MAX_LISTS = 1 << 40

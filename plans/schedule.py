@@ -1,4 +1,4 @@
-"""What one layer executes during one segment: block lists, anchor rows and the order of the work.
+"""What one layer executes during one segment: block lists, anchor rows or frames, and the order of the work.
 
 This is the seam of the project: the compiler lowers into it, the file stores it, the runtime executes it.
 """
@@ -24,17 +24,23 @@ DENSE = -1
 """In `head_list`: the head keeps every key block, nothing is listed."""
 NO_ANCHORS = -1
 """In `head_anchor`: every query of the head is computed."""
+ROWS, FRAMES = 0, 1
+"""In `anchor_axis`: what the groups of a pattern are of, rows of a frame or whole frames."""
+
+SMALL_ARRAYS = ("head_list", "head_anchor", "anchor_ptr", "anchor_axis", "group_start", "group_anchor", "tile_order")
+"""Of a `LayerSchedule`: all int32, and all but the lists."""
+ARRAYS = ("row_ptr", "col_idx", *SMALL_ARRAYS)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerSchedule:
     """The lowered schedules of all heads of one layer in one segment.
 
-    A head computes its *packed queries*: all N tokens, or, with anchor rows, ``text_before`` tokens, the tokens of
-    the anchor rows in raster order, ``text_after`` tokens. Packed queries are cut into *tiles* of ``block_q``
-    (the last may be partial). Tile t of head h attends to the key blocks of block list ``head_list[h] + t``, or to
-    all key blocks where ``head_list[h]`` is `DENSE`. Heads may share lists. Rows that are no anchors receive a
-    copy of the output of their group's anchor.
+    A head computes its *packed queries*: all N tokens, or, with an anchor pattern, ``text_before`` tokens, the tokens
+    of the anchor rows, or frames, in raster order, ``text_after`` tokens. Packed queries are cut into *tiles* of
+    ``block_q`` (the last may be partial). Tile t of head h attends to the key blocks of block list
+    ``head_list[h] + t``, or to all key blocks where ``head_list[h]`` is `DENSE`. Heads may share lists. Rows, or
+    frames, that are no anchors receive a copy of the output of their group's anchor.
 
     Args:
         grid: The token sequence.
@@ -44,8 +50,10 @@ class LayerSchedule:
         head_list: int32 ``(heads,)``; first list of each head, or `DENSE`.
         head_anchor: int32 ``(heads,)``; anchor pattern of each head, or `NO_ANCHORS`.
         anchor_ptr: int32 ``(patterns + 1,)``; pattern p owns groups ``anchor_ptr[p]:anchor_ptr[p + 1]``.
-        group_start: int32 ``(groups,)``; first row of each group; groups tile all rows and never leave a frame.
-        anchor_row: int32 ``(groups,)``; the anchor row, inside its group.
+        anchor_axis: int32 ``(patterns,)``; `ROWS` or `FRAMES`: what a pattern's groups are of, its *members*.
+        group_start: int32 ``(groups,)``; first member of each group, a row being one of frames * height. The groups of
+            a pattern tile all rows, or frames; a group of rows never leaves its frame.
+        group_anchor: int32 ``(groups,)``; the anchor, a member of its group.
         tile_order: int32 ``(tiles,)``; a permutation of tile ids, in execution order; tile t of head h has id
             ``head_tile_ptr[h] + t``.
 
@@ -59,8 +67,9 @@ class LayerSchedule:
     head_list: Int32
     head_anchor: Int32
     anchor_ptr: Int32
+    anchor_axis: Int32
     group_start: Int32
-    anchor_row: Int32
+    group_anchor: Int32
     tile_order: Int32
 
     @property
@@ -77,54 +86,48 @@ class LayerSchedule:
         return self.blocks.q_blocks(self.grid.tokens)
 
     def groups(self, pattern: int) -> tuple[Int32, Int32]:
-        """First rows and anchor rows of an anchor pattern's groups, both int32 ``(groups,)``."""
+        """First members and anchors of an anchor pattern's groups, both int32 ``(groups,)``."""
         part = slice(int(self.anchor_ptr[pattern]), int(self.anchor_ptr[pattern + 1]))
-        return self.group_start[part], self.anchor_row[part]
+        return self.group_start[part], self.group_anchor[part]
+
+    @cached_property
+    def member_tokens(self) -> Int64:
+        """int64 ``(patterns,)``: tokens of a member of each pattern's groups, a row or a frame."""
+        return np.where(self.anchor_axis == FRAMES, self.grid.height, 1).astype(np.int64) * self.grid.width
+
+    @cached_property
+    def pattern_tokens(self) -> Int64:
+        """int64 ``(patterns,)``: packed queries of the heads of each pattern."""
+        return self.grid.text_before + np.diff(self.anchor_ptr) * self.member_tokens + self.grid.text_after
 
     def packed_tokens(self, head: int) -> int:
         """Queries that the head computes."""
         pattern = int(self.head_anchor[head])
-        if pattern == NO_ANCHORS:
-            return self.grid.tokens
-        anchors = int(self.anchor_ptr[pattern + 1] - self.anchor_ptr[pattern])
-        return self.grid.text_before + anchors * self.grid.width + self.grid.text_after
+        return self.grid.tokens if pattern == NO_ANCHORS else int(self.pattern_tokens[pattern])
 
     def packed_queries(self, head: int) -> Int64:
         """Token index of each query that the head computes, int64 ``(packed_tokens,)``, ascending."""
-        pattern = int(self.head_anchor[head])
-        tokens = np.arange(self.grid.tokens, dtype=np.int64)
-        if pattern == NO_ANCHORS:
-            return tokens
-        before, width = self.grid.text_before, self.grid.width
-        video_end = before + self.grid.video_tokens
-        rows = self.groups(pattern)[1].astype(np.int64)
-        video = (before + rows[:, None] * width + np.arange(width)).reshape(-1)
-        return np.concatenate([tokens[:before], video, tokens[video_end:]])
-
-    def row_source(self, head: int) -> Int64:
-        """For each row, the anchor row that is computed in its place, int64 ``(rows,)``."""
-        pattern = int(self.head_anchor[head])
-        if pattern == NO_ANCHORS:
-            return np.arange(self.grid.rows, dtype=np.int64)
-        start, anchor = self.groups(pattern)
-        sizes = np.diff(np.append(start, self.grid.rows))
-        return np.repeat(anchor.astype(np.int64), sizes)
+        source = self.token_source(head)
+        return np.flatnonzero(source == np.arange(len(source)))
 
     def token_source(self, head: int) -> Int64:
         """For each token, the token whose query is computed in its place, int64 ``(N,)``."""
-        grid = self.grid
-        source = np.arange(grid.tokens, dtype=np.int64)
-        rows = self.row_source(head)
-        video = grid.text_before + rows[:, None] * grid.width + np.arange(grid.width)
-        source[grid.text_before : grid.text_before + grid.video_tokens] = video.reshape(-1)
+        source = np.arange(self.grid.tokens, dtype=np.int64)
+        pattern = int(self.head_anchor[head])
+        if pattern == NO_ANCHORS:
+            return source
+        start, anchor = self.groups(pattern)
+        size = int(self.member_tokens[pattern])
+        members = self.grid.video_tokens // size
+        computed = np.repeat(anchor.astype(np.int64), np.diff(np.append(start, members)))
+        video = source[self.grid.text_before :][: self.grid.video_tokens].reshape(members, size)
+        video += (computed - np.arange(members))[:, None] * size
         return source
 
     @cached_property
     def head_tile_ptr(self) -> Int64:
         """int64 ``(heads + 1,)``; tiles of head h have ids ``head_tile_ptr[h]:head_tile_ptr[h + 1]``."""
-        grid = self.grid
-        computed_rows = np.append(np.diff(self.anchor_ptr), grid.rows).astype(np.int64)  # NO_ANCHORS takes the last
-        packed_tokens = grid.text_before + computed_rows[self.head_anchor] * grid.width + grid.text_after
+        packed_tokens = np.append(self.pattern_tokens, self.grid.tokens)[self.head_anchor]  # NO_ANCHORS: the last
         return np.concatenate([[0], np.cumsum(-(-packed_tokens // self.blocks.block_q))]).astype(np.int64)
 
     def tiles(self, head: int) -> int:
@@ -207,8 +210,9 @@ class LayerSchedule:
             head_list=_renumber(self.head_list[chosen], used),
             head_anchor=_renumber(self.head_anchor[chosen], shown),
             anchor_ptr=_starts(groups[shown]),
+            anchor_axis=self.anchor_axis[shown],
             group_start=self.group_start[in_shown],
-            anchor_row=self.anchor_row[in_shown],
+            group_anchor=self.group_anchor[in_shown],
             tile_order=order[order >= 0].astype(np.int32),
         )
 
@@ -289,7 +293,7 @@ def check_types(s: LayerSchedule) -> None:
     """The part of `LayerSchedule.check` that everything else takes for granted."""
     if s.k_blocks > MAX_BLOCKS:
         _fail("grid", f"have at most {MAX_BLOCKS} key blocks", s.k_blocks)
-    for name in ("row_ptr", "head_list", "head_anchor", "anchor_ptr", "group_start", "anchor_row", "tile_order"):
+    for name in ("row_ptr", *SMALL_ARRAYS):
         array = getattr(s, name)
         if array.dtype != np.int32 or array.ndim != 1:
             _fail(name, "be a one-dimensional int32 array", f"{array.dtype} of shape {array.shape}")
@@ -318,29 +322,36 @@ def _check_lists(s: LayerSchedule) -> None:
 
 def check_anchors(s: LayerSchedule) -> None:
     """The part of `LayerSchedule.check` that is about anchor patterns."""
-    rows, height = s.grid.rows, s.grid.height
-    ptr, start, anchor = s.anchor_ptr, s.group_start, s.anchor_row
+    ptr, start, anchor = s.anchor_ptr, s.group_start, s.group_anchor
     if len(ptr) == 0 or ptr[0] != 0 or ptr[-1] != len(start) or (ptr[1:] <= ptr[:-1]).any():
         _fail("anchor_ptr", f"rise from 0 to {len(start)} groups", ptr[:8].tolist())
+    if len(s.anchor_axis) != len(ptr) - 1:
+        _fail("anchor_axis", f"have one entry for each of {len(ptr) - 1} patterns", len(s.anchor_axis))
+    bad = np.flatnonzero((s.anchor_axis != ROWS) & (s.anchor_axis != FRAMES))
+    if len(bad):
+        _fail("anchor_axis", f"be {ROWS} (rows) or {FRAMES} (frames)", f"{s.anchor_axis[bad[0]]} for pattern {bad[0]}")
     if len(anchor) != len(start):
-        _fail("anchor_row", f"have one entry for each of {len(start)} groups", len(anchor))
-    stop = np.append(start[1:], rows)[: len(start)]
-    stop[ptr[1:] - 1] = rows
+        _fail("group_anchor", f"have one entry for each of {len(start)} groups", len(anchor))
+    of_frames = np.repeat(s.anchor_axis == FRAMES, np.diff(ptr))
+    members = np.where(of_frames, s.grid.frames, s.grid.rows)
+    stop = np.append(start[1:], 0)[: len(start)]
+    stop[ptr[1:] - 1] = members[ptr[1:] - 1]
     bad = np.flatnonzero(start[ptr[:-1]])
     if len(bad):
-        _fail("group_start", "start at row 0 in each pattern", f"{start[ptr[bad[0]]]} in pattern {bad[0]}")
-    bad = np.flatnonzero((stop <= start) | (stop > rows))
+        _fail("group_start", "start at 0 in each pattern", f"{start[ptr[bad[0]]]} in pattern {bad[0]}")
+    bad = np.flatnonzero((stop <= start) | (stop > members))
     if len(bad):
         at = int(bad[0])
-        _fail("group_start", f"rise and stay below {rows} rows", f"rows {start[at]}..{stop[at] - 1} for group {at}")
-    bad = np.flatnonzero(start // height != (stop - 1) // height)
+        what = f"{members[at]} {'frames' if of_frames[at] else 'rows'}"
+        _fail("group_start", f"rise and stay below {what}", f"{start[at]}..{stop[at] - 1} for group {at}")
+    bad = np.flatnonzero(~of_frames & (start // s.grid.height != (stop - 1) // s.grid.height))
     if len(bad):
         at = int(bad[0])
-        _fail("group_start", f"keep a group in its frame of {height} rows", f"rows {start[at]}..{stop[at] - 1}")
+        _fail("group_start", f"keep a group in its frame of {s.grid.height} rows", f"rows {start[at]}..{stop[at] - 1}")
     bad = np.flatnonzero((anchor < start) | (anchor >= stop))
     if len(bad):
         at = int(bad[0])
-        _fail("anchor_row", f"lie in its group {start[at]}..{stop[at] - 1}", int(anchor[at]))
+        _fail("group_anchor", f"lie in its group {start[at]}..{stop[at] - 1}", int(anchor[at]))
 
 
 def _check_heads(s: LayerSchedule) -> None:

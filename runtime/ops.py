@@ -20,7 +20,7 @@ def planned_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Result:
-    """Self-attention over the key blocks that a schedule keeps; anchor rows computed once and copied to their groups.
+    """Self-attention over the key blocks that a schedule keeps; anchors computed once and copied to their groups.
 
     For every backend, with ``source, keep = schedule.dense(h)``: out[b, h, i] = softmax over the keys in blocks keep[i]
     of (q[b, h, source[i]] . k) * scale, times v. Forward only.

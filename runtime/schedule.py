@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from calibatt.plans.packed import PackedLayer, StoredLayers
-from calibatt.plans.schedule import DENSE, NO_ANCHORS, Int32
+from calibatt.plans.schedule import DENSE, FRAMES, NO_ANCHORS, Int32
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
 from calibatt.runtime.workspace import PackedLists, Workspace, expanded
@@ -68,7 +68,7 @@ class LayerSchedule:
     @property
     def most_queries(self) -> int:
         """Length of the arrays of queries, at most."""
-        return _most_queries(self.grid, self.core.anchor_ptr, self.core.group_start)
+        return _most_queries(self.grid, self.core.anchor_ptr, self.core.anchor_axis)
 
     @property
     def grid(self) -> TokenGrid:
@@ -192,7 +192,7 @@ class StoredSchedule(LayerSchedule):
     @property
     def most_queries(self) -> int:
         small = self._stored.layers[self._segment][self._layer].small
-        return _most_queries(self.grid, small["anchor_ptr"], small["group_start"])
+        return _most_queries(self.grid, small["anchor_ptr"], small["anchor_axis"])
 
     @property
     def grid(self) -> TokenGrid:
@@ -211,10 +211,11 @@ class StoredSchedule(LayerSchedule):
         return self.packed.density
 
 
-def _most_queries(grid: TokenGrid, anchor_ptr: Int32, group_start: Int32) -> int:
-    patterns = len(anchor_ptr) - 1
-    text = grid.text_before + grid.text_after
-    return patterns * text + len(group_start) * grid.width + grid.tokens if patterns else 0
+def _most_queries(grid: TokenGrid, anchor_ptr: Int32, anchor_axis: Int32) -> int:
+    if len(anchor_axis) == 0:
+        return 0
+    rows = int(np.diff(anchor_ptr) @ np.where(anchor_axis == FRAMES, grid.height, 1))
+    return len(anchor_axis) * (grid.text_before + grid.text_after) + rows * grid.width + grid.tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,12 +231,14 @@ class DeviceSchedule:
         columns: uint16: 0, 1, ... ``k_blocks - 1``, the list of dense heads; then `col_idx`; then a 0, so that a kernel
             may read one column ahead; more may follow. What `lists` are unpacked to holds those of whichever layer came
             last: `lowered` makes them these. Its address is for ever.
-        heads: int32 ``(heads, 2)``: packed queries of the head, and where they start in the three arrays below.
+        heads: int32 ``(heads, 3)``: packed queries of the head, where they start in the three arrays below, and the
+            tokens from one that receives an output to the next.
         query_token: int32 ``(packed,)``; the token of each packed query: the queries of the anchor patterns one after
             the other, then all N. Empty, like the two below, if every head computes every query: packed query p is
             then token p, written once.
         query_first: int32 ``(packed,)``; the first token that receives the query's output.
-        query_copies: int32 ``(packed,)``; how many receive it, ``grid.width`` tokens apart.
+        query_copies: int32 ``(packed,)``; how many receive it: tokens of the same place in rows, or frames, that follow
+            each other.
         lists: What is unpacked to `columns` and the three arrays above before each use, as said there; None: all of it
             is there.
     """
@@ -285,7 +288,7 @@ class DeviceSchedule:
 
     @property
     def anchored(self) -> bool:
-        """Whether some head computes anchor rows only."""
+        """Whether some head computes anchors only."""
         return len(self.query_token) > 0
 
     @contextmanager
@@ -323,10 +326,8 @@ def _bind(core: CoreSchedule, device: torch.device, workspace: Workspace | None 
         return move(torch.from_numpy(array), device)
 
     runs, pattern_start = _query_runs(core)
-    heads = np.array(
-        [(core.packed_tokens(head), pattern_start[core.head_anchor[head]]) for head in range(core.heads)],
-        dtype=np.int32,
-    )  # head_anchor is -1 where every query is computed: the last start
+    facts = (np.append(core.pattern_tokens, core.grid.tokens), pattern_start, np.append(core.member_tokens, 0))
+    heads = np.stack(facts, axis=1)[core.head_anchor].astype(np.int32)  # -1 where every query is computed: the last
     tiles = there(_tiles(core))
     if workspace is None:
         every = np.arange(core.k_blocks, dtype=np.uint16)
@@ -371,11 +372,13 @@ def _query_runs(core: CoreSchedule) -> tuple[Int32, list[int]]:
     parts, starts = [], [0]
     for pattern in range(len(core.anchor_ptr) - 1):
         group_start, anchor = core.groups(pattern)
-        size = np.diff(np.append(group_start, grid.rows))
-        tokens = (grid.text_before + rows.astype(np.int64) * grid.width for rows in (anchor, group_start))
-        video = np.stack([np.full(len(anchor), grid.width), *tokens, size], axis=1)
-        parts += [[before], video, [after]]
-        starts.append(starts[-1] + grid.text_before + len(anchor) * grid.width + grid.text_after)
+        size = int(core.member_tokens[pattern])
+        copies = np.diff(np.append(group_start, grid.video_tokens // size))
+        row = np.arange(0, size, grid.width)  # of a member: where its rows begin, each a run
+        tokens = (grid.text_before + (at.astype(np.int64) * size)[:, None] + row for at in (anchor, group_start))
+        each = np.broadcast_arrays(grid.width, *tokens, copies[:, None])
+        parts += [[before], np.stack(each, axis=-1).reshape(-1, 4), [after]]
+        starts.append(starts[-1] + int(core.pattern_tokens[pattern]))
     first = np.arange(0, grid.tokens, EVERY_AT_ONCE)
     every = np.stack([np.minimum(EVERY_AT_ONCE, grid.tokens - first), first, first, np.ones_like(first)], axis=1)
     runs = np.concatenate([*parts, every])

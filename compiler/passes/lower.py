@@ -49,18 +49,17 @@ def lowered(unit: UnitIR) -> PackedLayer:
             listed += len(bits)
             masks.append(bits)
         head_list.append(lists[key])
-    frames = np.arange(grid.frames)[:, None] * grid.height
-    starts = [(frames + np.array(start)).reshape(-1) for start, _ in patterns]
-    rows = [(frames + np.array(anchor)).reshape(-1) for _, anchor in patterns]
-    empty = [np.zeros(0, np.int64)]
+    empty = np.zeros(0, np.int64)
+    every = [groups.in_video(grid) for groups in patterns]
     return PackedLayer(
         grid=grid,
         blocks=unit.blocks,
         list_bits=np.concatenate([np.zeros((0, -(-unit.k_blocks // 8)), np.uint8), *masks]),
         head_list=np.array(head_list, np.int32),
         head_anchor=np.array(head_anchor, np.int32),
-        anchor_ptr=np.append(0, np.cumsum([len(part) for part in starts])).astype(np.int32),
-        group_start=np.concatenate(starts or empty).astype(np.int32),
-        anchor_row=np.concatenate(rows or empty).astype(np.int32),
+        anchor_ptr=np.append(0, np.cumsum([len(starts) for starts, _ in every])).astype(np.int32),
+        anchor_axis=np.array([groups.axis for groups in patterns], np.int32),
+        group_start=np.concatenate([empty, *(starts for starts, _ in every)]).astype(np.int32),
+        group_anchor=np.concatenate([empty, *(anchors for _, anchors in every)]).astype(np.int32),
         tile_order=np.arange(tiles, dtype=np.int32) if unit.tile_order is None else unit.tile_order,
     )

@@ -25,6 +25,7 @@ from calibatt.compiler.stats.unit import (
     code_values,
     dequantise,
     fast_codes,
+    neighbours,
     quantise,
     unit_shapes,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "dequantise",
     "error_weights",
     "fast_codes",
+    "neighbours",
     "quantise",
     "unit_shapes",
     "window_keep",

@@ -46,6 +46,7 @@ class Manifest:
         windows: The parametric masks of the menu, after the planes.
         query_stride: Every `query_stride`-th query of a block was measured; 1 for all.
         row_radius: Row offsets -radius..-1, 1..radius are measured; 0 for none.
+        frame_radius: Frame offsets, likewise. Stores of before there were any are read as of 0.
         has_mass: Units hold the block mass.
         has_block_error: Units hold the block error.
         versions: What wrote it: tool or library name to version.
@@ -63,6 +64,7 @@ class Manifest:
     windows: tuple[Window, ...] = ()
     query_stride: int = 1
     row_radius: int = 0
+    frame_radius: int = 0
     has_mass: bool = False
     has_block_error: bool = True
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -78,8 +80,9 @@ class Manifest:
         _require(levels, "thresholds", "ascending floats in (0, 1]", self.thresholds)
         windows = isinstance(self.windows, tuple) and all(isinstance(window, Window) for window in self.windows)
         _require(windows and len(set(self.windows)) == len(self.windows), "windows", "distinct Windows", self.windows)
-        radius = type(self.row_radius) is int and 0 <= self.row_radius < self.grid.height
-        _require(radius, "row_radius", f"an integer from 0 to {self.grid.height - 1}", self.row_radius)
+        for name, count in (("row_radius", self.grid.height), ("frame_radius", self.grid.frames)):
+            radius = getattr(self, name)
+            _require(type(radius) is int and 0 <= radius < count, name, f"an integer from 0 to {count - 1}", radius)
         stride = type(self.query_stride) is int and 1 <= self.query_stride <= self.blocks.block_q
         _require(stride, "query_stride", f"an integer from 1 to {self.blocks.block_q}", self.query_stride)
         for name in ("has_mass", "has_block_error"):
@@ -102,11 +105,6 @@ class Manifest:
         return self.blocks.k_blocks(self.grid.tokens)
 
     @property
-    def row_offsets(self) -> tuple[int, ...]:
-        """Offsets of the last axis of `row_error`: -radius..-1, 1..radius."""
-        return (*range(-self.row_radius, 0), *range(1, self.row_radius + 1))
-
-    @property
     def menu(self) -> tuple[float | Window, ...]:
         """Candidate masks in the order of `menu_error`: the planes' thresholds, then the windows."""
         return (*self.thresholds, *self.windows)
@@ -117,8 +115,11 @@ class Manifest:
         return blake2b(self.to_json().encode(), digest_size=16).hexdigest()
 
     def to_json(self) -> str:
-        """The canonical text of `manifest.json`: equal manifests give equal bytes."""
-        return json.dumps(asdict(self), sort_keys=True, indent=1, allow_nan=False) + "\n"
+        """The canonical text of `manifest.json`: equal manifests give equal bytes, those of before frames their own."""
+        values = asdict(self)
+        if not self.frame_radius:
+            del values["frame_radius"]
+        return json.dumps(values, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -131,6 +132,8 @@ class Manifest:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ManifestError(f"the manifest must be JSON, got {error}") from None
+        if isinstance(value, dict):
+            value.setdefault("frame_radius", 0)
         known = _fields_of(cls, "the manifest", value)
         version = known["schema_version"]
         _require(version == SCHEMA_VERSION, "schema_version", str(SCHEMA_VERSION), version)

@@ -98,7 +98,8 @@ def _table() -> Code:
 
 @dataclass(frozen=True)
 class UnitStatistics:
-    """One (sample, time, layer); H heads, Q and K blocks, T thresholds, M = T + windows, Y rows a frame, R row radius.
+    """One (sample, time, layer); H heads, Q and K blocks, T thresholds, M = T + windows, Y rows a frame, R row radius;
+    F frames, S frame radius.
 
     Args:
         planes: uint8 (T, H, Q, ceil(K / 8)), bits little-endian: the blocks that reach each threshold's mass. Nested;
@@ -108,6 +109,8 @@ class UnitStatistics:
         output_size: float32 (H,): mean ||O_h W_h||^2 / mean ||x||^2.
         row_error: float32 (H, Y, 2 R): error of row r + d standing for row r; NaN just where r + d leaves the frame.
         row_residual_error: float32 (H, Y, 2 R): the same relative to the residual.
+        frame_error: float32 (H, F, 2 S), of frames what `row_error` is of rows, or None.
+        frame_residual_error: float32 (H, F, 2 S), or None.
         block_mass: uint8 (H, Q, K) codes of peak 1, or None.
         block_error: uint8 (H, Q, K) codes of `block_error_peak`, or None.
         block_error_peak: float32 (H,), or None.
@@ -119,6 +122,8 @@ class UnitStatistics:
     output_size: Float
     row_error: Float
     row_residual_error: Float
+    frame_error: Float | None = None
+    frame_residual_error: Float | None = None
     block_mass: Code | None = None
     block_error: Code | None = None
     block_error_peak: Float | None = None
@@ -168,17 +173,21 @@ class UnitStatistics:
                 raise UnitError(f"{each.name} must be {want}, got {_kind(array)}")
         if self.planes is not None:
             self._check_planes(manifest, self.planes)
-        row, offset = np.arange(manifest.grid.height)[:, None], np.array(manifest.row_offsets, np.int64)[None, :]
-        outside = (row + offset < 0) | (row + offset >= manifest.grid.height)
+        axes = {
+            "row": neighbours(manifest.grid.height, manifest.row_radius),
+            "frame": neighbours(manifest.grid.frames, manifest.frame_radius),
+        }
         for each in fields(self):
             array = getattr(self, each.name)
             if array is None or array.dtype == np.uint8:
                 continue
-            if each.name in ("row_error", "row_residual_error"):
-                if not np.isnan(array[:, outside]).all():
-                    value = array[:, outside][~np.isnan(array[:, outside])][0]
-                    raise UnitError(f"{each.name} must be NaN where the row leaves the frame, got {value}")
-                array = array[:, ~outside]
+            axis = each.name.split("_")[0]
+            if axis in axes:
+                inside = axes[axis]
+                if not np.isnan(array[:, ~inside]).all():
+                    value = array[:, ~inside][~np.isnan(array[:, ~inside])][0]
+                    raise UnitError(f"{each.name} must be NaN where there is no such {axis}, got {value}")
+                array = array[:, inside]
             wrong = ~(np.isfinite(array) & (array >= 0))
             if wrong.any():
                 raise UnitError(f"{each.name} must be finite and not negative, got {array[wrong][0]}")
@@ -200,6 +209,12 @@ class UnitStatistics:
                     raise UnitError(f"planes must be nested, got bits of plane {plane} that plane {plane + 1} lacks")
 
 
+def neighbours(count: int, radius: int) -> npt.NDArray[np.bool_]:
+    """bool ``(count, 2 radius)``: whether there is a row, or frame, at each offset -radius..-1, 1..radius of each."""
+    place = np.arange(count)[:, None] + np.array([*range(-radius, 0), *range(1, radius + 1)], np.int64)
+    return (place >= 0) & (place < count)
+
+
 def unit_shapes(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of every array that a unit of this manifest has."""
     heads, thresholds = manifest.model.heads, len(manifest.thresholds)
@@ -213,6 +228,9 @@ def unit_shapes(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
         "row_error": ("float32", rows),
         "row_residual_error": ("float32", rows),
     }
+    if manifest.frame_radius:
+        frames = (heads, manifest.grid.frames, 2 * manifest.frame_radius)
+        shapes |= {"frame_error": ("float32", frames), "frame_residual_error": ("float32", frames)}
     if manifest.has_mass:
         shapes["block_mass"] = ("uint8", blocks)
     if manifest.has_block_error:

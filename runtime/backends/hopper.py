@@ -12,7 +12,7 @@ import torch
 import triton
 from triton.runtime import driver
 
-from calibatt.plans.schedule import NO_ANCHORS
+from calibatt.plans.schedule import FRAMES, NO_ANCHORS
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.runtime.kernels.anchors import pack_queries
 from calibatt.runtime.launch import Launch, addressable, layout_of, on_device, tile_strides
@@ -40,7 +40,7 @@ class Launches:
     """Of one layout of q, k and v.
 
     Args:
-        pack: Of `pack_queries`, where some heads compute anchor rows only.
+        pack: Of `pack_queries`, where some heads compute anchors only.
         forward: Of `hopper_forward`.
     """
 
@@ -54,7 +54,7 @@ class Prepared:
 
     Args:
         tiles: int32 ``(tiles, 4)``: place, start, stop, last key block; see `kernels.hopper.hopper_forward`.
-        anchored: int32, the heads that compute anchor rows only.
+        anchored: int32, the heads that compute anchors only.
         packed_tokens: The most packed queries of such a head; 0 if there is none.
         receivers: int64 ``(patterns, tiles_of_pattern * 128)``; see `kernels.hopper.hopper_forward`.
         most_copies: The most tokens that receive the output of one query.
@@ -109,7 +109,7 @@ def prepare(bound: DeviceSchedule) -> Prepared:
     """`Prepared` of a schedule; nothing waits for the device."""
     core, device = bound.core, bound.device
     anchored = np.flatnonzero(core.head_anchor != NO_ANCHORS).astype(np.int32)
-    sizes, most_copies = _patterns(core)
+    sizes = core.pattern_tokens.tolist()
     packed = max(sizes, default=0) if len(anchored) else 0
     head, tile, start, stop = bound.tiles.long().unbind(1)
     last = bound.columns.view(torch.int16)[stop - 1].int() & 0xFFFF
@@ -123,20 +123,19 @@ def prepare(bound: DeviceSchedule) -> Prepared:
         last = torch.where(is_packed, pattern << 16 | last, last)
         used = np.concatenate([number * of_pattern + np.arange(size) for number, size in enumerate(sizes)])
         both = bound.query_copies.long() << 32 | bound.query_first.long()
-        receivers.view(-1)[move(torch.from_numpy(used), device)] = both[: len(used)]
+        far = np.repeat(np.where(core.anchor_axis == FRAMES, np.iinfo(np.int64).min, 0), sizes)
+        receivers.view(-1)[move(torch.from_numpy(used), device)] = both[: len(used)] | move(torch.from_numpy(far), device)
     tiles = torch.stack([place, start.int(), stop.int(), last], 1).contiguous()
-    return Prepared(tiles, move(torch.from_numpy(anchored), device), packed, receivers, most_copies)
+    return Prepared(tiles, move(torch.from_numpy(anchored), device), packed, receivers, _most_copies(core))
 
 
-def _patterns(core: CoreSchedule) -> tuple[list[int], int]:
-    """Packed queries of each anchor pattern, and the most rows of a group."""
-    grid = core.grid
-    sizes, most = [], 1
-    for pattern in range(len(core.anchor_ptr) - 1):
-        starts, anchors = core.groups(pattern)
-        sizes.append(grid.text_before + len(anchors) * grid.width + grid.text_after)
-        most = max(most, int(np.diff(np.append(starts, grid.rows)).max()))
-    return sizes, most
+def _most_copies(core: CoreSchedule) -> int:
+    """The most members of a group of any anchor pattern."""
+    most = 1
+    for pattern, size in enumerate(core.member_tokens.tolist()):
+        starts, _ = core.groups(pattern)
+        most = max(most, int(np.diff(np.append(starts, core.grid.video_tokens // size)).max()))
+    return most
 
 
 def run(
@@ -235,7 +234,8 @@ def _first_launches(
         "counter": counter,
         "receivers": ready.receivers if bound.anchored else None,
         **dict(zip(("out_stride_b", "out_stride_h", "out_stride_n"), tile_strides(out), strict=False)),
-        "width": bound.core.grid.width,
+        "row_tokens": bound.core.grid.width,
+        "frame_tokens": bound.core.grid.height * bound.core.grid.width,
         "most_copies": ready.most_copies,
         "tokens": tokens,
         "heads": heads,

@@ -1,7 +1,7 @@
 """The torch backend: gathers the keys and values that a tile keeps and hands them to scaled_dot_product_attention.
 
 Any device, any dtype. Tiles that keep equally many keys form batches, whatever their heads. Outputs pile up in the
-order of the work; one last gather puts every one in its place and copies anchor rows to their groups.
+order of the work; one last gather puts every one in its place and copies anchors to their groups.
 
 On a CPU, Python threads share the work, and the operators of each run on one core: a tile's keys and values stay in
 that core's cache, and no core waits for another until the end. Operators that use every core meet at a barrier after

@@ -216,7 +216,6 @@ def _first_launch(
         **strides("out", out),
         "heads": heads,
         "tokens": tokens,
-        "width": bound.core.grid.width,
         "scale_log2": scale * math.log2(math.e),
         "BLOCK_Q": blocks.block_q,
         "BLOCK_K": blocks.block_k,

@@ -1,4 +1,4 @@
-"""Queries of anchor rows side by side, for a kernel that takes whole tiles. Kernels only."""
+"""Queries of anchors side by side, for a kernel that takes whole tiles. Kernels only."""
 
 import triton
 import triton.language as tl
@@ -20,8 +20,8 @@ def pack_queries(
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, HEAD_DIM)
-    exists = row < tl.load(heads_ptr + 2 * head)
-    token = tl.load(token_ptr + tl.load(heads_ptr + 2 * head + 1) + row, mask=exists, other=0)
+    exists = row < tl.load(heads_ptr + 3 * head)
+    token = tl.load(token_ptr + tl.load(heads_ptr + 3 * head + 1) + row, mask=exists, other=0)
     source = q_ptr + batch * stride_b + head.to(tl.int64) * stride_h
     q = tl.load(source + token.to(tl.int64)[:, None] * stride_n + channel[None, :], mask=exists[:, None], other=0.0)
     target = packed_ptr + ((batch * heads + head) * packed_tokens + row)[:, None] * HEAD_DIM + channel[None, :]

@@ -1,7 +1,7 @@
 """Block-sparse attention forward over key-block lists, every head of a layer in one launch. Kernels only.
 
-One program computes BLOCK_M packed queries of one head. Its queries are gathered through the packed order (anchor rows
-only, where the head has anchors), its keys are the blocks of its list, and its output goes to every token that the
+One program computes BLOCK_M packed queries of one head. Its queries are gathered through the packed order (anchors
+only, where the head has any), its keys are the blocks of its list, and its output goes to every token that the
 query stands for. The schedule was validated when its plan was loaded, so that nothing is checked here.
 """
 
@@ -60,7 +60,7 @@ def block_sparse_forward(
     k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n,
     out_stride_b, out_stride_h, out_stride_n,
-    heads, tokens, width, scale_log2,
+    heads, tokens, scale_log2,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr, TMA: tl.constexpr, PARTIAL: tl.constexpr, ANCHORED: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def block_sparse_forward(
     The index arrays are those of `runtime.schedule.DeviceSchedule`. scale_log2 is scale * log2(e), positive.
     With TMA, k and v are descriptors of ``(B, H, N, D)`` in tiles of BLOCK_N tokens, else addresses like q_ptr.
     lse_ptr: fp32 ``(B, H, N)``; only with LSE.
-    PARTIAL: the last key block has fewer than BLOCK_K keys. ANCHORED: some head computes anchor rows only.
+    PARTIAL: the last key block has fewer than BLOCK_K keys. ANCHORED: some head computes anchors only.
     """
     parts: tl.constexpr = BLOCK_Q // BLOCK_M
     steps: tl.constexpr = BLOCK_K // BLOCK_N
@@ -81,13 +81,13 @@ def block_sparse_forward(
     start = tl.load(tile + 2)
     stop = tl.load(tile + 3)
 
-    packed_tokens = tl.load(heads_ptr + 2 * head)
+    packed_tokens = tl.load(heads_ptr + 3 * head)
     query = first_query + tl.arange(0, BLOCK_M)
     exists = query < packed_tokens
     query = tl.minimum(query, packed_tokens - 1)
     token = query
     if ANCHORED:
-        packed_start = tl.load(heads_ptr + 2 * head + 1)
+        packed_start = tl.load(heads_ptr + 3 * head + 1)
         token = tl.load(query_token_ptr + packed_start + query)
 
     channel = tl.arange(0, HEAD_DIM)
@@ -130,8 +130,9 @@ def block_sparse_forward(
     if ANCHORED:
         first = tl.load(query_first_ptr + packed_start + query)
         copies = tl.load(query_copies_ptr + packed_start + query, mask=exists, other=0)
+        step = tl.load(heads_ptr + 3 * head + 2)
         for copy in range(tl.max(copies, 0)):
-            target = first + copy * width
+            target = first + copy * step
             wanted = copy < copies
             tl.store(
                 out_base + (target.to(tl.int64)[:, None] * out_stride_n + channel[None, :]), out, mask=wanted[:, None]

@@ -264,19 +264,22 @@ def _producer(
 
 
 @gluon.jit
-def _receivers(receivers, facts, q_at, GROUP: gl.constexpr, ROW: gl.constexpr):
-    """The first token that receives the output of each query of a packed tile, and how many do (0 of no query)."""
+def _receivers(receivers, facts, q_at, row_tokens, frame_tokens, GROUP: gl.constexpr, ROW: gl.constexpr):
+    """The first token that receives the output of each query of a packed tile, how many do (0 of no query), how far
+    apart.
+    """
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     tile = gl.max(facts.index(q_at * FACTS + 4).load(ONE), axis=0)
     row = tile * (GROUP_Q * CONSUMERS) + GROUP * GROUP_Q + gl.arange(0, GROUP_Q, layout=ROW)
     both = gl.load(receivers + row)
-    return both.to(gl.int32), (both >> 32).to(gl.int32)
+    step = gl.where(both < 0, frame_tokens, row_tokens)
+    return both.to(gl.int32), (both >> 32).to(gl.int32) & 0x7FFFFFFF, step
 
 
 @gluon.jit
 def _consumer(
     out_desc, out_ptr, out_strides, lse_ptr, receivers, q_slots, k_slots, v_slots, facts, barriers,
-    width, most_copies, tokens, heads, scale_log2,
+    row_tokens, frame_tokens, most_copies, tokens, heads, scale_log2,
     GROUP: gl.constexpr, ANCHORED: gl.constexpr, LSE: gl.constexpr, KV_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The 64 queries of one warpgroup, of every tile of this CTA."""
@@ -376,9 +379,9 @@ def _consumer(
             lse_of_head = lse_ptr + (batch * heads + head).to(gl.int64) * tokens
             if ANCHORED:
                 if place < 0:
-                    first, copies = _receivers(receivers, facts, q_at, GROUP, ROW)
+                    first, copies, step = _receivers(receivers, facts, q_at, row_tokens, frame_tokens, GROUP, ROW)
                     for copy in range(most_copies):
-                        gl.store(lse_of_head + first + copy * width, lse, mask=copy < copies)
+                        gl.store(lse_of_head + first + copy * step, lse, mask=copy < copies)
                 else:
                     gl.store(lse_of_head + row, lse, mask=row < tokens)
             else:
@@ -399,11 +402,12 @@ def _consumer(
         if ANCHORED:
             if place < 0:
                 rows = q.load(COPIED)
-                first, copies = _receivers(receivers, facts, q_at, GROUP, gl.SliceLayout(1, COPIED))
+                COPIED_ROW: gl.constexpr = gl.SliceLayout(1, COPIED)
+                first, copies, step = _receivers(receivers, facts, q_at, row_tokens, frame_tokens, GROUP, COPIED_ROW)
                 channel = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, COPIED))
                 out_of_head = out_ptr + batch.to(gl.int64) * out_stride_b + head.to(gl.int64) * out_stride_h
                 for copy in range(most_copies):
-                    token = (first + copy * width).to(gl.int64)
+                    token = (first + copy * step).to(gl.int64)
                     target = out_of_head + (token * out_stride_n)[:, None] + channel[None, :]
                     gl.store(target, rows, mask=(copy < copies)[:, None])
             else:
@@ -423,7 +427,7 @@ def _consumer(
 @gluon.jit
 def hopper_forward(
     q_desc, packed_q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, tiles, columns, counter,
-    receivers, out_stride_b, out_stride_h, out_stride_n, width, most_copies,
+    receivers, out_stride_b, out_stride_h, out_stride_n, row_tokens, frame_tokens, most_copies,
     tokens, heads, tiles_of_batch, tiles_of_pattern, work, scale_log2,
     ANCHORED: gl.constexpr, LSE: gl.constexpr, KV_SLOTS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -443,8 +447,8 @@ def hopper_forward(
         columns: uint16, ascending within a list.
         counter: int32 ``(1,)``, 0; it is 0 again afterwards, so that the next launch on a stream can use it.
         receivers: int64, for each query of each packed tile of a pattern, in bits 0 to 31 the first token that
-            receives its output and above how many do; only with ANCHORED.
-        width: Tokens from one that receives an output to the next.
+            receives its output, in bits 32 to 62 how many do; negative where they are `frame_tokens` apart, not
+            `row_tokens`. Only with ANCHORED.
         most_copies: The most tokens that receive one.
         tiles_of_pattern: Packed tiles from one pattern to the next in `receivers`.
         work: Batch * tiles_of_batch.
@@ -480,9 +484,9 @@ def hopper_forward(
     out_strides = (out_stride_b, out_stride_h, out_stride_n)
     gl.warp_specialize([
         (_consumer, (out_desc, out_ptr, out_strides, lse_ptr, receivers, q_slots, k_slots, v_slots, facts, barriers,
-                     width, most_copies, tokens, heads, scale_log2, 0, ANCHORED, LSE, KV_SLOTS)),
+                     row_tokens, frame_tokens, most_copies, tokens, heads, scale_log2, 0, ANCHORED, LSE, KV_SLOTS)),
         (_consumer, (out_desc, out_ptr, out_strides, lse_ptr, receivers, q_slots, k_slots, v_slots, facts, barriers,
-                     width, most_copies, tokens, heads, scale_log2, 1, ANCHORED, LSE, KV_SLOTS)),
+                     row_tokens, frame_tokens, most_copies, tokens, heads, scale_log2, 1, ANCHORED, LSE, KV_SLOTS)),
         (_producer, (q_desc, packed_q_desc, k_desc, v_desc, q_slots, k_slots, v_slots, facts, barriers, tiles, columns,
                      counter, tokens, tiles_of_batch, tiles_of_pattern, work, ANCHORED, KV_SLOTS)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from support import stats
 from support.jobs import DEVICE, MemoryStore, compile_store, compiled, memory_store
 
-from calibatt.compiler.bits import pack
+from calibatt.compiler.bits import pack, unpack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.errors import PassError
-from calibatt.compiler.ir import packed_keep
+from calibatt.compiler.ir import Groups, packed_bits
 from calibatt.compiler.passes.anchors import best_groups, copy_errors, saved_ms
-from calibatt.plans import Blocks, TokenGrid
+from calibatt.plans import FRAMES, ROWS, Blocks, TokenGrid
 
 PASSES = "vote,select{target-density=0.9},anchors{safety=1e-3},schedule,lower"
 
@@ -61,25 +61,29 @@ def test_the_partition_is_the_best_of_all(seed: int, height: int, radius: int, m
     radius = min(radius, max(1, height - 1))
     errors = row_errors(seed, 2, height, radius)
     found = best_groups(copy_errors(errors, most), np.array([price, price]))
-    for head, ((starts, anchors), error) in enumerate(found):
+    for head, (starts, anchors, error) in enumerate(found):
         stops = (*starts[1:], height)
         assert starts[0] == 0
         assert all(start <= row < stop for start, row, stop in zip(starts, anchors, stops, strict=True))
         assert error + price * len(starts) == pytest.approx(brute_force(errors[head], radius, most, price))
 
 
-@given(st.integers(0, 2**32), st.integers(0, 20), st.integers(0, 20), st.integers(1, 9))
-def test_a_packed_tile_keeps_what_its_queries_keep(seed: int, before: int, after: int, width: int) -> None:
+@given(st.integers(0, 2**32), st.sampled_from((ROWS, FRAMES)), st.integers(0, 20), st.integers(0, 20), st.integers(1, 9))
+def test_a_packed_tile_keeps_what_its_queries_keep(seed: int, axis: int, before: int, after: int, width: int) -> None:
     rng = np.random.default_rng(seed)
-    grid, blocks = TokenGrid(2, 5, width, before, after), Blocks(16, 16)
+    grid, blocks = TokenGrid(4, 5, width, before, after), Blocks(16, 16)
     keep = rng.random((blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens))) < 0.3
-    anchors = tuple(np.flatnonzero(rng.random(5) < 0.5).tolist()) or (2,)
-    rows = [frame * 5 + row for frame in range(2) for row in anchors]
+    members = 5 if axis == ROWS else 4
+    anchors = tuple(np.flatnonzero(rng.random(members) < 0.5).tolist()) or (2,)
+    rows = [frame * 5 + row for frame in range(4) for row in anchors]
+    if axis == FRAMES:
+        rows = [frame * 5 + row for frame in anchors for row in range(5)]
     video = [before + row * width + column for row in rows for column in range(width)]
     queries = [*range(before), *video, *range(before + grid.video_tokens, grid.tokens)]
     tiles = [queries[at : at + 16] for at in range(0, len(queries), 16)]
     expected = [np.any([keep[query // 16] for query in tile], axis=0) for tile in tiles]
-    np.testing.assert_array_equal(packed_keep(keep, grid, blocks, anchors), expected)
+    packed = packed_bits(pack(keep), grid, blocks, Groups(axis, anchors, anchors))
+    np.testing.assert_array_equal(unpack(packed, keep.shape[1]), expected)
 
 
 def test_a_group_reaches_no_further_than_was_measured() -> None:
@@ -99,10 +103,13 @@ def test_heads_that_repeat_take_anchors_and_the_schedule_says_so() -> None:
     assert anchors.error > select.error
     for unit, head in taken:
         schedule = unit.lowered.schedule()
-        starts, rows = schedule.groups(schedule.head_anchor[head])
-        frames = np.arange(unit.grid.frames)[:, None] * unit.grid.height
-        assert starts.tolist() == (frames + np.array(unit.anchors[head][0])).reshape(-1).tolist()
-        assert rows.tolist() == (frames + np.array(unit.anchors[head][1])).reshape(-1).tolist()
+        schedule.check()
+        starts, anchors = schedule.groups(schedule.head_anchor[head])
+        groups, repeats = unit.anchors[head], unit.grid.frames if unit.anchors[head].axis == ROWS else 1
+        assert schedule.anchor_axis[schedule.head_anchor[head]] == groups.axis
+        first = np.arange(repeats)[:, None] * unit.grid.height
+        assert starts.tolist() == (first + np.array(groups.starts)).reshape(-1).tolist()
+        assert anchors.tolist() == (first + np.array(groups.anchors)).reshape(-1).tolist()
         np.testing.assert_array_equal(schedule.tile_keep(head), unit.tile_keep(head))
 
 
@@ -110,35 +117,38 @@ def test_what_copies_cost_is_weighted_and_shared_among_the_tokens() -> None:
     text = "vote,select{target-density=0.7}"
     before = compiled(text, weights=(0.5, 2.0))[0]
     after = compiled(f"{text},anchors{{safety=2}}", weights=(0.5, 2.0))[0]
-    grid, taken = before.manifest.grid, 0
+    grid, taken = before.manifest.grid, []
     for old, new in zip(before.all, after.all, strict=True):
         for head, groups in enumerate(new.anchors):
             if groups is None:
                 continue
-            taken += 1
-            source = np.repeat(groups[1], np.diff([*groups[0], grid.height]))
-            offset = source - np.arange(grid.height)
-            errors = old.means.row_residual_error[head]
-            copied = sum(errors[row, d + 2 - (d > 0)] for row, d in enumerate(offset.tolist()) if d)
-            added = 2 * copied * grid.frames * grid.width / grid.tokens
+            taken.append(groups.axis)
+            rows = groups.axis == ROWS
+            members, radius = (grid.height, 2) if rows else (grid.frames, 1)
+            source = np.repeat(groups.anchors, np.diff([*groups.starts, members]))
+            offset = source - np.arange(members)
+            errors = (old.means.row_residual_error if rows else old.means.frame_residual_error)[head]
+            copied = sum(errors[at, d + radius - (d > 0)] for at, d in enumerate(offset.tolist()) if d)
+            added = 2 * copied * grid.video_tokens / members / grid.tokens
             assert new.error[head] - old.error[head] == pytest.approx(added)
-            row_ms = DEVICE.predict_ms(0, int(old.head_keep(head).sum()), 0, old.blocks, 8) / grid.height
-            assert new.weight * added <= before.multiplier * row_ms * (grid.height - len(groups[0])) * (1 + 1e-9)
-    assert 0 < taken < 12
+            member_ms = DEVICE.predict_ms(0, int(old.head_keep(head).sum()), 0, old.blocks, 8) / members
+            assert new.weight * added <= before.multiplier * member_ms * (members - len(groups.starts)) * (1 + 1e-9)
+    assert 0 < len(taken) < 12
+    assert set(taken) == {ROWS, FRAMES}
 
 
 def test_anchors_that_would_compute_more_blocks_save_nothing() -> None:
-    of = stats.manifest(grid=TokenGrid(1, 10, 8), row_radius=4)
+    of = stats.manifest(grid=TokenGrid(1, 10, 8), row_radius=4, frame_radius=0)
     job = compiled("vote,select", of)[0]
     unit = job.all[0]
     keep = np.zeros((5, 5), bool)
     keep[:, 0] = keep[::2] = True
-    apart = ((0, *range(2, 9)), tuple(range(1, 9)))
-    packed = packed_keep(keep, unit.grid, unit.blocks, apart[1])
-    assert packed.shape == (4, 5)
-    assert packed.sum() == 20 > keep.sum()
+    apart = Groups(ROWS, (0, *range(2, 9)), tuple(range(1, 9)))
+    packed = packed_bits(pack(keep), unit.grid, unit.blocks, apart)
+    assert unpack(packed, 5).shape == (4, 5)
+    assert unpack(packed, 5).sum() == 20 > keep.sum()
     job.device = Device("toy", "made up", tflops=1e9, tile_us=1.0, store_us=0.0)
-    assert saved_ms(job, unit, pack(keep), pack(packed)) < 0
+    assert saved_ms(job, unit, pack(keep), packed) < 0
 
 
 def test_what_anchors_save_is_worth_their_error() -> None:
@@ -190,22 +200,29 @@ def test_heads_keep_their_anchors_as_they_are_or_not_at_all() -> None:
 
 def test_no_anchors_where_they_cost_too_much_or_may_not_be() -> None:
     assert compiled(PASSES.replace("1e-3", "1e9"))[0].findings["anchors"]["heads_with_anchors"] == 0
-    alone = PASSES.replace("1e-3", "1e-3,max-group-rows=1")
+    alone = PASSES.replace("1e-3", "1e-3,max-group-rows=1,max-group-frames=1")
     assert compiled(alone)[0].findings["anchors"]["heads_with_anchors"] == 0
-    unmeasured = compiled(PASSES, stats.manifest(row_radius=0))[0]
+    rows = compiled(PASSES.replace("1e-3", "1e-3,max-group-frames=1"))[0].findings["anchors"]
+    assert rows["heads_with_anchors"] > rows["of_frames"] == 0
+    frames = compiled(PASSES.replace("1e-3", "1e-3,max-group-rows=1"))[0].findings["anchors"]
+    assert frames["heads_with_anchors"] == frames["of_frames"] > 0
+    unmeasured = compiled(PASSES, stats.manifest(row_radius=0, frame_radius=0))[0]
     assert unmeasured.findings["anchors"]["heads_with_anchors"] == 0
     dense = compiled(PASSES.replace("vote", "vote,protect{last-times=1}"))[0]
     for unit in dense.all:
         assert unit.time_index or unit.anchors == [None] * unit.heads
 
 
-def test_rows_that_are_equal_are_all_copied() -> None:
-    of = stats.manifest(row_radius=2)
-    store = memory_store(of)
-    same = {key: replace(unit, row_residual_error=unit.row_residual_error * 0) for key, unit in store.units.items()}
-    text = "vote,select{target-density=0.9},anchors{max-group-rows=5},schedule,lower"
+@pytest.mark.parametrize(
+    ("axis", "groups"), [("row", Groups(ROWS, (0,), (2,))), ("frame", Groups(FRAMES, (0,), (0,)))]
+)
+def test_rows_or_frames_that_are_equal_are_all_copied(axis: str, groups: Groups) -> None:
+    store = memory_store(of := stats.manifest())
+    name = f"{axis}_residual_error"
+    same = {key: replace(unit, **{name: getattr(unit, name) * 0}) for key, unit in store.units.items()}
+    text = "vote,select{target-density=0.9},anchors{max-group-rows=5,safety=1000},schedule,lower"
     job, _ = compile_store(MemoryStore(of, same), text)
-    assert {groups for unit in job.all for groups in unit.anchors} == {((0,), (2,))}
+    assert {found for unit in job.all for found in unit.anchors} == {groups}
 
 
 def test_anchors_need_a_price() -> None:

@@ -131,7 +131,7 @@ def test_the_report_as_a_page(store: Path, tmp_path: Path) -> None:
 def test_passes_are_printed_and_timed(store: Path, tmp_path: Path) -> None:
     result = invoke(store, "-o", tmp_path / "p.plan", "--print-after-all", "--time-passes")
     assert result.exit_code == 0
-    assert "after anchors{safety=1.0,max-group-rows=4}\n  time 0, layer 0: density " in result.stdout
+    assert "after anchors{safety=1.0,max-group-rows=4,max-group-frames=8}\n  time 0, layer 0: density " in result.stdout
     assert "lower: 0." in result.stdout
     plain = invoke(store, "-o", tmp_path / "p.plan", "--force")
     assert plain.exit_code == 0

@@ -15,7 +15,7 @@ from support.jobs import write_store
 from calibatt.compiler.bits import pack, unpack
 from calibatt.compiler.cli import command
 from calibatt.compiler.from_plan import coarser
-from calibatt.plans import PlanFile
+from calibatt.plans import FRAMES, ROWS, PlanFile
 
 PASSES = "protect,select{target-density=0.5},anchors{safety=0.01},schedule,lower"
 
@@ -38,6 +38,7 @@ def test_the_same_blocks_are_the_same_schedules(plan: Path, tmp_path: Path) -> N
     old, new = PlanFile.read(plan), PlanFile.read(tmp_path / "new.plan")
     assert new.provenance["from_plan"] == old.digest
     assert new.segments == old.segments
+    axes: set[int] = set()
     for segment in range(2):
         for layer in range(2):
             one, other = old.packed(segment, layer), new.packed(segment, layer)
@@ -48,6 +49,8 @@ def test_the_same_blocks_are_the_same_schedules(plan: Path, tmp_path: Path) -> N
                 ):
                     np.testing.assert_array_equal(a, b)
             np.testing.assert_array_equal(one.tile_order, other.tile_order)
+            axes |= set(one.anchor_axis.tolist())
+    assert axes == {ROWS, FRAMES}
 
 
 def test_larger_blocks_keep_what_their_parts_keep(plan: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "max_times": st.integers(1, 50),
     "safety": st.floats(1e-9, 1e9),
     "max_group_rows": st.integers(1, 99),
+    "max_group_frames": st.integers(1, 99),
 }
 BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {bool: st.booleans(), int: st.integers(0, 1000)}
 
@@ -67,7 +68,7 @@ def test_the_default_passes_print_with_every_option_that_has_a_value() -> None:
     assert print_passes(parse_passes(DEFAULT_PASSES)) == (
         "protect{sinks=false,diagonal=false,first-times=0,last-times=0,first-layers=0,last-layers=0},"
         "select{target-density=0.5,attention-share=0.75,levels-per-octave=4},"
-        "anchors{safety=1.0,max-group-rows=4},"
+        "anchors{safety=1.0,max-group-rows=4,max-group-frames=8},"
         "select{target-density=0.5,attention-share=0.75,levels-per-octave=4},schedule,lower"
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.plans import tiny_plan, tiny_schedule
+from support.plans import frames_plan, tiny_plan, tiny_schedule
 from support.schedules import all_blocks, grids, layer_schedules, random_schedule
 
 from calibatt.plans import (
@@ -28,10 +28,13 @@ from calibatt.plans import (
     write_plan,
 )
 from calibatt.plans.packed import PackedLayer, base_segments, check_bases, decode, encode
-from calibatt.plans.plan import ARRAYS, FIRST_VERSION, MAGIC, VERSION
+from calibatt.plans.plan import MAGIC, VERSION
+from calibatt.plans.schedule import ARRAYS
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.plan"
-FIRST_GOLDEN = Path(__file__).parent / "golden" / "tiny_v1.plan"
+SECOND_GOLDEN = GOLDEN.with_name("tiny_v2.plan")
+FIRST_GOLDEN = GOLDEN.with_name("tiny_v1.plan")
+VERSIONS = {GOLDEN: VERSION, SECOND_GOLDEN: (2, 0), FIRST_GOLDEN: (1, 0)}
 HEADER = (
     *("signature", "grid", "blocks", "segments", "passes", "scheduler_hint", "provenance", "predicted", "license"),
     "notes",
@@ -51,11 +54,11 @@ def assert_same(found: PlanFile, expected: PlanFile) -> None:
 
 
 def test_writing_gives_the_golden_file(tmp_path: Path) -> None:
-    """To renew on purpose: write_plan("tests/plans/golden/tiny.plan", tiny_plan()), and a new format version.
+    """To renew on purpose: write_plan("tests/plans/golden/tiny.plan", frames_plan()), and a new format version.
 
     Frames are compared unpacked: another version of the zstd library may compress otherwise.
     """
-    write_plan(tmp_path / "tiny.plan", tiny_plan())
+    write_plan(tmp_path / "tiny.plan", frames_plan())
     found, expected = parts(tmp_path / "tiny.plan"), parts(GOLDEN)
     assert found[0] == expected[0]
     assert found[1].keys() == expected[1].keys()
@@ -68,15 +71,15 @@ def test_writing_gives_the_golden_file(tmp_path: Path) -> None:
 
 def test_the_same_plan_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        write_plan(tmp_path / name, tiny_plan())
+        write_plan(tmp_path / name, frames_plan())
     write_plan(tmp_path / "c", PlanFile.read(tmp_path / "a"))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
 
 
-@pytest.mark.parametrize("golden", [GOLDEN, FIRST_GOLDEN])
+@pytest.mark.parametrize("golden", VERSIONS)
 def test_the_golden_bytes_give_the_values(golden: Path) -> None:
     plan = PlanFile.read(golden)
-    assert_same(plan, tiny_plan())
+    assert_same(plan, frames_plan() if golden == GOLDEN else tiny_plan())
     assert plan.signature == ModelSignature("TinyTransformer", 2, 4, 8, "00ff")
     assert plan.grid == TokenGrid(2, 3, 10, 4, 5)
     assert plan.digest == golden.read_bytes()[16:32].hex()
@@ -86,7 +89,7 @@ def test_the_golden_bytes_give_the_values(golden: Path) -> None:
     assert first.row_ptr.tolist() == [0, 2, 4, 6, 7, 9, 11, 13, 14, 16]
     assert first.col_idx.tolist() == [0, 2, 1, 4, 1, 2, 3, 0, 4, 1, 4, 1, 2, 3, 0, 4]
     assert first.group_start.tolist() == [0, 2, 3, 4]
-    assert first.anchor_row.tolist() == [1, 2, 3, 4]
+    assert first.group_anchor.tolist() == [1, 2, 3, 4]
     assert first.tile_order.tolist() == [17, 18, *range(17)]
 
 
@@ -172,7 +175,7 @@ def test_schedules_are_those_of_the_plan() -> None:
 
 
 def parts(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    container = Container.open(path, magic=MAGIC, version=FIRST_VERSION if path == FIRST_GOLDEN else VERSION)
+    container = Container.open(path, magic=MAGIC, version=VERSIONS.get(path, VERSION))
     return container.header, {name: container.section(name) for name in container.names}
 
 
@@ -305,7 +308,7 @@ BAD_SECOND: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], ob
     "anchors elsewhere": (
         lambda _, sections: sections.update({"0/anchor_row": sections["0/anchor_row"] + np.int32(1)}),
         errors.ScheduleError,
-        "segment 0, layer 0: anchor_row must lie in its group",
+        "segment 0, layer 0: group_anchor must lie in its group",
     ),
     "anchor pattern beyond": (
         lambda _, sections: sections.update({"0/head_anchor": sections["0/head_anchor"] + np.int32(7)}),
@@ -313,18 +316,38 @@ BAD_SECOND: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], ob
         "segment 0, layer 0: head_anchor must be -1 or below 1 patterns",
     ),
 }
-EVERY_BAD = [(FIRST_GOLDEN, case) for case in BAD_FILES] + [(GOLDEN, case) for case in BAD_SECOND]
+BAD_THIRD: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], object], type[Exception], str]] = {
+    **{case: bad for case, bad in BAD_SECOND.items() if case != "anchors elsewhere"},
+    "group anchors elsewhere": (
+        lambda _, sections: sections.update({"0/group_anchor": sections["0/group_anchor"] + np.int32(1)}),
+        errors.ScheduleError,
+        "segment 0, layer 0: group_anchor must lie in its group",
+    ),
+    "old anchors": (set_section("0/anchor_row", INT32), errors.SectionError, "got '0/anchor_row'"),
+    "no axis": (lambda _, sections: sections.pop("1/anchor_axis"), errors.MissingSection, "'1/anchor_axis'"),
+    "an axis of no kind": (
+        set_section("0/anchor_axis", np.array([2, 0], np.int32)),
+        errors.ScheduleError,
+        "segment 0, layer 0: anchor_axis must be 0 (rows) or 1 (frames), got 2 for pattern 0",
+    ),
+    "rows for frames": (
+        set_section("0/anchor_axis", np.array([0, 1], np.int32)),
+        errors.ScheduleError,
+        "segment 0, layer 1: group_start must rise and stay below 2 frames, got 2..2 for group 1",
+    ),
+}
+BAD = {FIRST_GOLDEN: BAD_FILES, SECOND_GOLDEN: BAD_SECOND, GOLDEN: BAD_THIRD}
+EVERY_BAD = [(golden, case) for golden, cases in BAD.items() for case in cases]
 
 
 @pytest.mark.parametrize(("golden", "case"), EVERY_BAD)
 def test_refuses_a_file_that_contradicts_itself(tmp_path: Path, golden: Path, case: str) -> None:
     """A plan's bytes and header are proved when it is opened, a schedule when it is first asked for, all by `prove`."""
-    version, cases = (FIRST_VERSION, BAD_FILES) if golden == FIRST_GOLDEN else (VERSION, BAD_SECOND)
-    change, kind, words = cases[case]
+    change, kind, words = BAD[golden][case]
     header, sections = parts(golden)
     change(header, sections)
     path = tmp_path / "bad.plan"
-    write_container(path, magic=MAGIC, version=version, header=header, sections=sections)
+    write_container(path, magic=MAGIC, version=VERSIONS[golden], header=header, sections=sections)
     for see_all in (
         lambda plan: [list(layers) for layers in plan.schedules],
         PlanFile.prove,
@@ -337,7 +360,7 @@ def test_refuses_a_file_that_contradicts_itself(tmp_path: Path, golden: Path, ca
         assert str(caught.value).count(str(path)) == 1
 
 
-@pytest.mark.parametrize(("golden", "version"), [(FIRST_GOLDEN, (1, 1)), (GOLDEN, (2, 1))])
+@pytest.mark.parametrize(("golden", "version"), [(golden, (version[0], 1)) for golden, version in VERSIONS.items()])
 def test_a_newer_minor_version_may_say_more(tmp_path: Path, golden: Path, version: tuple[int, int]) -> None:
     header, sections = parts(golden)
     for place in (header, header["model"], header["segments"][0]):
@@ -345,13 +368,13 @@ def test_a_newer_minor_version_may_say_more(tmp_path: Path, golden: Path, versio
     sections["0/more"] = INT32
     path = tmp_path / "newer.plan"
     write_container(path, magic=MAGIC, version=version, header=header, sections=sections)
-    assert_same(PlanFile.read(path), tiny_plan())
+    assert_same(PlanFile.read(path), frames_plan() if golden == GOLDEN else tiny_plan())
 
 
 def test_another_major_version_is_refused(tmp_path: Path) -> None:
     header, sections = parts(GOLDEN)
-    write_container(tmp_path / "p", magic=MAGIC, version=(3, 0), header=header, sections=sections)
-    with pytest.raises(errors.UnsupportedVersion, match=r"got 3.0 \(this version reads 1 and 2\)"):
+    write_container(tmp_path / "p", magic=MAGIC, version=(4, 0), header=header, sections=sections)
+    with pytest.raises(errors.UnsupportedVersion, match=r"got 4.0 \(this version reads 1, 2 and 3\)"):
         PlanFile.read(tmp_path / "p")
 
 
@@ -430,8 +453,9 @@ def test_a_layer_of_full_size(tmp_path: Path) -> None:
         head_list=np.array([591, 0], np.int32),
         head_anchor=np.full(heads, -1, dtype=np.int32),
         anchor_ptr=np.zeros(1, np.int32),
+        anchor_axis=none,
         group_start=none,
-        anchor_row=none,
+        group_anchor=none,
         tile_order=np.arange(heads * 591, dtype=np.int32),
     )
     schedule = packed.schedule()

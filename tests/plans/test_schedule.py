@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.schedules import layer_schedules, random_schedule
 
-from calibatt.plans import DENSE, NO_ANCHORS, Blocks, LayerSchedule, PackedLayer, ScheduleError, TokenGrid
-from calibatt.plans.plan import ARRAYS
+from calibatt.plans import DENSE, FRAMES, NO_ANCHORS, Blocks, LayerSchedule, PackedLayer, ScheduleError, TokenGrid
+from calibatt.plans.schedule import ARRAYS
 
 GRID = TokenGrid(frames=2, height=3, width=10, text_before=4, text_after=5)
 BLOCKS = Blocks(16, 16)
@@ -51,8 +51,12 @@ def test_dense_is_what_the_vocabulary_says(schedule: LayerSchedule) -> None:
                 expected_source.append(token)
             else:
                 starts, anchors = schedule.groups(pattern)
-                group = max(index for index, start in enumerate(starts) if start <= row)
-                expected_source.append(grid.text_before + int(anchors[group]) * grid.width + column)
+                frames = schedule.anchor_axis[pattern] == FRAMES
+                frame, row_of_frame = divmod(row, grid.height)
+                group = max(index for index, start in enumerate(starts) if start <= (frame if frames else row))
+                anchor = int(anchors[group])
+                computed = anchor * grid.height + row_of_frame if frames else anchor
+                expected_source.append(grid.text_before + computed * grid.width + column)
             if expected_source[-1] == token:
                 packed.append(token)
         assert source.tolist() == expected_source
@@ -196,13 +200,17 @@ BROKEN = {
     "columns not sorted": (lambda: unsorted(), "col_idx must rise strictly within a list"),
     "anchor_ptr from 1": (lambda: changed("anchor_ptr", _0=1), "anchor_ptr must rise from 0 to 2 groups"),
     "anchor_ptr beyond": (lambda: changed("anchor_ptr", _1=3), "anchor_ptr must rise from 0 to 2 groups"),
-    "anchor_row short": (lambda: without_last("anchor_row"), "anchor_row must have one entry for each of 2 groups"),
-    "group from row 1": (lambda: changed("group_start", _0=1), "group_start must start at row 0 in each pattern"),
+    "anchor_axis short": (lambda: without_last("anchor_axis"), "anchor_axis must have one entry for each of 1 patterns"),
+    "anchor_axis 2": (lambda: changed("anchor_axis", _0=2), "anchor_axis must be 0 (rows) or 1 (frames), got 2 for"),
+    "frames from a row": (lambda: frames(_0=1), "group_start must start at 0 in each pattern, got 1 in pattern 0"),
+    "frames beyond": (lambda: frames(_1=2), "group_start must rise and stay below 2 frames, got 2..1 for group 1"),
+    "group_anchor short": (lambda: without_last("group_anchor"), "group_anchor must have one entry for each of 2 groups"),
+    "group from row 1": (lambda: changed("group_start", _0=1), "group_start must start at 0 in each pattern"),
     "groups fall": (lambda: changed("group_start", _1=0), "group_start must rise and stay below 6 rows"),
     "group beyond": (lambda: changed("group_start", _1=6), "group_start must rise and stay below 6 rows"),
     "group leaves its frame": (lambda: changed("group_start", _1=4), "keep a group in its frame of 3 rows"),
-    "anchor outside": (lambda: changed("anchor_row", _0=3), "anchor_row must lie in its group 0..2, got 3"),
-    "anchor negative": (lambda: changed("anchor_row", _0=-1), "anchor_row must lie in its group 0..2, got -1"),
+    "anchor outside": (lambda: changed("group_anchor", _0=3), "group_anchor must lie in its group 0..2, got 3"),
+    "anchor negative": (lambda: changed("group_anchor", _0=-1), "group_anchor must lie in its group 0..2, got -1"),
     "pattern beyond": (lambda: changed("head_anchor", _0=1), "head_anchor must be -1 or below 1 patterns"),
     "pattern negative": (lambda: changed("head_anchor", _3=-2), "got -2 for head 3"),
     "list beyond": (lambda: changed("head_list", _0=3), "head_list must leave 5 lists of 7"),
@@ -216,6 +224,11 @@ BROKEN = {
         "grid must have at most 65536 key blocks",
     ),
 }
+
+
+def frames(**starts: Any) -> LayerSchedule:
+    """The example with groups of frames."""
+    return replace(changed("group_start", **{"_1": 1, **starts}), anchor_axis=np.array([FRAMES], np.int32))
 
 
 def unsorted() -> LayerSchedule:

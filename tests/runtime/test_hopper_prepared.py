@@ -36,12 +36,14 @@ def test_tiles_and_receivers(core: CoreSchedule) -> None:
             continue
         row = ((last >> 16) * ready.tiles_of_pattern + tile) * block_q + torch.arange(block_q)
         both = ready.receivers.view(-1)[row]
-        packed, start_of_head = bound.heads[head].tolist()
+        packed, start_of_head, step = bound.heads[head].tolist()
         for at, receives in zip(query.tolist(), both.tolist(), strict=True):
-            first, copies = receives & 0xFFFFFFFF, receives >> 32
+            first, copies = receives & 0xFFFFFFFF, receives >> 32 & 0x7FFFFFFF
+            grid = core.grid
+            assert step == (grid.height * grid.width if receives < 0 else grid.width) or copies == 0
             assert copies <= ready.most_copies
             assert (copies > 0) == (at < packed)
             for copy in range(copies):
-                source[head, first + copy * core.grid.width] = bound.query_token[start_of_head + at]
+                source[head, first + copy * step] = bound.query_token[start_of_head + at]
     for head in range(core.heads):
         assert source[head].tolist() == core.token_source(head).tolist()

@@ -30,13 +30,13 @@ def test_executing_the_arrays_is_executing_the_schedule(core: CoreSchedule) -> N
     order = []
     for head, tile, start, stop in bound.tiles.tolist():
         order.append(core.head_tile_ptr[head] + tile)
-        packed_tokens, packed_start = bound.heads[head].tolist()
+        packed_tokens, packed_start, step = bound.heads[head].tolist()
         for query in range(tile * block_q, min((tile + 1) * block_q, packed_tokens)):
             token, first, copies = query, query, 1
             if bound.anchored:
                 arrays = bound.query_token, bound.query_first, bound.query_copies
                 token, first, copies = (int(array[packed_start + query]) for array in arrays)
-            for target in range(first, first + copies * core.grid.width, core.grid.width):
+            for target in first + step * np.arange(copies):
                 assert source[head, target] == -1
                 source[head, target] = token
                 keep[head, target, columns[start:stop]] = True

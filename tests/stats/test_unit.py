@@ -65,6 +65,7 @@ def test_manifest_round_trip_is_canonical():
         ("thresholds", (0.9, 0.9)),
         ("windows", ("frames",)),
         ("row_radius", 5),
+        ("frame_radius", 2),
         ("query_stride", 17),
         ("has_mass", 1),
         ("versions", {"torch": 2}),
@@ -94,6 +95,18 @@ def test_manifest_text_refused(change, message):
     change(value)
     with pytest.raises(ManifestError, match=message):
         Manifest.from_json(json.dumps(value))
+
+
+def test_a_store_of_before_frames_were_measured_is_read_as_it_was():
+    """Its manifest, whose digest every unit carries, has no word of frames, and its units have no errors of them."""
+    old = manifest(frame_radius=0)
+    assert "frame_radius" not in old.to_json()
+    assert "frame_radius" in M.to_json()
+    assert Manifest.from_json(old.to_json()) == old
+    assert unit(old).frame_residual_error is None
+    unit(old).check(old)
+    with pytest.raises(UnitError, match="frame_error must be absent as the manifest says"):
+        unit(M).check(old)
 
 
 def test_a_unit_keeps_its_rules():
@@ -126,8 +139,11 @@ def changed(name, at, value):
         (changed("planes", 3, 0), "planes must be nested"),
         (changed("menu_error", (0, 0), -1), "menu_error must be finite and not negative, got -1"),
         (changed("block_error_peak", 0, np.inf), "block_error_peak must be finite"),
-        (changed("row_error", (0, 0, 0), 1), "row_error must be NaN where the row leaves the frame, got 1"),
+        (changed("row_error", (0, 0, 0), 1), "row_error must be NaN where there is no such row, got 1"),
         (changed("row_residual_error", (0, 0, 3), np.nan), "row_residual_error must be finite"),
+        (changed("frame_error", (0, 1, 1), 1), "frame_error must be NaN where there is no such frame, got 1"),
+        (changed("frame_residual_error", (0, 0, 1), -1), "frame_residual_error must be finite and not negative"),
+        ({"frame_error": None}, "frame_error must be there"),
     ],
 )
 def test_a_unit_refused(change, message):

@@ -6,14 +6,28 @@ from typing import Any
 
 import numpy as np
 
-from calibatt.plans import DENSE, NO_ANCHORS, Blocks, LayerSchedule, ModelSignature, PlanFile, Segment, TokenGrid
+from calibatt.plans import (
+    DENSE,
+    FRAMES,
+    NO_ANCHORS,
+    ROWS,
+    Blocks,
+    LayerSchedule,
+    ModelSignature,
+    PlanFile,
+    Segment,
+    TokenGrid,
+)
 
 GRID = TokenGrid(frames=2, height=3, width=10, text_before=4, text_after=5)
 BLOCKS = Blocks(16, 16)
 
 
-def tiny_schedule(variant: int) -> LayerSchedule:
-    """Four heads over 5 key blocks: listed, dense, sharing the first one's lists, anchored; the same on any machine."""
+def tiny_schedule(variant: int, frames: bool = False) -> LayerSchedule:
+    """Four heads over 5 key blocks: listed, dense, sharing the first one's lists, anchored; the same on any machine.
+
+    With `frames`, the third head computes the second frame only, which stands for both.
+    """
     lists = [sorted({tile, (2 * tile + variant) % 5}) for tile in (0, 1, 2, 3, 4, 1, 2, 3, 4)]
     return LayerSchedule(
         grid=GRID,
@@ -21,11 +35,12 @@ def tiny_schedule(variant: int) -> LayerSchedule:
         row_ptr=np.cumsum([0, *map(len, lists)]).astype(np.int32),
         col_idx=np.concatenate(lists).astype(np.uint16),
         head_list=np.array([0, DENSE, 0, 5], dtype=np.int32),
-        head_anchor=np.array([NO_ANCHORS, NO_ANCHORS, NO_ANCHORS, 0], dtype=np.int32),
-        anchor_ptr=np.array([0, 4], dtype=np.int32),
-        group_start=np.array([0, 2, 3, 4], dtype=np.int32),
-        anchor_row=np.array([1, 2, 3, 4 + variant % 2], dtype=np.int32),
-        tile_order=np.roll(np.arange(5 + 5 + 5 + 4, dtype=np.int32), variant),
+        head_anchor=np.array([NO_ANCHORS, NO_ANCHORS, 1 if frames else NO_ANCHORS, 0], dtype=np.int32),
+        anchor_ptr=np.array([0, 4, 5][: 3 if frames else 2], dtype=np.int32),
+        anchor_axis=np.array([ROWS, FRAMES][: 2 if frames else 1], dtype=np.int32),
+        group_start=np.array([0, 2, 3, 4, 0][: 5 if frames else 4], dtype=np.int32),
+        group_anchor=np.array([1, 2, 3, 4 + variant % 2, 1][: 5 if frames else 4], dtype=np.int32),
+        tile_order=np.roll(np.arange(5 + 5 + (3 if frames else 5) + 4, dtype=np.int32), variant),
     )
 
 
@@ -49,3 +64,9 @@ def tiny_plan(**changes: Any) -> PlanFile:
         "notes": "Lists out of thin air: no model will like it.",
     }
     return PlanFile(**(values | changes))
+
+
+def frames_plan() -> PlanFile:
+    """`tiny_plan` with anchor frames in its second segment."""
+    first, second = tiny_plan().schedules
+    return tiny_plan(schedules=(first, tuple(tiny_schedule(4 + layer, frames=True) for layer, _ in enumerate(second))))

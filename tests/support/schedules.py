@@ -7,20 +7,25 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from calibatt.plans import DENSE, NO_ANCHORS, Blocks, LayerSchedule, TokenGrid
+from calibatt.plans import DENSE, FRAMES, NO_ANCHORS, ROWS, Blocks, LayerSchedule, TokenGrid
 
-ANCHORS = ("random", "every", "frame")
-"""Groups of random length, every row an anchor, one anchor a frame."""
+ANCHORS = ("random", "every", "frame", "frames", "video", "mixed")
+"""Groups of rows: of random length, every row an anchor, one anchor a frame. Of frames: random, one for all. Any."""
 
 
-def random_groups(rng: np.random.Generator, grid: TokenGrid, anchors: str = "random") -> tuple[np.ndarray, np.ndarray]:
-    """First rows and anchor rows of the groups of one pattern, both int32 ``(groups,)``."""
-    rows = np.arange(grid.rows)
-    starts_frame = rows % grid.height == 0
-    chosen = {"random": rng.random(grid.rows) < 0.4, "every": True, "frame": False}[anchors]
-    start = rows[starts_frame | chosen]
-    stop = np.append(start[1:], grid.rows)
-    return start.astype(np.int32), rng.integers(start, stop).astype(np.int32)
+def random_groups(
+    rng: np.random.Generator, grid: TokenGrid, anchors: str = "random"
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """Axis of one pattern, first members and anchors of its groups, both int32 ``(groups,)``."""
+    if anchors == "mixed":
+        anchors = ANCHORS[rng.integers(len(ANCHORS) - 1)]
+    axis = FRAMES if anchors in ("frames", "video") else ROWS
+    members = np.arange(grid.frames if axis == FRAMES else grid.rows)
+    must_start = members % (grid.frames if axis == FRAMES else grid.height) == 0
+    chosen = anchors == "every" or (rng.random(len(members)) < 0.4) & (anchors in ("random", "frames"))
+    start = members[must_start | chosen]
+    stop = np.append(start[1:], len(members))
+    return axis, start.astype(np.int32), rng.integers(start, stop).astype(np.int32)
 
 
 def random_schedule(
@@ -47,7 +52,7 @@ def random_schedule(
         density: 0 leaves one block a tile, 1 leaves all of them (listed, unlike a dense head).
         dense_heads: Heads that list nothing and keep every key block.
         shared_heads: Heads that take the lists of an earlier head that has at least as many tiles, if there is one.
-        anchored_heads: Heads that compute anchor rows only. May overlap with the two above.
+        anchored_heads: Heads that compute anchor rows, or frames, only. May overlap with the two above.
         anchors: One of `ANCHORS`.
         patterns: Anchor patterns that the anchored heads share in turn; by default each has its own.
         always: Key blocks that every tile keeps.
@@ -64,7 +69,8 @@ def random_schedule(
     lists: list[np.ndarray] = []
     owners: list[int] = []
     for head, pattern in enumerate(head_anchor):
-        rows = grid.rows if pattern == NO_ANCHORS else len(groups[pattern][0])
+        axis, start, _ = (ROWS, range(grid.rows), None) if pattern == NO_ANCHORS else groups[pattern]
+        rows = len(start) * (grid.height if axis == FRAMES else 1)
         tiles.append(-(-(grid.text_before + rows * grid.width + grid.text_after) // block_q))
         if head in dense_heads:
             continue
@@ -85,9 +91,10 @@ def random_schedule(
         col_idx=np.concatenate([*lists, []]).astype(np.uint16),
         head_list=head_list,
         head_anchor=head_anchor,
-        anchor_ptr=np.cumsum([0, *(len(start) for start, _ in groups)]).astype(np.int32),
-        group_start=np.concatenate([*(start for start, _ in groups), []]).astype(np.int32),
-        anchor_row=np.concatenate([*(anchor for _, anchor in groups), []]).astype(np.int32),
+        anchor_ptr=np.cumsum([0, *(len(start) for _, start, _ in groups)]).astype(np.int32),
+        anchor_axis=np.array([axis for axis, _, _ in groups], dtype=np.int32),
+        group_start=np.concatenate([*(start for _, start, _ in groups), []]).astype(np.int32),
+        group_anchor=np.concatenate([*(anchor for _, _, anchor in groups), []]).astype(np.int32),
         tile_order=rng.permutation(sum(tiles)).astype(np.int32),
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from calibatt.compiler.stats import Manifest, UnitStatistics, Window, quantise
+from calibatt.compiler.stats import Manifest, UnitStatistics, Window, neighbours, quantise
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
 
 
@@ -19,6 +19,7 @@ def manifest(**changes: Any) -> Manifest:
         "times": (0.25, 0.75),
         "windows": (Window("frames", (0,)), Window("box", (1, 1, 1))),
         "row_radius": 2,
+        "frame_radius": 1,
         "has_mass": True,
         "versions": {"calibatt": "0"},
     }
@@ -35,18 +36,25 @@ def unit(of: Manifest, seed: int = 0) -> UnitStatistics:
     planes = np.zeros((len(of.thresholds), heads, q, k), bool)
     for plane, threshold in zip(planes, of.thresholds, strict=True):
         np.put_along_axis(plane, order, before < threshold, -1)
-    offsets = np.arange(of.grid.height)[:, None] + np.array(of.row_offsets, int)
-    inside = (offsets >= 0) & (offsets < of.grid.height)
-    rows = [np.where(inside, rng.random((heads, *inside.shape)), np.nan).astype(np.float32) for _ in range(2)]
+
+    def copies(inside: np.ndarray) -> np.ndarray:
+        return np.where(inside, rng.random((heads, *inside.shape)), np.nan).astype(np.float32)
+
+    rows = [copies(neighbours(of.grid.height, of.row_radius)) for _ in range(2)]
     error = rng.random((heads, q, k))
     peak = error.max((1, 2)).astype(np.float32) * np.float32(1.001)
+    menus = [rng.random((menu, heads), np.float32) for _ in range(2)]
+    size = rng.random(heads, np.float32)
+    frames = [copies(neighbours(of.grid.frames, of.frame_radius)) if of.frame_radius else None for _ in range(2)]
     return UnitStatistics(
         planes=np.packbits(planes, -1, bitorder="little"),
-        menu_error=rng.random((menu, heads), np.float32),
-        menu_residual_error=rng.random((menu, heads), np.float32),
-        output_size=rng.random(heads, np.float32),
+        menu_error=menus[0],
+        menu_residual_error=menus[1],
+        output_size=size,
         row_error=rows[0],
         row_residual_error=rows[1],
+        frame_error=frames[0],
+        frame_residual_error=frames[1],
         block_mass=quantise(mass, 1.0) if of.has_mass else None,
         block_error=quantise(error, peak[:, None, None]) if of.has_block_error else None,
         block_error_peak=peak if of.has_block_error else None,

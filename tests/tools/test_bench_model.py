@@ -312,7 +312,7 @@ def test_the_recorder_is_compared_with_the_forward(tmp_path: Path) -> None:
         "block statistics",
         "keep planes",
         "menu errors",
-        "row errors",
+        "copy errors",
         "all",
         "write",
     ]

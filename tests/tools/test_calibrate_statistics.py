@@ -147,11 +147,11 @@ def test_planes_are_the_smallest_sets_that_hold_their_mass():
     assert (planes[:-1] <= planes[1:]).all()
 
 
-def test_row_errors_compare_rows_of_one_frame():
+def test_copy_errors_compare_rows_of_one_frame_and_frames():
     grid = TokenGrid(2, 4, 3, text_before=2, text_after=1)
     *_, out, _, projection = call(grid, 3)
     factor = statistics.projection_factor(projection, HEADS, HEAD_DIM)
-    relative, residual, size = statistics.row_errors(out, factor, grid, 2)
+    (relative, residual), frames, size = statistics.copy_errors(out, factor, grid, 2, 1)
     np.testing.assert_allclose(size, behind(projection, out).square().sum(-1).mean(1), rtol=1e-4)
     video = out[:, 2:-1].double().view(HEADS, 2, 4, 3, HEAD_DIM)
     for row in range(4):
@@ -165,6 +165,15 @@ def test_row_errors_compare_rows_of_one_frame():
             np.testing.assert_allclose(relative[:, row, at], expected, rtol=1e-4)
             expected = behind(projection, change).square().sum(-1).mean((1, 2))
             np.testing.assert_allclose(residual[:, row, at], expected, rtol=1e-4)
+    change = video[:, 1] - video[:, 0]
+    for frame, (there, beyond) in enumerate(((1, 0), (0, 1))):
+        relative, residual = (each[:, frame] for each in frames)
+        assert relative[:, beyond].isnan().all()
+        assert residual[:, beyond].isnan().all()
+        expected = change.square().sum((1, 2, 3)) / video[:, frame].square().sum((1, 2, 3))
+        np.testing.assert_allclose(relative[:, there], expected, rtol=1e-4)
+        expected = behind(projection, change).square().sum(-1).mean((1, 2))
+        np.testing.assert_allclose(residual[:, there], expected, rtol=1e-4)
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=1), st.floats(0, 1e3, width=32))

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from rich.console import Console
-from support.plans import tiny_plan, tiny_schedule
+from support.plans import frames_plan, tiny_plan, tiny_schedule
 from support.schedules import layer_schedules
 
 from calibatt.plans import LayerSchedule, PlanFile, Segment, write_plan
@@ -32,16 +32,17 @@ def test_json_holds_the_values() -> None:
     result = inspect(GOLDEN, "--json")
     assert result.exit_code == 0
     values = json.loads(result.output)
-    plan = tiny_plan()
+    plan = frames_plan()
     assert values["model"]["architecture"] == "TinyTransformer"
     assert values["grid"]["tokens"] == 69
     assert values["blocks"] == {"block_q": 16, "block_k": 16, "q_blocks": 5, "k_blocks": 5}
-    assert values["heads"] == {"dense": 4, "sparse": 8, "anchored": 4, "sharing_lists": 8}
+    kinds = {"dense": 4, "sparse": 6, "anchored": 6}
+    assert values["heads"] == kinds | {"with_anchor_frames": 2, "sharing_lists": 8}
     assert values["layer_density"] == [[pytest.approx(plan.density(s, layer)) for layer in (0, 1)] for s in (0, 1)]
     means = [np.mean([plan.density(segment, layer) for layer in (0, 1)]) for segment in (0, 1)]
     assert values["density"] == pytest.approx((means[0] + means[1]) / 2)
     assert values["segments"][1]["start"] == 0.375
-    assert values["segments"][1]["heads"] == {"dense": 2, "sparse": 4, "anchored": 2}
+    assert values["segments"][1]["heads"] == {"dense": 2, "sparse": 2, "anchored": 4}
     assert values["section_bytes"] == plan.section_bytes()
     assert values["predicted_forward_ms"] == {"planned": (1.125 + 1.625) / 2, "dense": 2.0}
     assert values["passes"] == plan.passes
@@ -63,7 +64,7 @@ def test_the_terminal_summary_says_it_all() -> None:
     for words in (
         "TinyTransformer: 2 layers x 4 heads x 8 channels",
         "2 frames x 3 rows x 10 tokens + text 4 before, 5 after = 69 tokens",
-        "4 dense, 8 sparse, 4 anchored",
+        "4 dense, 6 sparse, 6 anchored (2 by frames)",
         "vote{agreement=0.5},select{max-error=0.02},lower",
         "flow_shift: 5.0",
         "samples: 3",
@@ -213,9 +214,10 @@ def test_two_plans_are_compared(tmp_path: Path) -> None:
     assert "- notes: \\x1bone\n+ notes: two" in text
     assert "100.0%" in text
     value = json.loads(inspect(tmp_path / "a", "--diff", tmp_path / "b", "--json").output)
-    keeps = [np.concatenate([each.tile_keep(head) for head in range(4)]) for each in (first, second)]
+    keeps = [np.concatenate([each.tile_keep(head) for head in range(3)]) for each in (first, second)]
     both, either = (keeps[0] & keeps[1]).sum(), (keeps[0] | keeps[1]).sum()
-    same = keeps[0].sum()
+    same = keeps[0].sum() + first.tile_keep(3).sum()
+    assert value["segments"][1]["heads_of_other_rows"] == 1, "the last head's anchors are others"
     assert value["segments"][0]["in_common"] == 1
     assert value["segments"][1]["in_common"] == pytest.approx((same + both) / (same + either))
     assert value["segments"][1]["densities"] == pytest.approx([first.density, (first.density + second.density) / 2])

@@ -110,8 +110,9 @@ def structured_schedule(
         head_list=np.arange(heads, dtype=np.int32) * tiles,
         head_anchor=np.full(heads, -1, dtype=np.int32),
         anchor_ptr=np.zeros(1, dtype=np.int32),
+        anchor_axis=np.zeros(0, dtype=np.int32),
         group_start=np.zeros(0, dtype=np.int32),
-        anchor_row=np.zeros(0, dtype=np.int32),
+        group_anchor=np.zeros(0, dtype=np.int32),
         tile_order=np.lexsort((-lengths, np.repeat(np.arange(heads), tiles))).astype(np.int32),
     )
     core.check()
@@ -142,8 +143,9 @@ def anchored_schedule(schedule: LayerSchedule) -> LayerSchedule:
         head_list=np.arange(heads, dtype=np.int32) * tiles,
         head_anchor=np.zeros(heads, np.int32),
         anchor_ptr=np.array([0, len(anchors)], np.int32),
+        anchor_axis=np.array([ROWS], np.int32),
         group_start=starts.astype(np.int32),
-        anchor_row=anchors,
+        group_anchor=anchors,
         tile_order=np.lexsort((-lengths, np.repeat(np.arange(heads), tiles))).astype(np.int32),
     )
     made.check()

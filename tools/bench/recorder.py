@@ -9,7 +9,7 @@ of one layer's call alone:
   block statistics   mass and error of every block pair (a triton kernel on a GPU, PyTorch elsewhere)
   keep planes        from the mass
   menu errors        exact masked attention on a few query blocks
-  row errors         how alike the outputs of neighbouring rows are
+  copy errors        how alike the outputs of neighbouring rows, and frames, are
   all                what calibatt-calibrate computes of a call, on the host at the end
   write              of one unit into the store
 
@@ -52,11 +52,11 @@ from calibatt.tools.calibrate.recorder import Recorder
 from calibatt.tools.calibrate.sampler import OnStep
 from calibatt.tools.calibrate.statistics import (
     block_statistics,
+    copy_errors,
     keep_planes,
     menu_errors,
     projected_values,
     projection_factor,
-    row_errors,
     unit_statistics,
 )
 
@@ -123,7 +123,7 @@ def statistics(call: Call, manifest: Manifest) -> dict[str, Callable[[], Any]]:
         "block statistics": partial(measure, q, k, projected, blocks, stride),
         "keep planes": partial(keep_planes, mass, manifest.thresholds),
         "menu errors": partial(menu_errors, q, k, v, menu, factor, blocks, stride, 0),
-        "row errors": partial(row_errors, call.out, factor, grid, manifest.row_radius),
+        "copy errors": partial(copy_errors, call.out, factor, grid, manifest.row_radius, manifest.frame_radius),
         "all": partial(unit_statistics, q, k, v, call.out, manifest=manifest, **everything),
     }
 

@@ -9,7 +9,7 @@ and to the sample are added. All is a pure function of the seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from calibatt.compiler.stats import (
     StoreWriter,
     UnitStatistics,
     default_windows,
+    neighbours,
     window_keep,
 )
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
@@ -34,7 +35,7 @@ from calibatt.plans import Blocks, ModelSignature, TokenGrid
 Float = npt.NDArray[np.float32]
 
 KINDS = ("spatial", "temporal", "window", "sinks", "rows", "dense", "prompt")
-"""Near frames; near rows in all frames; both; some columns for all; all of near frames, rows alike; no structure;
+"""Near frames; near rows in all frames, frames alike; both; some columns for all; all of near frames, rows alike; no structure;
 a window and places that only the prompt knows."""
 OCTAVE = 8
 """Codes of a factor of 2, as in statistics units."""
@@ -85,6 +86,7 @@ def wan14b_manifest(layers: int = 40, times: int = 50, shift: float = 5.0) -> Ma
         times=tuple(shifted),
         windows=default_windows(grid),
         row_radius=3,
+        frame_radius=4,
         versions={"synthetic": "1"},
     )
 
@@ -207,11 +209,8 @@ class Synthetic:
             for plane in range(len(planes)):
                 keep = error[head] <= np.maximum(kept[plane, head], least)[:, None]
                 planes[plane, head] = np.packbits(keep, axis=-1, bitorder="little")
-        offsets = np.array(manifest.row_offsets, int)
-        rows = np.arange(manifest.grid.height)[:, None] + offsets
-        base = np.array([0.002 if kind == "rows" else 0.3 for kind in kinds])[:, None, None]
-        row_error = np.broadcast_to(base * np.abs(offsets), (heads, *rows.shape)).astype(np.float32)
-        row_error[:, (rows < 0) | (rows >= manifest.grid.height)] = np.nan
+        row_error = _copy_error("rows", kinds, manifest.grid.height, manifest.row_radius)
+        frame_error = _copy_error("temporal", kinds, manifest.grid.frames, manifest.frame_radius)
         size = np.full(heads, 1e-2, np.float32)
         menu = menu * np.exp(own.normal(0, 0.2, menu.shape) + rng.normal(0, 0.05, menu.shape)).astype(np.float32)
         return UnitStatistics(
@@ -221,6 +220,8 @@ class Synthetic:
             output_size=size,
             row_error=row_error,
             row_residual_error=row_error * size[:, None, None],
+            frame_error=frame_error,
+            frame_residual_error=frame_error * size[:, None, None],
             block_error=error,
             block_error_peak=peak * np.exp(own.normal(0, 0.2) + rng.normal(0, 0.05)).astype(np.float32),
         )
@@ -282,3 +283,10 @@ def main(store: Path, layers: int, times: int, samples: int, seed: int) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def _copy_error(repeating: str, kinds: Sequence[str], count: int, radius: int) -> npt.NDArray[np.float32]:
+    """float32 ``(H, count, 2 radius)``: small in heads that repeat over rows, or frames; it grows with the distance."""
+    offsets = np.array([*range(-radius, 0), *range(1, radius + 1)])
+    base = np.array([0.002 if kind == repeating else 0.3 for kind in kinds])[:, None, None]
+    return np.where(neighbours(count, radius), base * np.abs(offsets), np.nan).astype(np.float32)

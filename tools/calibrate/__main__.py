@@ -39,7 +39,7 @@ from calibatt.tools.calibrate.statistics import unit_statistics
 
 NAME = "calibatt-calibrate"
 DEFAULT_SAMPLES = 8
-ROW_RADIUS = 3
+ROW_RADIUS, FRAME_RADIUS = 3, 4
 PROBE_THRESHOLD = 0.8
 """Probes drop what the keep plane of the threshold nearest to this drops."""
 
@@ -92,6 +92,7 @@ def make_manifest(
         windows=default_windows(sampler.grid),
         query_stride=query_stride,
         row_radius=min(ROW_RADIUS, sampler.grid.height - 1),
+        frame_radius=min(FRAME_RADIUS, sampler.grid.frames - 1),
         has_mass=mass,
         versions={
             "calibatt": importlib.metadata.version("calibatt"),

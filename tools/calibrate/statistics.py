@@ -46,7 +46,7 @@ def unit_statistics(
         k: ``(H, N, D)`` keys.
         v: ``(H, N, D)`` values.
         out: ``(H, N, D)`` the call's output.
-        manifest: What to measure: grid, blocks, thresholds, windows, row radius, query stride.
+        manifest: What to measure: grid, blocks, thresholds, windows, radii, query stride.
         projection: ``(dim, H * D)`` the output projection with the gate folded into its rows.
         residual_square: Mean over tokens of the squared norm of the residual stream that the projection adds to.
         seed: Chooses the query blocks on which the menu is measured.
@@ -72,7 +72,7 @@ def unit_statistics(
     windows = _windows(manifest, q.device)[:, None].expand(-1, heads, -1, -1)
     menu = torch.cat([planes[there], windows[there]])
     menu_error, menu_residual = menu_errors(q, k, v, menu, factor, blocks, stride, seed)
-    row_error, row_residual, size = row_errors(out, factor, grid, manifest.row_radius)
+    rows, frames, size = copy_errors(out, factor, grid, manifest.row_radius, manifest.frame_radius)
     return UnitStatistics(
         planes=pack(planes).cpu().numpy(),
         block_mass=log_codes(mass.clamp(max=1), mass.new_ones(())).cpu().numpy() if manifest.has_mass else None,
@@ -80,8 +80,8 @@ def unit_statistics(
         menu_error=menu_error.cpu().numpy(),
         menu_residual_error=(menu_residual / residual_square).cpu().numpy(),
         output_size=(size / residual_square).cpu().numpy(),
-        row_error=row_error.cpu().numpy(),
-        row_residual_error=(row_residual / residual_square).cpu().numpy(),
+        **_copy_error("row", *rows, residual_square),
+        **(_copy_error("frame", *frames, residual_square) if manifest.frame_radius else {}),
     )
 
 
@@ -122,6 +122,11 @@ def _block_error(error: Tensor, manifest: Manifest) -> dict[str, np.ndarray]:
     peak = error.amax((1, 2))
     codes = log_codes(error, peak[:, None, None])
     return {"block_error": codes.cpu().numpy(), "block_error_peak": peak.cpu().numpy()}
+
+
+def _copy_error(axis: str, relative: Tensor, projected: Tensor, residual_square: float) -> dict[str, np.ndarray]:
+    residual = projected / residual_square
+    return {f"{axis}_error": relative.cpu().numpy(), f"{axis}_residual_error": residual.cpu().numpy()}
 
 
 def projection_factor(projection: Tensor, heads: int, head_dim: int) -> Tensor:
@@ -272,43 +277,51 @@ def menu_errors(
     return lost / size.clamp(min=1e-30), projected / queries
 
 
-def row_errors(out: Tensor, factor: Tensor, grid: TokenGrid, radius: int) -> tuple[Tensor, Tensor, Tensor]:
-    """How well a row's output stands for its neighbours in the frame, and how large the output is.
+Errors = tuple[Tensor, Tensor]
+"""Relative to the head's output, and behind the projection."""
+
+
+def copy_errors(
+    out: Tensor, factor: Tensor, grid: TokenGrid, row_radius: int, frame_radius: int
+) -> tuple[Errors, Errors, Tensor]:
+    """How well the output of a row, or of a frame, stands for its neighbours, and how large the output is.
 
     Args:
         out: ``(H, N, D)`` attention output.
         factor: ``(H, D, D)`` of `projection_factor`.
         grid: The token sequence.
-        radius: Largest offset, in rows.
+        row_radius: Largest offset, in rows of a frame.
+        frame_radius: Largest offset, in frames.
 
     Returns:
-        Float32 ``(H, height, 2 * radius)`` twice, offsets -radius..-1, 1..radius, NaN outside the frame:
-        sum ||O[r] - O[r + d]||^2 / sum ||O[r]||^2 over frames and columns, and mean ||(O[r] - O[r + d]) W_h||^2.
-        And float32 ``(H,)``: mean ||O W_h||^2 over all tokens.
+        Of rows, then of frames, float32 ``(H, members, 2 * radius)`` twice, offsets -radius..-1, 1..radius, NaN where
+        there is no such member: sum ||O[r] - O[r + d]||^2 / sum ||O[r]||^2 over the member's tokens (of a row in all
+        frames), and mean ||(O[r] - O[r + d]) W_h||^2. And float32 ``(H,)``: mean ||O W_h||^2 over all tokens.
     """
-    parts = [_row_errors(out[some], factor[some], grid, radius) for some in _heads_at_once(out)]
-    relative, residual, size = (torch.cat(part) for part in zip(*parts, strict=True))
-    return relative, residual, size
-
-
-def _row_errors(out: Tensor, factor: Tensor, grid: TokenGrid, radius: int) -> tuple[Tensor, Tensor, Tensor]:
-    out = out.float()
-    projected = out @ factor
-    size = projected.square().sum((1, 2)) / out.shape[1]
+    parts: list[list[Tensor]] = [[] for _ in range(5)]
     video = slice(grid.text_before, grid.text_before + grid.video_tokens)
-    shape = (out.shape[0], grid.frames, grid.height, grid.width, -1)
-    plain, behind = out[:, video].reshape(shape), projected[:, video].reshape(shape)
-    row_size = plain.square().sum((1, 3, 4)).clamp(min=1e-30)
-    relative = out.new_full((out.shape[0], grid.height, 2 * radius), torch.nan, dtype=torch.float32)
-    residual = relative.clone()
-    for offset in range(1, min(radius, grid.height - 1) + 1):
-        change = (plain[:, :, offset:] - plain[:, :, :-offset]).square().sum((1, 3, 4))
-        moved = (behind[:, :, offset:] - behind[:, :, :-offset]).square().sum((1, 3, 4))
-        moved = moved / (grid.frames * grid.width)
+    for some in _heads_at_once(out):
+        plain = out[some].float()
+        behind = plain @ factor[some]
+        size = behind.square().sum((1, 2)) / out.shape[1]
+        plain, behind = (x[:, video].unflatten(1, (grid.frames, grid.height, grid.width)) for x in (plain, behind))
+        rows = _between(plain.transpose(1, 2), behind.transpose(1, 2), row_radius)
+        for part, found in zip(parts, (*rows, *_between(plain, behind, frame_radius), size), strict=True):
+            part.append(found)
+    row, row_behind, frame, frame_behind, size = map(torch.cat, parts)
+    return (row, row_behind), (frame, frame_behind), size
+
+
+def _between(plain: Tensor, behind: Tensor, radius: int) -> Errors:
+    """Errors between the members of ``(H, members, ., ., D)``."""
+    members = plain.shape[1]
+    own = plain.square().sum((2, 3, 4)).clamp(min=1e-30)
+    relative = plain.new_full((len(plain), members, 2 * radius), torch.nan)
+    projected = relative.clone()
+    for offset in range(1, min(radius, members - 1) + 1):
+        change = (plain[:, offset:] - plain[:, :-offset]).square().sum((2, 3, 4))
+        moved = (behind[:, offset:] - behind[:, :-offset]).square().sum(4).mean((2, 3))
         up, down = radius + offset - 1, radius - offset
-        relative[:, :-offset, up], relative[:, offset:, down] = (
-            change / row_size[:, :-offset],
-            change / row_size[:, offset:],
-        )
-        residual[:, :-offset, up], residual[:, offset:, down] = moved, moved
-    return relative, residual, size
+        relative[:, :-offset, up], relative[:, offset:, down] = change / own[:, :-offset], change / own[:, offset:]
+        projected[:, :-offset, up], projected[:, offset:, down] = moved, moved
+    return relative, projected

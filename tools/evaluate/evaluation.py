@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from calibatt.plans import PlanFile
-from calibatt.plans.plan import ARRAYS
+from calibatt.plans.schedule import ARRAYS
 from calibatt.runtime import Plan
 from calibatt.runtime.adapters import adapter_for
 from calibatt.tools.calibrate.recorder import sample_name

@@ -28,8 +28,9 @@ def schedule_of(keep: np.ndarray, grid: TokenGrid, blocks: Blocks) -> CoreSchedu
         head_list=np.arange(heads, dtype=np.int32) * q_blocks,
         head_anchor=np.full(heads, NO_ANCHORS, np.int32),
         anchor_ptr=np.zeros(1, np.int32),
+        anchor_axis=np.zeros(0, np.int32),
         group_start=np.zeros(0, np.int32),
-        anchor_row=np.zeros(0, np.int32),
+        group_anchor=np.zeros(0, np.int32),
         tile_order=np.arange(heads * q_blocks, dtype=np.int32),
     )
 
@@ -47,8 +48,9 @@ def _dense_core(heads: int, grid: TokenGrid, blocks: Blocks) -> CoreSchedule:
         head_list=np.full(heads, DENSE, np.int32),
         head_anchor=np.full(heads, NO_ANCHORS, np.int32),
         anchor_ptr=np.zeros(1, np.int32),
+        anchor_axis=np.zeros(0, np.int32),
         group_start=empty,
-        anchor_row=empty,
+        group_anchor=empty,
         tile_order=np.arange(tiles, dtype=np.int32),
     )
 

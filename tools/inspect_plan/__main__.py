@@ -47,7 +47,7 @@ def main(
 
     A plan says, for each layer, head and denoising time, which blocks of attention are computed. Its density is the
     share of dense attention that is left. A head is dense (computes all), sparse (computes the blocks it lists) or
-    anchored (computes some rows of the video, which stand for their neighbours).
+    anchored (computes some rows, or frames, of the video, which stand for their neighbours).
 
     \b
     See all of it at a glance:

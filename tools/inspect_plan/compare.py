@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from calibatt.plans import PackedLayer, PlanFile
+from calibatt.plans import NO_ANCHORS, PackedLayer, PlanFile
 from calibatt.tools.inspect_plan.summary import printable
 
 HEADER = ("signature", "grid", "blocks", "passes", "scheduler_hint", "provenance", "license", "notes")
@@ -18,7 +18,7 @@ def compare(one: PlanFile, other: PlanFile) -> dict[str, Any]:
     """What differs, as values that JSON can hold.
 
     For every segment of the first plan and the second's at its time: both densities; blocks that both compute / that
-    either does; heads that compute other rows (another anchor pattern), whose blocks are not compared.
+    either does; heads that compute other rows or frames (other anchors), whose blocks are not compared.
     """
     header = {
         name: [str(getattr(one, name)), str(getattr(other, name))]
@@ -61,8 +61,8 @@ def _segments(one: PlanFile, other: PlanFile) -> list[dict[str, Any]]:
 
 
 def _head(one: PackedLayer, other: PackedLayer, head: int) -> tuple[int, int] | None:
-    """Blocks that both compute, and that either does; None where they compute other rows."""
-    if one.tiles(head) != other.tiles(head):
+    """Blocks that both compute, and that either does; None where they compute other rows or frames."""
+    if _anchors(one, head) != _anchors(other, head):
         return None
     masks = [one.head_bits(head), other.head_bits(head)]
     counts = [one.computed_blocks(head), other.computed_blocks(head)]
@@ -71,6 +71,15 @@ def _head(one: PackedLayer, other: PackedLayer, head: int) -> tuple[int, int] | 
     else:
         common = int(np.bitwise_count(masks[0] & masks[1]).sum())
     return common, sum(counts) - common
+
+
+def _anchors(layer: PackedLayer, head: int) -> tuple[int, list[int]] | None:
+    """What the head computes rows or frames of, and which; None: all."""
+    pattern = int(layer.head_anchor[head])
+    if pattern == NO_ANCHORS:
+        return None
+    part = slice(int(layer.anchor_ptr[pattern]), int(layer.anchor_ptr[pattern + 1]))
+    return int(layer.anchor_axis[pattern]), layer.group_anchor[part].tolist()
 
 
 def show(value: dict[str, Any], console: Console | None = None) -> None:

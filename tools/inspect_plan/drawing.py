@@ -15,7 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from calibatt.plans import DENSE, NO_ANCHORS, LayerSchedule, PlanFile, TokenGrid
+from calibatt.plans import DENSE, FRAMES, NO_ANCHORS, LayerSchedule, PlanFile, TokenGrid
 from calibatt.tools.inspect_plan.summary import GRADIENT, heads_of
 
 Floats = npt.NDArray[np.float64]
@@ -60,7 +60,7 @@ def mask_figure(plan: PlanFile, layer: int, head: int, time: float, name: str) -
     """Draws which key blocks each token of the sequence attends to.
 
     Queries go down and keys go right, both to scale in tokens, so that partial blocks and blocks that straddle rows
-    look as they are. Rows that copy their anchor's output are pale; the strip on the left marks anchor rows.
+    look as they are. What copies its anchor's output is pale; the strip on the left marks anchors.
 
     Args:
         plan: The plan.
@@ -83,9 +83,9 @@ def mask_figure(plan: PlanFile, layer: int, head: int, time: float, name: str) -
         )
         _mark_sequence(axes, grid)
         _mark_block_grid(axes, plan)
-        anchored = schedule.head_anchor[head] != NO_ANCHORS
-        if anchored:
-            _mark_anchor_rows(axes, schedule, head)
+        member = _member(schedule, head)
+        if member is not None:
+            _mark_anchors(axes, schedule, head)
         blocks = plan.blocks
         axes.set_xlabel(f"keys by frame: {schedule.k_blocks:,} blocks of {blocks.block_k} tokens")
         axes.set_ylabel(f"queries by frame: {schedule.q_blocks:,} blocks of {blocks.block_q} tokens")
@@ -99,7 +99,7 @@ def mask_figure(plan: PlanFile, layer: int, head: int, time: float, name: str) -
         span = f"segment {segment.start:.3g} to {segment.stop:.3g}"
         figure.text(0.1, 0.93, f"{name} · {_what(schedule, head)} · {span}", fontsize=9, color=FAINT_INK)
         figure.legend(
-            handles=_legend(anchored), loc="upper left", bbox_to_anchor=(0.093, 0.924), ncols=4, frameon=False
+            handles=_legend(member), loc="upper left", bbox_to_anchor=(0.093, 0.924), ncols=4, frameon=False
         )
     return figure
 
@@ -122,10 +122,7 @@ def mask_image(schedule: LayerSchedule, head: int, pixels: int) -> Floats:
 
 def _sources(schedule: LayerSchedule, head: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """For each token, the token computed in its place and that one's tile, both int64 ``(N,)``."""
-    grid = schedule.grid
-    source = np.arange(grid.tokens)
-    video = schedule.row_source(head)[:, None] * grid.width + np.arange(grid.width)
-    source[grid.text_before : grid.text_before + grid.video_tokens] = grid.text_before + video.reshape(-1)
+    source = schedule.token_source(head)
     return source, np.searchsorted(schedule.packed_queries(head), source) // schedule.blocks.block_q
 
 
@@ -148,16 +145,25 @@ def _what(schedule: LayerSchedule, head: int) -> str:
             text += f" shared with {len(others)} other head{'s' if len(others) > 1 else ''}"
     if pattern == NO_ANCHORS:
         return text
-    return f"{text} · {len(schedule.groups(pattern)[0]):,} of {schedule.grid.rows:,} rows computed"
+    members = schedule.grid.video_tokens // int(schedule.member_tokens[pattern])
+    return f"{text} · {len(schedule.groups(pattern)[0]):,} of {members:,} {_member(schedule, head)}s computed"
 
 
-def _legend(anchored: bool) -> list[Any]:
+def _member(schedule: LayerSchedule, head: int) -> str | None:
+    """What a head's anchors are: ``row``, ``frame``, or None."""
+    pattern = int(schedule.head_anchor[head])
+    if pattern == NO_ANCHORS:
+        return None
+    return "frame" if schedule.anchor_axis[pattern] == FRAMES else "row"
+
+
+def _legend(member: str | None) -> list[Any]:
     handles: list[Any] = [Patch(facecolor=tuple(COMPUTED), label="computed")]
-    if anchored:
-        handles.append(Patch(facecolor=tuple(COPIED), label="copied from the anchor row"))
+    if member is not None:
+        handles.append(Patch(facecolor=tuple(COPIED), label=f"copied from the anchor {member}"))
     handles.append(Patch(facecolor=tuple(DROPPED), edgecolor="#b9b9b4", label="not computed"))
-    if anchored:
-        handles.append(Patch(facecolor=ANCHOR, label="anchor row"))
+    if member is not None:
+        handles.append(Patch(facecolor=ANCHOR, label=f"anchor {member}"))
     return handles
 
 
@@ -192,11 +198,12 @@ def _mark_block_grid(axes: Axes, plan: PlanFile) -> None:
             axes.axvline(border, color="white", linewidth=0.5, alpha=0.8)
 
 
-def _mark_anchor_rows(axes: Axes, schedule: LayerSchedule, head: int) -> None:
-    grid = schedule.grid
-    for row in schedule.groups(int(schedule.head_anchor[head]))[1]:
-        start = 1 - (grid.text_before + int(row) * grid.width) / grid.tokens
-        stop = start - grid.width / grid.tokens
+def _mark_anchors(axes: Axes, schedule: LayerSchedule, head: int) -> None:
+    grid, pattern = schedule.grid, int(schedule.head_anchor[head])
+    size = int(schedule.member_tokens[pattern])
+    for anchor in schedule.groups(pattern)[1]:
+        start = 1 - (grid.text_before + int(anchor) * size) / grid.tokens
+        stop = start - size / grid.tokens
         axes.fill_between(
             (-0.012, -0.003), start, stop, transform=axes.transAxes, color=ANCHOR, linewidth=0, clip_on=False
         )

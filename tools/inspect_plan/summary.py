@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from calibatt.plans import DENSE, NO_ANCHORS, PlanFile
+from calibatt.plans import DENSE, FRAMES, NO_ANCHORS, ROWS, PlanFile
 
 EVALUATION = "evaluation"
 """Where the provenance of a plan holds the verdict that `calibatt-evaluate --stamp` writes."""
@@ -29,11 +29,13 @@ class Heads:
     Args:
         densities: Density, float64 ``(segments, layers, heads)``.
         kinds: ``(segments, layers, heads)``: dense, sparse, or anchored (whatever it lists).
-        sharing: Heads, over layers and segments, whose lists another head of the layer uses too.
+        frames: Heads, over layers and segments, whose anchors are whole frames.
+        sharing: Heads, likewise, whose lists another head of the layer uses too.
     """
 
     densities: npt.NDArray[np.float64]
     kinds: npt.NDArray[np.str_]
+    frames: int
     sharing: int
 
 
@@ -45,15 +47,17 @@ def heads_of(plan: PlanFile) -> Heads:
         PlanError: A layer breaks a promise of FORMAT.md.
     """
     shape = len(plan.segments), plan.signature.layers, plan.signature.heads
-    densities, kinds, sharing = np.zeros(shape), np.zeros(shape, "<U8"), 0
+    densities, kinds, frames, sharing = np.zeros(shape), np.zeros(shape, "<U8"), 0, 0
     dense = plan.blocks.q_blocks(plan.grid.tokens) * plan.blocks.k_blocks(plan.grid.tokens)
     for segment, layer, packed in plan.walk():
         densities[segment, layer] = [packed.computed_blocks(head) / dense for head in range(packed.heads)]
         listed = np.where(packed.head_list == DENSE, "dense", "sparse")
         kinds[segment, layer] = np.where(packed.head_anchor != NO_ANCHORS, "anchored", listed)
+        axis = np.append(packed.anchor_axis, ROWS)[packed.head_anchor]  # NO_ANCHORS takes the last
+        frames += int((axis == FRAMES).sum())
         _, counts = np.unique(packed.head_list[packed.head_list != DENSE], return_counts=True)
         sharing += int(counts[counts > 1].sum())
-    return Heads(densities, kinds, sharing)
+    return Heads(densities, kinds, frames, sharing)
 
 
 def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
@@ -81,7 +85,7 @@ def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
             for index, segment in enumerate(plan.segments)
         ],
         "layer_density": densities.mean(axis=2).tolist(),
-        "heads": _count(kinds) | {"sharing_lists": heads.sharing},
+        "heads": _count(kinds) | {"with_anchor_frames": heads.frames, "sharing_lists": heads.sharing},
         "section_bytes": plan.section_bytes(),
         "predicted": dict(plan.predicted),
         "predicted_forward_ms": predicted_forward_ms(plan),
@@ -137,6 +141,7 @@ def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, st
     model, grid, blocks, heads = plan.signature, plan.grid, values["blocks"], values["heads"]
     text = f" + text {grid.text_before} before, {grid.text_after} after" if grid.text_before + grid.text_after else ""
     total = len(plan.segments) * model.layers * model.heads
+    frames = f" ({heads['with_anchor_frames']:,} by frames)" if heads["with_anchor_frames"] else ""
     lines = [
         ("plan", f"{values['file']}  {_size(values['file_bytes'])}"),
         ("digest", plan.digest),
@@ -150,7 +155,7 @@ def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, st
         ("density", f"{values['density']:.1%} of dense attention, mean over segments"),
         (
             "heads",
-            f"{heads['dense']:,} dense, {heads['sparse']:,} sparse, {heads['anchored']:,} anchored; "
+            f"{heads['dense']:,} dense, {heads['sparse']:,} sparse, {heads['anchored']:,} anchored{frames}; "
             f"{heads['sharing_lists']:,} share lists (of {total:,}: every layer and segment counts)",
         ),
     ]
