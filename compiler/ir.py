@@ -45,7 +45,6 @@ class Groups(NamedTuple):
         return (first + starts).reshape(-1), (first + anchors).reshape(-1)
 
 
-
 @dataclass(frozen=True, eq=False)
 class UnitMeans:
     """What the samples say of one (time, layer), averaged over them.

@@ -124,7 +124,9 @@ def prepare(bound: DeviceSchedule) -> Prepared:
         used = np.concatenate([number * of_pattern + np.arange(size) for number, size in enumerate(sizes)])
         both = bound.query_copies.long() << 32 | bound.query_first.long()
         far = np.repeat(np.where(core.anchor_axis == FRAMES, np.iinfo(np.int64).min, 0), sizes)
-        receivers.view(-1)[move(torch.from_numpy(used), device)] = both[: len(used)] | move(torch.from_numpy(far), device)
+        receivers.view(-1)[move(torch.from_numpy(used), device)] = both[: len(used)] | move(
+            torch.from_numpy(far), device
+        )
     tiles = torch.stack([place, start.int(), stop.int(), last], 1).contiguous()
     return Prepared(tiles, move(torch.from_numpy(anchored), device), packed, receivers, _most_copies(core))
 

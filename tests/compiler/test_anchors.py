@@ -68,7 +68,9 @@ def test_the_partition_is_the_best_of_all(seed: int, height: int, radius: int, m
         assert error + price * len(starts) == pytest.approx(brute_force(errors[head], radius, most, price))
 
 
-@given(st.integers(0, 2**32), st.sampled_from((ROWS, FRAMES)), st.integers(0, 20), st.integers(0, 20), st.integers(1, 9))
+@given(
+    st.integers(0, 2**32), st.sampled_from((ROWS, FRAMES)), st.integers(0, 20), st.integers(0, 20), st.integers(1, 9)
+)
 def test_a_packed_tile_keeps_what_its_queries_keep(seed: int, axis: int, before: int, after: int, width: int) -> None:
     rng = np.random.default_rng(seed)
     grid, blocks = TokenGrid(4, 5, width, before, after), Blocks(16, 16)
@@ -213,9 +215,7 @@ def test_no_anchors_where_they_cost_too_much_or_may_not_be() -> None:
         assert unit.time_index or unit.anchors == [None] * unit.heads
 
 
-@pytest.mark.parametrize(
-    ("axis", "groups"), [("row", Groups(ROWS, (0,), (2,))), ("frame", Groups(FRAMES, (0,), (0,)))]
-)
+@pytest.mark.parametrize(("axis", "groups"), [("row", Groups(ROWS, (0,), (2,))), ("frame", Groups(FRAMES, (0,), (0,)))])
 def test_rows_or_frames_that_are_equal_are_all_copied(axis: str, groups: Groups) -> None:
     store = memory_store(of := stats.manifest())
     name = f"{axis}_residual_error"

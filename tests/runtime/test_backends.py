@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.budget import check_against_oracle
-from support.schedules import grids, layer_schedules, random_schedule
+from support.schedules import ANCHORS, grids, layer_schedules, random_schedule
 
 from calibatt.plans import Blocks, TokenGrid
 from calibatt.plans import LayerSchedule as CoreSchedule
@@ -106,7 +106,7 @@ def test_one_block_a_tile(backend: str, dtype: torch.dtype) -> None:
 
 
 @BACKENDS
-@pytest.mark.parametrize("anchors", ["every", "frame", "random"])
+@pytest.mark.parametrize("anchors", ANCHORS)
 def test_only_anchored_heads(backend: str, dtype: torch.dtype, anchors: str) -> None:
     check(schedule(WIDE, Blocks(16, 32), anchored_heads=[0, 1, 2], dense_heads=[1], anchors=anchors), backend, dtype)
 

@@ -47,7 +47,7 @@ class Wide:
             return self.model(**{**self.inputs, **more})[0]
 
     def plan(self, dense: bool) -> Plan:
-        """Every block in every head, half of the heads by lists; or sparse, every seventh head with anchor rows."""
+        """Every block in every head, half of the heads by lists; or sparse, every seventh head with anchors."""
         rng, grid = np.random.default_rng(0), token_grid(self.model, self.inputs)
         signature, blocks = adapter_for(self.model).signature(self.model), Blocks(128, 128)
         heads = range(signature.heads)
@@ -55,7 +55,7 @@ class Wide:
         options: dict[str, Any] = {"density": 1.0, "dense_heads": heads[::2]}
         if not dense:
             options = {"density": DENSITY, "dense_heads": heads[3::7], "shared_heads": heads[4::7]}
-            options |= {"anchored_heads": heads[5::7], "patterns": 2, "always": text}
+            options |= {"anchored_heads": heads[5::7], "patterns": 2, "anchors": ("random", "frames"), "always": text}
         layers = [
             tuple(random_schedule(rng, grid, blocks, len(heads), **options) for _ in range(LAYERS)) for _ in SEGMENTS
         ]

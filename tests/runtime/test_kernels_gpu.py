@@ -23,12 +23,14 @@ WAN_480P = TokenGrid(frames=21, height=30, width=52)
 WAN_720P = TokenGrid(frames=21, height=45, width=80)
 SAMPLED_QUERIES = 300
 KERNELS = ["triton", "hopper"]
+KINDS = ("random", "frames")
+"""Of anchors: rows, then frames."""
 
 
 def made(grid: TokenGrid, blocks: Blocks, density: float = 0.2) -> LayerSchedule:
-    """Four heads: listed, anchored, dense, anchored and dense."""
+    """Four heads: listed, anchored by rows, dense, anchored by frames and dense."""
     rng = np.random.default_rng(0)
-    core = random_schedule(rng, grid, blocks, 4, density, dense_heads=[2, 3], anchored_heads=[1, 3])
+    core = random_schedule(rng, grid, blocks, 4, density, dense_heads=[2, 3], anchored_heads=[1, 3], anchors=KINDS)
     core.check()
     return LayerSchedule(core)
 
@@ -41,7 +43,7 @@ def inputs(schedule: LayerSchedule, dtype: torch.dtype, head_dim: int, batch: in
 
 
 def check(schedule: LayerSchedule, dtype: torch.dtype, head_dim: int, batch: int = 1, backend: str = "triton") -> None:
-    """A sample of queries against the oracle; copies of anchor rows bit by bit."""
+    """A sample of queries against the oracle; copies of anchors bit by bit."""
     q, k, v = inputs(schedule, dtype, head_dim, batch)
     out, lse = planned_attention(q, k, v, schedule, backend=backend, return_lse=True)
     tokens = schedule.grid.tokens
@@ -127,7 +129,7 @@ def test_hopper_confines_what_is_not_finite_to_its_rows() -> None:
 @pytest.mark.parametrize("anchored", [[], [1, 3]], ids=["plain", "anchored"])
 def test_hopper_gives_equal_bits_every_time(anchored: list[int]) -> None:
     core = random_schedule(
-        np.random.default_rng(0), TokenGrid(9, 30, 52), Blocks(128, 128), 8, 0.3, anchored_heads=anchored
+        np.random.default_rng(0), TokenGrid(9, 30, 52), Blocks(128, 128), 8, 0.3, anchored_heads=anchored, anchors=KINDS
     )
     schedule = LayerSchedule(core)
     q, k, v = inputs(schedule, torch.bfloat16, 128)
@@ -160,7 +162,7 @@ def test_kernels_follow_tensors_that_change(backend: str) -> None:
 @pytest.mark.parametrize("anchored", [[], [1, 3]], ids=["plain", "anchored"])
 def test_hopper_on_streams_at_once(anchored: list[int]) -> None:
     core = random_schedule(
-        np.random.default_rng(0), TokenGrid(3, 30, 52), Blocks(128, 128), 4, 0.3, anchored_heads=anchored
+        np.random.default_rng(0), TokenGrid(3, 30, 52), Blocks(128, 128), 4, 0.3, anchored_heads=anchored, anchors=KINDS
     )
     schedule = LayerSchedule(core)
     q, k, v = inputs(schedule, torch.bfloat16, 128)
@@ -180,7 +182,7 @@ def test_hopper_on_streams_at_once(anchored: list[int]) -> None:
 def test_hopper_graphs_replayed_at_once(anchored: list[int]) -> None:
     """Two graphs of two launches each, captured on one stream and replayed on two."""
     core = random_schedule(
-        np.random.default_rng(0), TokenGrid(3, 30, 52), Blocks(128, 128), 4, 0.3, anchored_heads=anchored
+        np.random.default_rng(0), TokenGrid(3, 30, 52), Blocks(128, 128), 4, 0.3, anchored_heads=anchored, anchors=KINDS
     )
     schedule = LayerSchedule(core)
     q, k, v = inputs(schedule, torch.bfloat16, 128)

@@ -35,7 +35,9 @@ WAN_720P = TokenGrid(frames=21, height=45, width=80)
 
 def drawn(seed: int, grid: TokenGrid = GRID, density: float = 0.4) -> CoreSchedule:
     rng = np.random.default_rng(seed)
-    return random_schedule(rng, grid, BLOCKS, 4, density, dense_heads=[1], shared_heads=[2], anchored_heads=[3])
+    return random_schedule(
+        rng, grid, BLOCKS, 4, density, dense_heads=[1], shared_heads=[2], anchored_heads=[3], anchors="mixed"
+    )
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def run_case(backend: str, head_dim: int, block_k: int, dtype: torch.dtype, anch
     grid = TokenGrid(2, 9, 26, text_before=7, text_after=33)
     core = random_schedule(
         np.random.default_rng(0), grid, Blocks(128, block_k), 3, 0.7, dense_heads=[2],
-        anchored_heads=[1, 2] if anchored else [],
+        anchored_heads=[1, 2] if anchored else [], anchors=("random", "frames"),
     )  # fmt: skip
     core.check()
     schedule = LayerSchedule(core)

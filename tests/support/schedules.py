@@ -38,7 +38,7 @@ def random_schedule(
     dense_heads: Sequence[int] = (),
     shared_heads: Sequence[int] = (),
     anchored_heads: Sequence[int] = (),
-    anchors: str = "random",
+    anchors: str | Sequence[str] = "random",
     patterns: int | None = None,
     always: Sequence[int] = (),
 ) -> LayerSchedule:
@@ -53,14 +53,15 @@ def random_schedule(
         dense_heads: Heads that list nothing and keep every key block.
         shared_heads: Heads that take the lists of an earlier head that has at least as many tiles, if there is one.
         anchored_heads: Heads that compute anchor rows, or frames, only. May overlap with the two above.
-        anchors: One of `ANCHORS`.
+        anchors: One of `ANCHORS`, or some, which patterns are of in turn.
         patterns: Anchor patterns that the anchored heads share in turn; by default each has its own.
         always: Key blocks that every tile keeps.
     """
     tokens, block_q = grid.tokens, blocks.block_q
     k_blocks = blocks.k_blocks(tokens)
     patterns = len(anchored_heads) if patterns is None else min(patterns, len(anchored_heads))
-    groups = [random_groups(rng, grid, anchors) for _ in range(patterns)]
+    kinds = [anchors] if isinstance(anchors, str) else anchors
+    groups = [random_groups(rng, grid, kinds[index % len(kinds)]) for index in range(patterns)]
     head_anchor = np.full(heads, NO_ANCHORS, dtype=np.int32)
     for index, head in enumerate(anchored_heads):
         head_anchor[head] = index % patterns

@@ -98,9 +98,7 @@ def mask_figure(plan: PlanFile, layer: int, head: int, time: float, name: str) -
         )
         span = f"segment {segment.start:.3g} to {segment.stop:.3g}"
         figure.text(0.1, 0.93, f"{name} · {_what(schedule, head)} · {span}", fontsize=9, color=FAINT_INK)
-        figure.legend(
-            handles=_legend(member), loc="upper left", bbox_to_anchor=(0.093, 0.924), ncols=4, frameon=False
-        )
+        figure.legend(handles=_legend(member), loc="upper left", bbox_to_anchor=(0.093, 0.924), ncols=4, frameon=False)
     return figure
 
 
