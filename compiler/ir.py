@@ -38,6 +38,10 @@ class Groups(NamedTuple):
     starts: tuple[int, ...]
     anchors: tuple[int, ...]
 
+    def members(self, grid: TokenGrid) -> int:
+        """Rows of a frame, or frames."""
+        return grid.height if self.axis == ROWS else grid.frames
+
     def in_video(self, grid: TokenGrid) -> tuple[Int64, Int64]:
         """Starts and anchors over the whole video: groups of rows are the same in every frame."""
         first = np.arange(grid.frames if self.axis == ROWS else 1)[:, None] * grid.height
@@ -100,7 +104,9 @@ class UnitIR:
         error: float64 ``(H,)``, predicted squared output error of each head, relative to the residual stream.
         anchors: The anchor groups of each head, or None where every row is computed.
         packed: By head, where it has anchors: the packed mask ``(tiles, ceil(K / 8))`` of its tiles.
-        menu: What `select` found that heads may choose from.
+        copy_error: float64 ``(H,)``, the part of `error` that copies of the anchors make, as of the last `anchors`.
+        menu: What `select` found that heads may choose from: key, blocks and errors; see `menu.Menu`.
+        packed_menu: By head, where it has anchors: blocks of each mask of the menu with them.
         tile_order: int32, see `LayerSchedule`; set by `schedule`.
         lowered: Set by `lower`.
     """
@@ -120,7 +126,9 @@ class UnitIR:
     error: Float64 = field(default_factory=lambda: np.zeros(0))
     anchors: list[Groups | None] = field(default_factory=list)
     packed: dict[int, Bits] = field(default_factory=dict)
+    copy_error: Float64 = field(default_factory=lambda: np.zeros(0))
     menu: Any = None
+    packed_menu: dict[int, Int64] = field(default_factory=dict)
     tile_order: npt.NDArray[np.int32] | None = None
     lowered: PackedLayer | None = None
 

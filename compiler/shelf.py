@@ -52,6 +52,7 @@ class MemoryShelf:
     def unit(self, stage: int, index: int) -> UnitIR:
         unit = copy.copy(self._units[stage, index])
         unit.anchors, unit.packed, unit.choice = list(unit.anchors), dict(unit.packed), list(unit.choice)
+        unit.packed_menu = dict(unit.packed_menu)
         return unit
 
     def put(self, stage: int, index: int, unit: UnitIR, found: Any, last: bool) -> None:
@@ -120,7 +121,7 @@ class DiskShelf:
     def put(self, stage: int, index: int, unit: UnitIR, found: Any, last: bool) -> None:
         light = copy.copy(unit)
         if last:
-            light.keep, light.menu, light.packed = None, None, {}
+            light.keep, light.menu, light.packed, light.packed_menu = None, None, {}, {}
         for name in SOURCES:
             array = unit.voted if name == "voted" else getattr(unit.means, name)
             path = self._source(index, name)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
 from calibatt.compiler.bits import Bits, count
 from calibatt.compiler.ir import Float64, Groups, Int64, Job, UnitIR, packed_bits
+from calibatt.compiler.menu import Menu
 from calibatt.compiler.passes import Findings, Pass
 from calibatt.plans import FRAMES, ROWS
 
@@ -21,8 +23,8 @@ class Anchors(Pass):
     For each head, dynamic programming finds the partition of a frame's rows into groups, and an anchor in each, of
     least copy error x weight x `safety` + price of the computed rows (a row at its share of the head's predicted
     milliseconds); every frame has the same groups. Likewise the partition of the video's frames. The head adopts the
-    better of the two if that is still cheaper when lowered: a packed tile keeps what any of its queries' blocks keeps,
-    so packing rows apart can cost more than it saves.
+    better of the two, with the best mask of the last `select`'s menu beside it, if that is still cheaper when lowered:
+    a packed tile keeps what any of its queries' blocks keeps, so packing rows apart can cost more than it saves.
 
     Another `select` after it spends what was saved: milliseconds are then worth less, and heads whose anchors are no
     longer worth their error lose them again; where the error is bounded, it brings the job back within the bound.
@@ -53,55 +55,137 @@ class Anchors(Pass):
         multiplier = job.multiplier
         self.require(multiplier is not None and unit.keep is not None, "select", "come before", "no multiplier")
         assert multiplier is not None
+        assert unit.keep is not None
         self.require(not unit.anchors, "anchors", "come once", unit.name)
-        unit.anchors = [None] * unit.heads
+        unit.anchors, unit.copy_error = [None] * unit.heads, np.zeros(unit.heads)
+        keep, unit.error = unit.keep.copy(), unit.error.copy()
         counts = {"heads_with_anchors": 0.0, "of_frames": 0.0, "heads": unit.heads, "dearer_when_lowered": 0.0}
         found = counts | {"computed": 0.0}
         if unit.force_dense:
             return found
-        grid = unit.grid
-        weight = np.full(unit.heads, unit.weight) if unit.head_weight is None else unit.head_weight
-        best: dict[int, tuple[float, float, Groups, Bits]] = {}
+        best: dict[int, Offer] = {}
+        market = Market(job, unit, multiplier)
         offered = set()
-        for head, groups, error in self._offers(job, unit, multiplier, weight):
-            offered.add(head)
-            before = unit.tile_bits(head)
-            after = packed_bits(before, grid, unit.blocks, groups)
-            gain = multiplier * saved_ms(job, unit, before, after) - error
-            if gain > 0 and (head not in best or gain > best[head][0]):
-                best[head] = gain, error, groups, after
-        for head, (_, error, groups, after) in best.items():
-            unit.anchors[head], unit.packed[head] = groups, after
-            unit.error[head] += error / weight[head]
-            found["of_frames"] += groups.axis == FRAMES
-            found["computed"] += len(groups.anchors) / (grid.height if groups.axis == ROWS else grid.frames)
-        found["heads_with_anchors"] = len(best)
-        found["dearer_when_lowered"] = len(offered) - len(best)
-        return found
-
-    def _offers(
-        self, job: Job, unit: UnitIR, multiplier: float, weight: Float64
-    ) -> Iterator[tuple[int, Groups, float]]:
-        """Heads with what seems cheaper than all of it, and the weighted error of that: for each axis one at most."""
-        grid = unit.grid
-        price = multiplier * head_ms(job, unit)
         for axis, errors, most in (
             (ROWS, unit.means.row_residual_error, self.max_group_rows),
             (FRAMES, unit.means.frame_residual_error, self.max_group_frames),
         ):
             if errors is None or errors.shape[2] == 0 or most == 1:
                 continue
-            members = errors.shape[1]
-            share = self.safety * grid.video_tokens / (members * grid.tokens)
-            weighted = copy_errors(errors * (share * weight)[:, None, None], most)
-            for head, (starts, anchors, error) in enumerate(best_groups(weighted, price / members)):
-                if len(starts) < members:
-                    yield head, Groups(axis, starts, anchors), error
+            share = self.safety * unit.grid.video_tokens / (errors.shape[1] * unit.grid.tokens)
+            for head, groups in market.groups(axis, errors * share, most):
+                offered.add(head)
+                offer = market.offer(head, groups, copied(errors[head] * share, groups))
+                if offer.gain > 0 and (head not in best or offer.gain > best[head].gain):
+                    best[head] = offer
+        for head, offer in best.items():
+            unit.anchors[head], unit.packed[head], unit.packed_menu[head] = offer.groups, offer.packed, offer.blocks
+            unit.copy_error[head], unit.error[head] = offer.copied, offer.error
+            keep[head], unit.choice[head] = offer.keep, offer.choice
+            found["of_frames"] += offer.groups.axis == FRAMES
+            found["computed"] += len(offer.groups.anchors) / offer.groups.members(unit.grid)
+        unit.keep = keep
+        found["heads_with_anchors"] = len(best)
+        found["dearer_when_lowered"] = len(offered) - len(best)
+        return found
 
     def report(self, job: Job, total: Findings) -> dict[str, Any]:
         adopted, computed = total["heads_with_anchors"], total.pop("computed")
         found: dict[str, Any] = {name: int(value) for name, value in total.items()}
         return {**found, "computed_in_them": computed / adopted if adopted else 1.0}
+
+
+@dataclass(frozen=True, eq=False)
+class Offer:
+    """Anchors for a head, and the mask that goes with them.
+
+    Args:
+        gain: Milliseconds saved x their price - weighted error added.
+        groups: The anchors.
+        copied: Error that the copies make.
+        error: With that of the mask.
+        choice: Name of the mask.
+        keep: The mask over the original query blocks, packed.
+        packed: Over the tiles of the anchors.
+        blocks: int64 ``(columns,)``, blocks of each mask of the menu with these anchors.
+    """
+
+    gain: float
+    groups: Groups
+    copied: float
+    error: float
+    choice: str
+    keep: Bits
+    packed: Bits
+    blocks: Int64
+
+
+class Market:
+    """What masks and anchors of a unit's heads cost together.
+
+    A head with anchors pays less for a block, and so is better off with more of them: its mask is chosen anew from the
+    menu of the last `select`, and its groups for that mask.
+
+    Args:
+        job: Of the unit.
+        unit: Masks chosen, no anchors yet.
+        multiplier: The price of a millisecond.
+    """
+
+    def __init__(self, job: Job, unit: UnitIR, multiplier: float) -> None:
+        self.unit, self.multiplier = unit, multiplier
+        dim = job.manifest.model.head_dim
+        self._predict = partial(job.device.predict_ms, stored_tokens=0, blocks=unit.blocks, dim=dim)
+        self.weight = np.full(unit.heads, unit.weight) if unit.head_weight is None else unit.head_weight
+        self.tiles, self.blocks = unit.computed()
+        self.menu = None if unit.menu is None else Menu(job, *unit.menu[0])
+        none = np.zeros((unit.heads, 0))
+        _, self.menu_blocks, error = (None, none, none) if unit.menu is None else unit.menu
+        self.menu_error = error if self.menu is None else error * np.where(self.menu.estimated, job.error_factor, 1.0)
+
+    def groups(self, axis: int, errors: Float64, most: int) -> Iterator[tuple[int, Groups]]:
+        """Heads for which some groups of this axis seem cheaper than all of it, with the best that was found.
+
+        Args:
+            axis: `ROWS` or `FRAMES`.
+            errors: float64 ``(H, members, 2 R)``, what a member adds to the head's error where it is a copy.
+            most: Members of a group.
+        """
+        members = errors.shape[1]
+        weighted = copy_errors(errors * self.weight[:, None, None], most)
+        blocks = self.blocks.astype(np.float64)
+        for masks_follow in (True, False):
+            ms = np.array([self._predict(*each) for each in zip(self.tiles.tolist(), blocks.tolist(), strict=True)])
+            found = best_groups(weighted, self.multiplier * ms / members)
+            if masks_follow and self.menu is not None:
+                share = np.array([len(starts) / members for starts, _ in found])[:, None]
+                cost = self.multiplier * share * self._predict(0, self.menu_blocks)
+                cost += self.weight[:, None] * self.menu_error
+                chosen = np.take_along_axis(self.menu_blocks, cost.argmin(1)[:, None], 1)[:, 0]
+                blocks = np.where(share[:, 0] < 1, chosen, blocks)
+        for head, (starts, anchors) in enumerate(found):
+            if len(starts) < members:
+                yield head, Groups(axis, starts, anchors)
+
+    def offer(self, head: int, groups: Groups, copied: float) -> Offer:
+        """The best mask with these anchors, as lowered; where it computes more than the head does now, no gain."""
+        unit = self.unit
+        assert unit.keep is not None
+        choice, keep, error = unit.choice[head], unit.keep[head], unit.error[head]
+        before = self.multiplier * self._predict(int(self.tiles[head]), int(self.blocks[head]))
+        before += self.weight[head] * error
+        table = np.zeros(0, np.int64)
+        if self.menu is not None:
+            table = self.menu.packed_blocks(unit, head, groups)
+            cost = self.multiplier * self._predict(0, table) + self.weight[head] * self.menu_error[head]
+            column = int(np.where(table <= self.blocks[head], cost, np.inf).argmin())
+            choice, keep = self.menu.mask(unit, head, column)
+            error = float(self.menu_error[head, column])
+        packed = packed_bits(keep, unit.grid, unit.blocks, groups)
+        computed, error = int(count(packed, (0, 1))), error + copied
+        after = self.multiplier * self._predict(len(packed), computed) + self.weight[head] * error
+        gain = before - after if computed <= self.blocks[head] else -1.0
+        return Offer(gain, groups, copied, error, choice, keep, packed, table)
 
 
 def copy_errors(member_error: Float64, most_members: int) -> Float64:
@@ -131,7 +215,7 @@ def copy_errors(member_error: Float64, most_members: int) -> Float64:
     return errors
 
 
-def best_groups(errors: Float64, price: Float64) -> list[tuple[tuple[int, ...], tuple[int, ...], float]]:
+def best_groups(errors: Float64, price: Float64) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The cheapest partition of the members for each head: exact, by dynamic programming.
 
     Args:
@@ -139,8 +223,7 @@ def best_groups(errors: Float64, price: Float64) -> list[tuple[tuple[int, ...], 
         price: float64 ``(H,)``, of an anchor.
 
     Returns:
-        For each head starts and anchors of the groups, and the sum of their errors. Of equals the shortest last group,
-        the first anchor.
+        For each head starts and anchors of the groups. Of equals the shortest last group, the first anchor.
     """
     heads, members, most, _ = errors.shape
     anchor = errors.argmin(3)
@@ -152,33 +235,22 @@ def best_groups(errors: Float64, price: Float64) -> list[tuple[tuple[int, ...], 
         cost = best[:, stop - sizes] + group[:, stop - sizes, sizes - 1] + price[:, None]
         at = cost.argmin(1)
         best[:, stop], size_at[:, stop] = cost[np.arange(heads), at], sizes[at]
-    return [_trace(size_at[head], anchor[head], group[head]) for head in range(heads)]
+    return [_trace(size_at[head], anchor[head]) for head in range(heads)]
 
 
-def _trace(size_at: Int64, anchor: Int64, group: Float64) -> tuple[tuple[int, ...], tuple[int, ...], float]:
-    starts, anchors, error, stop = [], [], 0.0, len(size_at) - 1
+def _trace(size_at: Int64, anchor: Int64) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    starts, anchors, stop = [], [], len(size_at) - 1
     while stop:
         size = int(size_at[stop])
         stop -= size
         starts.append(stop)
         anchors.append(stop + int(anchor[stop, size - 1]))
-        error += float(group[stop, size - 1])
-    return tuple(reversed(starts)), tuple(reversed(anchors)), error
+    return tuple(reversed(starts)), tuple(reversed(anchors))
 
 
-def head_ms(job: Job, unit: UnitIR) -> Float64:
-    """float64 ``(H,)``: milliseconds that fall with the rows computed."""
-    tiles, blocks = unit.computed()
-    dim = job.manifest.model.head_dim
-    ms = [
-        job.device.predict_ms(t, b, 0, unit.blocks, dim) for t, b in zip(tiles.tolist(), blocks.tolist(), strict=True)
-    ]
-    return np.array(ms)
-
-
-def saved_ms(job: Job, unit: UnitIR, before: Bits, after: Bits) -> float:
-    """Milliseconds that a head saves with these anchors, as lowered; negative if it would compute more blocks."""
-    blocks = int(count(before, (0, 1))) - int(count(after, (0, 1)))
-    if blocks < 0:
-        return -1.0
-    return job.device.predict_ms(len(before) - len(after), blocks, 0, unit.blocks, job.manifest.model.head_dim)
+def copied(errors: Float64, groups: Groups) -> float:
+    """Sum of the errors ``(members, 2 R)`` of all members that are copies."""
+    members, radius = len(errors), errors.shape[1] // 2
+    offset = np.repeat(groups.anchors, np.diff([*groups.starts, members])) - np.arange(members)
+    copies = np.flatnonzero(offset)
+    return float(errors[copies, offset[copies] + radius - (offset[copies] > 0)].sum())

@@ -8,14 +8,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from calibatt.compiler.bits import count, pack, unpack
 from calibatt.compiler.budget import Choice, choose
-from calibatt.compiler.error_model import CODES, code_counts, row_weights
-from calibatt.compiler.ir import Float64, Int64, Job, UnitIR, full_bits
-from calibatt.compiler.ladders import level_in
+from calibatt.compiler.ir import Float64, Job, UnitIR, packed_bits
+from calibatt.compiler.menu import Menu
 from calibatt.compiler.passes import Findings, Pass
-from calibatt.compiler.stats import window_keep
-from calibatt.compiler.stats.unit import STEPS_PER_OCTAVE
 
 KINDS = ("planes", "windows", "cuts", "ladders")
 UNREFINED_MENU, REFINED_MENU = "windows+cuts", "windows+ladders"
@@ -36,8 +32,8 @@ class Select(Pass):
 
     With a range of times the budget is that of the range.
 
-    A second `select` after `anchors` spends what those saved: all heads choose anew, those with anchors also among
-    staying as they are.
+    A second `select` after `anchors` spends what those saved: all heads choose anew, those with anchors among all masks
+    with them (cheaper, as only anchors are computed) and without, and staying as they are.
 
     Requires: `vote` for planes; block error in the store for cuts; a refinement of it for ladders.
     Ensures: every mask keeps the required blocks; the budget holds.
@@ -121,23 +117,30 @@ class Select(Pass):
             known = set(self._kinds(job)) <= set(job.ladders.kinds)
             rule = f"be some of those measured, {'+'.join(job.ladders.kinds)}"
             self.require(known, "ladder-kinds", rule, self.ladder_kinds)
-        columns = self._columns(job)
-        if unit.menu is None or unit.menu[0] != columns.key:
-            unit.menu = (columns.key, *columns.table(job, unit))
+        menu = self._menu(job)
+        if unit.menu is None or unit.menu[0] != menu.key:
+            unit.menu = (menu.key, *menu.table(job, unit))
+            unit.packed_menu = {}
         _, blocks, error = unit.menu
-        anchored = np.array([groups is not None for groups in unit.anchors] or [False] * unit.heads)
-        now = np.where(anchored, unit.error if unit.anchors else 0.0, np.inf)
-        error = np.concatenate([error, now[:, None]], 1)
+        columns = blocks.shape[1]
+        blocks = np.concatenate([blocks, unit.computed()[1][:, None], blocks], 1).astype(np.int32)
+        error = np.concatenate([error, np.full((unit.heads, 1 + columns), np.inf)], 1)
+        for head, groups in enumerate(unit.anchors):
+            if groups is not None:
+                packed = unit.packed_menu.get(head)
+                blocks[head, columns + 1 :] = menu.packed_blocks(unit, head, groups) if packed is None else packed
+                error[head, columns:] = unit.error[head], *error[head, :columns]
         if unit.force_dense:
             error[:, 1:] = np.inf
-        return np.concatenate([blocks, unit.computed()[1][:, None]], 1).astype(np.int32), error
+        return blocks, error, unit.copy_error if unit.anchors else np.zeros(unit.heads)
 
     def decide(self, job: Job, units: Sequence[int], surveys: Sequence[Any]) -> Sequence[Any]:
         self.require(bool(units), "from-time and to-time", "leave a recorded time", f"{self.from_time}, {self.to_time}")
-        columns = self._columns(job)
-        blocks = np.concatenate([blocks for blocks, _ in surveys]).astype(np.float64)
-        error = np.concatenate([error for _, error in surveys])
-        error[:, columns.estimated] *= job.error_factor
+        estimated = self._menu(job).estimated
+        blocks = np.concatenate([blocks for blocks, _, _ in surveys]).astype(np.float64)
+        error = np.concatenate([error for _, error, _ in surveys])
+        error[:, np.concatenate([estimated, [False], estimated])] *= job.error_factor
+        error[:, len(estimated) + 1 :] += np.concatenate([copied for _, _, copied in surveys])[:, None]
         heads = job.manifest.model.heads
         weight = np.repeat(job.unit_weights.reshape(-1)[list(units)], heads)
         if job.head_weights is not None:
@@ -163,8 +166,22 @@ class Select(Pass):
 
     def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
         pick, error = decision
-        self._columns(job).take(unit, pick)
-        unit.error = error.copy()
+        menu = self._menu(job)
+        now = len(menu.estimated)  # the column of what a head with anchors is; then come the masks with its anchors
+        keep, names = np.empty_like(unit.required), []
+        for head, column in enumerate(pick.tolist()):
+            if column == now:
+                assert unit.keep is not None
+                name, keep[head] = unit.choice[head], unit.keep[head]
+            else:
+                name, keep[head] = menu.mask(unit, head, column % (now + 1))
+            names.append(name)
+            if column > now:
+                unit.packed[head] = packed_bits(keep[head], unit.grid, unit.blocks, unit.anchors[head])
+            elif column < now and unit.anchors:
+                unit.anchors[head] = None
+                unit.packed.pop(head, None)
+        unit.keep, unit.choice, unit.error = keep, names, error.copy()
         found: Findings = {"with anchors": sum(groups is not None for groups in unit.anchors)}
         for choice in unit.choice:
             kind = choice.split()[0].split("(")[0]
@@ -191,8 +208,8 @@ class Select(Pass):
             return f"(sum of roots of block errors)^2 x {job.error_factor:.3g}"
         return "measured errors of planes and windows"
 
-    def _columns(self, job: Job) -> _Columns:
-        return _Columns(job, self._parts(), self.levels_per_octave, self._kinds(job))
+    def _menu(self, job: Job) -> Menu:
+        return Menu(job, "+".join(self._parts()), self.levels_per_octave, self._kinds(job))
 
     def _solve(self, job: Job, blocks: Float64, loss: Float64) -> Choice:
         block_ms = job.device.block_ms(job.manifest.blocks, job.manifest.model.head_dim)
@@ -223,133 +240,3 @@ class Select(Pass):
         assert found is not None
         job.multiplier = found.multiplier / block_ms
         return found
-
-
-class _Columns:
-    """The candidates of every head, in the order of a table's columns, and the masks of those picked.
-
-    Dense, planes, windows, cuts, ladders; and last, not in the table, what a head with anchors is now.
-    """
-
-    def __init__(self, job: Job, parts: list[str], levels_per_octave: int, kinds: tuple[str, ...]) -> None:
-        manifest = job.manifest
-        self.key = ("+".join(parts), levels_per_octave, kinds)
-        self.planes = manifest.thresholds if "planes" in parts else ()
-        self.windows = manifest.windows if "windows" in parts else ()
-        step = STEPS_PER_OCTAVE // levels_per_octave
-        self.cuts = np.arange(0, CODES, step) if "cuts" in parts else np.zeros(0, np.int64)
-        """A cut keeps the blocks whose code is below this."""
-        self.ladders = job.ladders if kinds else None
-        self.kinds = [] if self.ladders is None else [self.ladders.kinds.index(kind) for kind in kinds]
-        """Which of the unit's ladders are in the menu."""
-        self.shares = 0 if self.ladders is None else len(self.ladders.shares)
-        first = 1 + len(self.planes) + len(self.windows)
-        self.first_rung = first + len(self.cuts)
-        estimated = np.zeros(self.first_rung + len(self.kinds) * self.shares + 1, np.bool_)
-        estimated[first : self.first_rung] = True
-        estimated[1 : 1 + len(self.planes)] = manifest.has_block_error
-        self.estimated = estimated
-        """bool ``(columns,)``: errors that are sums of block errors, still without the job's factor."""
-
-    def table(self, job: Job, unit: UnitIR) -> tuple[Int64, Float64]:
-        """Blocks int64 and errors float64 of all candidates but the last, both ``(H, columns - 1)``."""
-        blocks = np.full((unit.heads, len(self.estimated) - 1), unit.dense_blocks, np.int64)
-        error = np.zeros(blocks.shape)
-        planes, at = len(self.planes), 1 + len(self.planes)
-        if unit.means.error_code is not None and (planes or len(self.cuts)):
-            for head in range(unit.heads):
-                self._from_codes(unit, head, blocks[head], error[head])
-        elif planes:
-            assert unit.voted is not None
-            blocks[:, 1:at] = count(unit.voted | unit.required, (2, 3)).T
-            error[:, 1:at] = unit.means.menu_residual_error[:planes].T
-        required = [np.flatnonzero(unpack(bits, unit.k_blocks)) for bits in unit.required]
-        places, starts = np.concatenate(required), np.cumsum([0, *map(len, required[:-1])])
-        for index, window in enumerate(self.windows):
-            keep = window_keep(window, unit.grid, unit.blocks)
-            outside = np.add.reduceat(~keep.reshape(-1).take(places), starts, dtype=np.int64)
-            blocks[:, at + index] = np.count_nonzero(keep) + outside
-            error[:, at + index] = unit.means.menu_residual_error[len(job.manifest.thresholds) + index]
-        if self.ladders is not None:
-            assert unit.means.refined_error is not None
-            windows = len(unit.means.refined_error) - len(job.manifest.windows)
-            rungs = unit.means.refined_error[:windows].reshape(-1, self.shares, unit.heads)[self.kinds]
-            error[:, self.first_rung :] = rungs.reshape(-1, unit.heads).T
-            if self.windows:
-                error[:, at : at + len(self.windows)] = unit.means.refined_error[windows:].T
-            for head in range(unit.heads):
-                blocks[head, self.first_rung :] = self._rung_blocks(unit, head, required[head]).reshape(-1)
-        return blocks, error
-
-    def _rung_blocks(self, unit: UnitIR, head: int, required: Int64) -> Int64:
-        """Blocks of every level of every ladder of a head, int64 ``(kinds, shares)``, with those at `required`."""
-        assert unit.means.level_words is not None
-        assert unit.means.level_blocks is not None
-        words = unit.means.level_words[head].reshape(-1).take(required)
-        found = []
-        for kind in self.kinds:
-            levels = level_in(words, kind, self.shares)
-            kept = np.bincount(levels, minlength=self.shares + 1)[: self.shares].cumsum()
-            found.append(unit.means.level_blocks[kind, head] + len(required) - kept)
-        return np.stack(found)
-
-    def _from_codes(self, unit: UnitIR, head: int, blocks: Int64, error: Float64) -> None:
-        """Planes and cuts of one head from counts of its codes: no mask is made.
-
-        The class of a block is the number of planes that keep it, or, for a required block, one more than there are.
-        """
-        planes = len(self.planes)
-        required = unpack(unit.required[head], unit.k_blocks).view(np.uint8)
-        classes = required * np.uint8(planes + 1)
-        if planes:
-            assert unit.voted is not None
-            for plane in unpack(unit.voted[:, head], unit.k_blocks).view(np.uint8):
-                classes += plane * (1 - required)
-        number, sums = code_counts(unit, head, classes, planes + 2)
-        weights = row_weights(unit)
-        blocks[1 : 1 + planes] = unit.dense_blocks - np.cumsum(number[:planes].sum(1))[::-1]
-        error[1 : 1 + planes] = (weights @ np.cumsum(sums[:, :planes].sum(2), 1) ** 2)[::-1]
-        if len(self.cuts):
-            dropped = np.cumsum(number[:-1].sum(0)[::-1])[::-1]
-            cuts = slice(self.first_rung - len(self.cuts), self.first_rung)
-            blocks[cuts] = unit.dense_blocks - dropped[self.cuts]
-            by_code = np.cumsum(sums[:, :-1].sum(1)[:, ::-1], 1)[:, ::-1]
-            error[cuts] = (weights @ by_code**2)[self.cuts]
-
-    def take(self, unit: UnitIR, pick: Int64) -> None:
-        """Gives the unit the masks picked, int64 ``(H,)``."""
-        keep = np.empty_like(unit.required)
-        choice = []
-        for head, candidate in enumerate(pick.tolist()):
-            if candidate == len(self.estimated) - 1:
-                assert unit.keep is not None
-                choice.append(unit.choice[head])
-                keep[head] = unit.keep[head]
-                continue
-            if unit.anchors:
-                unit.anchors[head] = None
-                unit.packed.pop(head, None)
-            at = candidate - 1
-            if candidate == 0:
-                name, mask = "dense", full_bits(unit.q_blocks, unit.k_blocks)
-            elif at < len(self.planes):
-                assert unit.voted is not None
-                name, mask = f"plane {self.planes[at]:g}", unit.voted[at, head] | unit.required[head]
-            elif (at := at - len(self.planes)) < len(self.windows):
-                bits = pack(window_keep(self.windows[at], unit.grid, unit.blocks))
-                name, mask = str(self.windows[at]), bits | unit.required[head]
-            elif candidate >= self.first_rung:
-                assert self.ladders is not None
-                assert unit.means.level_words is not None
-                index, level = divmod(candidate - self.first_rung, self.shares)
-                kind = self.kinds[index]
-                name = f"ladder {self.ladders.kinds[kind]}"
-                levels = level_in(unit.means.level_words[head], kind, self.shares)
-                mask = pack(levels <= level) | unit.required[head]
-            else:
-                assert unit.means.error_code is not None
-                below = self.cuts[at - len(self.windows)]
-                name, mask = "cut", pack(unit.means.error_code[head] < below) | unit.required[head]
-            choice.append(name)
-            keep[head] = mask
-        unit.keep, unit.choice = keep, choice

@@ -16,7 +16,7 @@ from calibatt.compiler.bits import pack, unpack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.ir import Groups, packed_bits
-from calibatt.compiler.passes.anchors import best_groups, copy_errors, saved_ms
+from calibatt.compiler.passes.anchors import Market, best_groups, copied, copy_errors
 from calibatt.plans import FRAMES, ROWS, Blocks, TokenGrid
 
 PASSES = "vote,select{target-density=0.9},anchors{safety=1e-3},schedule,lower"
@@ -61,10 +61,11 @@ def test_the_partition_is_the_best_of_all(seed: int, height: int, radius: int, m
     radius = min(radius, max(1, height - 1))
     errors = row_errors(seed, 2, height, radius)
     found = best_groups(copy_errors(errors, most), np.array([price, price]))
-    for head, (starts, anchors, error) in enumerate(found):
+    for head, (starts, anchors) in enumerate(found):
         stops = (*starts[1:], height)
         assert starts[0] == 0
         assert all(start <= row < stop for start, row, stop in zip(starts, anchors, stops, strict=True))
+        error = copied(errors[head], Groups(ROWS, starts, anchors))
         assert error + price * len(starts) == pytest.approx(brute_force(errors[head], radius, most, price))
 
 
@@ -150,7 +151,10 @@ def test_anchors_that_would_compute_more_blocks_save_nothing() -> None:
     assert unpack(packed, 5).shape == (4, 5)
     assert unpack(packed, 5).sum() == 20 > keep.sum()
     job.device = Device("toy", "made up", tflops=1e9, tile_us=1.0, store_us=0.0)
-    assert saved_ms(job, unit, pack(keep), packed) < 0
+    unit.keep, unit.menu = np.repeat(pack(keep)[None], unit.heads, 0), None
+    market = Market(job, unit, 1.0)
+    assert market.offer(0, apart, 0.0).gain < 0
+    assert market.offer(0, Groups(ROWS, (0,), (5,)), 0.0).gain > 0
 
 
 def test_what_anchors_save_is_worth_their_error() -> None:

@@ -27,7 +27,7 @@ import click
 import numpy as np
 import torch
 
-from calibatt.plans import Blocks, TokenGrid
+from calibatt.plans import ROWS, Blocks, TokenGrid
 from calibatt.plans import LayerSchedule as CoreSchedule
 from calibatt.runtime.backends import load_backend
 from calibatt.runtime.ops import attend, supports

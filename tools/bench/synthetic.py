@@ -35,8 +35,8 @@ from calibatt.plans import Blocks, ModelSignature, TokenGrid
 Float = npt.NDArray[np.float32]
 
 KINDS = ("spatial", "temporal", "window", "sinks", "rows", "dense", "prompt")
-"""Near frames; near rows in all frames, frames alike; both; some columns for all; all of near frames, rows alike; no structure;
-a window and places that only the prompt knows."""
+"""Near frames; near rows in all frames, frames alike; both; some columns for all; all of near frames, rows alike; no
+structure; a window and places that only the prompt knows."""
 OCTAVE = 8
 """Codes of a factor of 2, as in statistics units."""
 FIELD_BLOCKS = 2048

@@ -197,6 +197,9 @@ def variants(study: Study) -> dict[str, Callable[[float], Rule]]:
         )
     found["no anchors"] = compiled(study, store, "protect,select,schedule,lower")
     select = "select{target-density=D}"
+    for what, other in (("rows", "frames"), ("frames", "rows")):
+        passes = f"protect,{select},anchors{{max-group-{other}=1}},{select},schedule,lower"
+        found[f"anchors, {what} alone"] = compiled(study, store, passes)
     for safety in (0.25, 0.5, 2, 4, 16):
         passes = f"protect,{select},anchors{{safety={safety}}},{select},schedule,lower"
         found[f"anchors, safety {safety}"] = compiled(study, store, passes)
