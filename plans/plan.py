@@ -329,15 +329,15 @@ def _layers(
                 f"segment {index}, layer 0: {of} must be a one-dimensional {kind} array, got {array.dtype}"
             )
     at = columns.index("lists") if "lists" in columns else None
-    found = []
+    parts = []
     for layer in range(layers):
         lists = 0 if at is None else int(starts[layer + 1, at] - starts[layer, at])
         part = {of: arrays[of][starts[layer, i] : starts[layer + 1, i]] for i, of in enumerate(columns) if of in arrays}
         if "anchor_row" in part:
             part["group_anchor"] = part.pop("anchor_row")
             part["anchor_axis"] = np.full(max(0, len(part["anchor_ptr"]) - 1), ROWS, np.int32)
-        found.append((lists, part))
-    return found
+        parts.append((lists, part))
+    return parts
 
 
 MAX_LISTS = 1 << 40

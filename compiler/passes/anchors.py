@@ -133,15 +133,15 @@ class Market:
     """
 
     def __init__(self, job: Job, unit: UnitIR, multiplier: float) -> None:
-        self.unit, self.multiplier = unit, multiplier
-        dim = job.manifest.model.head_dim
-        self._predict = partial(job.device.predict_ms, stored_tokens=0, blocks=unit.blocks, dim=dim)
+        self.unit = unit
+        ms = partial(job.device.predict_ms, stored_tokens=0, blocks=unit.blocks, dim=job.manifest.model.head_dim)
+        self.tile_price, self.block_price = multiplier * ms(1, 0), multiplier * ms(0, 1)
         self.weight = np.full(unit.heads, unit.weight) if unit.head_weight is None else unit.head_weight
         self.tiles, self.blocks = unit.computed()
         self.menu = None if unit.menu is None else Menu(job, *unit.menu[0])
-        none = np.zeros((unit.heads, 0))
-        _, self.menu_blocks, error = (None, none, none) if unit.menu is None else unit.menu
-        self.menu_error = error if self.menu is None else error * np.where(self.menu.estimated, job.error_factor, 1.0)
+        if self.menu is not None:
+            _, self.menu_blocks, error = unit.menu
+            self.menu_error = error * np.where(self.menu.estimated, job.error_factor, 1.0)
 
     def groups(self, axis: int, errors: Float64, most: int) -> Iterator[tuple[int, Groups]]:
         """Heads for which some groups of this axis seem cheaper than all of it, with the best that was found.
@@ -153,38 +153,34 @@ class Market:
         """
         members = errors.shape[1]
         weighted = copy_errors(errors * self.weight[:, None, None], most)
-        blocks = self.blocks.astype(np.float64)
-        for masks_follow in (True, False):
-            ms = np.array([self._predict(*each) for each in zip(self.tiles.tolist(), blocks.tolist(), strict=True)])
-            found = best_groups(weighted, self.multiplier * ms / members)
-            if masks_follow and self.menu is not None:
-                share = np.array([len(starts) / members for starts, _ in found])[:, None]
-                cost = self.multiplier * share * self._predict(0, self.menu_blocks)
-                cost += self.weight[:, None] * self.menu_error
-                chosen = np.take_along_axis(self.menu_blocks, cost.argmin(1)[:, None], 1)[:, 0]
-                blocks = np.where(share[:, 0] < 1, chosen, blocks)
+        found = best_groups(weighted, (self.tiles * self.tile_price + self.blocks * self.block_price) / members)
+        if self.menu is not None:
+            share = np.array([len(starts) / members for starts, _ in found])
+            cost = (share * self.block_price)[:, None] * self.menu_blocks + self.weight[:, None] * self.menu_error
+            chosen = np.take_along_axis(self.menu_blocks, cost.argmin(1)[:, None], 1)[:, 0]
+            blocks = np.where(share < 1, chosen, self.blocks)
+            found = best_groups(weighted, (self.tiles * self.tile_price + blocks * self.block_price) / members)
         for head, (starts, anchors) in enumerate(found):
             if len(starts) < members:
                 yield head, Groups(axis, starts, anchors)
 
     def offer(self, head: int, groups: Groups, copied: float) -> Offer:
         """The best mask with these anchors, as lowered; where it computes more than the head does now, no gain."""
-        unit = self.unit
+        unit, weight = self.unit, float(self.weight[head])
         assert unit.keep is not None
-        choice, keep, error = unit.choice[head], unit.keep[head], unit.error[head]
-        before = self.multiplier * self._predict(int(self.tiles[head]), int(self.blocks[head]))
-        before += self.weight[head] * error
+        choice, keep, error = unit.choice[head], unit.keep[head], float(unit.error[head])
+        before = self.tiles[head] * self.tile_price + self.blocks[head] * self.block_price + weight * error
         table = np.zeros(0, np.int64)
         if self.menu is not None:
             table = self.menu.packed_blocks(unit, head, groups)
-            cost = self.multiplier * self._predict(0, table) + self.weight[head] * self.menu_error[head]
+            cost = table * self.block_price + weight * self.menu_error[head]
             column = int(np.where(table <= self.blocks[head], cost, np.inf).argmin())
             choice, keep = self.menu.mask(unit, head, column)
             error = float(self.menu_error[head, column])
         packed = packed_bits(keep, unit.grid, unit.blocks, groups)
         computed, error = int(count(packed, (0, 1))), error + copied
-        after = self.multiplier * self._predict(len(packed), computed) + self.weight[head] * error
-        gain = before - after if computed <= self.blocks[head] else -1.0
+        after = len(packed) * self.tile_price + computed * self.block_price + weight * error
+        gain = float(before - after) if computed <= self.blocks[head] else -1.0
         return Offer(gain, groups, copied, error, choice, keep, packed, table)
 
 

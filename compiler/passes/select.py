@@ -176,11 +176,12 @@ class Select(Pass):
             else:
                 name, keep[head] = menu.mask(unit, head, column % (now + 1))
             names.append(name)
-            if column > now:
-                unit.packed[head] = packed_bits(keep[head], unit.grid, unit.blocks, unit.anchors[head])
-            elif column < now and unit.anchors:
+            groups = unit.anchors[head] if unit.anchors else None
+            if column > now and groups is not None:
+                unit.packed[head] = packed_bits(keep[head], unit.grid, unit.blocks, groups)
+            elif column < now and groups is not None:
                 unit.anchors[head] = None
-                unit.packed.pop(head, None)
+                del unit.packed[head]
         unit.keep, unit.choice, unit.error = keep, names, error.copy()
         found: Findings = {"with anchors": sum(groups is not None for groups in unit.anchors)}
         for choice in unit.choice:

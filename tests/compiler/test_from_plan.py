@@ -17,7 +17,7 @@ from calibatt.compiler.cli import command
 from calibatt.compiler.from_plan import coarser
 from calibatt.plans import FRAMES, ROWS, PlanFile
 
-PASSES = "protect,select{target-density=0.5},anchors{safety=0.01},schedule,lower"
+PASSES = "protect,select{target-density=0.5},anchors{safety=0.3,max-group-rows=2},schedule,lower"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import stats
-from support.jobs import SHARES, MemoryStore, compile_store, errors_of, memory_store, refine_store, write_store
+from support.jobs import (
+    SHARES,
+    MemoryStore,
+    check_packed_blocks,
+    compile_store,
+    errors_of,
+    memory_store,
+    random_anchors,
+    refine_store,
+    write_store,
+)
 
 from calibatt.compiler.bits import Votes, pack, unpack
 from calibatt.compiler.cost import device_named
@@ -21,6 +31,7 @@ from calibatt.compiler.errors import PassError
 from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.ladders import Bands, by_row, by_size, by_votes, level_bits, level_in, levels_of, no_words
 from calibatt.compiler.language import parse_passes
+from calibatt.compiler.menu import Menu
 from calibatt.compiler.stats import (
     Ladders,
     Manifest,
@@ -32,6 +43,7 @@ from calibatt.compiler.stats import (
     quantise,
     window_keep,
 )
+from calibatt.plans import FRAMES, ROWS
 
 ALL = ("row", "own", "votes", "mass")
 
@@ -176,6 +188,15 @@ def test_masks_and_prices_are_those_of_the_rungs() -> None:
                     np.testing.assert_array_equal(keep, window | required)
                     assert unit.error[head] == errors[len(ALL) * len(SHARES) + index, head]
     assert seen == set(range(len(ALL)))
+
+
+def test_what_each_rung_computes_with_anchors_is_counted_without_making_it() -> None:
+    found, _ = compile_store(refined(), "protect,select{target-density=0.8,menu=windows+ladders}")
+    rng = np.random.default_rng(0)
+    for unit, axis in zip(found.all, (ROWS, FRAMES) * 2, strict=True):
+        menu = Menu(found, *unit.menu[0])
+        for head in range(unit.heads):
+            check_packed_blocks(menu, unit, head, random_anchors(rng, axis, unit.grid))
 
 
 def test_some_kinds_of_ladders() -> None:

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from calibatt.compiler.bits import count
 from calibatt.compiler.cost import Device
 from calibatt.compiler.gather import StatisticsSource
-from calibatt.compiler.ir import Job, UnitIR
+from calibatt.compiler.ir import Groups, Job, UnitIR, packed_bits
 from calibatt.compiler.language import parse_passes
+from calibatt.compiler.menu import Menu
 from calibatt.compiler.pipeline import Account, in_turn, run
 from calibatt.compiler.shelf import MemoryShelf
 from calibatt.compiler.stats import Ladders, Manifest, Probe, Store, StoreWriter, UnitStatistics
 from calibatt.compiler.stats.probes import ErrorWeights, TimeWeightInfo
+from calibatt.plans import TokenGrid
 from support import stats
 
 DEVICE = Device("test", "made up", tflops=1.0, tile_us=0.0, store_us=0.0)
@@ -126,3 +129,18 @@ def refine_store(path: Path, kinds: tuple[str, ...] = ("row", "votes"), count: i
             if name not in done:
                 writer.write_errors(name, errors_of(store, ladders, seed), ladders, seconds=1.0)
     return Store.open(path)
+
+
+def random_anchors(rng: np.random.Generator, axis: int, grid: TokenGrid) -> Groups:
+    """Groups of any lengths with any anchors."""
+    members = Groups(axis, (), ()).members(grid)
+    starts = [0, *(np.flatnonzero(rng.random(members - 1) < 0.5) + 1).tolist()]
+    anchors = rng.integers(starts, [*starts[1:], members])
+    return Groups(axis, tuple(starts), tuple(anchors.tolist()))
+
+
+def check_packed_blocks(menu: Menu, unit: UnitIR, head: int, groups: Groups) -> None:
+    """`Menu.packed_blocks` against every mask, made and packed."""
+    masks = [menu.mask(unit, head, column)[1] for column in range(len(menu.estimated))]
+    expected = [int(count(packed_bits(bits, unit.grid, unit.blocks, groups), (0, 1))) for bits in masks]
+    assert menu.packed_blocks(unit, head, groups).tolist() == expected

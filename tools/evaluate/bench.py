@@ -170,11 +170,10 @@ class Bench:
         finally:
             interception.detach()
 
-    def calibrate(self, on_moment: Callable[[Moment], None], work: Work | None = None) -> dict[int, Tensor]:
-        """One dense pass over some prompts, by default those of calibration, as one batch; the latents that enter each
-        step, and the final one at T."""
+    def calibrate(self, on_moment: Callable[[Moment], None]) -> dict[int, Tensor]:
+        """One dense pass over the calibration prompts; the latents that enter each step, and the final one at T."""
         latents: dict[int, Tensor] = {}
-        prompts, seeds = zip(*(self.calibration if work is None else work), strict=True)
+        prompts, seeds = zip(*self.calibration, strict=True)
         with self.observing(on_moment):
             last = self.sampler.run_batch(prompts, seeds, on_step=lambda step, x: latents.__setitem__(step, x.clone()))
         latents[len(self.sampler.times)] = last
