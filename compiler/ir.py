@@ -296,22 +296,30 @@ def packed_bits(bits: Bits, grid: TokenGrid, blocks: Blocks, groups: Groups) -> 
     Returns:
         Packed ``(tiles, ceil(K / 8))``.
     """
-    source, starts = tile_sources(grid, blocks, groups)
-    packed: Bits = np.bitwise_or.reduceat(bits[source], starts, axis=0)
-    return packed
+    return over_sources(np.bitwise_or, bits, tile_sources(grid, blocks, groups))
 
 
 @lru_cache(maxsize=64)
-def tile_sources(grid: TokenGrid, blocks: Blocks, groups: Groups) -> tuple[Int64, Int64]:
-    """The original query blocks of every packed tile, one tile after the other, and where each tile's start."""
+def tile_sources(grid: TokenGrid, blocks: Blocks, groups: Groups) -> Int64:
+    """int64 ``(most, tiles)``: the original query blocks of every packed tile; where there are fewer, the last again."""
     size = grid.width if groups.axis == ROWS else grid.height * grid.width
     video = (grid.text_before + groups.in_video(grid)[1][:, None] * size + np.arange(size)).reshape(-1)
     after = grid.text_before + grid.video_tokens
     queries = np.concatenate([np.arange(grid.text_before), video, np.arange(after, grid.tokens)])
     tile, source = np.arange(len(queries)) // blocks.block_q, queries // blocks.block_q
-    new_tile = np.diff(tile, prepend=-1) > 0
-    first = np.flatnonzero(new_tile | (np.diff(source, prepend=-1) > 0))
-    return source[first], np.flatnonzero(new_tile[first])
+    first = np.flatnonzero((np.diff(tile, prepend=-1) > 0) | (np.diff(source, prepend=-1) > 0))
+    starts = np.searchsorted(tile[first], np.arange(tile[-1] + 1))
+    stops = np.append(starts[1:], len(first))
+    at = np.minimum(starts + np.arange((stops - starts).max())[:, None], stops - 1)
+    return source[first][at]
+
+
+def over_sources(combine: np.ufunc, values: npt.NDArray[np.uint8], sources: Int64) -> npt.NDArray[np.uint8]:
+    """Rows ``(..., Q, n)`` of query blocks combined for each packed tile, ``(..., tiles, n)``."""
+    found: npt.NDArray[np.uint8] = values[..., sources[0], :]
+    for others in sources[1:]:
+        combine(found, values[..., others, :], out=found)
+    return found
 
 
 def query_weights(grid: TokenGrid, blocks: Blocks) -> Float64:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
 from calibatt.compiler.bits import Bits, count, pack, unpack
 from calibatt.compiler.error_model import CODES, code_counts, row_weights
-from calibatt.compiler.ir import Float64, Groups, Int64, Job, UnitIR, full_bits, packed_bits, tile_sources
+from calibatt.compiler.ir import Float64, Groups, Int64, Job, UnitIR, full_bits, over_sources, packed_bits, tile_sources
 from calibatt.compiler.ladders import level_in
-from calibatt.compiler.stats import window_keep
+from calibatt.compiler.stats import Window, window_keep
 from calibatt.compiler.stats.unit import STEPS_PER_OCTAVE
+from calibatt.plans import Blocks, TokenGrid
 
 Key = tuple[str, int, tuple[str, ...]]
 
@@ -112,20 +115,24 @@ class Menu:
 
     def packed_blocks(self, unit: UnitIR, head: int, groups: Groups) -> Int64:
         """int64 ``(columns,)``: what each mask of a head computes where only its anchors are, packed into tiles."""
-        source, starts = tile_sources(unit.grid, unit.blocks, groups)
+        sources = tile_sources(unit.grid, unit.blocks, groups)
         required = packed_bits(unit.required[head], unit.grid, unit.blocks, groups)
-        found = np.full(len(self.estimated), len(starts) * unit.k_blocks, np.int64)
-        first = 1 + len(self.planes)
-        masks = [self.mask(unit, head, column)[1] for column in range(1, first + len(self.windows))]
-        for column, bits in enumerate(masks, 1):
-            found[column] = count(packed_bits(bits, unit.grid, unit.blocks, groups), (0, 1))
-        others = ~unpack(required, unit.k_blocks)
+        always = np.flatnonzero(unpack(required, unit.k_blocks))
+        found = np.full(len(self.estimated), sources.shape[1] * unit.k_blocks, np.int64)
+        at = 1 + len(self.planes)
+        if self.planes:
+            assert unit.voted is not None
+            voted = over_sources(np.bitwise_or, unit.voted[: len(self.planes), head], sources)
+            found[1:at] = count(voted | required, (1, 2))
+        if self.windows:
+            windows = over_sources(np.bitwise_or, window_bits(self.windows, unit.grid, unit.blocks), sources)
+            found[at : at + len(self.windows)] = count(windows | required, (1, 2))
 
         def up_to(values: npt.NDArray[np.uint8], most: int) -> Int64:
-            """How many blocks of tiles are required, or have a value below 0, 1, ... `most`."""
-            least = np.minimum.reduceat(values[source], starts, axis=0)[others]
-            below = np.bincount(least, minlength=most)[:most].cumsum()
-            return np.append(0, below) + others.size - np.count_nonzero(others)
+            """How many blocks of the tiles are required, or have a value below 0, 1, ... `most`."""
+            least = over_sources(np.minimum, values, sources).reshape(-1)
+            others = np.bincount(least, minlength=most) - np.bincount(least[always], minlength=most)
+            return np.append(0, others[:most].cumsum()) + len(always)
 
         if len(self.cuts):
             assert unit.means.error_code is not None
@@ -135,7 +142,7 @@ class Menu:
             assert unit.means.level_words is not None
             levels = level_in(unit.means.level_words[head], kind, self.shares)
             rungs = slice(self.first_rung + index * self.shares, self.first_rung + (index + 1) * self.shares)
-            found[rungs] = up_to(levels, self.shares)[1:]
+            found[rungs] = up_to(levels, self.shares + 1)[1:-1]
         return found
 
     def mask(self, unit: UnitIR, head: int, column: int) -> tuple[str, Bits]:
@@ -147,7 +154,7 @@ class Menu:
             assert unit.voted is not None
             return f"plane {self.planes[at]:g}", unit.voted[at, head] | unit.required[head]
         if (at := at - len(self.planes)) < len(self.windows):
-            bits = pack(window_keep(self.windows[at], unit.grid, unit.blocks))
+            bits = window_bits(self.windows, unit.grid, unit.blocks)[at]
             return str(self.windows[at]), bits | unit.required[head]
         if column < self.first_rung:
             assert unit.means.error_code is not None
@@ -159,3 +166,11 @@ class Menu:
         kind = self.kinds[index]
         levels = level_in(unit.means.level_words[head], kind, self.shares)
         return f"ladder {self.ladders.kinds[kind]}", pack(levels <= level) | unit.required[head]
+
+
+@lru_cache(maxsize=8)
+def window_bits(windows: tuple[Window, ...], grid: TokenGrid, blocks: Blocks) -> Bits:
+    """Packed ``(windows, Q, ceil(K / 8))``; read only."""
+    bits = pack(np.stack([window_keep(window, grid, blocks) for window in windows]))
+    bits.flags.writeable = False
+    return bits
