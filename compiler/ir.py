@@ -301,7 +301,7 @@ def packed_bits(bits: Bits, grid: TokenGrid, blocks: Blocks, groups: Groups) -> 
 
 @lru_cache(maxsize=64)
 def tile_sources(grid: TokenGrid, blocks: Blocks, groups: Groups) -> Int64:
-    """int64 ``(most, tiles)``: the original query blocks of every packed tile; where there are fewer, the last again."""
+    """int64 ``(most, tiles)``: the original query blocks of every packed tile; of fewer the last again."""
     size = grid.width if groups.axis == ROWS else grid.height * grid.width
     video = (grid.text_before + groups.in_video(grid)[1][:, None] * size + np.arange(size)).reshape(-1)
     after = grid.text_before + grid.video_tokens
