@@ -311,7 +311,8 @@ def tile_sources(grid: TokenGrid, blocks: Blocks, groups: Groups) -> Int64:
     starts = np.searchsorted(tile[first], np.arange(tile[-1] + 1))
     stops = np.append(starts[1:], len(first))
     at = np.minimum(starts + np.arange((stops - starts).max())[:, None], stops - 1)
-    return source[first][at]
+    found: Int64 = source[first][at]
+    return found
 
 
 def over_sources(combine: np.ufunc, values: npt.NDArray[np.uint8], sources: Int64) -> npt.NDArray[np.uint8]:

@@ -16,10 +16,10 @@ pytest.importorskip("diffusers")
 
 from support.sampler import CALIBRATED, GRID, TinyVideoSampler, tiny_plan, tiny_store
 
-from calibatt.plans import PlanFile, write_plan
+from calibatt.plans import Blocks, PlanFile, TokenGrid, write_plan
 from calibatt.tools.calibrate import models
 from calibatt.tools.evaluate import __main__ as command
-from calibatt.tools.evaluate import evaluation, gate, metrics
+from calibatt.tools.evaluate import evaluation, gate, masks, metrics
 from calibatt.tools.evaluate.masks import schedule_of
 from calibatt.tools.inspect_plan.__main__ import main as inspect
 
@@ -231,3 +231,15 @@ def test_a_summary_finds_the_worst():
     assert metrics.summarise([3.0, 1.0], higher_is_better=True).worst_at == 1
     with pytest.raises(ValueError, match="at least one number"):
         metrics.summarise([], True)
+
+
+@pytest.mark.gpu
+def test_a_mask_bound_on_a_gpu_is_what_it_is_on_a_cpu() -> None:
+    grid, blocks = TokenGrid(2, 5, 26, text_after=7), Blocks(64, 64)
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand((3, blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens)), generator=generator) < 0.5
+    keep[..., 0] = True
+    q, k, v = (torch.randn((2, 3, grid.tokens, 32), generator=generator) for _ in range(3))
+    expected = masks.attend(q, k, v, masks.bind_mask(keep, grid, blocks))
+    found = masks.attend(q.cuda(), k.cuda(), v.cuda(), masks.bind_mask(keep.cuda(), grid, blocks))
+    torch.testing.assert_close(found.cpu(), expected, atol=5e-3, rtol=5e-3)

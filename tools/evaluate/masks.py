@@ -72,7 +72,7 @@ def bind_mask(keep: Tensor, grid: TokenGrid, blocks: Blocks) -> DeviceSchedule:
     count = keep.sum(2).flatten()
     start = row * k_blocks
     tiles = torch.stack([row // q_blocks, row % q_blocks, start, start + count], 1).to(torch.int32)
-    queries = torch.tensor([grid.tokens, 0], dtype=torch.int32, device=device).repeat(heads, 1)
+    queries = torch.tensor([grid.tokens, 0, 0], dtype=torch.int32, device=device).repeat(heads, 1)
     nothing = torch.zeros(0, dtype=torch.int32, device=device)
     columns = torch.cat([kept_first, kept_first[:1]]).view(torch.uint16)
     core = _dense_core(heads, grid, blocks)
