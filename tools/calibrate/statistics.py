@@ -316,12 +316,25 @@ def _between(plain: Tensor, behind: Tensor, radius: int) -> Errors:
     """Errors between the members of ``(H, members, ., ., D)``."""
     members = plain.shape[1]
     own = plain.square().sum((2, 3, 4)).clamp(min=1e-30)
+    change, moved = _distances(plain), _distances(behind) / (behind.shape[2] * behind.shape[3])
     relative = plain.new_full((len(plain), members, 2 * radius), torch.nan)
     projected = relative.clone()
     for offset in range(1, min(radius, members - 1) + 1):
-        change = (plain[:, offset:] - plain[:, :-offset]).square().sum((2, 3, 4))
-        moved = (behind[:, offset:] - behind[:, :-offset]).square().sum(4).mean((2, 3))
         up, down = radius + offset - 1, radius - offset
-        relative[:, :-offset, up], relative[:, offset:, down] = change / own[:, :-offset], change / own[:, offset:]
-        projected[:, :-offset, up], projected[:, offset:, down] = moved, moved
+        apart = change.diagonal(offset, 1, 2)
+        relative[:, :-offset, up], relative[:, offset:, down] = apart / own[:, :-offset], apart / own[:, offset:]
+        apart = moved.diagonal(offset, 1, 2)
+        projected[:, :-offset, up], projected[:, offset:, down] = apart, apart
     return relative, projected
+
+
+def _distances(x: Tensor) -> Tensor:
+    """Squared distances ``(H, M, M)`` between the members of ``(H, M, ., ., D)``, from their inner products.
+
+    What all have in common is taken off first: the difference of large sums would lose small distances.
+    """
+    apart = x.flatten(2)
+    apart = apart - apart.mean(1, keepdim=True)
+    inner = apart @ apart.mT
+    size = inner.diagonal(dim1=1, dim2=2)
+    return (size[:, :, None] + size[:, None] - 2 * inner).clamp_(min=0)
