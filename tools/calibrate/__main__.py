@@ -427,7 +427,8 @@ def main(
 
     Recorded for each prompt, recorded step, layer and head: which key blocks hold how much of each query block's
     attention, what dropping a block would change in the output, and how alike the outputs of neighbouring rows, and of
-    neighbouring frames, are. Probes then disturb single steps and compare the final results: what an error costs at which time.
+    neighbouring frames, are. Probes then disturb single steps and compare the final results: what an error costs at
+    which time.
 
     Branches of guidance are samples of their own, whether a model computes them in two forwards or in a batch.
 

@@ -154,9 +154,9 @@ def projected_values(v: Tensor, factor: Tensor, dtype: torch.dtype = torch.float
     return found
 
 
-def _heads_at_once(x: Tensor) -> Iterator[slice]:
-    """Slices of the heads of ``(H, N, D)``, `VALUES_AT_ONCE` numbers each."""
-    step = max(1, VALUES_AT_ONCE // (x.shape[1] * x.shape[2]))
+def _heads_at_once(x: Tensor, numbers: int = VALUES_AT_ONCE) -> Iterator[slice]:
+    """Slices of the heads of ``(H, N, D)``, about so many numbers each."""
+    step = max(1, numbers // (x.shape[1] * x.shape[2]))
     return (slice(first, min(first + step, len(x))) for first in range(0, len(x), step))
 
 
@@ -300,7 +300,7 @@ def copy_errors(
     """
     parts: list[list[Tensor]] = [[] for _ in range(5)]
     video = slice(grid.text_before, grid.text_before + grid.video_tokens)
-    for some in _heads_at_once(out):
+    for some in _heads_at_once(out, VALUES_AT_ONCE // 2):  # which several arrays hold
         plain = out[some].float()
         behind = plain @ factor[some]
         size = behind.square().sum((1, 2)) / out.shape[1]
@@ -313,7 +313,7 @@ def copy_errors(
 
 
 def _between(plain: Tensor, behind: Tensor, radius: int) -> Errors:
-    """Errors between the members of ``(H, members, ., ., D)``."""
+    """Errors between the members of ``(H, members, parts, ., D)``."""
     members = plain.shape[1]
     own = plain.square().sum((2, 3, 4)).clamp(min=1e-30)
     change, moved = _distances(plain), _distances(behind) / (behind.shape[2] * behind.shape[3])
@@ -329,12 +329,12 @@ def _between(plain: Tensor, behind: Tensor, radius: int) -> Errors:
 
 
 def _distances(x: Tensor) -> Tensor:
-    """Squared distances ``(H, M, M)`` between the members of ``(H, M, ., ., D)``, from their inner products.
+    """Squared distances ``(H, M, M)`` between the members of ``(H, M, parts, ., D)``, from their inner products.
 
-    What all have in common is taken off first: the difference of large sums would lose small distances.
+    What all have in common is taken off first: the difference of large sums would lose small distances. Inner products
+    are summed over parts, since one of members this long would keep a GPU's other processors idle.
     """
-    apart = x.flatten(2)
-    apart = apart - apart.mean(1, keepdim=True)
-    inner = apart @ apart.mT
+    apart = (x - x.mean(1, keepdim=True)).flatten(3).transpose(1, 2)
+    inner = (apart @ apart.mT).sum(1)
     size = inner.diagonal(dim1=1, dim2=2)
     return (size[:, :, None] + size[:, None] - 2 * inner).clamp_(min=0)
