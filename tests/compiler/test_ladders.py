@@ -108,7 +108,10 @@ def test_rows_give_up_what_adds_least_to_their_errors() -> None:
     rng = np.random.default_rng(1)
     codes = np.stack([rng.permutation(256)[:40] for _ in range(5)]).astype(np.uint8)
     size = np.sqrt(code_values(1.0).astype(np.float64))[codes]
-    classes, number, rank = by_row(codes)
+    of, number, rank = by_row(codes)
+    classes = of.of(slice(None))
+    assert np.array_equal(classes, [of.of(slice(row, row + 1), row)[0] + of.stride * row for row in range(5)])
+    assert np.array_equal(classes.reshape(-1), of.at(np.arange(codes.size)))
     assert np.array_equal(number, np.bincount(classes.reshape(-1), minlength=len(number)))
     order = np.argsort(-rank[classes], axis=None, kind="stable")
     sums, added = np.zeros(5), []

@@ -245,6 +245,13 @@ class Synthetic:
                     writer.write_probe(Probe(name, time_index, weight, 1.0, weight, 0.0))
 
 
+def _copy_error(repeating: str, kinds: Sequence[str], count: int, radius: int) -> npt.NDArray[np.float32]:
+    """float32 ``(H, count, 2 radius)``: small in heads that repeat over rows, or frames; it grows with the distance."""
+    offsets = np.array([*range(-radius, 0), *range(1, radius + 1)])
+    base = np.array([0.002 if kind == repeating else 0.3 for kind in kinds])[:, None, None]
+    return np.where(neighbours(count, radius), base * np.abs(offsets), np.nan).astype(np.float32)
+
+
 def refine(path: Path, kinds: tuple[str, ...], seed: int = 0) -> None:
     """Made-up errors of ladders and windows for every sample of a store: what a refined store costs, not its worth.
 
@@ -283,10 +290,3 @@ def main(store: Path, layers: int, times: int, samples: int, seed: int) -> None:
 
 if __name__ == "__main__":
     main()
-
-
-def _copy_error(repeating: str, kinds: Sequence[str], count: int, radius: int) -> npt.NDArray[np.float32]:
-    """float32 ``(H, count, 2 radius)``: small in heads that repeat over rows, or frames; it grows with the distance."""
-    offsets = np.array([*range(-radius, 0), *range(1, radius + 1)])
-    base = np.array([0.002 if kind == repeating else 0.3 for kind in kinds])[:, None, None]
-    return np.where(neighbours(count, radius), base * np.abs(offsets), np.nan).astype(np.float32)
