@@ -27,7 +27,7 @@ import click
 import numpy as np
 import torch
 
-from calibatt.plans import ROWS, Blocks, TokenGrid
+from calibatt.plans import FRAMES, ROWS, Blocks, TokenGrid
 from calibatt.plans import LayerSchedule as CoreSchedule
 from calibatt.runtime.backends import load_backend
 from calibatt.runtime.ops import attend, supports
@@ -73,8 +73,8 @@ SWEEP = [
     ),
 ]
 """Configurations of the triton kernel for `--sweep`; squeezed ones leave registers for another program on the SM."""
-GROUP_ROWS = 3
-"""Rows of an anchor group in the anchored cases."""
+GROUP = 3
+"""Rows, or frames, of an anchor group in the anchored cases."""
 
 
 def structured_schedule(
@@ -119,16 +119,21 @@ def structured_schedule(
     return LayerSchedule(core)
 
 
-def anchored_schedule(schedule: LayerSchedule) -> LayerSchedule:
-    """The same with groups of `GROUP_ROWS` rows in every head; a packed tile keeps what its first query's tile did."""
+def anchored_schedule(schedule: LayerSchedule, axis: int) -> LayerSchedule:
+    """The same with groups of `GROUP` rows or frames in every head, the second of each computed; a packed tile keeps
+    what its first query's tile did.
+    """
     core = schedule.core
     grid, blocks, heads = core.grid, core.blocks, core.heads
-    starts = np.concatenate([np.arange(0, grid.height, GROUP_ROWS) + f * grid.height for f in range(grid.frames)])
-    stops = np.append(starts[1:], grid.rows)
-    anchors = (starts + np.minimum(starts + 1, stops - 1) - starts).astype(np.int32)
-    first = grid.text_before + anchors.astype(np.int64) * grid.width
-    packed = len(anchors) * grid.width
-    token = (first[:, None] + np.arange(grid.width)).reshape(-1)
+    if axis == ROWS:
+        starts = (np.arange(grid.frames)[:, None] * grid.height + np.arange(0, grid.height, GROUP)).reshape(-1)
+    else:
+        starts = np.arange(0, grid.frames, GROUP)
+    size = grid.width if axis == ROWS else grid.height * grid.width
+    last = np.append(starts[1:], grid.video_tokens // size) - 1
+    anchors = np.minimum(starts + 1, last)
+    packed = len(anchors) * size
+    token = (grid.text_before + anchors[:, None] * size + np.arange(size)).reshape(-1)
     source = token[:: blocks.block_q] // blocks.block_q
     lists = [
         core.col_idx[core.row_ptr[core.head_list[head] + tile] : core.row_ptr[core.head_list[head] + tile + 1]]
@@ -143,9 +148,9 @@ def anchored_schedule(schedule: LayerSchedule) -> LayerSchedule:
         head_list=np.arange(heads, dtype=np.int32) * tiles,
         head_anchor=np.zeros(heads, np.int32),
         anchor_ptr=np.array([0, len(anchors)], np.int32),
-        anchor_axis=np.array([ROWS], np.int32),
+        anchor_axis=np.array([axis], np.int32),
         group_start=starts.astype(np.int32),
-        group_anchor=anchors,
+        group_anchor=anchors.astype(np.int32),
         tile_order=np.lexsort((-lengths, np.repeat(np.arange(heads), tiles))).astype(np.int32),
     )
     made.check()
@@ -173,8 +178,9 @@ def cases(
     if peers and device.type == "cuda":
         found.update({(name, schedule.density): sparse_peer(name, q, k, v, schedule) for name in SPARSE_PEERS})
     if device.type == "cuda" and density < 1 and ("hopper", schedule.density) in found:
-        anchored = anchored_schedule(schedule)
-        found["hopper anchored", anchored.density] = partial(attend, q, k, v, anchored, "hopper")
+        for name, axis in (("hopper anchored", ROWS), ("hopper anchored frames", FRAMES)):
+            anchored = anchored_schedule(schedule, axis)
+            found[name, anchored.density] = partial(attend, q, k, v, anchored, "hopper")
         rising = k * torch.linspace(1, 0.02, size.grid.tokens, device=device, dtype=k.dtype)[:, None]
         found["hopper overshooting", schedule.density] = partial(attend, 40 * q, rising, v, schedule, "hopper")
     if sweep and device.type == "cuda" and ("triton", schedule.density) in found:
