@@ -243,9 +243,8 @@ class Job:
         manifest = self.manifest
         return manifest.model.heads * manifest.q_blocks * manifest.k_blocks
 
-    def unit_ms(self, unit: UnitIR) -> float:
-        """Predicted milliseconds of a unit's attention call."""
-        tiles, blocks = unit.computed()
+    def unit_ms(self, tiles: Int64, blocks: Int64) -> float:
+        """Predicted milliseconds of a unit's attention call, from what it has `computed`."""
         return self._ms(int(tiles.sum()), int(blocks.sum()))
 
     @property

@@ -13,7 +13,6 @@ block is to find its class, to count the blocks of each, and to look up its word
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -96,40 +95,7 @@ def by_votes(votes: Votes, k_blocks: int, codes: Codes | None) -> Rank:
     return found if codes is None else found * CODES + codes
 
 
-@dataclass(frozen=True, eq=False)
-class Classes:
-    """What class every block of a head is of. They are found some rows at a time and never kept: in cache, to look a
-    class up takes less than to read it.
-
-    Args:
-        keys: Integers ``(Q, K)``.
-        stride: The class of a block is ``key + stride * row``: 0 where rows have classes in common.
-    """
-
-    keys: npt.NDArray[Any]
-    stride: int = 0
-
-    def of(self, rows: slice, first: int = 0) -> Int64:
-        """int64 ``(rows, K)``, from the first class of a row on."""
-        row = np.arange(len(self.keys))[rows, None] - first
-        found: Int64 = np.add(self.keys[rows], row * self.stride, dtype=np.int64)
-        return found
-
-    def at(self, places: Int64) -> Int64:
-        """int64, of the blocks at these places of all Q * K."""
-        found: Int64 = self.keys.reshape(-1)[places] + places // self.keys.shape[1] * self.stride
-        return found
-
-    def number(self, classes: int) -> Int64:
-        """int64 ``(classes,)``: how many blocks each has."""
-        found = np.zeros(classes, np.int64)
-        for rows in some_rows(*self.keys.shape):
-            part = slice(rows.start * self.stride, min(rows.stop, len(self.keys)) * self.stride or classes)
-            found[part] += np.bincount(self.of(rows, rows.start).reshape(-1), minlength=part.stop - part.start)
-        return found
-
-
-def by_row(codes: npt.NDArray[Any]) -> tuple[Classes, Int64, Int64]:
+def by_row(codes: npt.NDArray[Any]) -> tuple[Int64, Int64, Rank]:
     """By what it adds to its row's error to drop a block after all smaller ones of the row, largest first.
 
     Errors of dropped blocks point the same way (`error_model`), so a row's error is the square of the sum of their
@@ -139,23 +105,20 @@ def by_row(codes: npt.NDArray[Any]) -> tuple[Classes, Int64, Int64]:
         codes: Integers ``(Q, K)`` below 256, codes of the mean block error, of any peak.
 
     Returns:
-        The class of every block, one of its row and code; of each class how many blocks it has and its rank, int64. The
-        rank of a class without blocks is of no meaning.
+        The class of every block, one of its row and code, int64 ``(Q, K)``; of each class how many blocks it has,
+        int64, and its rank. The rank of a class without blocks is of no meaning.
     """
-    width = int(codes.max()) + 1
-    classes = Classes(codes, width)
-    number = classes.number(len(codes) * width)
-    rank = np.empty((len(codes), width), np.int64)
+    rows, width = len(codes), int(codes.max()) + 1
+    classes = np.add(codes, np.arange(rows)[:, None] * width, dtype=np.int64)
+    number = np.bincount(classes.reshape(-1), minlength=rows * width)
     size = np.sqrt(code_values(1.0)[:width].astype(np.float64))
-    for rows in some_rows(len(codes), width):
-        sizes = number.reshape(rank.shape)[rows] * size  # of all blocks of a code at once
-        larger = np.cumsum(sizes, 1)
-        added = larger[:, -1:] - larger
-        added *= 2
-        added += sizes
-        added *= size
-        rank[rows] = by_size(added.astype(np.float32))
-    return classes, number, rank.reshape(-1)
+    sizes = number.reshape(rows, width) * size  # of all blocks of a code at once
+    larger = sizes.cumsum(1)
+    added = np.subtract(larger[:, -1:], larger, out=larger)
+    added *= 2
+    added += sizes
+    added *= size
+    return classes, number, by_size(added.astype(np.float32)).reshape(-1)
 
 
 def _upper(values: Float32) -> npt.NDArray[np.uint16]:
@@ -264,30 +227,29 @@ class LadderMaker:
                 found = _of_ranks(by_size(mass))
             self._make(head, index, *found, always)
 
-    def _make(self, head: int, index: int, classes: Classes, number: Int64, rank: Int64, always: Int64) -> None:
+    def _make(self, head: int, index: int, classes: Int64, number: Int64, rank: Rank, always: Int64) -> None:
         """Writes the levels of one ladder.
 
         Args:
             head: Which.
             index: Of the ladder.
-            classes: Of every block.
+            classes: Of every block, int64 ``(Q, K)``.
             number: Blocks of each class, int64.
-            rank: Of each class, int64.
+            rank: Of each class.
             always: Places of the blocks that are of level 0, int64.
         """
-        shares, words = self.ladders.shares, self.words[head]
-        others = number - np.bincount(classes.at(always), minlength=len(number))
+        shares, words = self.ladders.shares, self.words[head].reshape(-1)
+        others = number - np.bincount(classes.reshape(-1)[always], minlength=len(number))
         ranks = np.bincount(rank, others).astype(np.int64)
         levels, self.blocks[index, head] = levels_of(ranks, len(always), shares)
-        of_class = levels.take(rank).astype(words.dtype) << (level_bits(len(shares)) * index)
-        before = words.reshape(-1)[always]
-        for rows in some_rows(*words.shape):
-            words[rows] |= of_class.take(classes.of(rows))
-        words.reshape(-1)[always] = before
+        of_rank = levels.astype(words.dtype) << (level_bits(len(shares)) * index)
+        before = words[always]
+        words |= of_rank.take(rank).take(classes.reshape(-1))
+        words[always] = before
 
 
-def _of_ranks(rank: Rank) -> tuple[Classes, Int64, Int64]:
+def _of_ranks(rank: Rank) -> tuple[Int64, Int64, Rank]:
     """As `by_row`, of blocks of equal rank."""
-    classes = Classes(rank)
-    number = classes.number(int(rank.max()) + 1)
+    classes = rank.astype(np.int64)
+    number = np.bincount(classes.reshape(-1))
     return classes, number, np.arange(len(number))
