@@ -12,7 +12,7 @@ block is to find its class, to count the blocks of each, and to look up its word
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -34,15 +34,6 @@ CODES = 256
 SIZE_BITS = 13
 """Sizes are compared by so many upper bits of their float32: to within 6 %."""
 SIZES = 1 << SIZE_BITS
-CACHED_BLOCKS = 1 << 16
-"""About so many blocks of a head are worked on at once."""
-
-
-def some_rows(q_blocks: int, k_blocks: int) -> Iterator[slice]:
-    """All rows of a head, as many at a time as stay in cache."""
-    step = max(1, CACHED_BLOCKS // k_blocks)
-    for start in range(0, q_blocks, step):
-        yield slice(start, start + step)
 
 
 def level_bits(shares: int) -> int:
