@@ -14,7 +14,7 @@ from calibatt.compiler.bits import Votes, unpack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.error_model import dropped_error, priced_rows
 from calibatt.compiler.ir import Float32, Float64, Job, UnitIR, UnitMeans, column_bits, query_weights, row_required
-from calibatt.compiler.ladders import Codes, LadderMaker, Levels, level_in
+from calibatt.compiler.ladders import Codes, LadderMaker, Levels
 from calibatt.compiler.passes import Pass
 from calibatt.compiler.stats import (
     ErrorWeights,
@@ -93,7 +93,7 @@ class StatisticsSource:
         """
         made = self._summed(ladders.samples, time_index, layer, "votes" in ladders.kinds, False, ladders).ladders
         assert made is not None
-        return np.stack([level_in(made.words, index, len(ladders.shares)) for index in range(len(ladders.kinds))])
+        return made.levels
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
         """One (time, layer), read from every sample once.
@@ -251,7 +251,7 @@ class _Sums:
             error_code=self.code,
             error_peak=self.peak,
             menu_predicted=self.predicted if known else None,
-            level_words=None if self.ladders is None else self.ladders.words,
+            levels=None if self.ladders is None else self.ladders.levels,
             level_blocks=None if self.ladders is None else self.ladders.blocks,
             **means,
         )

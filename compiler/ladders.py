@@ -3,11 +3,10 @@
 A ladder follows from the samples of a store and nothing else, the same wherever it is made: only the errors of its
 masks, measured while prompts are sampled once more (`stats.refinement`), are kept. Level l of a ladder keeps at most
 `shares[l]` of a head's blocks, more only where more is always kept: text, and one block a row. The first level that
-keeps a block is all of a ladder; blocks of level ``len(shares)`` only a dense head keeps. The levels of a block in all
-ladders are kept together in one *word*, a few bits each.
+keeps a block is all of a ladder; blocks of level ``len(shares)`` only a dense head keeps.
 
 Many blocks come at the same place in the order for the same reason. They are one *class*: all that is done for every
-block is to find its class, to count the blocks of each, and to look up its word.
+block is to find its class, to count the blocks of each, and to look up its level.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from calibatt.compiler.passes.protect import protected
 from calibatt.compiler.stats import Ladders, Manifest, code_values, fast_codes
 
 Levels = npt.NDArray[np.uint8]
-Words = npt.NDArray[Any]
 Codes = npt.NDArray[np.uint8]
 Rank = npt.NDArray[Any]
 
@@ -34,23 +32,6 @@ CODES = 256
 SIZE_BITS = 13
 """Sizes are compared by so many upper bits of their float32: to within 6 %."""
 SIZES = 1 << SIZE_BITS
-
-
-def level_bits(shares: int) -> int:
-    """Bits of a level in a word, of ladders of so many shares."""
-    return shares.bit_length()
-
-
-def level_in(words: Words, ladder: int, shares: int) -> Levels:
-    """The levels of one ladder, uint8, from words of any shape."""
-    bits = level_bits(shares)
-    found: Levels = ((words >> (bits * ladder)) & ((1 << bits) - 1)).astype(np.uint8)
-    return found
-
-
-def no_words(shape: tuple[int, ...], ladders: int, shares: int) -> Words:
-    """Words of level 0 in all ladders, of the fewest bytes that hold them."""
-    return np.zeros(shape, np.min_scalar_type((1 << (level_bits(shares) * ladders)) - 1))
 
 
 def levels_of(number: Int64, always: int, shares: Sequence[float]) -> tuple[Levels, Int64]:
@@ -174,11 +155,10 @@ class LadderMaker:
     def __init__(self, ladders: Ladders, manifest: Manifest) -> None:
         self.ladders = ladders
         self._bands, self._text = _of_all_heads(manifest)
-        heads, shares = manifest.model.heads, len(ladders.shares)
-        shape = (heads, manifest.q_blocks, manifest.k_blocks)
-        self.words = no_words(shape, len(ladders.kinds), shares)
-        """``(H, Q, K)``: what was made."""
-        self.blocks = np.empty((len(ladders.kinds), heads, shares), np.int64)
+        shape = (len(ladders.kinds), manifest.model.heads)
+        self.levels = np.empty((*shape, manifest.q_blocks, manifest.k_blocks), np.uint8)
+        """uint8 ``(S, H, Q, K)``: what was made."""
+        self.blocks = np.empty((*shape, len(ladders.shares)), np.int64)
         """int64 ``(S, H, shares)``: blocks up to each level."""
 
     def add(
@@ -200,7 +180,7 @@ class LadderMaker:
             votes: Of the head's planes.
             mass: float32 ``(Q, K)``, sums of block mass.
         """
-        q_blocks, k_blocks = self.words.shape[1:]
+        q_blocks, k_blocks = self.levels.shape[2:]
         always = np.union1d(np.arange(q_blocks) * k_blocks + required, self._text)
         for index, kind in enumerate(self.ladders.kinds):
             if kind == "row":
@@ -229,14 +209,12 @@ class LadderMaker:
             rank: Of each class.
             always: Places of the blocks that are of level 0, int64.
         """
-        shares, words = self.ladders.shares, self.words[head].reshape(-1)
         others = number - np.bincount(classes.reshape(-1)[always], minlength=len(number))
         ranks = np.bincount(rank, others).astype(np.int64)
-        levels, self.blocks[index, head] = levels_of(ranks, len(always), shares)
-        of_rank = levels.astype(words.dtype) << (level_bits(len(shares)) * index)
-        before = words[always]
-        words |= of_rank.take(rank).take(classes.reshape(-1))
-        words[always] = before
+        of_rank, self.blocks[index, head] = levels_of(ranks, len(always), self.ladders.shares)
+        levels = self.levels[index, head]
+        levels[...] = of_rank.take(rank).take(classes)
+        levels.reshape(-1)[always] = 0
 
 
 def _of_ranks(rank: Rank) -> tuple[Int64, Int64, Rank]:
