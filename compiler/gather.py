@@ -14,7 +14,7 @@ from calibatt.compiler.bits import Votes, unpack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.error_model import dropped_error, priced_rows
 from calibatt.compiler.ir import Float32, Float64, Job, UnitIR, UnitMeans, column_bits, query_weights, row_required
-from calibatt.compiler.ladders import Codes, LadderMaker, Levels, level_in, some_rows
+from calibatt.compiler.ladders import Codes, LadderMaker, Levels
 from calibatt.compiler.passes import Pass
 from calibatt.compiler.stats import (
     ErrorWeights,
@@ -93,7 +93,7 @@ class StatisticsSource:
         """
         made = self._summed(ladders.samples, time_index, layer, "votes" in ladders.kinds, False, ladders).ladders
         assert made is not None
-        return np.stack([level_in(made.words, index, len(ladders.shares)) for index in range(len(ladders.kinds))])
+        return made.levels
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
         """One (time, layer), read from every sample once.
@@ -146,7 +146,8 @@ class _Sums:
         self.small: dict[str, Float64] = {}
         self.totals: dict[tuple[str, int], Float32] = {}
         """What was summed so far, by what it is and head."""
-        self.values = np.empty(q_blocks * k_blocks + 1, np.float32)
+        self.values = np.empty((q_blocks, k_blocks), np.float32)
+        """Of the last array of codes."""
         kept = (heads, q_blocks, k_blocks) if codes and manifest.has_block_error else None
         self.code = None if kept is None else np.empty(kept, np.uint8)
         self.required = np.empty((heads, q_blocks), np.int64)
@@ -204,7 +205,7 @@ class _Sums:
         for unit, (codes, peak) in zip(units, arrays, strict=True):
             if unit.planes is not None and self.code is not None:
                 kept = unpack(unit.planes[:, head, self.rows], self.manifest.k_blocks)
-                error = self._values(codes[self.rows], peak)
+                error = self._values(codes[self.rows], peak, self.values)
                 self.predicted[: len(kept), head] += dropped_error(error, ~kept, self.queries)
         return self._add("error", head, arrays, last)
 
@@ -219,30 +220,26 @@ class _Sums:
         return self._add("mass", head, arrays, last)
 
     def _add(self, what: str, head: int, arrays: Sequence[tuple[Codes, np.float32]], last: bool) -> Float32:
-        """Adds what codes ``(Q, K)`` stand for under their peaks to the sum so far; some rows at a time, in cache."""
+        """Adds what codes ``(Q, K)`` stand for under their peaks to the sum so far."""
         total = self.totals.pop((what, head), None)
-        started = total is not None
-        if total is None:
-            total = np.empty(arrays[0][0].shape, np.float32)
-        for rows in some_rows(*total.shape):
-            for index, (codes, peak) in enumerate(arrays):
-                values = self._values(codes[rows], peak)
-                if index or started:
-                    total[rows] += values
-                else:
-                    total[rows] = values
+        for codes, peak in arrays:
+            if total is None:
+                total = self._values(codes, peak, np.empty(codes.shape, np.float32))
+            else:
+                total += self._values(codes, peak, self.values)
+        assert total is not None
         if not last:
             self.totals[what, head] = total
         return total
 
-    def _values(self, codes: Codes, peak: np.float32) -> Float32:
-        """What the codes stand for, float32 in a buffer that the next call overwrites; two codes a look-up."""
+    def _values(self, codes: Codes, peak: np.float32, out: Float32) -> Float32:
+        """What the codes stand for, float32 in the first of `out`; two codes a look-up."""
         flat = codes.reshape(-1)
         even = len(flat) // 2 * 2
-        _pairs().take(flat[:even].view(np.uint16), out=self.values[:even].view(np.complex64), mode="clip")
+        found = out.reshape(-1)[: len(flat)]
+        _pairs().take(flat[:even].view(np.uint16), out=found[:even].view(np.complex64), mode="clip")
         if even < len(flat):
-            self.values[even] = code_values(1.0)[flat[-1]]
-        found = self.values[: len(flat)]
+            found[even] = code_values(1.0)[flat[-1]]
         found *= np.float32(peak)
         return found.reshape(codes.shape)
 
@@ -254,7 +251,7 @@ class _Sums:
             error_code=self.code,
             error_peak=self.peak,
             menu_predicted=self.predicted if known else None,
-            level_words=None if self.ladders is None else self.ladders.words,
+            levels=None if self.ladders is None else self.ladders.levels,
             level_blocks=None if self.ladders is None else self.ladders.blocks,
             **means,
         )

@@ -64,7 +64,7 @@ class UnitMeans:
         output_size: float64 ``(H,)``, the head's output relative to the residual stream.
         row_residual_error: float64 ``(H, Y, 2 R)``, NaN where the offset leaves the frame.
         frame_residual_error: float64 ``(H, F, 2 S)``, of frames; None where it was not measured.
-        level_words: unsigned ``(H, Q, K)``, the ladders (`compiler.ladders`), or None.
+        levels: uint8 ``(S, H, Q, K)``, the ladders (`compiler.ladders`), or None.
         level_blocks: int64 ``(S, H, shares)``, blocks up to each level.
         refined_error: float64 ``(C, H)``, measured errors of every level of every ladder, then of the windows, relative
             to the residual stream; None without a refinement.
@@ -78,7 +78,7 @@ class UnitMeans:
     menu_predicted: Float64 | None
     output_size: Float64
     row_residual_error: Float64
-    level_words: npt.NDArray[Any] | None = None
+    levels: npt.NDArray[np.uint8] | None = None
     level_blocks: Int64 | None = None
     refined_error: Float64 | None = None
     frame_residual_error: Float64 | None = None
@@ -243,9 +243,8 @@ class Job:
         manifest = self.manifest
         return manifest.model.heads * manifest.q_blocks * manifest.k_blocks
 
-    def unit_ms(self, unit: UnitIR) -> float:
-        """Predicted milliseconds of a unit's attention call."""
-        tiles, blocks = unit.computed()
+    def unit_ms(self, tiles: Int64, blocks: Int64) -> float:
+        """Predicted milliseconds of a unit's attention call, from what it has `computed`."""
         return self._ms(int(tiles.sum()), int(blocks.sum()))
 
     @property

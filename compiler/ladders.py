@@ -3,17 +3,15 @@
 A ladder follows from the samples of a store and nothing else, the same wherever it is made: only the errors of its
 masks, measured while prompts are sampled once more (`stats.refinement`), are kept. Level l of a ladder keeps at most
 `shares[l]` of a head's blocks, more only where more is always kept: text, and one block a row. The first level that
-keeps a block is all of a ladder; blocks of level ``len(shares)`` only a dense head keeps. The levels of a block in all
-ladders are kept together in one *word*, a few bits each.
+keeps a block is all of a ladder; blocks of level ``len(shares)`` only a dense head keeps.
 
 Many blocks come at the same place in the order for the same reason. They are one *class*: all that is done for every
-block is to find its class, to count the blocks of each, and to look up its word.
+block is to find its class, to count the blocks of each, and to look up its level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -27,7 +25,6 @@ from calibatt.compiler.passes.protect import protected
 from calibatt.compiler.stats import Ladders, Manifest, code_values, fast_codes
 
 Levels = npt.NDArray[np.uint8]
-Words = npt.NDArray[Any]
 Codes = npt.NDArray[np.uint8]
 Rank = npt.NDArray[Any]
 
@@ -35,32 +32,6 @@ CODES = 256
 SIZE_BITS = 13
 """Sizes are compared by so many upper bits of their float32: to within 6 %."""
 SIZES = 1 << SIZE_BITS
-CACHED_BLOCKS = 1 << 16
-"""About so many blocks of a head are worked on at once."""
-
-
-def some_rows(q_blocks: int, k_blocks: int) -> Iterator[slice]:
-    """All rows of a head, as many at a time as stay in cache."""
-    step = max(1, CACHED_BLOCKS // k_blocks)
-    for start in range(0, q_blocks, step):
-        yield slice(start, start + step)
-
-
-def level_bits(shares: int) -> int:
-    """Bits of a level in a word, of ladders of so many shares."""
-    return shares.bit_length()
-
-
-def level_in(words: Words, ladder: int, shares: int) -> Levels:
-    """The levels of one ladder, uint8, from words of any shape."""
-    bits = level_bits(shares)
-    found: Levels = ((words >> (bits * ladder)) & ((1 << bits) - 1)).astype(np.uint8)
-    return found
-
-
-def no_words(shape: tuple[int, ...], ladders: int, shares: int) -> Words:
-    """Words of level 0 in all ladders, of the fewest bytes that hold them."""
-    return np.zeros(shape, np.min_scalar_type((1 << (level_bits(shares) * ladders)) - 1))
 
 
 def levels_of(number: Int64, always: int, shares: Sequence[float]) -> tuple[Levels, Int64]:
@@ -96,40 +67,7 @@ def by_votes(votes: Votes, k_blocks: int, codes: Codes | None) -> Rank:
     return found if codes is None else found * CODES + codes
 
 
-@dataclass(frozen=True, eq=False)
-class Classes:
-    """What class every block of a head is of. They are found some rows at a time and never kept: in cache, to look a
-    class up takes less than to read it.
-
-    Args:
-        keys: Integers ``(Q, K)``.
-        stride: The class of a block is ``key + stride * row``: 0 where rows have classes in common.
-    """
-
-    keys: npt.NDArray[Any]
-    stride: int = 0
-
-    def of(self, rows: slice, first: int = 0) -> Int64:
-        """int64 ``(rows, K)``, from the first class of a row on."""
-        row = np.arange(len(self.keys))[rows, None] - first
-        found: Int64 = np.add(self.keys[rows], row * self.stride, dtype=np.int64)
-        return found
-
-    def at(self, places: Int64) -> Int64:
-        """int64, of the blocks at these places of all Q * K."""
-        found: Int64 = self.keys.reshape(-1)[places] + places // self.keys.shape[1] * self.stride
-        return found
-
-    def number(self, classes: int) -> Int64:
-        """int64 ``(classes,)``: how many blocks each has."""
-        found = np.zeros(classes, np.int64)
-        for rows in some_rows(*self.keys.shape):
-            part = slice(rows.start * self.stride, min(rows.stop, len(self.keys)) * self.stride or classes)
-            found[part] += np.bincount(self.of(rows, rows.start).reshape(-1), minlength=part.stop - part.start)
-        return found
-
-
-def by_row(codes: npt.NDArray[Any]) -> tuple[Classes, Int64, Int64]:
+def by_row(codes: npt.NDArray[Any]) -> tuple[Int64, Int64, Rank]:
     """By what it adds to its row's error to drop a block after all smaller ones of the row, largest first.
 
     Errors of dropped blocks point the same way (`error_model`), so a row's error is the square of the sum of their
@@ -139,23 +77,20 @@ def by_row(codes: npt.NDArray[Any]) -> tuple[Classes, Int64, Int64]:
         codes: Integers ``(Q, K)`` below 256, codes of the mean block error, of any peak.
 
     Returns:
-        The class of every block, one of its row and code; of each class how many blocks it has and its rank, int64. The
-        rank of a class without blocks is of no meaning.
+        The class of every block, one of its row and code, int64 ``(Q, K)``; of each class how many blocks it has,
+        int64, and its rank. The rank of a class without blocks is of no meaning.
     """
-    width = int(codes.max()) + 1
-    classes = Classes(codes, width)
-    number = classes.number(len(codes) * width)
-    rank = np.empty((len(codes), width), np.int64)
+    rows, width = len(codes), int(codes.max()) + 1
+    classes = np.add(codes, np.arange(rows)[:, None] * width, dtype=np.int64)
+    number = np.bincount(classes.reshape(-1), minlength=rows * width)
     size = np.sqrt(code_values(1.0)[:width].astype(np.float64))
-    for rows in some_rows(len(codes), width):
-        sizes = number.reshape(rank.shape)[rows] * size  # of all blocks of a code at once
-        larger = np.cumsum(sizes, 1)
-        added = larger[:, -1:] - larger
-        added *= 2
-        added += sizes
-        added *= size
-        rank[rows] = by_size(added.astype(np.float32))
-    return classes, number, rank.reshape(-1)
+    sizes = number.reshape(rows, width) * size  # of all blocks of a code at once
+    larger = sizes.cumsum(1)
+    added = np.subtract(larger[:, -1:], larger, out=larger)
+    added *= 2
+    added += sizes
+    added *= size
+    return classes, number, by_size(added.astype(np.float32)).reshape(-1)
 
 
 def _upper(values: Float32) -> npt.NDArray[np.uint16]:
@@ -220,11 +155,10 @@ class LadderMaker:
     def __init__(self, ladders: Ladders, manifest: Manifest) -> None:
         self.ladders = ladders
         self._bands, self._text = _of_all_heads(manifest)
-        heads, shares = manifest.model.heads, len(ladders.shares)
-        shape = (heads, manifest.q_blocks, manifest.k_blocks)
-        self.words = no_words(shape, len(ladders.kinds), shares)
-        """``(H, Q, K)``: what was made."""
-        self.blocks = np.empty((len(ladders.kinds), heads, shares), np.int64)
+        shape = (len(ladders.kinds), manifest.model.heads)
+        self.levels = np.empty((*shape, manifest.q_blocks, manifest.k_blocks), np.uint8)
+        """uint8 ``(S, H, Q, K)``: what was made."""
+        self.blocks = np.empty((*shape, len(ladders.shares)), np.int64)
         """int64 ``(S, H, shares)``: blocks up to each level."""
 
     def add(
@@ -246,7 +180,7 @@ class LadderMaker:
             votes: Of the head's planes.
             mass: float32 ``(Q, K)``, sums of block mass.
         """
-        q_blocks, k_blocks = self.words.shape[1:]
+        q_blocks, k_blocks = self.levels.shape[2:]
         always = np.union1d(np.arange(q_blocks) * k_blocks + required, self._text)
         for index, kind in enumerate(self.ladders.kinds):
             if kind == "row":
@@ -264,30 +198,27 @@ class LadderMaker:
                 found = _of_ranks(by_size(mass))
             self._make(head, index, *found, always)
 
-    def _make(self, head: int, index: int, classes: Classes, number: Int64, rank: Int64, always: Int64) -> None:
+    def _make(self, head: int, index: int, classes: Int64, number: Int64, rank: Rank, always: Int64) -> None:
         """Writes the levels of one ladder.
 
         Args:
             head: Which.
             index: Of the ladder.
-            classes: Of every block.
+            classes: Of every block, int64 ``(Q, K)``.
             number: Blocks of each class, int64.
-            rank: Of each class, int64.
+            rank: Of each class.
             always: Places of the blocks that are of level 0, int64.
         """
-        shares, words = self.ladders.shares, self.words[head]
-        others = number - np.bincount(classes.at(always), minlength=len(number))
+        others = number - np.bincount(classes.reshape(-1)[always], minlength=len(number))
         ranks = np.bincount(rank, others).astype(np.int64)
-        levels, self.blocks[index, head] = levels_of(ranks, len(always), shares)
-        of_class = levels.take(rank).astype(words.dtype) << (level_bits(len(shares)) * index)
-        before = words.reshape(-1)[always]
-        for rows in some_rows(*words.shape):
-            words[rows] |= of_class.take(classes.of(rows))
-        words.reshape(-1)[always] = before
+        of_rank, self.blocks[index, head] = levels_of(ranks, len(always), self.ladders.shares)
+        levels = self.levels[index, head]
+        levels[...] = of_rank.take(rank).take(classes)
+        levels.reshape(-1)[always] = 0
 
 
-def _of_ranks(rank: Rank) -> tuple[Classes, Int64, Int64]:
+def _of_ranks(rank: Rank) -> tuple[Int64, Int64, Rank]:
     """As `by_row`, of blocks of equal rank."""
-    classes = Classes(rank)
-    number = classes.number(int(rank.max()) + 1)
+    classes = rank.astype(np.int64)
+    number = np.bincount(classes.reshape(-1))
     return classes, number, np.arange(len(number))

@@ -10,7 +10,6 @@ import numpy.typing as npt
 from calibatt.compiler.bits import Bits, count, pack, unpack
 from calibatt.compiler.error_model import CODES, code_counts, row_weights
 from calibatt.compiler.ir import Float64, Groups, Int64, Job, UnitIR, full_bits, over_sources, packed_bits, tile_sources
-from calibatt.compiler.ladders import level_in
 from calibatt.compiler.stats import Window, window_keep
 from calibatt.compiler.stats.unit import STEPS_PER_OCTAVE
 from calibatt.plans import Blocks, TokenGrid
@@ -80,12 +79,11 @@ class Menu:
 
     def _rung_blocks(self, unit: UnitIR, head: int, required: Int64) -> Int64:
         """Blocks of every level of every ladder of a head, int64 ``(kinds, shares)``, with those at `required`."""
-        assert unit.means.level_words is not None
+        assert unit.means.levels is not None
         assert unit.means.level_blocks is not None
-        words = unit.means.level_words[head].reshape(-1).take(required)
         found = []
         for kind in self.kinds:
-            levels = level_in(words, kind, self.shares)
+            levels = unit.means.levels[kind, head].reshape(-1).take(required)
             kept = np.bincount(levels, minlength=self.shares + 1)[: self.shares].cumsum()
             found.append(unit.means.level_blocks[kind, head] + len(required) - kept)
         return np.stack(found)
@@ -125,7 +123,7 @@ class Menu:
             voted = over_sources(np.bitwise_or, unit.voted[: len(self.planes), head], sources)
             found[1:at] = count(voted | required, (1, 2))
         if self.windows:
-            windows = over_sources(np.bitwise_or, window_bits(self.windows, unit.grid, unit.blocks), sources)
+            windows = packed_windows(self.windows, unit.grid, unit.blocks, groups)
             found[at : at + len(self.windows)] = count(windows | required, (1, 2))
 
         def up_to(values: npt.NDArray[np.uint8], most: int) -> Int64:
@@ -139,10 +137,9 @@ class Menu:
             below = up_to(unit.means.error_code[head], CODES)
             found[self.first_rung - len(self.cuts) : self.first_rung] = below[self.cuts]
         for index, kind in enumerate(self.kinds):
-            assert unit.means.level_words is not None
-            levels = level_in(unit.means.level_words[head], kind, self.shares)
+            assert unit.means.levels is not None
             rungs = slice(self.first_rung + index * self.shares, self.first_rung + (index + 1) * self.shares)
-            found[rungs] = up_to(levels, self.shares + 1)[1:-1]
+            found[rungs] = up_to(unit.means.levels[kind, head], self.shares + 1)[1:-1]
         return found
 
     def mask(self, unit: UnitIR, head: int, column: int) -> tuple[str, Bits]:
@@ -161,16 +158,23 @@ class Menu:
             below = self.cuts[at - len(self.windows)]
             return "cut", pack(unit.means.error_code[head] < below) | unit.required[head]
         assert self.ladders is not None
-        assert unit.means.level_words is not None
+        assert unit.means.levels is not None
         index, level = divmod(column - self.first_rung, self.shares)
         kind = self.kinds[index]
-        levels = level_in(unit.means.level_words[head], kind, self.shares)
-        return f"ladder {self.ladders.kinds[kind]}", pack(levels <= level) | unit.required[head]
+        return f"ladder {self.ladders.kinds[kind]}", pack(unit.means.levels[kind, head] <= level) | unit.required[head]
 
 
 @lru_cache(maxsize=8)
 def window_bits(windows: tuple[Window, ...], grid: TokenGrid, blocks: Blocks) -> Bits:
     """Packed ``(windows, Q, ceil(K / 8))``; read only."""
     bits = pack(np.stack([window_keep(window, grid, blocks) for window in windows]))
+    bits.flags.writeable = False
+    return bits
+
+
+@lru_cache(maxsize=16)
+def packed_windows(windows: tuple[Window, ...], grid: TokenGrid, blocks: Blocks, groups: Groups) -> Bits:
+    """Packed ``(windows, tiles, ceil(K / 8))``, over the tiles of anchors that many heads have; read only."""
+    bits = over_sources(np.bitwise_or, window_bits(windows, grid, blocks), tile_sources(grid, blocks, groups))
     bits.flags.writeable = False
     return bits

@@ -266,7 +266,7 @@ def _account(job: Job, unit: UnitIR, seconds: float, findings: Findings, printin
         seconds=seconds,
         blocks=int(blocks.sum()),
         plan_bytes=_bytes(unit, tiles, blocks),
-        predicted_ms=job.unit_ms(unit),
+        predicted_ms=job.unit_ms(tiles, blocks),
         error=unit.weighted_error if len(unit.error) else 0.0,
         head_error=tuple(unit.error.tolist()),
         weight=float(unit.weight) if unit.head_weight is None else unit.head_weight.tolist(),
@@ -348,9 +348,11 @@ def verify(unit: UnitIR, after: str) -> None:
         found = (bits.dtype.name, bits.shape)
         require(found == ("uint8", shape), what, f"be uint8 {shape}", found)
         require(not spare or not (bits[..., -1] >> (8 - spare)).any(), what, "have zero padding bits", "ones")
-        require(bool(bits.any(-1).all()), what, "hold a block for every query block", "an empty row")
+        dropped = bits is not unit.required and bool((unit.required & ~bits).any())
+        if dropped or bits is unit.required:  # what holds those has no empty row either
+            require(bool(bits.any(-1).all()), what, "hold a block for every query block", "an empty row")
+        require(not dropped, what, "hold every required block", "one dropped")
     if unit.keep is not None:
-        require(not (unit.required & ~unit.keep).any(), "keep", "hold every required block", "one dropped")
         require(len(unit.choice) == unit.heads, "choice", f"name {unit.heads} heads", len(unit.choice))
         right = unit.error.shape == (unit.heads,) and bool((np.isfinite(unit.error) & (unit.error >= 0)).all())
         require(right, "error", f"be {unit.heads} finite numbers, none negative", unit.error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -218,10 +219,9 @@ class Store:
         """
         if self.ladders is None:
             raise RefinementError("the store must be refined (calibatt-calibrate --refine), got no refinement")
-        total = np.zeros((self.ladders.errors(self.manifest), self.manifest.model.heads))
-        for name in self.samples:
-            total += read_errors(self.refined[name], name, time_index, self.ladders, self.manifest)[layer]
-        return total / len(self.samples)
+        files = tuple((name, self.refined[name], self.refined[name].stat().st_mtime_ns) for name in self.samples)
+        found: npt.NDArray[np.float64] = _mean_errors(files, time_index, self.ladders, self.manifest)[layer]
+        return found
 
     @property
     def size_bytes(self) -> int:
@@ -231,6 +231,23 @@ class Store:
 
 _SMALL_BYTES = 1 << 16
 """What else lies before a unit's planes, about."""
+
+
+@lru_cache(maxsize=1)
+def _mean_errors(
+    files: tuple[tuple[str, Path, int], ...], time_index: int, ladders: Ladders, manifest: Manifest
+) -> npt.NDArray[np.float64]:
+    """Means over the samples of the errors of all layers at one time, float64 ``(L, C, H)``; read only.
+
+    Layers of one time are asked for one after the other, and a file is read for all of them at once. `files` are names
+    of samples, paths, and when they were last changed.
+    """
+    total = np.zeros((manifest.model.layers, ladders.errors(manifest), manifest.model.heads))
+    for name, path, _ in files:
+        total += read_errors(path, name, time_index, ladders, manifest)
+    total /= len(files)
+    total.flags.writeable = False
+    return total
 
 
 def _check_same(first: Path, manifest: Manifest, folder: Path) -> None:

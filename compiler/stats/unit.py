@@ -82,8 +82,9 @@ def fast_codes(values: Float, peak: np.float32) -> Code:
     """
     if peak <= 0:
         return quantise(np.zeros(values.shape), 0.0)
-    relative = values * np.float32(1 / peak)
-    found: Code = _table().take(relative.view(np.uint32) >> _TOP_BITS, mode="clip")
+    bits = (values * np.float32(1 / peak)).view(np.uint32)
+    bits >>= _TOP_BITS
+    found: Code = _table().take(bits, mode="clip")
     return found
 
 

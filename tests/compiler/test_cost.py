@@ -45,9 +45,9 @@ def test_tiles_and_stores_of_a_job_are_paid() -> None:
     job, accounts = compiled("vote,select{target-density=0.7},anchors{safety=1e-3},schedule,lower")
     tiles = sum(len(unit.lowered.tile_order) for unit in job.all)
     job.device = Device("toy", "made up", tflops=1e9, tile_us=1000.0, store_us=0.0)
-    assert sum(job.unit_ms(unit) for unit in job.all) == pytest.approx(tiles)
+    assert sum(job.unit_ms(*unit.computed()) for unit in job.all) == pytest.approx(tiles)
     job.device = Device("toy", "made up", tflops=1e9, tile_us=0.0, store_us=1000.0)
-    assert sum(job.unit_ms(unit) for unit in job.all) == pytest.approx(2 * 2 * 3 * job.manifest.grid.tokens)
+    assert sum(job.unit_ms(*unit.computed()) for unit in job.all) == pytest.approx(2 * 2 * 3 * job.manifest.grid.tokens)
     assert job.units * job.dense_unit_ms == pytest.approx(2 * 2 * 3 * job.manifest.grid.tokens)
     assert accounts[-1].predicted_ms < accounts[0].predicted_ms
 
