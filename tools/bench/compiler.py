@@ -165,14 +165,20 @@ def main(
 
 
 def measure(store: Path, folder: Path, units: int, arguments: list[str], jobs: int) -> dict:
-    """Compiles once, and opens, proves and lowers the plan."""
+    """Compiles a few times, of which the least counts, and opens, proves and lowers the plan."""
     plan, report = folder / "bench.plan", folder / "report.json"
-    cost = compile_once(store, plan, report, [*arguments, "--jobs", str(jobs)])
+    costs = [compile_once(store, plan, report, [*arguments, "--jobs", str(jobs)]) for _ in range(REPEATS)]
+    cost = min(costs, key=lambda each: each["processor_seconds"])
     value, lowering, opening = json.loads(report.read_text()), lower_all(plan), open_plan(plan)
     per_unit = cost["processor_seconds"] / units
     whole = value["cost"]["whole"]
     return {
-        "compile": {**cost, "jobs": jobs, "processor_seconds_per_unit": round(per_unit, 3)},
+        "compile": {
+            **cost,
+            "jobs": jobs,
+            "processor_seconds_per_unit": round(per_unit, 3),
+            "processor_seconds_of_each_run": [each["processor_seconds"] for each in costs],
+        },
         "passes": [
             {key: each[key] for key in ("passes", "seconds", "blocks", "density", "plan_bytes", "predicted_ms")}
             for each in value["accounts"]
