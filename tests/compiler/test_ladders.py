@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -274,6 +275,21 @@ def test_a_refined_store_on_disk(path: Path) -> None:
     assert b"menu=windows+ladders" in after
     assert compiled(store, PASSES.replace("0.6", "0.6,menu=windows+cuts")) == before
     assert compiled(Store.open(path)) == after
+
+
+def test_errors_written_anew_are_read_anew(path: Path) -> None:
+    store = refine_store(path)
+    assert store.ladders is not None
+    before = store.refined_error(1, 1).copy()
+    shutil.rmtree(path / "refinement")
+    with StoreWriter.open(path, store.manifest) as writer:
+        writer.refine(store.ladders)
+        for name in store.samples:
+            writer.write_errors(name, errors_of(store, store.ladders, 9), store.ladders)
+            os.utime(store.refined[name], (1, 1))  # not within one tick of a coarse clock
+    expected = errors_of(store, store.ladders, 9)[1, 1]
+    np.testing.assert_allclose(store.refined_error(1, 1), expected)
+    assert not np.allclose(before, expected)
 
 
 def test_an_unfinished_refinement_is_refused_and_goes_on(path: Path) -> None:
