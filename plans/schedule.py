@@ -100,6 +100,12 @@ class LayerSchedule:
         """int64 ``(patterns,)``: packed queries of the heads of each pattern."""
         return self.grid.text_before + np.diff(self.anchor_ptr) * self.member_tokens + self.grid.text_after
 
+    def group_sizes(self, pattern: int) -> Int64:
+        """int64 ``(groups,)``: members of each of a pattern's groups."""
+        members = self.grid.video_tokens // int(self.member_tokens[pattern])
+        found: Int64 = np.diff(np.append(self.groups(pattern)[0].astype(np.int64), members))
+        return found
+
     def packed_tokens(self, head: int) -> int:
         """Queries that the head computes."""
         pattern = int(self.head_anchor[head])
@@ -116,12 +122,10 @@ class LayerSchedule:
         pattern = int(self.head_anchor[head])
         if pattern == NO_ANCHORS:
             return source
-        start, anchor = self.groups(pattern)
         size = int(self.member_tokens[pattern])
-        members = self.grid.video_tokens // size
-        computed = np.repeat(anchor.astype(np.int64), np.diff(np.append(start, members)))
-        video = source[self.grid.text_before :][: self.grid.video_tokens].reshape(members, size)
-        video += (computed - np.arange(members))[:, None] * size
+        computed = np.repeat(self.groups(pattern)[1].astype(np.int64), self.group_sizes(pattern))
+        video = source[self.grid.text_before :][: self.grid.video_tokens].reshape(-1, size)
+        video += (computed - np.arange(len(video)))[:, None] * size
         return source
 
     @cached_property

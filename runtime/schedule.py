@@ -373,10 +373,9 @@ def _query_runs(core: CoreSchedule) -> tuple[Int32, list[int]]:
     for pattern in range(len(core.anchor_ptr) - 1):
         group_start, anchor = core.groups(pattern)
         size = int(core.member_tokens[pattern])
-        copies = np.diff(np.append(group_start, grid.video_tokens // size))
         row = np.arange(0, size, grid.width)  # of a member: where its rows begin, each a run
         tokens = (grid.text_before + (at.astype(np.int64) * size)[:, None] + row for at in (anchor, group_start))
-        each = np.broadcast_arrays(grid.width, *tokens, copies[:, None])
+        each = np.broadcast_arrays(grid.width, *tokens, core.group_sizes(pattern)[:, None])
         parts += [[before], np.stack(each, axis=-1).reshape(-1, 4), [after]]
         starts.append(starts[-1] + int(core.pattern_tokens[pattern]))
     first = np.arange(0, grid.tokens, EVERY_AT_ONCE)

@@ -152,7 +152,7 @@ class Market:
             most: Members of a group.
         """
         members = errors.shape[1]
-        weighted = copy_errors(errors * self.weight[:, None, None], most)
+        weighted = group_errors(errors * self.weight[:, None, None], most)
         found = best_groups(weighted, (self.tiles * self.tile_price + self.blocks * self.block_price) / members)
         if self.menu is not None:
             share = np.array([len(starts) / members for starts, _ in found])
@@ -184,7 +184,7 @@ class Market:
         return Offer(gain, groups, copied, error, choice, keep, packed, table)
 
 
-def copy_errors(member_error: Float64, most_members: int) -> Float64:
+def group_errors(member_error: Float64, most_members: int) -> Float64:
     """Error of every short group of members, rows of a frame or frames, with each of them as its anchor.
 
     Args:
@@ -215,7 +215,7 @@ def best_groups(errors: Float64, price: Float64) -> list[tuple[tuple[int, ...], 
     """The cheapest partition of the members for each head: exact, by dynamic programming.
 
     Args:
-        errors: float64 ``(H, Y, G, G)`` of `copy_errors`, weighted.
+        errors: float64 ``(H, Y, G, G)`` of `group_errors`, weighted.
         price: float64 ``(H,)``, of an anchor.
 
     Returns:

@@ -13,7 +13,6 @@ import triton
 from triton.runtime import driver
 
 from calibatt.plans.schedule import FRAMES, NO_ANCHORS
-from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.runtime.kernels.anchors import pack_queries
 from calibatt.runtime.launch import Launch, addressable, layout_of, on_device, tile_strides
 from calibatt.runtime.schedule import DeviceSchedule, Outline, move
@@ -111,6 +110,7 @@ def prepare(bound: DeviceSchedule) -> Prepared:
     anchored = np.flatnonzero(core.head_anchor != NO_ANCHORS).astype(np.int32)
     sizes = core.pattern_tokens.tolist()
     packed = max(sizes, default=0) if len(anchored) else 0
+    most_copies = max((int(core.group_sizes(pattern).max()) for pattern in range(len(sizes))), default=1)
     head, tile, start, stop = bound.tiles.long().unbind(1)
     last = bound.columns.view(torch.int16)[stop - 1].int() & 0xFFFF
     place = (head << 16 | tile).int()
@@ -122,22 +122,11 @@ def prepare(bound: DeviceSchedule) -> Prepared:
         place = torch.where(is_packed, place | -(1 << 31), place)
         last = torch.where(is_packed, pattern << 16 | last, last)
         used = np.concatenate([number * of_pattern + np.arange(size) for number, size in enumerate(sizes)])
+        far = move(torch.from_numpy(np.repeat(np.where(core.anchor_axis == FRAMES, -1, 0), sizes)), device) << 63
         both = bound.query_copies.long() << 32 | bound.query_first.long()
-        far = np.repeat(np.where(core.anchor_axis == FRAMES, np.iinfo(np.int64).min, 0), sizes)
-        receivers.view(-1)[move(torch.from_numpy(used), device)] = both[: len(used)] | move(
-            torch.from_numpy(far), device
-        )
+        receivers.view(-1)[move(torch.from_numpy(used), device)] = both[: len(used)] | far
     tiles = torch.stack([place, start.int(), stop.int(), last], 1).contiguous()
-    return Prepared(tiles, move(torch.from_numpy(anchored), device), packed, receivers, _most_copies(core))
-
-
-def _most_copies(core: CoreSchedule) -> int:
-    """The most members of a group of any anchor pattern."""
-    most = 1
-    for pattern, size in enumerate(core.member_tokens.tolist()):
-        starts, _ = core.groups(pattern)
-        most = max(most, int(np.diff(np.append(starts, core.grid.video_tokens // size)).max()))
-    return most
+    return Prepared(tiles, move(torch.from_numpy(anchored), device), packed, receivers, most_copies)
 
 
 def run(

@@ -27,7 +27,7 @@ from calibatt.compiler.cost import Device
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.ir import Groups, packed_bits
 from calibatt.compiler.menu import Menu
-from calibatt.compiler.passes.anchors import Market, best_groups, copied, copy_errors
+from calibatt.compiler.passes.anchors import Market, best_groups, copied, group_errors
 from calibatt.plans import FRAMES, ROWS, Blocks, TokenGrid
 
 PASSES = "vote,select{target-density=0.9},anchors{safety=1e-3},schedule,lower"
@@ -71,7 +71,7 @@ def brute_force(errors: np.ndarray, radius: int, most: int, price: float) -> flo
 def test_the_partition_is_the_best_of_all(seed: int, height: int, radius: int, most: int, price: float) -> None:
     radius = min(radius, max(1, height - 1))
     errors = row_errors(seed, 2, height, radius)
-    found = best_groups(copy_errors(errors, most), np.array([price, price]))
+    found = best_groups(group_errors(errors, most), np.array([price, price]))
     for head, (starts, anchors) in enumerate(found):
         stops = (*starts[1:], height)
         assert starts[0] == 0
@@ -101,7 +101,7 @@ def test_a_packed_tile_keeps_what_its_queries_keep(seed: int, axis: int, before:
 
 
 def test_a_group_reaches_no_further_than_was_measured() -> None:
-    errors = copy_errors(np.zeros((1, 6, 2)), 6)
+    errors = group_errors(np.zeros((1, 6, 2)), 6)
     assert errors.shape == (1, 6, 3, 3)
     assert errors[0, 1, 2].tolist() == [np.inf, 0.0, np.inf]
     assert np.isinf(errors[0, 5, 1]).all()

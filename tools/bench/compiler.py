@@ -145,9 +145,7 @@ def main(
         told += f"{shape.model.heads} heads, {shape.q_blocks} x {shape.k_blocks} blocks"
         assert opened.ladders is not None
         result = {
-            "command": " ".join(["python -m calibatt.tools.bench.compiler", *sys.argv[1:]]).replace(
-                str(store), "STORE"
-            ),
+            "command": _command(store, output),
             "date": datetime.date.today().isoformat(),
             "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
             "python": platform.python_version(),
@@ -162,6 +160,12 @@ def main(
     output.write_text(json.dumps(result, indent=1) + "\n")
     parts = ("compile", "times_smaller", "open", "lowering", "full_model")
     click.echo(json.dumps({name: {key: result[name][key] for key in parts} for name in PASSES}, indent=1))
+
+
+def _command(store: Path | None, output: Path) -> str:
+    """The command, without folders of this machine."""
+    names = {str(store): "STORE", str(output): output.name}
+    return " ".join(["python -m calibatt.tools.bench.compiler", *(names.get(each, each) for each in sys.argv[1:])])
 
 
 def measure(store: Path, folder: Path, units: int, arguments: list[str], jobs: int) -> dict:
