@@ -1,6 +1,8 @@
-"""Block mass and block error on a GPU: scores are recomputed a tile at a time, twice, and never leave the chip."""
+"""Effects, masses and errors of blocks on a GPU: attention is recomputed a tile at a time and never leaves the chip."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -8,12 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from calibatt.plans import Blocks
+from calibatt.tools.calibrate.effects import LEAST_KEPT, LEAST_REST
+from calibatt.tools.calibrate.gradients import AttentionCall
 
 LOG2E = 1.4426950408889634
 MAX_TILE = 128
 ROWS = 128
 """Queries of a program: those measured of one query block, or of several where few of each are."""
-HEAD_DIMS = (16, 32, 64, 128)
 
 
 @triton.jit
@@ -107,17 +110,158 @@ def _block_statistics(
         tl.store(error_ptr + line + column, _block_means(squared, exists, count, GROUP, SAMPLES), mask=block < q_blocks)
 
 
-def block_statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, stride: int) -> tuple[Tensor, Tensor]:
-    """Block mass and block error by Triton; arguments and results as in `statistics.block_statistics`.
+@triton.jit
+def _rows(ptr, rows, exists, stride, dims, DIMS: tl.constexpr):
+    """Rows ``(M, HEAD_DIM)`` of a head's queries, zero beyond its channels and where there is no query."""
+    at = ptr + rows[:, None].to(tl.int64) * stride + dims[None]
+    return tl.load(at, mask=exists[:, None] & (dims[None] < DIMS), other=0.0)
+
+
+@triton.jit
+def _block_effects(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    g_ptr,
+    o_ptr,
+    total_ptr,
+    words_ptr,
+    effect_ptr,
+    kept_ptr,
+    tokens,
+    q_blocks,
+    k_blocks,
+    stride_qh,
+    stride_qn,
+    stride_kh,
+    stride_kn,
+    stride_vh,
+    stride_vn,
+    stride_gh,
+    stride_gn,
+    stride_oh,
+    stride_on,
+    stride_th,
+    stride_wh,
+    stride_wq,
+    scale_log2,
+    LEAST_REST: tl.constexpr,
+    LEAST_KEPT: tl.constexpr,
+    LOG2E: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DIMS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    MASKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program per (query block, head): for every key block P, dP and dS of the tile, then their sums.
+
+    Of dS = P (dP - D) only the sums over the keys of a block are needed, beside those of P; `kept` and `mass` add them up
+    for each mask, a column each.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, HEAD_DIM)
+    rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    exists = rows < tokens
+    q = _rows(q_ptr + head * stride_qh, rows, exists, stride_qn, dims, DIMS)
+    g = _rows(g_ptr + head * stride_gh, rows, exists, stride_gn, dims, DIMS)
+    out = _rows(o_ptr + head * stride_oh, rows, exists, stride_on, dims, DIMS)
+    own = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
+    level = tl.load(total_ptr + head * stride_th + rows, mask=exists, other=0.0) * LOG2E
+    bits = tl.arange(0, MASKS)
+    kept = tl.zeros([BLOCK_Q, MASKS], tl.float32)
+    mass = tl.zeros([BLOCK_Q, MASKS], tl.float32)
+    words_ptr += head * stride_wh + block * stride_wq
+    effect_ptr += (head * q_blocks + block) * k_blocks
+    for column in range(0, k_blocks):
+        keys = column * BLOCK_K + tl.arange(0, BLOCK_K)
+        there = keys < tokens
+        k = _rows(k_ptr + head * stride_kh, keys, there, stride_kn, dims, DIMS)
+        v = _rows(v_ptr + head * stride_vh, keys, there, stride_vn, dims, DIMS)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        p = tl.where(there[None], tl.exp2(scores - level[:, None]), 0.0)
+        change = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - own[:, None])
+        block_mass = tl.sum(p, 1)
+        block_change = tl.sum(change, 1)
+        alone = block_change / tl.maximum(1.0 - block_mass, LEAST_REST)
+        tl.store(effect_ptr + column, tl.sum(tl.where(exists, alone, 0.0), 0))
+        keep = ((tl.load(words_ptr + column) >> bits) & 1).to(tl.float32)
+        kept += block_change[:, None] * keep[None]
+        mass += block_mass[:, None] * keep[None]
+    share = tl.where(exists[:, None], kept / tl.maximum(mass, LEAST_KEPT), 0.0)
+    tl.store(kept_ptr + (head * q_blocks + block) * MASKS + bits, tl.sum(share, 0))
+
+
+def block_effects(
+    call: AttentionCall, grad: Tensor, words: Tensor, masks: int, blocks: Blocks
+) -> tuple[Tensor, Tensor]:
+    """Signed effects of blocks and masks for one gradient by Triton; see `effects.block_effects`.
 
     Raises:
-        ValueError: A block is larger than 128 tokens or the head dimension is not a power of two from 16 to 128.
+        ValueError: A block is larger than 128 tokens.
     """
-    heads, tokens, head_dim = q.shape
+    _check(blocks)
+    heads, tokens, channels = call.q.shape
+    assert call.total is not None
+    q, k, v, g, out = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (call.q, call.k, call.v, grad.to(call.q.dtype), call.out)
+    )
+    shape = (heads, blocks.q_blocks(tokens), blocks.k_blocks(tokens))
+    columns = max(16, triton.next_power_of_2(masks))
+    effect = torch.empty(shape, device=q.device, dtype=torch.float32)
+    kept = torch.empty(*shape[:2], columns, device=q.device, dtype=torch.float32)
+    words = words if words.stride(-1) == 1 else words.contiguous()
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        _block_effects[shape[1], heads](
+            q,
+            k,
+            v,
+            g,
+            out,
+            call.total,
+            words,
+            effect,
+            kept,
+            tokens,
+            shape[1],
+            shape[2],
+            *(stride for x in (q, k, v, g, out) for stride in x.stride()[:2]),
+            call.total.stride(0),
+            *words.stride()[:2],
+            channels**-0.5 * LOG2E,
+            LEAST_REST=LEAST_REST,
+            LEAST_KEPT=LEAST_KEPT,
+            LOG2E=LOG2E,
+            BLOCK_Q=blocks.block_q,
+            BLOCK_K=blocks.block_k,
+            DIMS=channels,
+            HEAD_DIM=max(16, triton.next_power_of_2(channels)),
+            MASKS=columns,
+            PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+            num_warps=8 if blocks.block_q * blocks.block_k >= 128 * 64 else 4,
+            num_stages=2,
+        )
+    return effect, kept.double().sum(1).T[:masks]
+
+
+def _check(blocks: Blocks) -> None:
     if max(blocks.block_q, blocks.block_k) > MAX_TILE:
         raise ValueError(f"blocks must be at most {MAX_TILE} tokens to be measured on a GPU, got {blocks}")
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"head_dim must be one of {HEAD_DIMS} to be measured on a GPU, got {head_dim}")
+
+
+def block_statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, stride: int) -> tuple[Tensor, Tensor]:
+    """Block mass and block error by Triton; arguments and results as in `effects.block_statistics`.
+
+    Raises:
+        ValueError: A block is larger than 128 tokens.
+    """
+    _check(blocks)
+    heads, tokens, channels = q.shape
+    head_dim = max(16, triton.next_power_of_2(channels))
+    if head_dim != channels:
+        q, k, values = (torch.nn.functional.pad(x, (0, head_dim - channels)) for x in (q, k, values))
     q, k, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, values.to(q.dtype)))
     shape = (heads, blocks.q_blocks(tokens), blocks.k_blocks(tokens))
     mass, error = (torch.empty(shape, device=q.device, dtype=torch.float32) for _ in range(2))
@@ -139,7 +283,7 @@ def block_statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, strid
         values.stride(0),
         values.stride(1),
         stride,
-        head_dim**-0.5 * LOG2E,
+        channels**-0.5 * LOG2E,
         BLOCK_Q=blocks.block_q,
         GROUP=group,
         SAMPLES=samples,

@@ -1,0 +1,425 @@
+"""One sampling after the other into a store: recorded as it runs, then differentiated, last step first.
+
+Both halves are kept in a journal, forward by forward, so that a job that was killed loses the step in progress.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calibatt.compiler.stats import Contribution, Manifest, SamplingTables, StoreWriter, window_keep
+from calibatt.runtime.adapters import Adapter, adapter_for
+from calibatt.tools.calibrate import effects
+from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, Traced, floating, plain, replaced
+from calibatt.tools.calibrate.gradients import AttentionCall, Transformer
+from calibatt.tools.calibrate.journal import Journal
+from calibatt.tools.calibrate.sampler import Sampler
+
+TIME_TOLERANCE = 1e-3
+"""How far the time that a forward receives may be from the manifest's: timesteps are rounded to a thousandth."""
+BACKWARD_COST = 4.0
+"""What the backward part of a forward takes, about, in forwards; only for what is shown while it runs."""
+
+OnProgress = Callable[[float], None]
+"""Called with the work done since the last call, in forwards."""
+
+
+class CalibrationError(ValueError):
+    """A sampling is not of the kind that was to be measured."""
+
+
+def sampling_name(prompt: str, seed: int) -> str:
+    """A name that only this prompt and seed have, so that stores made apart can be compiled together."""
+    return f"{hashlib.blake2b(prompt.encode(), digest_size=6).hexdigest()}-s{seed}"
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward of a transformer in a sampling.
+
+    Args:
+        number: Counted over all transformers.
+        transformer: Whose.
+        given: Its arguments.
+        versions: How often each had been changed in place; a later change would be one of what is differentiated.
+        time: Denoising time.
+        moment: Index of the manifest's time at which it is measured; None where it is not.
+    """
+
+    number: int
+    transformer: Transformer
+    given: Given
+    versions: list[int]
+    time: float
+    moment: int | None
+
+
+@dataclass(eq=False)
+class LayerSums:
+    """Signed effects of one layer at one time, added up over its calls; see `effects`."""
+
+    words: Tensor
+    has_ladder: bool
+    effect: Tensor
+    error: Tensor
+    masks: Tensor
+    rows: Tensor
+    frames: Tensor
+    votes: Tensor | None = None
+    calls: int = 0
+    row_difference: Tensor | float = 0.0
+    frame_difference: Tensor | float = 0.0
+
+
+@dataclass(eq=False)
+class Moment:
+    """All that is measured at one time: its forwards that are still to come, and the sums of its layers."""
+
+    left: int = 0
+    pulled: dict[int, Cotangents] = field(default_factory=dict)
+    layers: dict[int, LayerSums] = field(default_factory=dict)
+
+
+class Calibrator:
+    """Measures samplings of one sampler.
+
+    Args:
+        sampler: What to run.
+        writer: Of the store.
+        vectors: Random vectors of the final latent for each sampling.
+        inputs_on_cpu: Keep what enters the blocks of a forward on the CPU.
+        adapter: The model's row; found by its class if absent.
+        on_progress: Called as work is done.
+
+    Raises:
+        CalibrationError: The manifest is of another model or grid.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        writer: StoreWriter,
+        *,
+        vectors: int = 1,
+        inputs_on_cpu: bool = False,
+        adapter: Adapter | None = None,
+        on_progress: OnProgress = lambda work: None,
+    ) -> None:
+        self.sampler, self.writer, self.vectors = sampler, writer, vectors
+        self.manifest: Manifest = writer.manifest
+        self._on_progress = on_progress
+        self.adapter = adapter or adapter_for(sampler.transformer)
+        self.transformer = Transformer(sampler.transformer, self.adapter, inputs_on_cpu=inputs_on_cpu)
+        others = [model for model in getattr(sampler, "other_transformers", ()) if model is not sampler.transformer]
+        self._others = [Transformer(x, adapter_for(x), inputs_on_cpu=inputs_on_cpu) for x in others]
+        if (signature := self.adapter.signature(sampler.transformer)) != self.manifest.model:
+            raise CalibrationError(f"the manifest must be of {signature}, got {self.manifest.model}")
+        if sampler.grid != self.manifest.grid:
+            raise CalibrationError(f"the manifest must be of {sampler.grid}, got {self.manifest.grid}")
+        device = next(sampler.transformer.parameters()).device
+        self._windows = [
+            window_keep(window, self.manifest.grid, self.manifest.blocks) for window in self.manifest.windows
+        ]
+        self._device = torch.device("cpu") if device.type == "meta" else device
+
+    def calibrate(self, prompt: str, seed: int, **meta: Any) -> Tensor:
+        """Measures one prompt, or goes on with one that was interrupted.
+
+        Args:
+            prompt: What to sample.
+            seed: Of the noise and of the random vectors.
+            meta: More to keep of the sampling; JSON values.
+
+        Returns:
+            The final latent, just as without measuring.
+
+        Raises:
+            CalibrationError, ChainError: It cannot be measured.
+            StoreError: The store cannot take it.
+        """
+        with self.recording(prompt, seed, **meta) as recording:
+            recording.final = self.sampler.run(prompt, seed)
+        return plain(recording.final)
+
+    @contextmanager
+    def recording(self, prompt: str, seed: int, **meta: Any) -> Iterator[Recording]:
+        """Records the sampling that happens inside, whoever runs it, and measures it afterwards.
+
+        The final latent is to be put into ``recording.final``, as it comes out of the sampling.
+
+        Raises:
+            CalibrationError, ChainError: It cannot be measured.
+            StoreError: The store cannot take it.
+        """
+        name = sampling_name(prompt, seed)
+        recording = Recording(self, Journal(self.writer.progress_folder(name)))
+        begun = time.perf_counter()
+        with recording.listening():
+            yield recording
+        if recording.final is None:
+            raise CalibrationError("a recorded sampling must give its final latent, got none")
+        tables = recording.measure(name, seed)
+        known = {"prompt": prompt, "seed": seed, "vectors": self.vectors, "forwards": len(recording.forwards)}
+        seconds = recording.journal.seconds + time.perf_counter() - begun
+        self.writer.finish(name, tables, {**known, "seconds": seconds, **meta})
+        self.writer.drop_progress(name)
+
+    def moment(self, now: float) -> int | None:
+        """Index of the manifest's time that this is; None if it is none of them."""
+        times = self.manifest.times
+        nearest = min(range(len(times)), key=lambda index: abs(times[index] - now))
+        return nearest if abs(times[nearest] - now) <= TIME_TOLERANCE else None
+
+    def progress(self, work: float) -> None:
+        self._on_progress(work)
+
+    @property
+    def models(self) -> list[Transformer]:
+        """All transformers of the sampling, the measured one first."""
+        return [self.transformer, *self._others]
+
+    def layer_sums(self, name: str, moment: int, layer: int, device: torch.device) -> LayerSums:
+        """Empty sums, and the masks that are measured: all windows, and the ladder that earlier samplings made."""
+        manifest = self.manifest
+        masks = torch.from_numpy(np.array(self._windows, np.bool_).reshape(-1, 1, manifest.q_blocks, manifest.k_blocks))
+        masks = masks.to(device)
+        unit = self.writer.read_unit(moment, layer)
+        has_ladder = unit is not None and name not in unit.samplings
+        if has_ladder:
+            effect, error = (torch.from_numpy(x).to(device) for x in (unit.effect_values(), unit.error_values()))
+            rungs = effects.ladder((effect * error).sqrt(), manifest.shares)
+            masks = torch.cat([masks.expand(-1, len(effect), -1, -1), rungs])
+        heads, sizes, vectors = manifest.model.heads, (manifest.q_blocks, manifest.k_blocks), self.vectors
+        return LayerSums(
+            words=effects.mask_words(masks),
+            has_ladder=has_ladder,
+            effect=torch.zeros(vectors, heads, *sizes, device=device),
+            error=torch.zeros(heads, *sizes, device=device),
+            masks=torch.zeros(vectors, len(masks), heads, dtype=torch.float64, device=device),
+            rows=torch.zeros(vectors, heads, manifest.grid.height, 2 * manifest.row_radius, device=device).double(),
+            frames=torch.zeros(vectors, heads, manifest.grid.frames, 2 * manifest.frame_radius, device=device).double(),
+        )
+
+
+class Recording:
+    """One sampling, while it runs and while it is measured; see `Calibrator.recording`."""
+
+    def __init__(self, calibrator: Calibrator, journal: Journal) -> None:
+        self.calibrator, self.journal = calibrator, journal
+        self.final: Tensor | Sequence[Tensor] | None = None
+        self.forwards: list[Forward] = []
+        self._chain = Chain()
+        self._moments: dict[int, Moment] = {}
+        self._name = ""
+        self._tables: dict[int, dict[str, np.ndarray]] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Every forward of the transformers adds itself to the chain while the context lasts."""
+        own = [(each.model, each.model.__dict__.get("forward")) for each in self.calibrator.models]
+        for each in self.calibrator.models:
+            each.model.forward = partial(self._forward, each, each.model.forward)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for model, before in own:
+                if before is None:
+                    del model.forward
+                else:
+                    model.forward = before  # type: ignore[method-assign]
+
+    def _forward(self, transformer: Transformer, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.is_inference_mode_enabled():
+            raise ChainError("a recorded sampling must run without torch.inference_mode (torch.no_grad is fine)")
+        arguments = dict(zip(_parameters(transformer.model), args, strict=False)) | kwargs
+        given, inputs = Given.of(args, kwargs)
+        now, number = float(transformer.adapter.time(arguments)), len(self.forwards)
+        moment = None
+        if transformer is self.calibrator.transformer:
+            if (found := transformer.adapter.token_grid(transformer.model, arguments)) != self.calibrator.manifest.grid:
+                raise CalibrationError(f"a forward must have {self.calibrator.manifest.grid}, got {found}")
+            moment = self.calibrator.moment(now)
+        if moment is not None:
+            self._moments.setdefault(moment, Moment()).left += 1
+        versions = [x._version if isinstance(x, Tensor) else 0 for x in given.flat]
+        forward = Forward(number, transformer, given, versions, now, moment)
+        self.forwards.append(forward)
+        found = self.journal.output(number)
+        if found is None:
+            with torch.no_grad():
+                found = given.call(run)
+            self.journal.keep_output(number, found)
+        self.calibrator.progress(1.0)
+        tensors = [x.detach() for x in floating(found)]
+        leaves = self._chain.add(f"forward {number} (time {now:.3f})", inputs, tensors, partial(self._pull, forward))
+        with torch.enable_grad():  # copies: a pipeline may change what it gets
+            return replaced(found, [leaf.clone().as_subclass(Traced) for leaf in leaves])
+
+    def measure(self, name: str, seed: int) -> SamplingTables:
+        """Differentiates the sampling and adds what it says to the store, one time after the other.
+
+        Raises:
+            CalibrationError: The sampling did not go through the manifest's times.
+            ChainError: It cannot be differentiated.
+        """
+        self._name = name
+        manifest = self.calibrator.manifest
+        if absent := [now for index, now in enumerate(manifest.times) if index not in self._moments]:
+            raise CalibrationError(f"a sampling must have a forward at every recorded time, got none at {absent}")
+        ends = [self.final] if isinstance(self.final, Tensor) else list(self.final or ())
+        if not all(x.requires_grad for x in ends):
+            raise ChainError(
+                "the final latent must depend on the transformer's outputs by differentiation, got no graph"
+            )
+        self._tables = self.journal.tables()
+        cotangents = [
+            [_cotangent(x, seed, vector, index) for index, x in enumerate(ends)]
+            for vector in range(self.calibrator.vectors)
+        ]
+        self._chain.pull(ends, cotangents)
+        ordered = [self._tables[index] for index in range(len(manifest.times))]
+        return SamplingTables(**{key: _stacked(key, [table[key] for table in ordered]) for key in ordered[0]})
+
+    def _pull(self, forward: Forward, cotangents: Cotangents) -> Cotangents:
+        moment = None if forward.moment is None else self._moments[forward.moment]
+        found = self.journal.gradients(forward.number)
+        device = next(iter(floating(forward.given.flat))).device
+        if found is not None:
+            found = [[x.to(device) for x in some] for some in found]
+        else:
+            now = [x._version if isinstance(x, Tensor) else 0 for x in forward.given.flat]
+            if now != forward.versions:
+                raise ChainError(
+                    f"arguments of forward {forward.number} must stay as they are until it has been differentiated, got "
+                    "one that was changed in place"
+                )
+            collect = None if moment is None else partial(self._collect, forward, moment)
+            found = forward.transformer.pull(forward.given, cotangents, collect)
+            if moment is None:
+                self.journal.keep_gradients({forward.number: found})
+        self.calibrator.progress(BACKWARD_COST)
+        if moment is not None:
+            moment.left -= 1
+            moment.pulled[forward.number] = found
+            if not moment.left:
+                if moment.layers:
+                    self._finish(forward.moment, moment)
+                    self.journal.keep_gradients(moment.pulled)
+                self._moments[forward.moment] = Moment()
+        return found
+
+    def _collect(self, forward: Forward, moment: Moment, call: AttentionCall) -> None:
+        """Adds what one call says to the sums of its layer."""
+        manifest = self.calibrator.manifest
+        assert forward.moment is not None
+        if call.layer not in moment.layers:
+            moment.layers[call.layer] = self.calibrator.layer_sums(
+                self._name, forward.moment, call.layer, call.q.device
+            )
+        sums = moment.layers[call.layer]
+        effect, masks = effects.block_effects(call, sums.words, sums.masks.shape[1], manifest.blocks)
+        there = (..., slice(effect.shape[2]), slice(effect.shape[3]))
+        sums.effect[there] += effect
+        sums.masks += masks
+        sums.error[there] += effects.block_errors(call, manifest.blocks)
+        rows, frames = effects.copy_effects(call, manifest.grid, manifest.row_radius, manifest.frame_radius)
+        sums.rows += rows
+        sums.frames += frames
+        sums.calls += 1
+        if manifest.thresholds:
+            self._count(sums, call)
+
+    def _count(self, sums: LayerSums, call: AttentionCall) -> None:
+        """Counts for the paper's own method: which blocks hold the mass, how far rows and frames are apart."""
+        manifest = self.calibrator.manifest
+        mass, _ = effects.block_statistics(call.q, call.k, call.v, manifest.blocks, effects.ERROR_STRIDE)
+        planes = effects.keep_planes(mass, manifest.thresholds).int()
+        if sums.votes is None:
+            sums.votes = torch.zeros(len(planes), *sums.error.shape, dtype=torch.int32, device=mass.device)
+        sums.votes[..., : mass.shape[1], : mass.shape[2]] += planes
+        rows, frames = effects.copy_differences(call.out, manifest.grid, manifest.row_radius, manifest.frame_radius)
+        sums.row_difference, sums.frame_difference = sums.row_difference + rows, sums.frame_difference + frames
+
+    def _finish(self, index: int, moment: Moment) -> None:
+        """Puts a time that has been measured into the store."""
+        manifest, layers = self.calibrator.manifest, range(self.calibrator.manifest.model.layers)
+        if absent := [layer for layer in layers if layer not in moment.layers]:
+            raise CalibrationError(f"a forward must call every self-attention, got none in layers {absent}")
+        heads = (
+            torch.stack([moment.layers[layer].effect.square().mean(0).sum((1, 2)) for layer in layers]).cpu().numpy()
+        )
+        level = float(heads.sum(dtype=np.float64))
+        if not 0 < level < float("inf"):
+            raise CalibrationError(
+                f"effects at time {manifest.times[index]:.3f} must be finite and not zero, got a sum of {level}"
+            )
+        windows = len(manifest.windows)
+        window, rungs = [], []
+        for layer in layers:
+            sums = moment.layers[layer]
+            masks = sums.masks.float().cpu().numpy()
+            window.append(masks[:, :windows])
+            none = np.full((len(masks), len(manifest.shares), manifest.model.heads), np.nan, np.float32)
+            rungs.append(masks[:, windows:] if sums.has_ladder else none)
+            self.calibrator.writer.add(index, layer, self._name, self._contribution(sums, level))
+        table = {
+            "level": np.array(level),
+            "head_effect": heads,
+            "window_effect": np.stack(window, 1),
+            "ladder_effect": np.stack(rungs, 1),
+        }
+        self._tables[index] = table
+        self.journal.keep_table(index, table)
+
+    def _contribution(self, sums: LayerSums, level: float) -> Contribution:
+        manifest = self.calibrator.manifest
+
+        def squares(x: Tensor, members: int) -> np.ndarray:
+            """Mean over vectors of squared effects of copies, NaN where there is no such member."""
+            radius = x.shape[-1] // 2
+            there = np.arange(members)[:, None] + np.array([*range(-radius, 0), *range(1, radius + 1)], np.int64)
+            found = (x.square().mean(0) / level).float().cpu().numpy()
+            return np.where((there >= 0) & (there < members), found, np.float32(np.nan))
+
+        counts = {}
+        if sums.votes is not None:
+            counts = {
+                "votes": sums.votes.cpu().numpy().astype(np.uint16),
+                "vote_samples": sums.calls,
+                "row_difference": (sums.row_difference / sums.calls).cpu().numpy(),
+                "frame_difference": (sums.frame_difference / sums.calls).cpu().numpy(),
+            }
+        return Contribution(
+            effect=(sums.effect.square().mean(0) / level).cpu().numpy(),
+            error=(sums.error / level).cpu().numpy(),
+            row_effect=squares(sums.rows, manifest.grid.height),
+            frame_effect=squares(sums.frames, manifest.grid.frames),
+            **counts,
+        )
+
+
+def _cotangent(latent: Tensor, seed: int, vector: int, index: int) -> Tensor:
+    """A standard normal vector of the latent's shape / ||latent||, the same on every device."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + vector * 1_009 + index)
+    drawn = torch.randn(latent.shape, generator=generator)
+    return (drawn / float(plain(latent).double().norm())).to(latent.device)
+
+
+def _stacked(key: str, parts: list[np.ndarray]) -> np.ndarray:
+    """Tables of all times in one array: the axis of times comes first, or after that of the vectors."""
+    return np.stack(parts, 1 if key in ("window_effect", "ladder_effect") else 0)
+
+
+def _parameters(model: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(model).forward).parameters)[1:]

@@ -1,0 +1,304 @@
+"""What a self-attention call says of masks and copies: effects on the final latent, measured from its gradient.
+
+With g the gradient of <u, z> / ||z|| for the final latent z and a random vector u, <g, e> is the first-order effect of an
+error e of the output; its square is, on average over u, the relative squared change of z. Effects are signed: those of
+calls that act on one video are added before they are squared, and no query is left out of a sum that is squared later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calibatt.plans import Blocks, TokenGrid
+from calibatt.tools.calibrate.gradients import AttentionCall
+
+SCORES_AT_ONCE = 1 << 23
+"""Scores that the PyTorch path holds at a time (32 MiB in float32)."""
+NUMBERS_AT_ONCE = 1 << 26
+"""Numbers of all tokens that are held at a time in whole heads (256 MiB in float32)."""
+LEAST_REST = 1e-3
+"""A block that holds more of a query's mass than 1 less this counts as if it held so much."""
+LEAST_KEPT = 1e-20
+"""A mask that keeps less mass of a query than this keeps nothing of it."""
+ERROR_STRIDE = 8
+"""Block errors are sums of squares, for which every 8th query is enough."""
+DIAGONAL_SHARE = 1e-10
+"""Of the mean of a diagonal, added to all of it."""
+MOST_MASKS = 31
+"""Masks that are measured together, a bit each."""
+
+
+def mask_words(masks: Tensor) -> Tensor:
+    """Masks bool ``(M, ..., Q, K)`` as int32 ``(..., Q, K)`` with a bit for each of them, the first one lowest.
+
+    Raises:
+        ValueError: There are more than `MOST_MASKS`.
+    """
+    if len(masks) > MOST_MASKS:
+        raise ValueError(f"masks measured together must be at most {MOST_MASKS}, got {len(masks)}")
+    words = torch.zeros(masks.shape[1:], dtype=torch.int32, device=masks.device)
+    for bit, mask in enumerate(masks):
+        words |= mask.to(torch.int32) << bit
+    return words
+
+
+def block_effects(call: AttentionCall, words: Tensor, masks: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Signed effects of dropping single blocks, and of whole masks.
+
+    For query i and key block J, with P the attention, dP_ij = <g_i, v_j> and D_i = <g_i, o_i>, let
+    a_iJ = sum over J of P_ij (dP_ij - D_i) and p_iJ = sum over J of P_ij. Dropping J alone has the effect
+    -a_iJ / (1 - p_iJ), keeping just the blocks of a mask sum of a_iJ / sum of p_iJ.
+
+    Args:
+        call: The call, with V gradients.
+        words: int32 ``(1 or H, Q, K)`` of `mask_words`.
+        masks: How many masks there are.
+        blocks: Block sizes.
+
+    Returns:
+        Float32 ``(V, H, Q, K)`` effects of blocks, but for their sign, which is the same for all; and float64
+        ``(V, masks, H)`` effects of masks. Q and K are of the call's tokens.
+    """
+    if call.q.is_cuda:
+        from calibatt.tools.calibrate.kernels import block_effects as measure
+    else:
+        measure = _block_effects
+    q_blocks, k_blocks = blocks.q_blocks(call.q.shape[1]), blocks.k_blocks(call.q.shape[1])
+    words = words[:, :q_blocks, :k_blocks].expand(len(call.q), -1, -1)
+    found = [measure(call, grad, words, masks, blocks) for grad in call.grads]
+    effects, kept = zip(*found, strict=True)
+    return torch.stack(effects) / call.scale, torch.stack(kept) / call.scale
+
+
+def _block_effects(
+    call: AttentionCall, grad: Tensor, words: Tensor, masks: int, blocks: Blocks
+) -> tuple[Tensor, Tensor]:
+    """`block_effects` of one gradient by PyTorch, some queries of a head at a time."""
+    heads, tokens, channels = call.q.shape
+    size, k_blocks = blocks.block_q, words.shape[2]
+    effect = torch.zeros(words.shape)
+    kept = torch.zeros(masks, heads, dtype=torch.float64)
+    bits = torch.arange(masks, dtype=torch.int32)
+    pad = k_blocks * blocks.block_k - tokens
+    at_once = max(1, SCORES_AT_ONCE // (tokens * size))
+    for head in range(heads):
+        q, k, v, out, g = (x[head].float() for x in (call.q, call.k, call.v, call.out, grad))
+        k, v = F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
+        for first, count, length in _runs(tokens, size, at_once):
+            here = slice(first * size, first * size + length)
+            scores = (q[here] * channels**-0.5) @ k.T
+            if pad:
+                scores[:, tokens:] = -torch.inf
+            p = torch.softmax(scores, -1)
+            change = (g[here] @ v.T).mul_(p).view(length, k_blocks, -1).sum(-1)
+            p = p.view(length, k_blocks, -1).sum(-1)
+            change -= p * (g[here] * out[here]).sum(-1, keepdim=True)
+            p, change = p.view(count, -1, k_blocks), change.view(count, -1, k_blocks)
+            effect[head, first : first + count] = (change / (1 - p).clamp(min=LEAST_REST)).sum(1)
+            keep = (words[head, first : first + count, :, None] >> bits & 1).float()
+            kept[:, head] += ((change @ keep) / (p @ keep).clamp(min=LEAST_KEPT)).double().sum((0, 1))
+    return effect, kept
+
+
+def _runs(tokens: int, size: int, at_once: int) -> Iterator[tuple[int, int, int]]:
+    """Runs of equally full blocks: first block, number of blocks, tokens."""
+    full, rest = divmod(tokens, size)
+    for first in range(0, full, at_once):
+        count = min(at_once, full - first)
+        yield first, count, count * size
+    if rest:
+        yield full, 1, rest
+
+
+def block_errors(call: AttentionCall, blocks: Blocks, stride: int = ERROR_STRIDE) -> Tensor:
+    """Sums of squared errors of single blocks in the gradient's own metric, float32 ``(H, Q, K)``.
+
+    The error of dropping block J for query i is e = p_iJ (o_iJ - o_i), with o_iJ the mean value that J selects; its size
+    is e^T G e, with G the mean of g g^T over tokens and vectors. That has less noise than effects, which are differences
+    over the queries of a block, and no sign.
+
+    Args:
+        call: The call.
+        blocks: Block sizes.
+        stride: Every so-manieth query of a block is measured and stands for the others.
+    """
+    mean = torch.zeros(len(call.q), *(call.q.shape[-1],) * 2, dtype=torch.float64, device=call.q.device)
+    for some in _heads_at_once(call.q):
+        for grad in call.grads:
+            g = grad[some].float()
+            mean[some] += (g.mT @ g).double()
+    mean /= call.q.shape[1] * len(call.grads) * call.scale**2
+    factor, size = _root(mean)
+    mass, error = block_statistics(call.q, call.k, _behind(call.v, factor), blocks, stride)
+    del mass
+    tokens = call.q.shape[1]
+    edges = (torch.arange(error.shape[1] + 1, device=error.device) * blocks.block_q).clamp(max=tokens)
+    return error * edges.diff()[:, None] * size[:, None, None]
+
+
+def _root(mean: Tensor) -> tuple[Tensor, Tensor]:
+    """A ``(H, D, D)`` float32 with A A^T = G / size for matrices G float64 ``(H, D, D)``, and the sizes ``(H,)``."""
+    size = mean.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float64).tiny)
+    found = mean / size[:, None, None]
+    found.diagonal(dim1=1, dim2=2).add_(DIAGONAL_SHARE)
+    return torch.linalg.cholesky(found).float(), size.float()
+
+
+def _behind(v: Tensor, factor: Tensor) -> Tensor:
+    """Values ``(H, N, D)`` times a matrix a head; less their mean, which no error sees."""
+    found = torch.empty(v.shape, dtype=v.dtype if v.is_cuda else torch.float32, device=v.device)
+    for some in _heads_at_once(v):
+        values = v[some].float() @ factor[some]
+        found[some] = values - values.mean(1, keepdim=True)
+    return found
+
+
+def block_statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, stride: int) -> tuple[Tensor, Tensor]:
+    """Mean mass of every block, and its mean squared error.
+
+    Args:
+        q: ``(H, N, D)``.
+        k: ``(H, N, D)``.
+        values: ``(H, N, D)``; on a GPU in the dtype of the queries.
+        blocks: Block sizes.
+        stride: Every `stride`-th query of a block is measured.
+
+    Returns:
+        Float32 ``(H, Q, K)`` each: the mean over measured queries of a block's mass p_J, and of
+        ||p_J (o_J - O)||^2, where o_J is the mean value that block J selects and O the output.
+    """
+    if q.is_cuda:
+        from calibatt.tools.calibrate.kernels import block_statistics as measure
+
+        return measure(q, k, values, blocks, stride)
+    heads, tokens, channels = q.shape
+    size, k_blocks = blocks.block_q, blocks.k_blocks(tokens)
+    mass = q.new_zeros(heads, blocks.q_blocks(tokens), k_blocks, dtype=torch.float32)
+    error = mass.clone()
+    keys, values = (F.pad(x.float(), (0, 0, 0, k_blocks * blocks.block_k - tokens)) for x in (k, values))
+    values = values.view(heads, k_blocks, blocks.block_k, -1)
+    at_once = max(1, SCORES_AT_ONCE * stride // (heads * tokens * size))
+    for first, count, length in _runs(tokens, size, at_once):
+        rows = torch.arange(first * size, first * size + length).view(count, -1)[:, ::stride].reshape(-1)
+        scores = q[:, rows].float() @ keys.mT * channels**-0.5
+        scores[..., tokens:] = -torch.inf
+        parts = torch.softmax(scores, -1).unflatten(2, (k_blocks, -1))
+        sums, p = parts.transpose(1, 2) @ values, parts.sum(-1)
+        output = sums.sum(1, keepdim=True)
+        own, cross = torch.linalg.vecdot(sums, sums).mT, torch.linalg.vecdot(sums, output).mT
+        squared = own - 2 * p * cross + p * p * output.square().sum(-1).mT
+        here = slice(first, first + count)
+        mass[:, here] = p.unflatten(1, (count, -1)).mean(2)
+        error[:, here] = squared.clamp_(min=0).unflatten(1, (count, -1)).mean(2)
+    return mass, error
+
+
+def copy_effects(call: AttentionCall, grid: TokenGrid, row_radius: int, frame_radius: int) -> tuple[Tensor, Tensor]:
+    """Signed effects of a row, or a whole frame, that takes the output of a neighbour.
+
+    Args:
+        call: The call.
+        grid: The token sequence.
+        row_radius: Largest offset, in rows of a frame.
+        frame_radius: Largest offset, in frames.
+
+    Returns:
+        Of rows, then of frames, float64 ``(V, H, members, 2 * radius)``, offsets -radius..-1, 1..radius: the sum over the
+        member's tokens (of a row in all frames) of <g, o[member + offset] - o[member]>; 0 where there is no such member.
+    """
+    video = slice(grid.text_before, grid.text_before + grid.video_tokens)
+    heads, vectors = len(call.q), len(call.grads)
+    rows = torch.zeros(vectors, heads, grid.height, 2 * row_radius, dtype=torch.float64, device=call.q.device)
+    frames = torch.zeros(vectors, heads, grid.frames, 2 * frame_radius, dtype=torch.float64, device=call.q.device)
+    for some in _heads_at_once(call.out):
+        out = call.out[some, video].float().unflatten(1, (grid.frames, grid.height, grid.width))
+        for vector, grad in enumerate(call.grads):
+            g = grad[some, video].float().unflatten(1, (grid.frames, grid.height, grid.width)) / call.scale
+            own = (g * out).sum((-1, -2)).double()
+            for found, axis, radius in ((rows, 2, row_radius), (frames, 1, frame_radius)):
+                for column, offset in enumerate((*range(-radius, 0), *range(1, radius + 1))):
+                    members = out.shape[axis]
+                    those = torch.arange(max(0, -offset), min(members, members - offset), device=out.device)
+                    if not len(those):
+                        continue
+                    there = (g.index_select(axis, those) * out.index_select(axis, those + offset)).sum((-1, -2))
+                    change = there.double() - own.index_select(axis, those)
+                    found[vector, some, those, column] = change.sum(3 - axis)
+    return rows, frames
+
+
+def copy_differences(out: Tensor, grid: TokenGrid, row_radius: int, frame_radius: int) -> tuple[Tensor, Tensor]:
+    """How far the output of a row, or frame, is from its neighbours': what the paper's own method looks at.
+
+    Args:
+        out: ``(H, N, D)``.
+        grid: The token sequence.
+        row_radius: Largest offset, in rows of a frame.
+        frame_radius: Largest offset, in frames.
+
+    Returns:
+        Of rows, then of frames, float32 ``(H, members, 2 * radius)``: ||o[member] - o[member + offset]||^2 /
+        ||o[member]||^2 over the member's tokens; NaN where there is no such member.
+    """
+    video = slice(grid.text_before, grid.text_before + grid.video_tokens)
+    found = []
+    for axis, radius in ((2, row_radius), (1, frame_radius)):
+        parts = []
+        for some in _heads_at_once(out):
+            x = (
+                out[some, video]
+                .float()
+                .unflatten(1, (grid.frames, grid.height, grid.width))
+                .movedim(axis, 1)
+                .flatten(2)
+            )
+            size = x.square().sum(-1).clamp(min=1e-30)
+            part = x.new_full((*x.shape[:2], 2 * radius), torch.nan)
+            for column, offset in enumerate((*range(-radius, 0), *range(1, radius + 1))):
+                those = torch.arange(max(0, -offset), min(x.shape[1], x.shape[1] - offset), device=x.device)
+                part[:, those, column] = (x[:, those] - x[:, those + offset]).square().sum(-1) / size[:, those]
+            parts.append(part)
+        found.append(torch.cat(parts))
+    return found[0], found[1]
+
+
+def keep_planes(mass: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """For each threshold the smallest set of key blocks, by falling mass, that holds it.
+
+    Args:
+        mass: ``(H, Q, K)``; sums to 1 over K.
+        thresholds: Shares of the mass, ascending.
+
+    Returns:
+        bool ``(T, H, Q, K)``, nested; of equal masses the lower block comes first.
+    """
+    ordered, index = mass.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    planes = [torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, index, before < t) for t in thresholds]
+    return torch.stack(planes)
+
+
+def ladder(order: Tensor, shares: Sequence[float]) -> Tensor:
+    """Masks of fixed densities: the blocks of the highest order, and the highest one of every row.
+
+    Args:
+        order: ``(H, Q, K)``.
+        shares: Densities, ascending.
+
+    Returns:
+        bool ``(C, H, Q, K)``.
+    """
+    flat = order.flatten(1).sort(dim=1, descending=True).values
+    top = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order.argmax(-1, keepdim=True), True)
+    at = [min(flat.shape[1] - 1, round(share * flat.shape[1])) for share in shares]
+    return torch.stack([(order > flat[:, index, None, None]) | top for index in at])
+
+
+def _heads_at_once(x: Tensor) -> Iterator[slice]:
+    """Slices of the heads of ``(H, N, D)``, about `NUMBERS_AT_ONCE` numbers each."""
+    step = max(1, NUMBERS_AT_ONCE // (x.shape[1] * x.shape[2]))
+    return (slice(first, min(first + step, len(x))) for first in range(0, len(x), step))

@@ -1,0 +1,305 @@
+"""Gradients through one forward of a transformer, block by block, with the gradient of every self-attention on the way.
+
+The forward is computed again; only what enters a block is kept, on the CPU if asked for. Then every block is computed
+once more, last one first, and differentiated. Weights, LoRA, quantised linears and offloading are used as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calibatt.runtime.adapters import Adapter
+from calibatt.runtime.intercept import InterceptedSite, Interception
+from calibatt.tools.calibrate.attention import attention
+from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, floating, replaced
+
+LARGE_BYTES = 1 << 20
+"""Tensors from this size on go to the CPU with the inputs of blocks; the rest is shared or small."""
+HALF_RANGE = 5, 6, 4
+"""For fp16: gradients enter with a largest value of 2 ** 5; after an overflow 2 ** 6 less, so many times at most."""
+
+
+class OverflowInHalf(ArithmeticError):
+    """A gradient in fp16 is not finite: it has to be scaled down."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One self-attention call of one sample, with its gradient.
+
+    Args:
+        layer: Its number, 0 first.
+        q: ``(H, N, D)`` as attention receives it; N is that of the grid less the padding of the text at its end.
+        k: ``(H, N, D)``.
+        v: ``(H, N, D)``.
+        out: ``(H, N, D)``, its output.
+        total: float32 ``(H, N)``, natural logarithm of the sum of each query's exponentials; None on a CPU.
+        grads: V gradients of the output, ``(H, N, D)``.
+        scale: What the gradients are to be divided by.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    total: Tensor | None
+    grads: list[Tensor]
+    scale: float = 1.0
+
+
+OnAttention = Callable[[AttentionCall], None]
+
+
+class Transformer:
+    """A transformer whose forwards can be differentiated.
+
+    Args:
+        model: The model, eager, with no step cache.
+        adapter: Its row.
+        inputs_on_cpu: Keep what enters a block on the CPU.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter, *, inputs_on_cpu: bool = False) -> None:
+        self.model, self.adapter = model, adapter
+        self.inputs_on_cpu = inputs_on_cpu
+        self._calls: list[tuple[int, tuple[Tensor, ...], Tensor | None, list[Tensor]]] = []
+        self._listening = False
+
+    def pull(self, given: Given, cotangents: Cotangents, on_attention: OnAttention | None = None) -> Cotangents:
+        """Gradients of a forward's inputs.
+
+        Args:
+            given: The forward's arguments.
+            cotangents: Gradients of its floating-point outputs.
+            on_attention: Called with every self-attention call of every sample, last layer first.
+
+        Returns:
+            Gradients of the arguments that want one, in float32.
+
+        Raises:
+            ChainError: Nothing has a gradient.
+        """
+        device = next(iter(floating(given.flat))).device
+        cotangents = [[x.to(device, torch.float32) for x in some] for some in cotangents]
+        largest = max(float(x.abs().max()) for some in cotangents for x in some)
+        half = any(x.dtype == torch.float16 for x in floating([*self.model.parameters(), given.flat]))
+        exponent = HALF_RANGE[0] - math.frexp(largest)[1] if half and largest else 0
+        done: set[tuple[int, int]] = set()
+        for _ in range(HALF_RANGE[2]):
+            scale = 2.0**exponent
+            try:
+                found = self._pull(given, [[x * scale for x in some] for some in cotangents], scale, on_attention, done)
+            except OverflowInHalf:
+                exponent -= HALF_RANGE[1]
+                continue
+            return [[x.float() / scale for x in some] for some in found]
+        raise ChainError(f"gradients in fp16 must be finite, got an overflow at a scale of 2^{exponent}; use bfloat16")
+
+    def _pull(
+        self,
+        given: Given,
+        cotangents: Cotangents,
+        scale: float,
+        on_attention: OnAttention | None,
+        done: set[tuple[int, int]],
+    ) -> Cotangents:
+        chain = Chain()
+        wanted = given.wanted or [_hidden_states(self.model, given)]
+        flat = list(given.flat)
+        sources = []
+        for index in wanted:
+            flat[index] = flat[index].detach().requires_grad_()
+            sources.append(flat[index])
+
+        def tell() -> None:
+            """Hands on the calls of the block that was pulled just now."""
+            for layer, (q, k, v, out), total, grads in self._calls:
+                if on_attention is None:
+                    continue
+                if scale != 1 and not all(bool(grad.isfinite().all()) for grad in grads):
+                    raise OverflowInHalf
+                for sample in range(len(q)):
+                    at = layer, sum(key[0] == layer for key in told)
+                    told.append(at)
+                    if at in done:
+                        continue
+                    tensors = (x[sample] for x in (q, k, v, out))
+                    sums = None if total is None else total[sample]
+                    on_attention(AttentionCall(layer, *tensors, sums, [g[sample] for g in grads], scale))
+                    done.add(at)
+            self._calls.clear()
+
+        told: list[tuple[int, int]] = []
+        with _frozen(self.model), self._blocks_as_links(chain, tell):
+            with torch.enable_grad():
+                out = floating(given.call(self.model, flat))
+            found = chain.pull(
+                out, [[x.to(y.dtype) for x, y in zip(some, out, strict=True)] for some in cotangents], sources
+            )
+        if not chain.links:
+            raise ChainError(f"a forward of {type(self.model).__name__} must run its blocks, got none")
+        if scale != 1 and not all(bool(x.isfinite().all()) for some in found for x in some):
+            raise OverflowInHalf
+        return found if given.wanted else [[] for _ in cotangents]
+
+    @contextmanager
+    def _blocks_as_links(self, chain: Chain, tell: Callable[[], None]) -> Iterator[None]:
+        """Every block of the model adds itself to the chain instead of being differentiated by autograd."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, _: Any) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            out, total = attention(q, k, v)
+            if torch.is_grad_enabled() and out.requires_grad:
+                grads: list[Tensor] = []
+                out.register_hook(grads.append)
+                self._calls.append((site.layer, tuple(x.detach() for x in (q, k, v, out)), total, grads))
+            return out.transpose(1, 2)
+
+        self._calls.clear()
+        interception = Interception(self.model, self.adapter, attend)
+        blocks = {id(site.block): site.block for site in interception.sites}.values()
+        names = {id(module): name for name, module in self.model.named_modules()}
+        own = [(block, block.__dict__.get("forward")) for block in blocks]
+        for block in blocks:
+            block.forward = partial(  # type: ignore[method-assign]
+                self._block, block, block.forward, names[id(block)], chain, tell
+            )
+        try:
+            yield
+        finally:
+            for block, before in own:
+                if before is None:
+                    del block.forward
+                else:
+                    block.forward = before  # type: ignore[method-assign]
+            interception.detach()
+            self._calls.clear()
+
+    def _block(
+        self,
+        block: nn.Module,
+        run: Callable[..., Any],
+        name: str,
+        chain: Chain,
+        tell: Callable[[], None],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        given, inputs = Given.of(args, kwargs)
+        with torch.no_grad():
+            found = given.call(run)
+        if self.inputs_on_cpu:
+            given = replace(given, flat=[_to_cpu(x) for x in given.flat])
+        devices = [x.device for x in inputs]
+
+        def pull(cotangents: Cotangents) -> Cotangents:
+            grads = _pull_block(block, run, given, devices, cotangents)
+            tell()
+            return grads
+
+        return replaced(found, chain.add(name, inputs, floating(found), pull))
+
+
+def _pull_block(
+    block: nn.Module,
+    run: Callable[..., Any],
+    given: Given,
+    devices: Sequence[torch.device],
+    cotangents: Cotangents,
+) -> Cotangents:
+    device = devices[0] if devices else None
+    flat = [x.to(device) if isinstance(x, Tensor) and _moved(x) else x for x in given.flat]
+    for index in given.wanted:
+        flat[index] = flat[index].detach().requires_grad_()
+    wanted = [flat[index] for index in given.wanted]
+    # Offloading gives a parameter other data once a forward is over: what the backward needs is this data.
+    keeping = torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x.detach() if isinstance(x, nn.Parameter) else x, lambda x: x
+    )
+    with _at_hand(block):
+        with torch.enable_grad(), keeping:
+            found = floating(given.call(run, flat))
+        live = [index for index, x in enumerate(found) if x.requires_grad]
+        grads = []
+        for vector, some in enumerate(cotangents):
+            last = vector + 1 == len(cotangents)
+            grads.append(
+                torch.autograd.grad(
+                    [found[index] for index in live],
+                    wanted,
+                    [some[index] for index in live],
+                    retain_graph=not last,
+                    allow_unused=True,
+                )
+            )
+    return [
+        [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, some, strict=True)] for some in grads
+    ]
+
+
+def _moved(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.numel() * x.element_size() >= LARGE_BYTES
+
+
+def _to_cpu(x: Any) -> Any:
+    if not isinstance(x, Tensor) or not x.is_cuda or x.numel() * x.element_size() < LARGE_BYTES:
+        return x
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+
+
+def _hidden_states(model: nn.Module, given: Given) -> int:
+    """Which argument is the model's `hidden_states`: of the first forward nothing else would need a gradient."""
+    marked = [object() for _ in given.flat]
+
+    def find(*args: Any, **kwargs: Any) -> Any:
+        return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+    return marked.index(given.call(find, marked))
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No weight of the model needs a gradient while the context lasts."""
+    needed = [p for p in model.parameters() if p.requires_grad]
+    for p in needed:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in needed:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def _at_hand(block: nn.Module) -> Iterator[None]:
+    """The groups of a block that diffusers' group offloading has put away are on the device while the context lasts.
+
+    Hooks expect forwards in the model's order: a block in the midst of a group would not load it, and a block that
+    loads the next one ahead would leave it on the device.
+    """
+    hooks = [hook for module in block.modules() if (hook := _group_hook(module)) is not None]
+    groups = {id(hook.group): hook.group for hook in hooks}.values()
+    for group in groups:
+        group.onload_()
+        if group.stream is not None:
+            group.stream.synchronize()
+    try:
+        yield
+    finally:
+        ahead = {id(hook.next_group): hook.next_group for hook in hooks if hook.next_group is not None}
+        for group in (*groups, *ahead.values()):
+            group.offload_()
+
+
+def _group_hook(module: nn.Module) -> Any:
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook("group_offloading")

@@ -1,0 +1,83 @@
+"""What has been done of a sampling, on disk: outputs and gradients of forwards, tables of times."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from calibatt.tools.calibrate.chain import Cotangents
+
+
+class Journal:
+    """A folder with a file for each thing done; a file that is there is whole.
+
+    Args:
+        folder: Where; it exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._begun = time.perf_counter()
+        clock = folder / "seconds.json"
+        self.seconds: float = json.loads(clock.read_text("utf-8")) if clock.exists() else 0.0
+        """What earlier runs of this sampling took."""
+
+    def output(self, number: int) -> tuple[Tensor, ...] | None:
+        """What a forward returned, if it is here."""
+        found = self._load(f"forward{number:04d}.out")
+        return None if found is None else tuple(found[str(index)] for index in range(len(found)))
+
+    def keep_output(self, number: int, found: Any) -> None:
+        """Keeps what a forward returned; only a plain tuple of tensors can be given back as it was."""
+        if type(found) is tuple and all(isinstance(x, Tensor) for x in found):
+            self._save(f"forward{number:04d}.out", {str(index): x for index, x in enumerate(found)})
+
+    def gradients(self, number: int) -> Cotangents | None:
+        """Gradients of a forward's inputs, if they are here."""
+        found = self._load(f"forward{number:04d}.grad")
+        if found is None:
+            return None
+        vectors = int(found.pop("vectors"))
+        inputs = len(found) // vectors
+        return [[found[f"{vector}.{index}"] for index in range(inputs)] for vector in range(vectors)]
+
+    def keep_gradients(self, pulled: Mapping[int, Cotangents]) -> None:
+        """Keeps gradients of the inputs of forwards."""
+        for number, found in pulled.items():
+            tensors = {f"{vector}.{index}": x for vector, some in enumerate(found) for index, x in enumerate(some)}
+            self._save(f"forward{number:04d}.grad", {**tensors, "vectors": torch.tensor(len(found))})
+        self._write("seconds.json", json.dumps(self.seconds + time.perf_counter() - self._begun).encode())
+
+    def tables(self) -> dict[int, dict[str, np.ndarray]]:
+        """The tables of all times that are here."""
+        found = {}
+        for path in sorted(self.folder.glob("time*.table")):
+            found[int(path.stem[4:])] = {name: x.numpy() for name, x in load_file(path).items()}
+        return found
+
+    def keep_table(self, index: int, table: Mapping[str, np.ndarray]) -> None:
+        """Keeps the tables of one time."""
+        self._save(f"time{index:04d}.table", {name: torch.from_numpy(np.asarray(x)) for name, x in table.items()})
+
+    def _load(self, name: str) -> dict[str, Tensor] | None:
+        path = self.folder / name
+        return load_file(path) if path.exists() else None
+
+    def _save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        partial = self.folder / f".{name}.tmp"
+        save_file({key: x.detach().cpu().contiguous() for key, x in tensors.items()}, partial)
+        os.replace(partial, self.folder / name)
+
+    def _write(self, name: str, data: bytes) -> None:
+        partial = self.folder / f".{name}.tmp"
+        partial.write_bytes(data)
+        os.replace(partial, self.folder / name)
