@@ -20,31 +20,23 @@ class UnitError(StoreError):
 
 
 class SampleExists(StoreError):
-    """A complete sample of this name is there already."""
+    """A sampling of this name is finished already."""
 
 
 class DuplicateSample(StoreError):
-    """Two stores hold a sample of one name, or a probe of one sample and time."""
+    """Two stores hold a sampling of one name."""
 
 
 class MissingUnits(StoreError):
-    """A sample lacks units or its `sample.json`; the message names them."""
+    """There is no unit for some times and layers, or it does not hold a sampling; the message names them."""
 
 
 class SampleError(StoreError):
-    """A sample's name, `sample.json` or directory breaks a rule."""
-
-
-class ProbeError(StoreError):
-    """A probe of the time weight breaks a rule."""
-
-
-class RefinementError(StoreError):
-    """A refinement is damaged, unfinished, or of other samples or ladders than those asked for."""
+    """A sampling's name, tables or file break a rule."""
 
 
 class NoSamples(StoreError):
-    """A store has no complete sample."""
+    """A store has no finished sampling."""
 
 
 class StoreBusy(StoreError):

@@ -5,28 +5,26 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 from pathlib import Path
 
 from calibatt.compiler.stats.errors import ManifestError, SampleError
 from calibatt.compiler.stats.manifest import Manifest
 
-MANIFEST, SAMPLES, PROBES, SAMPLE = "manifest.json", "samples", "probes", "sample.json"
-REFINEMENT, LADDERS, REFINED = "refinement", "ladders.json", ".refined"
-PARTIAL = ".partial"
+MANIFEST, UNITS, SAMPLINGS, PROGRESS = "manifest.json", "units", "samplings", "progress"
+SUFFIX = ".sampling"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def check_name(name: str) -> str:
-    """A sample's name.
+    """A sampling's name.
 
     Raises:
-        SampleError: It could not be the name of a directory everywhere, or would be read as an interrupted sample.
+        SampleError: It could not be the name of a file everywhere.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith((PARTIAL, ".")):
-        rule = (
-            f"1 to 100 letters, digits, '.', '_' or '-', begin with a letter or digit and not end in '.' or {PARTIAL!r}"
-        )
-        raise SampleError(f"a sample's name must have {rule}, got {name!r}")
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith("."):
+        rule = "1 to 100 letters, digits, '.', '_' or '-', begin with a letter or digit and not end in '.'"
+        raise SampleError(f"a sampling's name must have {rule}, got {name!r}")
     return name
 
 
@@ -34,14 +32,19 @@ def unit_name(time_index: int, layer: int) -> str:
     return f"t{time_index:03d}_l{layer:03d}.unit"
 
 
-def unit_names(manifest: Manifest) -> list[str]:
-    """Names of all unit files of a complete sample."""
-    return [unit_name(time, layer) for time in range(len(manifest.times)) for layer in range(manifest.model.layers)]
+def places(manifest: Manifest) -> list[tuple[int, int]]:
+    """Time index and layer of every unit."""
+    return [(time, layer) for time in range(len(manifest.times)) for layer in range(manifest.model.layers)]
 
 
 def entries(folder: Path) -> list[Path]:
     """What a folder holds, by name, without hidden files; empty where there is no folder."""
     return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+
+
+def finished(folder: Path) -> dict[str, Path]:
+    """Files of the finished samplings of a store by name, ascending."""
+    return {path.name[: -len(SUFFIX)]: path for path in entries(folder / SAMPLINGS) if path.name.endswith(SUFFIX)}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -64,10 +67,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a small file that must not exist yet: flushed beside it, then linked under its name.
+    """Writes a small file: flushed beside its place, then renamed, so that it appears whole or not at all.
 
     Raises:
-        FileExistsError: It exists.
         OSError: It cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
@@ -76,8 +78,6 @@ def write_whole(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            raise FileExistsError(f"{path} must not exist")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -91,3 +91,9 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a killed writer left half written; its names are hidden and end in ``.tmp``."""
+    for path in folder.glob(".*.tmp") if folder.is_dir() else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

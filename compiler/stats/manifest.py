@@ -16,8 +16,10 @@ from calibatt.compiler.stats.windows import Window
 from calibatt.plans.errors import SchemaError
 from calibatt.plans.schema import Blocks, ModelSignature, TokenGrid
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+DEFAULT_SHARES = (0.1, 0.2, 0.35, 0.5, 0.7)
 DEFAULT_THRESHOLDS = (0.80, 0.90, 0.95, 0.98)
+"""What is recorded where the counts of the paper's own method are asked for."""
 
 
 def _require(ok: bool, what: str, rule: str, value: object) -> None:
@@ -42,13 +44,11 @@ class Manifest:
         grid: Its token sequence.
         blocks: Tokens per query and key block.
         times: Recorded denoising times, floats in [0, 1], ascending; a unit's `time_index` counts in them.
-        thresholds: Mass that each keep plane reaches, floats in (0, 1], ascending.
-        windows: The parametric masks of the menu, after the planes.
-        query_stride: Every `query_stride`-th query of a block was measured; 1 for all.
+        windows: The parametric masks whose effects are measured.
+        shares: Densities of the ladder's masks, floats below 1, ascending, none for no ladder.
         row_radius: Row offsets -radius..-1, 1..radius are measured; 0 for none.
-        frame_radius: Frame offsets, likewise. Stores of before there were any are read as of 0.
-        has_mass: Units hold the block mass.
-        has_block_error: Units hold the block error.
+        frame_radius: Frame offsets, likewise.
+        thresholds: Masses whose votes are counted for the paper's own method, floats in (0, 1], ascending; mostly none.
         versions: What wrote it: tool or library name to version.
         schema_version: Version of all of this.
 
@@ -60,13 +60,11 @@ class Manifest:
     grid: TokenGrid
     blocks: Blocks
     times: tuple[float, ...]
-    thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
     windows: tuple[Window, ...] = ()
-    query_stride: int = 1
+    shares: tuple[float, ...] = DEFAULT_SHARES
     row_radius: int = 0
     frame_radius: int = 0
-    has_mass: bool = False
-    has_block_error: bool = True
+    thresholds: tuple[float, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -76,17 +74,15 @@ class Manifest:
         for name, kind in (("model", ModelSignature), ("grid", TokenGrid), ("blocks", Blocks)):
             _require(isinstance(getattr(self, name), kind), name, f"a {kind.__name__}", getattr(self, name))
         _require(_ascending(self.times, 0.0, 1.0), "times", "ascending floats in [0, 1]", self.times)
-        levels = _ascending(self.thresholds, math.ulp(0.0), 1.0)
+        levels = self.thresholds == () or _ascending(self.thresholds, math.ulp(0.0), 1.0)
         _require(levels, "thresholds", "ascending floats in (0, 1]", self.thresholds)
+        shares = self.shares == () or _ascending(self.shares, math.ulp(0.0), 1.0 - math.ulp(0.5))
+        _require(shares, "shares", "ascending floats in (0, 1)", self.shares)
         windows = isinstance(self.windows, tuple) and all(isinstance(window, Window) for window in self.windows)
         _require(windows and len(set(self.windows)) == len(self.windows), "windows", "distinct Windows", self.windows)
         for name, count in (("row_radius", self.grid.height), ("frame_radius", self.grid.frames)):
             radius = getattr(self, name)
             _require(type(radius) is int and 0 <= radius < count, name, f"an integer from 0 to {count - 1}", radius)
-        stride = type(self.query_stride) is int and 1 <= self.query_stride <= self.blocks.block_q
-        _require(stride, "query_stride", f"an integer from 1 to {self.blocks.block_q}", self.query_stride)
-        for name in ("has_mass", "has_block_error"):
-            _require(type(getattr(self, name)) is bool, name, "true or false", getattr(self, name))
         versions = isinstance(self.versions, Mapping) and all(
             isinstance(part, str) for pair in self.versions.items() for part in pair
         )
@@ -104,22 +100,14 @@ class Manifest:
     def k_blocks(self) -> int:
         return self.blocks.k_blocks(self.grid.tokens)
 
-    @property
-    def menu(self) -> tuple[float | Window, ...]:
-        """Candidate masks in the order of `menu_error`: the planes' thresholds, then the windows."""
-        return (*self.thresholds, *self.windows)
-
     @cached_property
     def digest(self) -> str:
         """Stands for the whole manifest, 32 hexadecimal digits; every unit carries it."""
         return blake2b(self.to_json().encode(), digest_size=16).hexdigest()
 
     def to_json(self) -> str:
-        """The canonical text of `manifest.json`: equal manifests give equal bytes, those of before frames their own."""
-        values = asdict(self)
-        if not self.frame_radius:
-            del values["frame_radius"]
-        return json.dumps(values, sort_keys=True, indent=1, allow_nan=False) + "\n"
+        """The canonical text of `manifest.json`: equal manifests give equal bytes."""
+        return json.dumps(asdict(self), sort_keys=True, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -132,15 +120,15 @@ class Manifest:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ManifestError(f"the manifest must be JSON, got {error}") from None
-        if isinstance(value, dict):
-            value.setdefault("frame_radius", 0)
+        if isinstance(value, dict) and value.get("schema_version") == 1:
+            _require(False, "schema_version", "2 (calibrate again: an earlier version measured something else)", 1)
         known = _fields_of(cls, "the manifest", value)
         version = known["schema_version"]
         _require(version == SCHEMA_VERSION, "schema_version", str(SCHEMA_VERSION), version)
         try:
             for name, kind in (("model", ModelSignature), ("grid", TokenGrid), ("blocks", Blocks)):
                 known[name] = kind(**_fields_of(kind, name, known[name]))
-            for name in ("times", "thresholds", "windows"):
+            for name in ("times", "thresholds", "shares", "windows"):
                 _require(isinstance(known[name], list), name, "a list", known[name])
                 known[name] = tuple(known[name])
             known["windows"] = tuple(_window(window) for window in known["windows"])

@@ -1,54 +1,40 @@
-"""Writing a store: append-only, resumable after any crash, one complete sample at a time.
+"""Writing a store: append-only, one sampling after the other, resumable after any crash.
 
-A sample is written under ``samples/<name>.partial`` and renamed to ``samples/<name>`` when it is complete, so whatever
-has its final name is whole. What an interruption leaves is found by its name, discarded and recorded again.
+A sampling is added to every unit, which knows what it holds and is replaced by one rename; the sampling's own file,
+written last, makes it count. Whatever has its final name is whole.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
+import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from calibatt.compiler.stats.errors import (
-    DuplicateSample,
-    ManifestMismatch,
-    MissingUnits,
-    ProbeError,
-    RefinementError,
-    SampleError,
-    SampleExists,
-    StoreBusy,
-    UnitError,
-)
+from calibatt.compiler.stats.errors import ManifestMismatch, MissingUnits, SampleExists, StoreBusy, UnitError
 from calibatt.compiler.stats.files import (
-    LADDERS,
     MANIFEST,
-    PARTIAL,
-    PROBES,
-    REFINED,
-    REFINEMENT,
-    SAMPLE,
-    SAMPLES,
+    PROGRESS,
+    SAMPLINGS,
+    SUFFIX,
+    UNITS,
     check_name,
     entries,
+    finished,
+    places,
     read_manifest,
+    sweep,
     sync_folder,
     unit_name,
-    unit_names,
     write_whole,
 )
 from calibatt.compiler.stats.manifest import Manifest
-from calibatt.compiler.stats.probes import Probe
-from calibatt.compiler.stats.refinement import Ladders, file_name, open_errors, read_ladders, write_errors
-from calibatt.compiler.stats.unit import UnitStatistics, write_unit
+from calibatt.compiler.stats.sampling import SamplingTables, write_sampling
+from calibatt.compiler.stats.unit import Contribution, Unit, combined, read_samplings, read_unit, reclosed, write_unit
 
 
 class StoreWriter:
@@ -59,16 +45,19 @@ class StoreWriter:
         self.path = path
         self.manifest = manifest
         self._lock = lock
-        self._current: dict[str, SampleWriter] = {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], manifest: Manifest) -> StoreWriter:
-        """Creates a store, or continues one of the same manifest.
+        """Starts a store, or continues one of the same manifest; what a killed writer left half written is removed.
+
+        Args:
+            path: The folder; created with its parents.
+            manifest: What the store holds.
 
         Raises:
             StoreBusy: Another writer has it open.
-            ManifestMismatch: It was written with another manifest; every difference is listed.
-            ManifestError: It has a broken manifest, or the folder holds something else.
+            ManifestMismatch: It is of another manifest; every difference is listed.
+            ManifestError: The folder holds something else, or a broken manifest.
             OSError: It cannot be written.
         """
         folder = Path(path)
@@ -80,16 +69,12 @@ class StoreWriter:
             except BlockingIOError:
                 raise StoreBusy(f"{folder} must have one writer, got another that has it open") from None
             if (folder / MANIFEST).exists() or entries(folder):
-                found = read_manifest(folder)
-                if different := found.differences(manifest):
-                    listed = "; ".join(different)
-                    raise ManifestMismatch(
-                        f"{folder} must be continued with its own manifest, got (its, new): {listed}"
-                    )
+                _check_same(folder, manifest, "continued")
             else:
                 write_whole(folder / MANIFEST, manifest.to_json())
-            for part in (SAMPLES, PROBES):
+            for part in (UNITS, SAMPLINGS, PROGRESS):
                 (folder / part).mkdir(exist_ok=True)
+                sweep(folder / part)
         except BaseException:
             os.close(lock)
             raise
@@ -99,7 +84,7 @@ class StoreWriter:
     def join(cls, path: str | os.PathLike[str], manifest: Manifest) -> StoreWriter:
         """Helps another process of the same job, which has the store open and keeps it open for as long.
 
-        The processes agree among themselves who writes which samples and probes: nobody checks.
+        The processes agree among themselves who adds which samplings.
 
         Raises:
             StoreBusy: Nobody has it open.
@@ -108,11 +93,7 @@ class StoreWriter:
             OSError: It cannot be read.
         """
         folder = Path(path)
-        found = read_manifest(folder)
-        if different := found.differences(manifest):
-            raise ManifestMismatch(
-                f"{folder} must be joined with its own manifest, got (its, new): {'; '.join(different)}"
-            )
+        _check_same(folder, manifest, "joined")
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -122,7 +103,7 @@ class StoreWriter:
         raise StoreBusy(f"{folder} must be open in another process of this job, got nobody")
 
     def close(self) -> None:
-        """Lets another writer in; what was not finished stays interrupted."""
+        """Lets another writer in; what was not finished stays unfinished."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -134,187 +115,168 @@ class StoreWriter:
         self.close()
 
     def done(self) -> tuple[str, ...]:
-        """Names of the complete samples, ascending."""
-        return tuple(path.name for path in entries(self.path / SAMPLES) if not path.name.endswith(PARTIAL))
+        """Names of the finished samplings, ascending."""
+        return tuple(finished(self.path))
 
-    def interrupted(self) -> tuple[str, ...]:
-        """Names of samples begun and not finished, ascending; `begin` discards what is there and starts again."""
-        found = [path.name for path in entries(self.path / SAMPLES) if path.name.endswith(PARTIAL)]
-        return tuple(name[: -len(PARTIAL)] for name in found)
+    def unit_samplings(self, time_index: int, layer: int) -> tuple[str, ...]:
+        """Names of the samplings that a unit holds, in order of arrival; none where there is no unit yet.
 
-    def begin(self, name: str) -> SampleWriter:
-        """Starts a sample; what an interruption left of it is discarded, and an earlier writer of it refuses to go on.
+        Raises:
+            UnitError: No such time or layer, or a damaged file.
+        """
+        path = self._unit_path(time_index, layer)
+        return read_samplings(path, self.manifest, _place(time_index, layer)) if path.exists() else ()
+
+    def read_unit(self, time_index: int, layer: int) -> Unit | None:
+        """A unit as it is now; None where there is none yet.
+
+        Raises:
+            UnitError: No such time or layer, or a damaged file.
+        """
+        path = self._unit_path(time_index, layer)
+        return read_unit(path, self.manifest, _place(time_index, layer)) if path.exists() else None
+
+    def add(self, time_index: int, layer: int, name: str, contribution: Contribution) -> None:
+        """Adds what a sampling measured to a unit; does nothing if the unit holds the sampling already.
+
+        The file is read, changed and replaced by one rename, alone among the processes of the job.
 
         Raises:
             SampleError: The name breaks its rule.
-            SampleExists: It is complete already.
+            UnitError: No such time or layer, arrays that contradict the manifest, or a damaged file.
             StoreBusy: This writer is closed.
+            OSError: It cannot be written.
+        """
+        self._check_open()
+        check_name(name)
+        path = self._unit_path(time_index, layer)
+        try:
+            contribution.check(self.manifest)
+        except UnitError as error:
+            raise UnitError(f"{path}: {error}") from None
+        with self._alone(path):
+            before = self.read_unit(time_index, layer)
+            if before is not None and name in before.samplings:
+                return
+            unit = combined([contribution] if before is None else [before, contribution], names=[name])
+            self._write(path, unit, _place(time_index, layer))
+
+    def finish(self, name: str, tables: SamplingTables, meta: Mapping[str, Any]) -> Path:
+        """Makes a sampling count, once every unit holds it.
+
+        Args:
+            name: Of the sampling.
+            tables: What is kept of it alone.
+            meta: What it is (prompt, seed, steps, branches, vectors, seconds and so on): plain values.
+
+        Raises:
+            SampleExists: It is finished already.
+            MissingUnits: Units do not hold it; names them.
+            SampleError: The name, the tables or `meta` break a rule.
+            StoreBusy: This writer is closed.
+            OSError: It cannot be written.
         """
         self._check_open()
         if check_name(name) in self.done():
-            raise SampleExists(f"{self.path / SAMPLES / name} must be recorded once, got a complete sample")
-        partial = self.path / SAMPLES / (name + PARTIAL)
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
-        self._current[name] = SampleWriter(self, name, partial)
-        return self._current[name]
-
-    def write_probe(self, probe: Probe) -> Path:
-        """Adds one probe of the time weight.
-
-        Raises:
-            ProbeError: It is of no complete sample or recorded time.
-            DuplicateSample: This sample and time are probed already.
-            StoreBusy: This writer is closed.
-        """
-        self._check_open()
-        if probe.sample not in self.done():
-            raise ProbeError(f"a probe must be of a complete sample, got {probe.sample!r}")
-        if probe.time_index >= len(self.manifest.times):
-            raise ProbeError(f"probe.time_index must be below {len(self.manifest.times)}, got {probe.time_index}")
-        probe.check_shape(self.manifest.model.layers, self.manifest.model.heads)
-        path = self.path / PROBES / probe.file_name
-        try:
-            write_whole(path, probe.to_json())
-        except FileExistsError:
-            raise DuplicateSample(f"{path} must be written once, got a probe there already") from None
+            raise SampleExists(f"sampling {name!r} must be finished once, got it again in {self.path}")
+        missing = [place for place in places(self.manifest) if name not in self.unit_samplings(*place)]
+        if missing:
+            listed = ", ".join(unit_name(*place) for place in missing[:8])
+            raise MissingUnits(f"sampling {name!r} must be in every unit, got {len(missing)} without it: {listed}")
+        path = self.path / SAMPLINGS / (name + SUFFIX)
+        write_sampling(path, name, tables, self.manifest, meta)
+        sync_folder(path.parent)
         return path
 
-    def probed(self) -> frozenset[tuple[str, int]]:
-        """Samples and time indices probed already.
-
-        Raises:
-            ProbeError: A file among the probes is none.
-        """
-        found = [Probe.from_json(path.read_text("utf-8"), str(path)) for path in entries(self.path / PROBES)]
-        return frozenset((probe.sample, probe.time_index) for probe in found)
-
-    def refine(self, ladders: Ladders) -> tuple[str, ...]:
-        """Begins a refinement, or goes on with one.
+    def close_units(self, on_unit: Callable[[], object] = lambda: None) -> int:
+        """Rewrites open units with a byte a block instead of two; adding to one opens it again.
 
         Args:
-            ladders: Of the complete samples.
+            on_unit: Called after each unit, whether it was open or not.
 
         Returns:
-            Names of the samples whose errors are there already, ascending; what an interruption left is proved whole.
-
-        Raises:
-            RefinementError: The store has a refinement of other ladders, or samples, or a damaged file of one.
-            StoreBusy: This writer is closed.
-            OSError: It cannot be written.
+            How many were open.
         """
         self._check_open()
-        folder = self.path / REFINEMENT
-        ladders.check(self.manifest)
-        if ladders.samples != self.done():
-            raise RefinementError(f"a refinement must be of all {len(self.done())} samples, got {ladders.samples}")
-        found = read_ladders(folder, self.manifest)
-        if found is None:
-            folder.mkdir(exist_ok=True)
-            write_whole(folder / LADDERS, ladders.to_json())
-        elif found != ladders:
-            what = "samples" if found.samples != ladders.samples else "kinds or shares"
-            rule = f"be deleted before other {what} are refined"
-            raise RefinementError(f"{folder} must {rule}, got {_told(found)}, asked for {_told(ladders)}")
-        done = [path.name[: -len(REFINED)] for path in entries(folder) if path.name.endswith(REFINED)]
-        for name in done:
-            open_errors(folder / file_name(name), name, ladders, self.manifest)
-        return tuple(done)
+        count = 0
+        for place in places(self.manifest):
+            path = self._unit_path(*place)
+            with self._alone(path):
+                unit = self.read_unit(*place)
+                if unit is not None and not unit.closed:
+                    self._write(path, reclosed(unit), _place(*place))
+                    count += 1
+            on_unit()
+        return count
 
-    def write_errors(self, sample: str, errors: npt.NDArray[np.float32], ladders: Ladders, **told: Any) -> Path:
-        """Adds what was measured of one sample to the refinement; see `refinement.write_errors`.
+    def progress_folder(self, name: str) -> Path:
+        """The folder of a sampling in progress, created where it is missing; what is in it is the caller's.
 
         Raises:
-            RefinementError: No sample of the ladders, or errors that are none.
-            DuplicateSample: It is there already.
+            SampleError: The name breaks its rule.
             StoreBusy: This writer is closed.
-            OSError: It cannot be written.
         """
         self._check_open()
-        if sample not in ladders.samples:
-            raise RefinementError(f"errors must be of a sample of the ladders, got {sample!r}")
-        path = self.path / REFINEMENT / file_name(sample)
+        path = self.path / PROGRESS / check_name(name)
+        path.mkdir(exist_ok=True)
+        return path
+
+    def drop_progress(self, name: str) -> None:
+        """Removes that folder, where there is one; a kill while it does leaves it whole or gone.
+
+        Raises:
+            SampleError: The name breaks its rule.
+            StoreBusy: This writer is closed.
+        """
+        self._check_open()
+        path = self.path / PROGRESS / check_name(name)
         if path.exists():
-            raise DuplicateSample(f"{path} must be written once, got errors there already")
-        return write_errors(path.parent, sample, errors, ladders, self.manifest, **told)
+            hidden = path.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
+            path.rename(hidden)
+            shutil.rmtree(hidden)
+
+    @contextmanager
+    def _alone(self, path: Path) -> Iterator[None]:
+        """Keeps the other processes of the job from changing a unit; the lock is a hidden file beside it."""
+        lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    def _write(self, path: Path, unit: Unit, place: Mapping[str, object]) -> None:
+        write_unit(path, unit, self.manifest, place)
+        sync_folder(path.parent)
+
+    def _unit_path(self, time_index: int, layer: int) -> Path:
+        return self.path / UNITS / unit_name(*check_place(self.manifest, time_index, layer))
 
     def _check_open(self) -> None:
         if self._lock < 0:
             raise StoreBusy(f"{self.path} must be open for writing, got a closed writer")
 
 
-def _told(ladders: Ladders) -> str:
-    shares = ",".join(f"{share:g}" for share in ladders.shares)
-    return f"{len(ladders.samples)} samples, {'+'.join(ladders.kinds)} at {shares}"
+def check_place(manifest: Manifest, time_index: int, layer: int) -> tuple[int, int]:
+    """Time index and layer of a unit.
+
+    Raises:
+        UnitError: There is no such one.
+    """
+    for what, value, count in (
+        ("time_index", time_index, len(manifest.times)),
+        ("layer", layer, manifest.model.layers),
+    ):
+        if type(value) is not int or not 0 <= value < count:
+            raise UnitError(f"{what} of a unit must be an integer from 0 to {count - 1}, got {value!r}")
+    return time_index, layer
 
 
-class SampleWriter:
-    """A sample in progress; use `StoreWriter.begin`."""
+def _place(time_index: int, layer: int) -> dict[str, object]:
+    return {"time_index": time_index, "layer": layer}
 
-    def __init__(self, store: StoreWriter, name: str, partial: Path) -> None:
-        """Use `StoreWriter.begin`."""
-        self.name = name
-        self._store = store
-        self._partial = partial
-        self._written: set[str] = set()
 
-    def write(self, time_index: int, layer: int, unit: UnitStatistics) -> int:
-        """Writes one unit and returns its bytes; nothing of it is kept in memory.
-
-        Raises:
-            StoreBusy: The store's writer is closed.
-            SampleError: The sample was begun again since.
-            UnitError: No such time or layer, written before, or arrays that contradict the manifest.
-            OSError: It cannot be written.
-        """
-        self._check_current()
-        manifest = self._store.manifest
-        for what, value, count in (
-            ("time_index", time_index, len(manifest.times)),
-            ("layer", layer, manifest.model.layers),
-        ):
-            if type(value) is not int or not 0 <= value < count:
-                raise UnitError(
-                    f"{what} of a unit of {self.name!r} must be an integer from 0 to {count - 1}, got {value!r}"
-                )
-        file = unit_name(time_index, layer)
-        if file in self._written:
-            raise UnitError(f"{self._partial / file} must be written once, got it again")
-        place = {"sample": self.name, "time_index": time_index, "layer": layer}
-        size = write_unit(self._partial / file, unit, manifest, place)
-        self._written.add(file)
-        return size
-
-    def finish(self, meta: Mapping[str, Any]) -> Path:
-        """Completes the sample: `sample.json`, then the rename that makes it count.
-
-        Args:
-            meta: What the sample is (prompt, seed, seconds and so on): JSON values.
-
-        Raises:
-            MissingUnits: Units were not written; names them.
-            SampleError: `meta` is no JSON map, or the sample was begun again since.
-            StoreBusy: The store's writer is closed.
-            OSError: It cannot be written.
-        """
-        self._check_current()
-        if missing := [name for name in unit_names(self._store.manifest) if name not in self._written]:
-            raise MissingUnits(
-                f"{self._partial} must have a unit for every time and layer, got none for {', '.join(missing)}"
-            )
-        value = {"name": self.name, "manifest": self._store.manifest.digest, "meta": meta}
-        try:
-            text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"
-        except (TypeError, ValueError) as error:
-            raise SampleError(f"{self._partial}: meta must be JSON values, got {error}") from None
-        write_whole(self._partial / SAMPLE, text)
-        final = self._store.path / SAMPLES / self.name
-        os.rename(self._partial, final)
-        sync_folder(final.parent)
-        return final
-
-    def _check_current(self) -> None:
-        self._store._check_open()
-        if self._store._current.get(self.name) is not self:
-            raise SampleError(f"{self._partial} must be written by who began it last, got an earlier writer")
+def _check_same(folder: Path, manifest: Manifest, what: str) -> None:
+    if different := read_manifest(folder).differences(manifest):
+        listed = "; ".join(different)
+        raise ManifestMismatch(f"{folder} must be {what} with its own manifest, got (its, new): {listed}")

@@ -1,19 +1,21 @@
-"""Stores: round trip, interruption at every step, merging, every error."""
+"""Stores: round trip, kills at every step, merging, helpers, every error."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.stats import manifest, unit
+from support.stats import add_sampling, contribution, manifest, seed_of, tables, write_store
 
 from calibatt.compiler.stats import (
     DuplicateSample,
@@ -21,8 +23,6 @@ from calibatt.compiler.stats import (
     ManifestMismatch,
     MissingUnits,
     NoSamples,
-    Probe,
-    ProbeError,
     SampleError,
     SampleExists,
     Store,
@@ -31,66 +31,97 @@ from calibatt.compiler.stats import (
     StoreWriter,
     UnitError,
 )
-from calibatt.compiler.stats.probes import error_weights, time_weight
 
 M = manifest()
-UNITS = [(time, layer) for time in range(2) for layer in range(2)]
-
-
-def seed_of(name: str, time: int, layer: int) -> int:
-    return sum(name.encode()) * 100 + time * 10 + layer
-
-
-def fill(writer: StoreWriter, name: str) -> None:
-    sample = writer.begin(name)
-    for time, layer in UNITS:
-        sample.write(time, layer, unit(M, seed_of(name, time, layer)))
-    sample.finish({"prompt": name})
+PLACES = [(time, layer) for time in range(2) for layer in range(2)]
+TESTS = Path(__file__).parent.parent
 
 
 def make(path: Path, *names: str) -> Path:
-    with StoreWriter.open(path, M) as writer:
-        for name in names:
-            fill(writer, name)
-    return path
+    return write_store(path, M, names)
 
 
-def assert_whole(store: Store, *names: str) -> None:
-    assert store.samples == names
-    for name in names:
-        for time, layer in UNITS:
-            found, wanted = store.unit(name, time, layer), unit(M, seed_of(name, time, layer))
-            for field in dataclasses.fields(wanted):
-                np.testing.assert_array_equal(getattr(found, field.name), getattr(wanted, field.name))
+def assert_whole(store: Store, *names: str, bound: float = 1e-3) -> None:
+    assert store.samplings == names
+    for place in PLACES:
+        unit = store.unit(*place)
+        assert sorted(unit.samplings) == list(names)
+        parts = [contribution(M, seed_of(0, name, *place)) for name in names]
+        for name in ("effect", "error"):
+            wanted = np.mean([getattr(part, name) for part in parts], 0)
+            large = wanted > wanted.max() * 1e-6
+            np.testing.assert_allclose(getattr(unit, f"{name}_values")()[large], wanted[large], rtol=bound)
+        np.testing.assert_allclose(unit.row_effect, np.mean([part.row_effect for part in parts], 0), rtol=1e-5)
+    table = store.table()
+    assert table.names == names
+    for name, found in zip(names, table.samplings, strict=True):
+        wanted = tables(M, seed_of(0, name))
+        np.testing.assert_array_equal(found.window_effect, wanted.window_effect)
+        np.testing.assert_array_equal(found.level, wanted.level)
 
 
-def probe(name: str = "a", time_index: int = 0, weight: float = 2.0) -> Probe:
-    return Probe(name, time_index, weight, 0.5, weight * 0.5, 1.0)
+def contents(path: Path) -> dict[str, bytes]:
+    """What a store holds, without its hidden files."""
+    found = [each for each in path.rglob("*") if each.is_file() and each.name[0] != "."]
+    return {str(each.relative_to(path)): each.read_bytes() for each in found}
 
 
 def test_round_trip_and_continuation(tmp_path):
     make(tmp_path / "s", "b")
     with StoreWriter.open(tmp_path / "s", M) as writer:
         assert writer.done() == ("b",)
-        with pytest.raises(SampleExists, match="samples/b must be recorded once"):
-            writer.begin("b")
-        fill(writer, "a")
+        with pytest.raises(SampleExists, match="'b' must be finished once"):
+            writer.finish("b", tables(M), {})
+        before = contents(tmp_path / "s")
+        writer.add(0, 0, "b", contribution(M, 99))
+        assert contents(tmp_path / "s") == before
+        add_sampling(writer, "a", steps=8)
+        assert writer.unit_samplings(1, 1) == ("b", "a")
+        assert writer.read_unit(1, 1).n == 2
     store = Store.open(tmp_path / "s")
     assert_whole(store, "a", "b")
-    assert store.meta["a"] == {"prompt": "a"}
-    assert store.interrupted == ()
-    assert store.size_bytes == sum(path.stat().st_size for path in (tmp_path / "s/samples").rglob("*.*"))
+    assert store.meta["a"]["prompt"] == "prompt of a"
+    assert store.meta["a"]["steps"] == 8
+    assert store.unfinished == ()
+    parts = [tmp_path / "s" / part for part in ("units", "samplings")]
+    assert store.size_bytes == sum(path.stat().st_size for part in parts for path in part.glob("[!.]*"))
 
 
-def test_merge_by_copying_and_by_several_paths(tmp_path):
-    one, two = make(tmp_path / "one", "a"), make(tmp_path / "two", "b", "c")
-    assert_whole(Store.open([one, two]), "a", "b", "c")
-    shutil.copytree(two / "samples", one / "samples", dirs_exist_ok=True)
-    assert_whole(Store.open(one), "a", "b", "c")
-    with pytest.raises(
-        DuplicateSample, match=r"sample 'b' must be in one store, got .*one/samples/b and .*two/samples/b"
-    ):
-        Store.open([one, two])
+def test_the_table_divides_by_the_level(tmp_path):
+    table = Store.open(make(tmp_path / "s", "a", "b")).table()
+    assert table.level.shape == (2, 2)
+    np.testing.assert_allclose(table.time_level, np.sqrt(table.level[0] * table.level[1]))
+    wanted = [(each.window_effect**2).mean(0) / each.level[:, None, None, None] for each in table.samplings]
+    np.testing.assert_allclose(table.window_error, np.mean(wanted, 0), rtol=1e-5)
+    np.testing.assert_allclose(table.head_effect.sum((1, 2)), 1, rtol=1e-5)
+
+
+def test_the_same_order_gives_the_same_bytes_and_another_nearly_the_same_values(tmp_path):
+    one, same, other = (make(tmp_path / name, *order) for name, order in zip("xyz", ("abc", "abc", "cab"), strict=True))
+    assert contents(one) == contents(same)
+    parts = [make(tmp_path / "p", "c"), make(tmp_path / "q", "a", "b")]
+    for paths in (one, other, parts, parts[::-1]):
+        assert_whole(Store.open(paths), "a", "b", "c")
+    merged = [Store.open(paths).unit(1, 0) for paths in (parts, parts[::-1])]
+    np.testing.assert_array_equal(merged[0].effect, merged[1].effect)
+    assert merged[0].samplings == merged[1].samplings
+
+
+def test_closing_halves_the_units_and_adding_opens_them_again(tmp_path):
+    path, seen = make(tmp_path / "s", "a", "b"), []
+    large = Store.open(path).unit(0, 0)
+    with StoreWriter.open(path, M) as writer:
+        assert writer.close_units(on_unit=lambda: seen.append(1)) == 4
+        assert len(seen) == 4
+        assert_whole(Store.open(path), "a", "b", bound=0.045)
+        assert Store.open(path).unit(0, 0).effect.nbytes * 2 == large.effect.nbytes
+        assert writer.close_units() == 0
+        add_sampling(writer, "c")
+        assert not writer.read_unit(0, 0).closed
+        writer.close_units()
+    assert_whole(Store.open(path), "a", "b", "c", bound=0.09)
+    halves = [write_store(tmp_path / name, M, [name], closed=True) for name in "de"]
+    assert_whole(Store.open(halves), "d", "e", bound=0.045)
 
 
 class Killed(BaseException):
@@ -117,140 +148,213 @@ def system_calls(monkeypatch, at: int) -> list[str]:
     return calls
 
 
+def fill(path: Path) -> None:
+    with StoreWriter.open(path, M) as writer:
+        for name in ("a", "b"):
+            if name not in writer.done():
+                (writer.progress_folder(name) / "journal").write_text("1")
+                add_sampling(writer, name)
+            writer.drop_progress(name)
+        writer.close_units()
+
+
 def test_killed_at_every_step(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         calls = system_calls(patch, -1)
-        with StoreWriter.open(make(tmp_path / "all", "a"), M) as writer:
-            fill(writer, "b")
-    total = len(calls)
-    assert total > 20
-    for at in range(total):
+        fill(tmp_path / "all")
+    total, whole = len(calls), contents(tmp_path / "all")
+    assert total > 40
+    for at in range(0, total, 3):
         path = tmp_path / str(at)
         with monkeypatch.context() as patch:
-            calls = system_calls(patch, at)
+            system_calls(patch, at)
             with pytest.raises(Killed):
-                with StoreWriter.open(make(path, "a"), M) as writer:
-                    fill(writer, "b")
-        with StoreWriter.open(path, M) as writer:
-            left = [name for name in ("a", "b") if name not in writer.done()]
-            if writer.done():
-                assert_whole(Store.open(path), *writer.done())
-            for name in left:
-                fill(writer, name)
-        store = Store.open(path)
-        assert_whole(store, "a", "b")
-        assert store.interrupted == ()
+                fill(path)
+        if any((path / "samplings").glob("*.sampling")):
+            names = Store.open(path).samplings
+            assert names in (("a",), ("a", "b"))
+            assert all(set(names) <= set(Store.open(path).unit(*place).samplings) for place in PLACES)
+        fill(path)
+        assert Store.open(path).unfinished == ()
+        assert contents(path).keys() == whole.keys()
+        assert_whole(Store.open(path), "a", "b", bound=0.09)
 
 
 CHILD = """
 import sys
-sys.path.insert(0, {tests!r})
-from support.stats import manifest, unit
+from support.stats import add_sampling, manifest
 from calibatt.compiler.stats import StoreWriter
-M = manifest()
-writer = StoreWriter.open({path!r}, M)
-sample = writer.begin("b")
-sample.write(0, 0, unit(M))
-print("ready", flush=True)
-sys.stdin.read()
+with StoreWriter.open(sys.argv[1], manifest()) as writer:
+    print("open", flush=True)
+    for index in range(10_000):
+        writer.progress_folder(f"s{index}")
+        if f"s{index}" not in writer.done():
+            add_sampling(writer, f"s{index}")
+        writer.drop_progress(f"s{index}")
 """
 
 
-def test_sigkill_loses_the_sample_in_progress_and_no_other(tmp_path):
-    path = make(tmp_path / "s", "a")
-    code = CHILD.format(tests=str(Path(__file__).parents[1]), path=str(path))
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdout.readline() == b"ready\n"
+def child(path: Path) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    process = subprocess.Popen([sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE, text=True, env=env)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "open\n"
+    return process
+
+
+def test_killed_while_it_adds(tmp_path):
+    """At fifteen random moments; every time the store opens, and in the end it holds what it would hold without."""
+    rng = random.Random(0)
+    for _ in range(15):
+        with child(tmp_path / "s") as process:
+            time.sleep(rng.uniform(0.001, 0.05))
+            process.send_signal(signal.SIGKILL)
+        with StoreWriter.open(tmp_path / "s", M) as writer:
+            done = writer.done()
+            for place in PLACES:
+                assert set(done) <= set(writer.unit_samplings(*place))
+                writer.read_unit(*place)
+        assert not list((tmp_path / "s").glob("*/.*.tmp"))
+        if done:
+            assert Store.open(tmp_path / "s").samplings == done
+    assert len(done) > 3
+    with StoreWriter.open(tmp_path / "s", M) as writer:
+        for name in {*Store.open(tmp_path / "s").unfinished} - set(done):
+            add_sampling(writer, name)
+            writer.drop_progress(name)
+    found = Store.open(tmp_path / "s")
+    order = sorted(found.samplings, key=lambda name: int(name[1:]))
+    whole = Store.open(make(tmp_path / "whole", *order))
+    np.testing.assert_array_equal(found.unit(1, 1).effect, whole.unit(1, 1).effect)
+    assert found.unit(0, 1).samplings == tuple(order)
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with child(tmp_path / "s") as process:
         with pytest.raises(StoreBusy, match="must have one writer"):
-            StoreWriter.open(path, M)
-        child.send_signal(signal.SIGKILL)
-    store = Store.open(path)
-    assert_whole(store, "a")
-    assert store.interrupted == (path / "samples/b.partial",)
+            StoreWriter.open(tmp_path / "s", M)
+        process.send_signal(signal.SIGKILL)
+    StoreWriter.open(tmp_path / "s", M).close()
+
+
+HELPER = """
+import sys
+from support.stats import add_sampling, manifest
+from calibatt.compiler.stats import StoreWriter
+with StoreWriter.join(sys.argv[1], manifest()) as writer:
+    for index in range(5):
+        add_sampling(writer, f"{sys.argv[2]}{index}")
+"""
+
+
+def test_processes_of_a_job_add_to_the_same_units(tmp_path):
+    path, env = tmp_path / "s", {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     with StoreWriter.open(path, M) as writer:
-        assert writer.interrupted() == ("b",)
-        fill(writer, "b")
-    assert_whole(Store.open(path), "a", "b")
+        helpers = [subprocess.Popen([sys.executable, "-c", HELPER, str(path), name], env=env) for name in "xy"]
+        add_sampling(writer, "a")
+        assert [helper.wait() for helper in helpers] == [0, 0]
+        assert len(writer.done()) == 11
+    assert_whole(Store.open(path), "a", *(f"{name}{index}" for name in "xy" for index in range(5)))
 
 
 def test_helpers_write_while_another_has_it_open(tmp_path):
-    path = tmp_path / "s"
+    path, other = tmp_path / "s", manifest(row_radius=1)
     with StoreWriter.open(path, M) as writer:
-        with StoreWriter.join(path, M) as helper, StoreWriter.join(path, M) as another:
-            fill(helper, "a")
-            fill(writer, "b")
-            fill(another, "c")
-        assert writer.done() == ("a", "b", "c")
+        with StoreWriter.join(path, M) as helper:
+            add_sampling(helper, "a")
         with pytest.raises(StoreBusy, match="must be open for writing"):
-            helper.begin("d")
-        with pytest.raises(ManifestMismatch, match=r"joined with its own .* got \(its, new\): has_mass: True, False"):
-            StoreWriter.join(path, manifest(has_mass=False))
-        with pytest.raises(StoreBusy, match="must have one writer"):
-            StoreWriter.open(path, M)
-    assert_whole(Store.open(path), "a", "b", "c")
+            helper.add(0, 0, "d", contribution(M))
+        with pytest.raises(ManifestMismatch, match=r"joined with its own .* got \(its, new\): row_radius: 2, 1"):
+            StoreWriter.join(path, other)
+        add_sampling(writer, "b")
     with pytest.raises(StoreBusy, match="must be open in another process of this job, got nobody"):
         StoreWriter.join(path, M)
     with pytest.raises(ManifestError, match="must be a store of statistics"):
         StoreWriter.join(tmp_path / "none", M)
-    StoreWriter.open(path, M).close()
+
+
+def test_progress_is_the_callers(tmp_path):
+    path = make(tmp_path / "s", "a")
+    with StoreWriter.open(path, M) as writer:
+        folder = writer.progress_folder("b")
+        (folder / "journal").write_text("1")
+        assert writer.progress_folder("b") == folder
+        writer.progress_folder("a")  # finished, and killed before this was dropped
+        writer.add(0, 0, "b", contribution(M))
+        assert Store.open(path).unfinished == ("b",)
+        assert Store.open(path).unit(0, 0).samplings == ("a", "b")
+        writer.drop_progress("b")
+        writer.drop_progress("b")
+    assert Store.open(path).unfinished == ()
 
 
 def test_writer_refuses(tmp_path):
     path = make(tmp_path / "s", "a")
-    with pytest.raises(ManifestMismatch, match=r"got \(its, new\): has_mass: True, False; row_radius: 2, 1"):
-        StoreWriter.open(path, manifest(row_radius=1, has_mass=False))
+    with pytest.raises(ManifestMismatch, match=r"got \(its, new\): row_radius: 2, 1"):
+        StoreWriter.open(path, manifest(row_radius=1))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file.txt").write_text("mine")
     with pytest.raises(ManifestError, match="must be a store of statistics"):
         StoreWriter.open(tmp_path / "other", M)
     with StoreWriter.open(path, M) as writer:
-        for name in ("", "../x", "a b", "x.partial", ".x", "x" * 101):
-            with pytest.raises(SampleError, match="a sample's name must"):
-                writer.begin(name)
-        sample = writer.begin("b")
-        sample.write(0, 0, unit(M))
-        with pytest.raises(UnitError, match="must be written once"):
-            sample.write(0, 0, unit(M))
-        with pytest.raises(UnitError, match="layer of a unit of 'b' must be an integer from 0 to 1, got 2"):
-            sample.write(0, 2, unit(M))
-        with pytest.raises(UnitError, match=r"t001_l000.unit: block_mass must be there"):
-            sample.write(1, 0, dataclasses.replace(unit(M), block_mass=None))
-        with pytest.raises(MissingUnits, match=r"got none for t000_l001.unit, t001_l000.unit, t001_l001.unit"):
-            sample.finish({})
-        for time, layer in UNITS[1:]:
-            sample.write(time, layer, unit(M))
-        with pytest.raises(SampleError, match="meta must be JSON"):
-            sample.finish({"x": object()})
-    for act in (lambda: writer.begin("c"), lambda: sample.finish({}), lambda: writer.write_probe(probe())):
+        for name in ("", "../x", "a b", "x.", ".x", "x" * 101):
+            with pytest.raises(SampleError, match="a sampling's name must"):
+                writer.add(0, 0, name, contribution(M))
+        with pytest.raises(UnitError, match="layer of a unit must be an integer from 0 to 1, got 2"):
+            writer.add(0, 2, "b", contribution(M))
+        with pytest.raises(UnitError, match=r"t001_l000.unit: frame_effect must be there"):
+            writer.add(1, 0, "b", dataclasses.replace(contribution(M), frame_effect=None))
+        writer.add(0, 0, "b", contribution(M))
+        with pytest.raises(MissingUnits, match=r"got 3 without it: t000_l001.unit, t001_l000.unit, t001_l001.unit"):
+            writer.finish("b", tables(M), {})
+        for place in PLACES:
+            writer.add(*place, "b", contribution(M))
+        with pytest.raises(SampleError, match=r"b.sampling: .*object"):
+            writer.finish("b", tables(M), {"x": object()})
+        with pytest.raises(SampleError, match=r"b.sampling: level must be finite and positive"):
+            writer.finish("b", dataclasses.replace(tables(M), level=np.zeros(2)), {})
+    for act in (lambda: writer.add(0, 0, "c", contribution(M)), lambda: writer.finish("b", tables(M), {})):
         with pytest.raises(StoreBusy, match="must be open"):
             act()
 
 
 def test_reader_refuses(tmp_path):
     empty = make(tmp_path / "empty")
-    with pytest.raises(NoSamples, match="must have a complete sample, got none"):
+    with pytest.raises(NoSamples, match="must have a finished sampling, got none"):
         Store.open(empty)
     with pytest.raises(NoSamples, match="at least one folder"):
         Store.open([])
     with pytest.raises(ManifestError, match=r"must be a store of statistics, got no manifest.json"):
         Store.open(tmp_path / "nothing")
     path = make(tmp_path / "s", "a", "b")
-    with StoreWriter.open(tmp_path / "differs", manifest(times=(0.1, 0.2))):
-        pass
+    make(tmp_path / "twice", "b")
+    with pytest.raises(DuplicateSample, match=r"sampling 'b' must be in one store, got .*s and .*twice"):
+        Store.open([path, tmp_path / "twice"])
+    with StoreWriter.open(tmp_path / "part", M) as writer:
+        add_sampling(writer, "c")
+        writer.add(0, 0, "a", contribution(M))
+    with pytest.raises(DuplicateSample, match=r"t000_l000.unit: a sampling must be in one store, got 'a'"):
+        Store.open([path, tmp_path / "part"]).unit(0, 0)
+    StoreWriter.open(tmp_path / "differs", manifest(times=(0.1, 0.2))).close()
     with pytest.raises(ManifestMismatch, match=r"times: \(0.25, 0.75\), \(0.1, 0.2\)"):
         Store.open([path, tmp_path / "differs"])
     store = Store.open(path)
-    for place in (("c", 0, 0), ("a", 2, 0), ("a", 0, -1)):
+    for place in ((2, 0), (0, -1)):
         with pytest.raises(UnitError, match="must be"):
             store.unit(*place)
-    shutil.copy(path / "samples/b/t000_l000.unit", path / "samples/a/t000_l000.unit")
-    with pytest.raises(UnitError, match=r"a/t000_l000.unit: the header must be .*'sample': 'a'.*got .*'sample': 'b'"):
-        store.unit("a", 0, 0)
-    data = bytearray((path / "samples/a/t001_l001.unit").read_bytes())
+    shutil.copy(path / "units/t000_l001.unit", path / "units/t000_l000.unit")
+    with pytest.raises(UnitError, match=r"t000_l000.unit: the header must be .*'layer': 0.*got .*'layer': 1"):
+        store.unit(0, 0)
+    shutil.copy(tmp_path / "twice/units/t001_l000.unit", path / "units/t001_l000.unit")
+    with pytest.raises(UnitError, match="must hold every finished sampling, got none of a"):
+        store.unit(1, 0)
+    data = bytearray((path / "units/t001_l001.unit").read_bytes())
     data[-70] ^= 1
-    (path / "samples/a/t001_l001.unit").write_bytes(data)
+    (path / "units/t001_l001.unit").write_bytes(data)
     with pytest.raises(UnitError, match=r"have CRC-32|be zero"):
-        store.unit("a", 1, 1)
+        store.unit(1, 1)
+    with StoreWriter.open(path, M) as writer, pytest.raises(UnitError, match=r"have CRC-32|be zero"):
+        writer.add(1, 1, "c", contribution(M))
 
 
 def grow(path):
@@ -260,37 +364,25 @@ def grow(path):
     path.write_text(json.dumps(value))
 
 
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
     ("act", "kind", "message"),
     [
-        (lambda s: (s / "samples/a/t000_l001.unit").unlink(), MissingUnits, "got none named t000_l001.unit"),
-        (lambda s: (s / "samples/a/sample.json").unlink(), MissingUnits, "got none named sample.json"),
-        (
-            lambda s: (s / "samples/a/more").write_text(""),
-            SampleError,
-            "must hold only its units and sample.json, got more",
-        ),
-        (lambda s: (s / "samples/a/sample.json").write_text("{"), SampleError, "must be JSON"),
-        (lambda s: (s / "samples/a/sample.json").write_text("{}"), SampleError, "must have the fields name, manifest"),
-        (lambda s: (s / "samples/a").rename(s / "samples/z"), SampleError, "name must be 'z', got 'a'"),
-        (lambda s: (s / "samples/z").write_text(""), SampleError, "must be a folder"),
-        (
-            lambda s: (s / "notes.txt").write_text(""),
-            StoreError,
-            "must hold only manifest.json, samples, probes and refinement",
-        ),
+        (lambda s: (s / "units/t000_l001.unit").unlink(), MissingUnits, "4 units, got none named t000_l001.unit"),
+        (lambda s: (s / "units/more").write_text(""), StoreError, "must hold only units, got more"),
+        (lambda s: (s / "samplings/a.sampling").write_text("x" * 99), SampleError, "begin with b'CALIBSMP'"),
+        (lambda s: (s / "samplings/a.sampling").rename(s / "samplings/z.sampling"), SampleError, "name must be 'z'"),
+        (lambda s: (s / "samplings/more").write_text(""), SampleError, r"hold only files \*.sampling, got 'more'"),
+        (lambda s: (s / "notes.txt").write_text(""), StoreError, "only manifest.json, units, samplings, progress, got"),
         (lambda s: (s / "manifest.json").write_text("{"), ManifestError, "manifest.json: the manifest must be JSON"),
-        (lambda s: (s / "probes/a_t0.json").write_text("["), ProbeError, "a probe must be JSON"),
-        (lambda s: (s / "probes/a_t0.json").write_text("{}"), ProbeError, "a probe must have the fields"),
-        (lambda s: (s / "probes/a_t1.json").write_text(probe().to_json()), ProbeError, "must be named 'a_t0.json'"),
-        (
-            lambda s: (s / "probes/c_t0.json").write_text(probe("c").to_json()),
-            ProbeError,
-            "of a complete sample, got 'c'",
-        ),
-        (lambda s: (s / "probes/a_t7.json").write_text(probe("a", 7).to_json()), ProbeError, "must be below 2, got 7"),
         (lambda s: grow(s / "manifest.json"), SampleError, "manifest must be '.*', got '"),
         (lambda s: (s / "manifest.json").write_text("[" * 100_000), ManifestError, "must be JSON"),
+        (lambda s: (s / "manifest.json").write_text('{"schema_version": 1}'), ManifestError, "calibrate again"),
     ],
 )
 def test_damaged_stores(tmp_path, act, kind, message):
@@ -300,160 +392,8 @@ def test_damaged_stores(tmp_path, act, kind, message):
         Store.open(path)
 
 
-def test_time_weight(tmp_path):
-    five = manifest(times=(0.0, 0.25, 0.5, 0.75, 1.0))
-    with StoreWriter.open(tmp_path / "s", five) as writer:
-        for name in ("a", "b"):
-            sample = writer.begin(name)
-            for time in range(5):
-                for layer in range(2):
-                    sample.write(time, layer, unit(five))
-            sample.finish({})
-        weight, info = Store.open(tmp_path / "s").time_weight()
-        assert weight.tolist() == [1.0] * 5
-        assert info.probes == 0
-        assert "never probed" in str(info)
-        for each in (probe("a", 1, 1.0), probe("b", 1, 3.0), probe("a", 3, 32.0)):
-            writer.write_probe(each)
-        assert writer.probed() == {("a", 1), ("b", 1), ("a", 3)}
-        with pytest.raises(DuplicateSample, match=r"a_t1.json must be written once"):
-            writer.write_probe(probe("a", 1))
-        with pytest.raises(ProbeError, match="complete sample, got 'c'"):
-            writer.write_probe(probe("c"))
-        with pytest.raises(ProbeError, match="must be below 5"):
-            writer.write_probe(probe("a", 5))
-    weight, info = Store.open(tmp_path / "s").time_weight()
-    # b costs 3 times what a does at the one time that both were probed: so it would have at the other, 96 for 32
-    np.testing.assert_allclose(weight, [2, 2, 128**0.5, 64, 64], rtol=1e-6)
-    assert (info.probes, info.samples, info.time_indices, info.seconds) == (3, ("a", "b"), (1, 3), 3.0)
-    assert "rough" in str(info)
-
-
-def test_no_sample_decides_the_time_weight_alone():
-    wanted = np.array([4.0, 1.0, 16.0])
-    suffers = {"a": 1.0, "b": 1e4, "c": 1e-2}
-    probes = [probe(name, at, float(wanted[at] * by)) for name, by in suffers.items() for at in range(3)]
-    weight, _ = time_weight((0.0, 0.5, 1.0), probes)
-    np.testing.assert_allclose(weight / weight[0], wanted / wanted[0])
-    np.testing.assert_allclose(weight.mean(), np.mean([each.weight for each in probes]))
-    # one probe gone astray 1000-fold, of the sample that suffers most, would move the mean of its time as much
-    astray = [probe("b", 1, 1e7) if (each.sample, each.time_index) == ("b", 1) else each for each in probes]
-    moved, _ = time_weight((0.0, 0.5, 1.0), astray)
-    assert 1 < moved[1] / moved[0] / (wanted[1] / wanted[0]) < 30
-
-
-def test_a_sample_begun_again_leaves_its_first_writer_behind(tmp_path):
-    with StoreWriter.open(tmp_path / "s", M) as writer:
-        first, second = writer.begin("a"), writer.begin("a")
-        with pytest.raises(SampleError, match="by who began it last, got an earlier writer"):
-            first.write(0, 0, unit(M))
-        for time in range(len(M.times)):
-            for layer in range(M.model.layers):
-                second.write(time, layer, unit(M))
-        with pytest.raises(SampleError, match="by who began it last"):
-            first.finish({})
-        second.finish({})
-    assert Store.open(tmp_path / "s").samples == ("a",)
-
-
-def test_layer_factor(tmp_path):
-    three = manifest(times=(0.0, 0.5, 1.0))
-    with StoreWriter.open(tmp_path / "s", three) as writer:
-        for name in ("a", "b"):
-            sample = writer.begin(name)
-            for time in range(3):
-                for layer in range(2):
-                    sample.write(time, layer, unit(three))
-            sample.finish({})
-        writer.write_probe(probe("a", 1))
-        np.testing.assert_array_equal(Store.open(tmp_path / "s").layer_factor(), np.ones((3, 2)))
-        writer.write_probe(dataclasses.replace(probe("a", 0), layer_factors=(0.5, 8.0)))
-        writer.write_probe(dataclasses.replace(probe("b", 0), layer_factors=(2.0, 2.0)))
-        writer.write_probe(dataclasses.replace(probe("a", 2), layer_factors=(4.0, 1.0)))
-        with pytest.raises(ProbeError, match="must be none or 2, one a layer, got 3"):
-            writer.write_probe(dataclasses.replace(probe("b", 2), layer_factors=(1.0, 1.0, 1.0)))
-    factor = Store.open(tmp_path / "s").layer_factor()
-    np.testing.assert_allclose(factor, [[1, 4], [2, 2], [4, 1]])
-
-
-def test_probes_of_before_are_still_read():
-    early = probe("a", 1, 2.0)
-    assert not {"head_factors", "layer_weights", "head_weights"} & set(json.loads(early.to_json()))
-    full = dataclasses.replace(early, layer_weights=(1.0, 0.0), head_weights=((1.0, 2.0), (0.0, 4.0)))
-    for each in (early, full):
-        assert Probe.from_json(each.to_json(), "x") == each
-    with pytest.raises(ProbeError, match="must have the fields"):
-        Probe.from_json(json.dumps({**json.loads(early.to_json()), "other": 1}), "x")
-    for changes, message in (
-        ({"layer_weights": (1.0,)}, "layer_weights must be none or 2, one a layer, got 1"),
-        ({"head_factors": ((1.0,), (1.0,))}, "head_factors must have 3 heads for each layer, got 1"),
-    ):
-        with pytest.raises(ProbeError, match=message):
-            dataclasses.replace(early, **changes).check_shape(2, 3)
-
-
-def test_weights_are_of_the_finest_that_was_probed():
-    times, rng = (0.0, 0.5, 1.0), np.random.default_rng(0)
-    head = rng.uniform(0.5, 5, (3, 2, 4)) * np.array([1.0, 10.0, 100.0])[:, None, None]
-    suffers = {"a": 1.0, "b": 30.0}
-
-    def tuples(values):
-        return tuple(map(tuples, values)) if values.ndim else float(values)
-
-    plain = [probe(name, at, float(head[at].mean() * by)) for name, by in suffers.items() for at in range(3)]
-    # nothing by part: the time weight alone
-    found = error_weights(times, 2, 4, plain)
-    np.testing.assert_allclose(found.unit, np.repeat(time_weight(times, plain)[0][:, None], 2, 1))
-    assert found.head is None
-    assert found.told == str(time_weight(times, plain)[1])
-    # by head to the end: their means, each sample relative to its own level
-    by_head = [dataclasses.replace(p, head_weights=tuples(head[p.time_index] * suffers[p.sample])) for p in plain]
-    found = error_weights(times, 2, 4, by_head)
-    np.testing.assert_allclose(found.head / found.head.mean(), head / head.mean())
-    np.testing.assert_allclose(found.unit, found.head.mean(2))
-    # a head that said nothing is like the rest of its layer; one that was not probed at a time lies between the others
-    some = [p for p in by_head if p.time_index != 1]
-    some = [dataclasses.replace(p, head_weights=(p.head_weights[0], (0.0, *p.head_weights[1][1:]))) for p in some]
-    found = error_weights(times, 2, 4, some).head
-    np.testing.assert_allclose(found[:, 1, 0], np.exp(np.interp(times, [0, 1], np.log(found[[0, 2], 1, 1:].mean(1)))))
-    np.testing.assert_allclose(found[1], np.sqrt(found[0] * found[2]))
-    # by layer to the end, and heads by the next latent within them
-    layers = head.mean(2)
-    both = [
-        dataclasses.replace(
-            p,
-            layer_weights=tuples(layers[p.time_index] * suffers[p.sample]),
-            head_factors=tuples(head[p.time_index] / head[p.time_index].mean()),
-        )
-        for p in plain
-    ]
-    found = error_weights(times, 2, 4, both)
-    np.testing.assert_allclose(found.unit / found.unit.mean(), layers / layers.mean())
-    np.testing.assert_allclose(found.head / found.head.mean(), head / head.mean())
-    # heads by the next latent alone spread the time weight
-    step = [dataclasses.replace(p, layer_weights=()) for p in both]
-    found = error_weights(times, 2, 4, step)
-    time = time_weight(times, plain)[0][:, None, None]
-    np.testing.assert_allclose(found.head, time * head / head.mean((1, 2), keepdims=True))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"layer_factors": [1.0]},
-        {"layer_factors": (0.0, 1.0)},
-        {"layer_weights": (-1.0, 1.0)},
-        {"layer_weights": [1.0]},
-        {"head_factors": ((1.0, 2.0), (1.0,))},
-        {"head_weights": (1.0, 2.0)},
-        {"head_weights": ((1.0, float("inf")),)},
-        {"weight": 0.0},
-        {"weight": 9.0},
-        {"final_error": float("nan")},
-        {"seconds": -1.0},
-        {"time_index": True},
-    ],
-)
-def test_wrong_probes(change):
-    with pytest.raises(ProbeError, match=f"probe.{next(iter(change))}"):
-        dataclasses.replace(probe(), **change)
+def test_a_damaged_table_is_named(tmp_path):
+    path = make(tmp_path / "s", "a")
+    flip(path / "samplings/a.sampling")
+    with pytest.raises(SampleError, match=r"a.sampling: section 'window_effect' must have CRC-32|be zero"):
+        Store.open(path).table()

@@ -1,4 +1,4 @@
-"""Quantisation, manifests and the rules of a unit's arrays."""
+"""Codes, manifests, and the rules of a unit's and a sampling's arrays."""
 
 from __future__ import annotations
 
@@ -9,39 +9,65 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.stats import manifest, unit
+from support.stats import contribution, manifest, tables
 
-from calibatt.compiler.stats import Manifest, ManifestError, UnitError, dequantise, quantise
-from calibatt.compiler.stats.unit import MAGIC, read_unit, unit_shapes, write_unit
-from calibatt.plans import write_container
+from calibatt.compiler.stats import (
+    DuplicateSample,
+    Manifest,
+    ManifestError,
+    SampleError,
+    Unit,
+    UnitError,
+    combined,
+    dequantise,
+    fast_codes,
+    quantise,
+)
+from calibatt.compiler.stats.unit import read_unit, write_unit
 
 M = manifest()
+V = manifest(thresholds=(0.8, 0.9))
+FINE, COARSE = 2 ** (1 / 4096) - 1, 2 ** (1 / 16) - 1
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.floats(1e-30, 1e30), st.floats(0, 1))
-def test_quantisation_is_bounded(peak, share):
+@given(st.floats(1e-25, 1e30), st.floats(0, 1), st.booleans())
+def test_quantisation_is_bounded(peak, share, fine):
     value = peak * share
-    found = float(dequantise(quantise(value, peak), peak))
-    if value >= peak * 2 ** (-254 / 8):
-        assert abs(found / value - 1) <= 2 ** (1 / 16) - 1 + 1e-5
+    found = float(dequantise(quantise(value, peak, fine), peak))
+    last, steps, bound = (65534, 2048, FINE) if fine else (254, 8, COARSE)
+    if value >= peak * 2 ** (-last / steps):
+        assert abs(found / value - 1) <= bound * 1.02 + 1e-6
     else:
-        assert found <= value * 2 ** (1 / 16) + 1e-37
+        assert found <= peak * 2 ** (-last / steps) * (1 + bound)
 
 
 def test_quantisation_of_the_ends():
     codes = quantise([0.0, 1.0, 0.5, 2.0**-31.75, 2.0**-33, 1.0005], 1.0)
     assert codes.tolist() == [255, 0, 8, 254, 255, 0]
     np.testing.assert_array_equal(dequantise(codes[:3], 1.0), np.array([0, 1, 0.5], np.float32))
+    assert quantise([0.0, 1.0, 0.5, 2.0**-33], 1.0, fine=True).tolist() == [65535, 0, 2048, 65535]
     assert quantise(np.zeros((2, 2)), 0.0).tolist() == [[255, 255], [255, 255]]
     per_head = quantise(np.array([[1.0, 2.0], [4.0, 8.0]]), np.array([[2.0], [8.0]]))
     assert per_head.tolist() == [[8, 0], [8, 0]]
+    with pytest.raises(UnitError, match="codes must be uint8 or uint16, got int64"):
+        dequantise(np.zeros(3, np.int64), 1.0)
 
 
 @pytest.mark.parametrize(("value", "peak"), [(2.0, 1.0), (-1.0, 1.0), (np.nan, 1.0), (1.0, np.inf), (0.0, -1.0)])
 def test_quantisation_refuses(value, peak):
     with pytest.raises(UnitError, match=r"must be (in \[0, peak\]|finite)"):
         quantise(value, peak)
+
+
+@given(st.integers(0, 2**32))
+def test_codes_by_table_are_nearly_the_same(seed):
+    values = (2.0 ** np.random.default_rng(seed).uniform(-40, 0, 1000)).astype(np.float32)
+    values[:10] = 0
+    difference = fast_codes(values, values.max()).astype(int) - quantise(values, values.max()).astype(int)
+    assert np.abs(difference).max() <= 1
+    assert (difference != 0).mean() < 0.1
+    assert (fast_codes(values[:10], np.float32(0)) == 255).all()
 
 
 def test_manifest_round_trip_is_canonical():
@@ -63,13 +89,13 @@ def test_manifest_round_trip_is_canonical():
         ("times", (0, 1)),
         ("thresholds", (0.0, 0.5)),
         ("thresholds", (0.9, 0.9)),
+        ("shares", (0.5, 1.0)),
+        ("shares", (0.5, 0.2)),
         ("windows", ("frames",)),
         ("row_radius", 5),
         ("frame_radius", 2),
-        ("query_stride", 17),
-        ("has_mass", 1),
         ("versions", {"torch": 2}),
-        ("schema_version", 2),
+        ("schema_version", 3),
         ("grid", None),
     ],
 )
@@ -83,7 +109,8 @@ def test_manifest_refuses(name, value):
     [
         (lambda value: value.pop("grid"), "must have the field 'grid'"),
         (lambda value: value.update(more=1), "must not have the field 'more'"),
-        (lambda value: value.update(schema_version=2), "schema_version must be 1, got 2"),
+        (lambda value: value.update(schema_version=3), "schema_version must be 2, got 3"),
+        (lambda value: value.update(schema_version=1, query_stride=4), r"must be 2 \(calibrate again: .*\), got 1"),
         (lambda value: value.update(times=3), "times must be a list, got 3"),
         (lambda value: value["grid"].update(width=0), "grid.width must be a positive integer, got 0"),
         (lambda value: value["windows"][0].update(kind="ball"), "window.kind must be"),
@@ -97,33 +124,47 @@ def test_manifest_text_refused(change, message):
         Manifest.from_json(json.dumps(value))
 
 
-def test_a_store_of_before_frames_were_measured_is_read_as_it_was():
-    """Its manifest, whose digest every unit carries, has no word of frames, and its units have no errors of them."""
-    old = manifest(frame_radius=0)
-    assert "frame_radius" not in old.to_json()
-    assert "frame_radius" in M.to_json()
-    assert Manifest.from_json(old.to_json()) == old
-    assert unit(old).frame_residual_error is None
-    unit(old).check(old)
-    with pytest.raises(UnitError, match="frame_error must be absent as the manifest says"):
-        unit(M).check(old)
+@given(st.lists(st.integers(0, 2**32), min_size=1, max_size=5, unique=True), st.integers(0, 5), st.booleans())
+def test_a_mean_is_the_mean_however_it_is_made(seeds, cut, closed):
+    """One after the other or in two parts, in any order: within what the codes round; votes are added exactly."""
+    parts = [contribution(V, seed) for seed in seeds]
+    names = [f"s{seed}" for seed in seeds]
+
+    def made(which):
+        unit = combined([parts[which[0]]], [names[which[0]]])
+        for index in which[1:]:
+            unit = combined([unit, parts[index]], [names[index]])
+        return combined([unit], closed=True) if closed else unit
+
+    every = list(range(len(parts)))
+    halves = [half for half in (every[cut:], every[:cut]) if half]
+    bound = 0.05 if closed else 0.001
+    for unit in (made(every), made(every[::-1]), combined([made(half) for half in halves], closed=closed)):
+        unit.check(V)
+        assert sorted(unit.samplings) == sorted(names)
+        for name in ("effect", "error"):
+            wanted = np.mean([getattr(part, name) for part in parts], 0)
+            large = wanted > wanted.max() * 1e-6
+            np.testing.assert_allclose(getattr(unit, f"{name}_values")()[large], wanted[large], rtol=2 * bound)
+        for name in ("row_effect", "frame_effect", "row_difference", "frame_difference"):
+            wanted = np.mean([getattr(part, name) for part in parts], 0)
+            np.testing.assert_allclose(getattr(unit, name), wanted, rtol=1e-5)
+        np.testing.assert_array_equal(unit.votes, np.sum([part.votes for part in parts], 0))
+        assert unit.vote_samples == 2 * len(parts)
 
 
-def test_a_unit_keeps_its_rules():
-    one = unit(M)
-    one.check(M)
-    assert one.keep(0, M).shape == (3, M.q_blocks, M.k_blocks)
-    np.testing.assert_allclose(one.mass().sum(-1), 1, rtol=0.05)
-    assert one.error().shape == (3, M.q_blocks, M.k_blocks)
-    bare = manifest(has_mass=False, has_block_error=False, row_radius=0)
-    unit(bare).check(bare)
-    for name in ("mass", "error"):
-        with pytest.raises(UnitError, match="must have been recorded"):
-            getattr(unit(bare), name)()
+def test_one_addition_rounds_by_half_a_step():
+    part = contribution(M)
+    large = part.effect > part.effect.max() * 2.0**-30
+    for closed, bound in ((False, FINE), (True, COARSE)):
+        found = combined([part], ["a"], closed).effect_values()
+        assert np.abs(found[large] / part.effect[large] - 1).max() <= bound * 1.02
+    with pytest.raises(DuplicateSample, match="got 'a' in several"):
+        combined([combined([part], ["a"]), part], ["a"])
 
 
 def changed(name, at, value):
-    array = getattr(unit(M), name).copy()
+    array = getattr(contribution(V), name).copy()
     array[at] = value
     return {name: array}
 
@@ -131,43 +172,87 @@ def changed(name, at, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_mass": None}, "block_mass must be there"),
-        ({"output_size": np.ones(3)}, r"output_size must be float32 \(3,\), got float64 \(3,\)"),
-        ({"planes": np.zeros((1, 1), np.uint8)}, "planes must be uint8"),
-        (changed("planes", ..., 255), "planes must have zero bits from key block 5 on"),
-        (changed("planes", ..., 0), "planes must keep a block for every query block, got none for head 0, block 0"),
-        (changed("planes", 3, 0), "planes must be nested"),
-        (changed("menu_error", (0, 0), -1), "menu_error must be finite and not negative, got -1"),
-        (changed("block_error_peak", 0, np.inf), "block_error_peak must be finite"),
-        (changed("row_error", (0, 0, 0), 1), "row_error must be NaN where there is no such row, got 1"),
-        (changed("row_residual_error", (0, 0, 3), np.nan), "row_residual_error must be finite"),
-        (changed("frame_error", (0, 1, 1), 1), "frame_error must be NaN where there is no such frame, got 1"),
-        (changed("frame_residual_error", (0, 0, 1), -1), "frame_residual_error must be finite and not negative"),
-        ({"frame_error": None}, "frame_error must be there"),
+        ({"error": None}, "error must be there as the manifest says"),
+        ({"effect": np.ones((3, 5, 5))}, r"effect must be float32 \(3, 5, 5\), got float64 \(3, 5, 5\)"),
+        ({"votes": np.zeros((1, 1), np.uint16)}, r"votes must be uint16 \(2, 3, 5, 5\), got uint16 \(1, 1\)"),
+        (changed("effect", (0, 0, 0), -1), "effect must be finite and not negative, got -1"),
+        (changed("error", (0, 0, 0), np.inf), "error must be finite and not negative, got inf"),
+        (changed("error", (0, 0, 0), np.nan), "error must be finite and not negative, got nan"),
+        (changed("row_effect", (0, 0, 0), 1), "row_effect must be NaN where there is no such row, got 1"),
+        (changed("row_difference", (0, 0, 3), np.nan), "row_difference must be finite"),
+        (changed("frame_effect", (0, 1, 1), 1), "frame_effect must be NaN where there is no such frame, got 1"),
+        (changed("votes", (0, 0, 0, 0), 3), "votes must be at most vote_samples 2, got 3"),
+        ({"vote_samples": 0}, "vote_samples must be a positive integer, got 0"),
+        ({"frame_effect": None}, "frame_effect must be there"),
     ],
 )
-def test_a_unit_refused(change, message):
+def test_a_contribution_refused(change, message):
+    contribution(V).check(V)
     with pytest.raises(UnitError, match=message):
-        dataclasses.replace(unit(M), **change).check(M)
+        dataclasses.replace(contribution(V), **change).check(V)
 
 
-def test_units_without_crc_are_still_read(tmp_path):
-    place = {"sample": "a", "time_index": 0, "layer": 1}
-    sections = {name: getattr(unit(M), name) for name in unit_shapes(M)}
-    header = {**place, "manifest": M.digest}
-    write_container(tmp_path / "old.unit", magic=MAGIC, version=(1, 0), header=header, sections=sections)
-    write_unit(tmp_path / "new.unit", unit(M), M, place)
-    for path in (tmp_path / "old.unit", tmp_path / "new.unit"):
-        found = read_unit(path, M, place)
-        for name, array in sections.items():
-            np.testing.assert_array_equal(getattr(found, name), array)
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 16
-        path.write_bytes(data)
-        with pytest.raises(UnitError, match="section 'row_residual_error' must have"):
-            read_unit(path, M, place)
+def test_what_was_not_announced():
+    with pytest.raises(UnitError, match="votes must be absent as the manifest says"):
+        contribution(V).check(M)
+    with pytest.raises(UnitError, match="frame_effect must be absent"):
+        contribution(M).check(manifest(frame_radius=0))
+    contribution(manifest(row_radius=0, frame_radius=0)).check(manifest(row_radius=0, frame_radius=0))
 
 
-def test_a_unit_that_was_not_announced():
-    with pytest.raises(UnitError, match="block_mass must be absent"):
-        unit(M).check(manifest(has_mass=False))
+def test_a_unit_refused(tmp_path):
+    unit = combined([contribution(V)], ["a"])
+    place = {"time_index": 0, "layer": 1}
+    for changes, message in (
+        ({"samplings": ()}, "samplings must be at least one, all different, got"),
+        ({"error": unit.error.astype(np.uint8)}, "error must be of effect's dtype uint16, got uint8"),
+        ({"effect_peak": unit.effect_peak * np.nan}, "effect_peak must be finite"),
+    ):
+        with pytest.raises(UnitError, match=message):
+            write_unit(tmp_path / "u", dataclasses.replace(unit, **changes), V, place)
+    write_unit(tmp_path / "u", unit, V, place)
+    found = read_unit(tmp_path / "u", V, place)
+    for each in dataclasses.fields(Unit):
+        np.testing.assert_array_equal(getattr(found, each.name), getattr(unit, each.name))
+    with pytest.raises(UnitError, match=r"the header must be .*'layer': 0.*, got .*'layer': 1"):
+        read_unit(tmp_path / "u", V, {"time_index": 0, "layer": 0})
+    with pytest.raises(UnitError, match="the header must be"):
+        read_unit(tmp_path / "u", M, place)
+    data = bytearray((tmp_path / "u").read_bytes())
+    data[-1] ^= 16
+    (tmp_path / "u").write_bytes(data)
+    with pytest.raises(UnitError, match=r"section 'votes' must have CRC-32|be zero"):
+        read_unit(tmp_path / "u", V, place)
+
+
+def edited(name, at, value):
+    array = getattr(tables(M), name).copy()
+    array[at] = value
+    return {name: array}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edited("level", 0, 0), "level must be finite and positive, got 0"),
+        (edited("head_effect", (0, 0, 0), -1), "head_effect must be finite and not negative, got -1"),
+        (edited("window_effect", (0, 0, 0, 0, 0), np.nan), "window_effect must be finite"),
+        (edited("ladder_effect", (0, 0, 0, 0, 0), np.nan), r"ladder_effect must be finite, or NaN in all of a"),
+        (edited("ladder_effect", (0, 0, 0), np.nan), r"ladder_effect must be finite, or NaN in all of a"),
+        (edited("ladder_effect", (0, 0, 0, 0, 0), np.inf), "ladder_effect must be finite"),
+        ({"level": np.ones(2, np.float32)}, r"level must be float64 \(2,\), got float32 \(2,\)"),
+        ({"window_effect": np.ones((0, 2, 2, 2, 3), np.float32)}, "at least one vector, got none"),
+    ],
+)
+def test_tables_refused(change, message):
+    with pytest.raises(SampleError, match=message):
+        dataclasses.replace(tables(M), **change).check(M)
+
+
+def test_tables_know_whether_the_ladder_was_measured():
+    assert tables(M).has_ladder
+    assert not tables(M, ladder=False).has_ladder
+    partly = dataclasses.replace(tables(M), **edited("ladder_effect", np.s_[:, 1, 0], np.nan))
+    partly.check(M)
+    assert not partly.has_ladder
+    assert not tables(manifest(shares=())).has_ladder

@@ -1,13 +1,23 @@
-"""Small manifests and random units that keep every rule."""
+"""Small manifests, and random statistics that keep every rule: in memory, or as a store on disk.
+
+of = manifest()                                     # thresholds=(0.8, 0.9) for votes
+contribution(of, seed), tables(of, seed)            # what one sampling adds to a unit, what is kept of it alone
+write_store(path, of, names=("s0", "s1"))           # a store with finished samplings; equal seeds, equal numbers
+"""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from calibatt.compiler.stats import Manifest, UnitStatistics, Window, neighbours, quantise
+from calibatt.compiler.stats import Contribution, Manifest, SamplingTables, StoreWriter, Window, neighbours
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
+
+VECTORS = 2
 
 
 def manifest(**changes: Any) -> Manifest:
@@ -18,44 +28,70 @@ def manifest(**changes: Any) -> Manifest:
         "blocks": Blocks(16, 16),
         "times": (0.25, 0.75),
         "windows": (Window("frames", (0,)), Window("box", (1, 1, 1))),
+        "shares": (0.25, 0.5, 0.75),
         "row_radius": 2,
         "frame_radius": 1,
-        "has_mass": True,
         "versions": {"calibatt": "0"},
     }
     return Manifest(**{**values, **changes})
 
 
-def unit(of: Manifest, seed: int = 0) -> UnitStatistics:
-    """Random arrays."""
+def contribution(of: Manifest, seed: int = 0) -> Contribution:
+    """Random arrays of one sampling and (time, layer)."""
     rng = np.random.default_rng(seed)
-    heads, q, k, menu = of.model.heads, of.q_blocks, of.k_blocks, len(of.menu)
-    mass = rng.dirichlet(np.ones(k), (heads, q))
-    order = np.argsort(-mass, -1)
-    before = np.cumsum(np.take_along_axis(mass, order, -1), -1) - np.take_along_axis(mass, order, -1)
-    planes = np.zeros((len(of.thresholds), heads, q, k), bool)
-    for plane, threshold in zip(planes, of.thresholds, strict=True):
-        np.put_along_axis(plane, order, before < threshold, -1)
+    shape = (of.model.heads, of.q_blocks, of.k_blocks)
 
-    def copies(inside: np.ndarray) -> np.ndarray:
-        return np.where(inside, rng.random((heads, *inside.shape)), np.nan).astype(np.float32)
+    def near(count: int, radius: int) -> np.ndarray:
+        inside = neighbours(count, radius)
+        values = rng.random((of.model.heads, *inside.shape)) ** 3
+        return np.where(inside, values, np.nan).astype(np.float32)
 
-    rows = [copies(neighbours(of.grid.height, of.row_radius)) for _ in range(2)]
-    error = rng.random((heads, q, k))
-    peak = error.max((1, 2)).astype(np.float32) * np.float32(1.001)
-    menus = [rng.random((menu, heads), np.float32) for _ in range(2)]
-    size = rng.random(heads, np.float32)
-    frames = [copies(neighbours(of.grid.frames, of.frame_radius)) if of.frame_radius else None for _ in range(2)]
-    return UnitStatistics(
-        planes=np.packbits(planes, -1, bitorder="little"),
-        menu_error=menus[0],
-        menu_residual_error=menus[1],
-        output_size=size,
-        row_error=rows[0],
-        row_residual_error=rows[1],
-        frame_error=frames[0],
-        frame_residual_error=frames[1],
-        block_mass=quantise(mass, 1.0) if of.has_mass else None,
-        block_error=quantise(error, peak[:, None, None]) if of.has_block_error else None,
-        block_error_peak=peak if of.has_block_error else None,
-    )
+    def rows_and_frames() -> list[np.ndarray | None]:
+        rows = near(of.grid.height, of.row_radius)
+        return [rows, near(of.grid.frames, of.frame_radius) if of.frame_radius else None]
+
+    effect, error = ((rng.random(shape) ** 4).astype(np.float32) for _ in range(2))
+    rows, frames = rows_and_frames()
+    if not of.thresholds:
+        return Contribution(effect, error, rows, frames)
+    votes = np.sort(rng.integers(0, 3, (len(of.thresholds), *shape)), 0).astype(np.uint16)
+    return Contribution(effect, error, rows, frames, votes, 2, *rows_and_frames())
+
+
+def tables(of: Manifest, seed: int = 0, ladder: bool = True, vectors: int = VECTORS) -> SamplingTables:
+    """Random tables of one sampling; `ladder` False: not measured, as in a store's first sampling."""
+    rng = np.random.default_rng(seed)
+    times, layers, heads = len(of.times), of.model.layers, of.model.heads
+
+    def effects(masks: int) -> np.ndarray:
+        return rng.normal(size=(vectors, times, layers, masks, heads)).astype(np.float32)
+
+    head = rng.random((times, layers, heads)).astype(np.float32) * 100
+    ladder_effect = effects(len(of.shares)) * (1 if ladder else np.float32(np.nan))
+    return SamplingTables(head.sum((1, 2), dtype=np.float64), head, effects(len(of.windows)), ladder_effect)
+
+
+def seed_of(*parts: object) -> int:
+    return zlib.crc32(repr(parts).encode())
+
+
+def add_sampling(writer: StoreWriter, name: str, seed: int = 0, ladder: bool = True, **meta: Any) -> None:
+    """Adds a random sampling, the same for the same name and seed, and finishes it."""
+    of = writer.manifest
+    for time in range(len(of.times)):
+        for layer in range(of.model.layers):
+            writer.add(time, layer, name, contribution(of, seed_of(seed, name, time, layer)))
+    meta = {"prompt": f"prompt of {name}", "seed": 1, "vectors": VECTORS, **meta}
+    writer.finish(name, tables(of, seed_of(seed, name), ladder), meta)
+
+
+def write_store(
+    path: Path, of: Manifest, names: Iterable[str] = ("s0", "s1", "s2"), seed: int = 0, closed: bool = False
+) -> Path:
+    """A store of finished random samplings; the first one's ladder was not measured."""
+    with StoreWriter.open(path, of) as writer:
+        for index, name in enumerate(names):
+            add_sampling(writer, name, seed, ladder=index > 0)
+        if closed:
+            writer.close_units()
+    return path

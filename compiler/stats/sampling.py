@@ -1,0 +1,140 @@
+"""What is kept of each sampling: signed effects of whole masks, which only together say what a plan does to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from calibatt.compiler.stats.codes import Float
+from calibatt.compiler.stats.errors import SampleError
+from calibatt.compiler.stats.manifest import Manifest
+from calibatt.plans.container import Container, write_container
+from calibatt.plans.errors import PlanError
+
+MAGIC = b"CALIBSMP"
+VERSION = (2, 0)
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingTables:
+    """Of one sampling; V random vectors, T times, L layers, H heads, W windows, C shares of the ladder.
+
+    Args:
+        level: float64 (T,), positive: sum over layers, heads and blocks of the squared effects of single blocks, mean
+            over the vectors.
+        head_effect: float32 (T, L, H): the same sum of one head.
+        window_effect: float32 (V, T, L, W, H): signed effect of each window.
+        ladder_effect: float32 (V, T, L, C, H): signed effect of each mask of the ladder; NaN in all of a (time, layer)
+            in which no earlier sampling had been.
+    """
+
+    level: Float64
+    head_effect: Float
+    window_effect: Float
+    ladder_effect: Float
+
+    @property
+    def vectors(self) -> int:
+        return len(self.window_effect)
+
+    @property
+    def has_ladder(self) -> bool:
+        """The ladder was measured at every time and layer."""
+        return self.ladder_effect.size > 0 and bool(np.isfinite(self.ladder_effect).all())
+
+    def check(self, manifest: Manifest) -> None:
+        """Proves the arrays against the manifest.
+
+        Raises:
+            SampleError: An array is of another shape or dtype, or breaks its rule.
+        """
+        times, layers, heads = len(manifest.times), manifest.model.layers, manifest.model.heads
+        vectors = self.window_effect.shape[0] if self.window_effect.ndim else 0
+        if vectors < 1:
+            raise SampleError("window_effect must be of at least one vector, got none")
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+            "level": ("float64", (times,)),
+            "head_effect": ("float32", (times, layers, heads)),
+            "window_effect": ("float32", (vectors, times, layers, len(manifest.windows), heads)),
+            "ladder_effect": ("float32", (vectors, times, layers, len(manifest.shares), heads)),
+        }
+        for name, (dtype, shape) in shapes.items():
+            array = getattr(self, name)
+            if (array.dtype.name, array.shape) != (dtype, shape):
+                raise SampleError(f"{name} must be {dtype} {shape}, got {array.dtype.name} {array.shape}")
+        missing = np.isnan(self.ladder_effect)
+        whole = missing.all((0, 3, 4), keepdims=True)
+        if (missing != whole).any() or np.isinf(self.ladder_effect).any():
+            raise SampleError("ladder_effect must be finite, or NaN in all of a (time, layer), got others")
+        if not np.isfinite(self.window_effect).all():
+            raise SampleError("window_effect must be finite, got others")
+        for name, array, least in (
+            ("level", self.level, np.nextafter(0, 1)),
+            ("head_effect", self.head_effect, 0.0),
+        ):
+            if not (np.isfinite(array) & (array >= least)).all():
+                wrong = array[~(np.isfinite(array) & (array >= least))][0]
+                raise SampleError(f"{name} must be finite and {'positive' if least else 'not negative'}, got {wrong}")
+
+
+def write_sampling(
+    path: str | PathLike[str], name: str, tables: SamplingTables, manifest: Manifest, meta: Mapping[str, Any]
+) -> int:
+    """Writes a sampling's file, whole or not at all; returns its bytes.
+
+    Raises:
+        SampleError: The arrays contradict the manifest, or `meta` holds no plain values.
+        OSError: It cannot be written.
+    """
+    header = {"name": name, "manifest": manifest.digest, "meta": dict(meta)}
+    sections = {each.name: getattr(tables, each.name) for each in fields(tables)}
+    try:
+        tables.check(manifest)
+        return write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections, crc=True)
+    except (PlanError, SampleError) as error:
+        raise SampleError(f"{path}: {error}") from None
+
+
+def read_header(path: str | PathLike[str], name: str, manifest: Manifest) -> dict[str, Any]:
+    """What was said of a sampling when it was finished; only the header is read.
+
+    Raises:
+        SampleError: The file is damaged, or of another name or manifest.
+        OSError: It cannot be read.
+    """
+    return dict(_open(path, name, manifest).header["meta"])
+
+
+def read_sampling(path: str | PathLike[str], name: str, manifest: Manifest) -> SamplingTables:
+    """A sampling's tables, proved; the arrays are read-only views of the mapped file.
+
+    Raises:
+        SampleError: The file is damaged, of another name or manifest, or its arrays break a rule.
+        OSError: It cannot be read.
+    """
+    file = _open(path, name, manifest)
+    try:
+        tables = SamplingTables(*(file.section(each.name) for each in fields(SamplingTables)))
+        tables.check(manifest)
+    except (PlanError, SampleError) as error:
+        raise SampleError(f"{path}: {error}") from None
+    return tables
+
+
+def _open(path: str | PathLike[str], name: str, manifest: Manifest) -> Container:
+    try:
+        file = Container.open(path, magic=MAGIC, version=VERSION, crc=True)
+    except PlanError as error:
+        raise SampleError(str(error)) from None
+    if set(file.header) != {"name", "manifest", "meta"} or not isinstance(file.header["meta"], dict):
+        raise SampleError(f"{path}: the header must have name, manifest and meta, got {file.header}")
+    for field, want in (("name", name), ("manifest", manifest.digest)):
+        if file.header[field] != want:
+            raise SampleError(f"{path}: {field} must be {want!r}, got {file.header[field]!r}")
+    return file
