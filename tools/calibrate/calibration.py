@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from calibatt.compiler.stats import Contribution, Manifest, SamplingTables, StoreWriter, window_keep
 from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.tools.calibrate import effects
+from calibatt.tools.calibrate.attention import kernel_name
 from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, Traced, floating, plain, replaced
 from calibatt.tools.calibrate.gradients import AttentionCall, Transformer
 from calibatt.tools.calibrate.journal import Journal
@@ -118,7 +119,7 @@ class Calibrator:
     ) -> None:
         self.sampler, self.writer, self.vectors = sampler, writer, vectors
         self.manifest: Manifest = writer.manifest
-        self._on_progress = on_progress
+        self.on_progress = on_progress
         self.adapter = adapter or adapter_for(sampler.transformer)
         self.transformer = Transformer(sampler.transformer, self.adapter, inputs_on_cpu=inputs_on_cpu)
         others = [model for model in getattr(sampler, "other_transformers", ()) if model is not sampler.transformer]
@@ -175,6 +176,25 @@ class Calibrator:
         self.writer.finish(name, tables, {**known, "seconds": seconds, **meta})
         self.writer.drop_progress(name)
 
+    def rehearse(self, prompt: str, seed: int, forwards: int) -> tuple[tuple[float, float], str]:
+        """Seconds that a forward takes, and its differentiation with all that is measured; nothing is kept.
+
+        Args:
+            prompt: What to begin to sample.
+            seed: Of the noise.
+            forwards: So many are tried, the last one is timed.
+
+        Returns:
+            Both seconds, and whose attention kernels computed.
+
+        Raises:
+            CalibrationError, ChainError: The model cannot be measured.
+        """
+        recording = Recording(self, Journal(None), forwards)
+        with suppress(_EnoughError), recording.listening():
+            self.sampler.run(prompt, seed)
+        return recording.rehearse()
+
     def moment(self, now: float) -> int | None:
         """Index of the manifest's time that this is; None if it is none of them."""
         times = self.manifest.times
@@ -182,7 +202,7 @@ class Calibrator:
         return nearest if abs(times[nearest] - now) <= TIME_TOLERANCE else None
 
     def progress(self, work: float) -> None:
-        self._on_progress(work)
+        self.on_progress(work)
 
     @property
     def models(self) -> list[Transformer]:
@@ -212,11 +232,22 @@ class Calibrator:
         )
 
 
-class Recording:
-    """One sampling, while it runs and while it is measured; see `Calibrator.recording`."""
+class _EnoughError(Exception):
+    """Ends a sampling of which enough has been seen."""
 
-    def __init__(self, calibrator: Calibrator, journal: Journal) -> None:
+
+class Recording:
+    """One sampling, while it runs and while it is measured; see `Calibrator.recording`.
+
+    Args:
+        calibrator: Whose.
+        journal: What has been done of it, and is kept.
+        most: The sampling is ended before a further forward of the measured transformer; all are run if absent.
+    """
+
+    def __init__(self, calibrator: Calibrator, journal: Journal, most: int | None = None) -> None:
         self.calibrator, self.journal = calibrator, journal
+        self._most, self._seconds, self._kernels = most, 0.0, ""
         self.final: Tensor | Sequence[Tensor] | None = None
         self.forwards: list[Forward] = []
         self._chain = Chain()
@@ -230,9 +261,18 @@ class Recording:
         own = [(each.model, each.model.__dict__.get("forward")) for each in self.calibrator.models]
         for each in self.calibrator.models:
             each.model.forward = partial(self._forward, each, each.model.forward)  # type: ignore[method-assign]
+        links = {id(model) for model, _ in own}
+
+        def leave(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            """Other networks, such as a VAE, compute without the graph of the sampling."""
+            traced = id(module) not in links and any(isinstance(x, Traced) for x in args)
+            return tuple(map(plain, args)) if traced else None
+
+        hook = nn.modules.module.register_module_forward_pre_hook(leave)
         try:
             yield
         finally:
+            hook.remove()
             for model, before in own:
                 if before is None:
                     del model.forward
@@ -247,6 +287,8 @@ class Recording:
         now, number = float(transformer.adapter.time(arguments)), len(self.forwards)
         moment = None
         if transformer is self.calibrator.transformer:
+            if self._most is not None and len(self._measured()) == self._most:
+                raise _EnoughError
             if (found := transformer.adapter.token_grid(transformer.model, arguments)) != self.calibrator.manifest.grid:
                 raise CalibrationError(f"a forward must have {self.calibrator.manifest.grid}, got {found}")
             moment = self.calibrator.moment(now)
@@ -257,8 +299,10 @@ class Recording:
         self.forwards.append(forward)
         found = self.journal.output(number)
         if found is None:
+            begun = self._now()
             with torch.no_grad():
                 found = given.call(run)
+            self._seconds = self._now() - begun
             self.journal.keep_output(number, found)
         self.calibrator.progress(1.0)
         tensors = [x.detach() for x in floating(found)]
@@ -291,6 +335,31 @@ class Recording:
         ordered = [self._tables[index] for index in range(len(manifest.times))]
         return SamplingTables(**{key: _stacked(key, [table[key] for table in ordered]) for key in ordered[0]})
 
+    def rehearse(self) -> tuple[tuple[float, float], str]:
+        """Differentiates each forward by itself, for `Calibrator.rehearse`."""
+        seconds, kernels = 0.0, ""
+        for forward in self._measured():
+            forward.moment, moment = forward.moment or 0, Moment()
+            like = self._chain.links[forward.number].like
+            drawn = [
+                [torch.randn(shape, device=device) * 1e-3 for shape, _, device in like]
+                for _ in range(self.calibrator.vectors)
+            ]
+            begun = self._now()
+            forward.transformer.pull(forward.given, drawn, partial(self._collect, forward, moment))
+            seconds = self._now() - begun
+            kernels = self._kernels
+        return (self._seconds, seconds), kernels
+
+    def _measured(self) -> list[Forward]:
+        return [forward for forward in self.forwards if forward.transformer is self.calibrator.transformer]
+
+    def _now(self) -> float:
+        """Seconds of a clock; where forwards are timed, after all that the device has to do."""
+        if self._most is not None and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def _pull(self, forward: Forward, cotangents: Cotangents) -> Cotangents:
         moment = None if forward.moment is None else self._moments[forward.moment]
         found = self.journal.gradients(forward.number)
@@ -301,8 +370,8 @@ class Recording:
             now = [x._version if isinstance(x, Tensor) else 0 for x in forward.given.flat]
             if now != forward.versions:
                 raise ChainError(
-                    f"arguments of forward {forward.number} must stay as they are until it has been differentiated, got "
-                    "one that was changed in place"
+                    f"arguments of forward {forward.number} must stay as they are until it has been differentiated, "
+                    "got one that was changed in place"
                 )
             collect = None if moment is None else partial(self._collect, forward, moment)
             found = forward.transformer.pull(forward.given, cotangents, collect)
@@ -322,6 +391,7 @@ class Recording:
     def _collect(self, forward: Forward, moment: Moment, call: AttentionCall) -> None:
         """Adds what one call says to the sums of its layer."""
         manifest = self.calibrator.manifest
+        self._kernels = kernel_name(call.q)
         assert forward.moment is not None
         if call.layer not in moment.layers:
             moment.layers[call.layer] = self.calibrator.layer_sums(

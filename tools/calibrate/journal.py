@@ -21,14 +21,14 @@ class Journal:
     """A folder with a file for each thing done; a file that is there is whole.
 
     Args:
-        folder: Where; it exists.
+        folder: Where; it exists. None: nothing is kept.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._begun = time.perf_counter()
-        clock = folder / "seconds.json"
-        self.seconds: float = json.loads(clock.read_text("utf-8")) if clock.exists() else 0.0
+        clock = None if folder is None else folder / "seconds.json"
+        self.seconds: float = json.loads(clock.read_text("utf-8")) if clock is not None and clock.exists() else 0.0
         """What earlier runs of this sampling took."""
 
     def output(self, number: int) -> tuple[Tensor, ...] | None:
@@ -60,7 +60,7 @@ class Journal:
     def tables(self) -> dict[int, dict[str, np.ndarray]]:
         """The tables of all times that are here."""
         found = {}
-        for path in sorted(self.folder.glob("time*.table")):
+        for path in () if self.folder is None else sorted(self.folder.glob("time*.table")):
             found[int(path.stem[4:])] = {name: x.numpy() for name, x in load_file(path).items()}
         return found
 
@@ -69,15 +69,19 @@ class Journal:
         self._save(f"time{index:04d}.table", {name: torch.from_numpy(np.asarray(x)) for name, x in table.items()})
 
     def _load(self, name: str) -> dict[str, Tensor] | None:
-        path = self.folder / name
-        return load_file(path) if path.exists() else None
+        path = None if self.folder is None else self.folder / name
+        return load_file(path) if path is not None and path.exists() else None
 
     def _save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        if self.folder is None:
+            return
         partial = self.folder / f".{name}.tmp"
         save_file({key: x.detach().cpu().contiguous() for key, x in tensors.items()}, partial)
         os.replace(partial, self.folder / name)
 
     def _write(self, name: str, data: bytes) -> None:
+        if self.folder is None:
+            return
         partial = self.folder / f".{name}.tmp"
         partial.write_bytes(data)
         os.replace(partial, self.folder / name)

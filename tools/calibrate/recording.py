@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from calibatt.compiler.stats import StoreWriter
-from calibatt.tools.calibrate.__main__ import make_manifest, pick_branches
-from calibatt.tools.calibrate.recorder import Recorder
+from calibatt.runtime.adapters import Adapter
+from calibatt.tools.calibrate.calibration import Calibrator, Recording
+from calibatt.tools.calibrate.chain import Traced
+from calibatt.tools.calibrate.checks import check_model
 from calibatt.tools.calibrate.sampler import Sampler
-from calibatt.tools.calibrate.statistics import unit_statistics
+from calibatt.tools.calibrate.work import default_vectors, device_of, make_manifest
 
 
 @contextmanager
@@ -22,10 +27,11 @@ def recording(
     prompt: str,
     seed: int = 0,
     *,
-    branches: int | None = None,
+    vectors: int | None = None,
+    adapter: Adapter | None = None,
     **options: Any,
-) -> Iterator[None]:
-    """Records one generation into a store while somebody else's code runs it.
+) -> Iterator[Recording]:
+    """Records one generation into a store while somebody else's code runs it, and differentiates it at the end.
 
     The model computes what it always does, bit for bit. Its transformer must go once through the sampler's times::
 
@@ -33,20 +39,51 @@ def recording(
         with recording(sampler, "stats/", "a boat", seed=1, times=15, block_size=128):
             video = pipe("a boat", num_inference_steps=30, height=480, width=832, num_frames=81).frames
 
+    The final latent is what the last step of the pipeline's scheduler returns. Where there is no such scheduler, the
+    program puts it where it belongs: ``with recording(...) as found: ...; found.final = latent``.
+
     Args:
         sampler: Says the grid and the times of the generation, and which transformer is meant; it is not run.
         path: The store to create or continue.
-        prompt: What is generated; with the seed it names the sample.
+        prompt: What is generated; with the seed it names the sampling.
         seed: Of the noise.
-        branches: Branches of guidance to record, each as a sample of its own; all that the sampler knows if absent.
+        vectors: Random vectors of the final latent; `default_vectors` if absent.
+        adapter: The model's row; found by its class if absent.
         options: Of `make_manifest`; the same for all of a store.
 
     Raises:
-        ListenError: A forward is not one of the sampler's, or some that must be recorded did not come.
-        StoreError: The store has other options, has this sample, or is in use.
+        CalibrationError: A forward is not one of the sampler's, or some that must be measured did not come.
+        ChainError: The generation cannot be differentiated.
+        StoreError: The store has other options, has this sampling, or is in use.
     """
-    manifest = make_manifest(sampler, **options)
-    recorder, count = Recorder(sampler, manifest, unit_statistics), pick_branches(sampler, branches)
+    check_model(sampler.transformer)
+    manifest = make_manifest(sampler, adapter=adapter, **options)
+    count = vectors or default_vectors(sampler.grid, device_of(sampler))
     with StoreWriter.open(Path(path), manifest) as writer:
-        with recorder.recording(writer, prompt, seed, branches=range(count)):
-            yield
+        calibrator = Calibrator(sampler, writer, vectors=count, adapter=adapter)
+        with calibrator.recording(prompt, seed, steps=len(sampler.times)) as found:
+            with _last_step(getattr(getattr(sampler, "pipe", None), "scheduler", None), found):
+                yield found
+        writer.close_units()
+
+
+@contextmanager
+def _last_step(scheduler: Any, found: Recording) -> Iterator[None]:
+    """What the scheduler returns last becomes the final latent."""
+    if scheduler is None:
+        yield
+        return
+    step = scheduler.step
+
+    @wraps(step)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        values = result if isinstance(result, tuple) else tuple(result.values())
+        found.final = next((x for x in values if isinstance(x, Traced) and isinstance(x, Tensor)), found.final)
+        return result
+
+    scheduler.step = told
+    try:
+        yield
+    finally:
+        del scheduler.step

@@ -1,0 +1,105 @@
+"""What a calibration will cost: disk by counting, hours and device memory from a trial of two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from calibatt.compiler.stats import Manifest
+from calibatt.tools.calibrate.calibration import Calibrator
+from calibatt.tools.calibrate.work import device_of
+
+TRIAL_FORWARDS = 2
+GB = 1e9
+FREE_SHARE = 0.85
+"""Of a device's memory that may be used before what enters blocks goes to the CPU."""
+OPEN_BYTES, CLOSED_BYTES = 4, 2
+"""Of a block in a unit that is being added to, and in one that is finished."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of a store: finished, and at most while it is written (with one sampling in progress)."""
+
+    finished: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What two forwards of a sampling took.
+
+    Args:
+        forward_seconds: Of a forward as the sampling runs it.
+        pull_seconds: Of its differentiation, measuring included.
+        peak_bytes: Most device memory; 0 on a CPU.
+        kernels: Whose attention kernels computed.
+    """
+
+    forward_seconds: float
+    pull_seconds: float
+    peak_bytes: int
+    kernels: str
+
+    def hours(self, forwards: int, samplings: int) -> float:
+        """Hours of so many samplings of so many forwards."""
+        return samplings * forwards * (self.forward_seconds + self.pull_seconds) / 3600
+
+
+def disk_bytes(manifest: Manifest, forwards: int, vectors: int, latent_bytes: int) -> Disk:
+    """Bytes on disk.
+
+    Args:
+        manifest: What is measured.
+        forwards: Of a sampling.
+        vectors: For each sampling.
+        latent_bytes: Of one output of a forward; gradients of its input are float32 of twice as much.
+    """
+    model = manifest.model
+    units = len(manifest.times) * model.layers
+    blocks = model.heads * manifest.q_blocks * manifest.k_blocks
+    counts = 2 * len(manifest.thresholds) * blocks
+    copies = (
+        4
+        * model.heads
+        * 2
+        * (manifest.grid.height * manifest.row_radius + manifest.grid.frames * manifest.frame_radius)
+    )
+    journal = forwards * latent_bytes * (1 + 2 * vectors)
+    return Disk(
+        units * (CLOSED_BYTES * blocks + counts + copies), units * (OPEN_BYTES * blocks + counts + copies) + journal
+    )
+
+
+def wants_cpu(calibrator: Calibrator) -> bool:
+    """Whether what enters the blocks of a forward should be kept on the CPU: it would fill the device."""
+    device = device_of(calibrator.sampler)
+    if device.type != "cuda":
+        return False
+    model, grid = calibrator.manifest.model, calibrator.manifest.grid
+    inputs = model.layers * grid.tokens * model.heads * model.head_dim * 2
+    sums = 3 * 4 * model.layers * model.heads * calibrator.manifest.q_blocks * calibrator.manifest.k_blocks
+    free, total = torch.cuda.mem_get_info(device)
+    return inputs + sums + 24 * inputs // model.layers > free - (1 - FREE_SHARE) * total
+
+
+def trial(calibrator: Calibrator, prompt: str, seed: int) -> Trial:
+    """Runs two forwards of a sampling and differentiates both; the second ones are timed, nothing is kept.
+
+    Raises:
+        CalibrationError, ChainError: The model cannot be measured.
+    """
+    device = device_of(calibrator.sampler)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds, kernels = calibrator.rehearse(prompt, seed, TRIAL_FORWARDS)
+    return Trial(*seconds, torch.cuda.max_memory_allocated(device) if cuda else 0, kernels)
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and values in two columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,159 @@
+"""What a calibration is to do: prompts, what is measured of which model, defaults that follow from model and grid."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from calibatt.compiler.stats import Manifest, default_windows
+from calibatt.plans import Blocks, TokenGrid
+from calibatt.runtime.adapters import Adapter, adapter_for
+from calibatt.tools.calibrate.calibration import CalibrationError
+from calibatt.tools.calibrate.models import PROMPTS, default_prompts
+from calibatt.tools.calibrate.sampler import Sampler
+
+DEFAULT_SAMPLES = 8
+MOST_TIMES = 15
+"""Steps that are measured by default; plans are keyed by time, so a finer schedule may follow them."""
+SMALL_TOKENS = 8192
+"""Up to here blocks of 64 tokens pay, and several random vectors for each sampling cost little on a GPU."""
+SMALL_VECTORS = 8
+ROW_RADIUS, FRAME_RADIUS = 3, 4
+
+Work = list[tuple[str, int]]
+"""Prompts and their seeds."""
+
+
+def default_block_size(grid: TokenGrid, device: torch.device) -> int:
+    """128 tokens, the size that the fastest kernel takes; 64 for small grids and on a CPU."""
+    return 128 if device.type == "cuda" and grid.tokens > SMALL_TOKENS else 64
+
+
+def default_vectors(grid: TokenGrid, device: torch.device) -> int:
+    """Random vectors for each sampling: one, but for small grids on a GPU."""
+    return SMALL_VECTORS if device.type == "cuda" and grid.tokens <= SMALL_TOKENS else 1
+
+
+def make_manifest(
+    sampler: Sampler,
+    *,
+    block_size: int | None = None,
+    times: int | None = None,
+    every: int | None = None,
+    thresholds: tuple[float, ...] = (),
+    adapter: Adapter | None = None,
+) -> Manifest:
+    """What to measure of a sampler's model.
+
+    Args:
+        sampler: The sampler.
+        block_size: Tokens per query and per key block; `default_block_size` if absent.
+        times: How many of the steps are measured, evenly spread from the first to the last; at most `MOST_TIMES` if
+            absent.
+        every: In place of `times`: measure every so many steps, from the first one on.
+        thresholds: Shares of attention mass whose blocks are counted, for the paper's own method; ascending.
+        adapter: The model's row; found by its class if absent.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        CalibrationError: There are not so many steps, or both ways to choose them are used.
+        StoreError: A value breaks its rule.
+        UnknownModelError: No adapter fits the model.
+    """
+    steps = len(sampler.times)
+    if times is not None and every is not None:
+        raise CalibrationError(f"measured steps must be chosen by times or by every, got times {times}, every {every}")
+    if times is not None and times > steps:
+        raise CalibrationError(f"the number of measured times must be at most {steps} steps, got {times}")
+    chosen = range(0, steps, every) if every is not None else spread(steps, times or min(steps, MOST_TIMES))
+    transformer, grid = sampler.transformer, sampler.grid
+    size = block_size or default_block_size(grid, device_of(sampler))
+    return Manifest(
+        model=(adapter or adapter_for(transformer)).signature(transformer),
+        grid=grid,
+        blocks=Blocks(size, size),
+        times=tuple(sorted(sampler.times[step] for step in chosen)),
+        windows=default_windows(grid),
+        row_radius=min(ROW_RADIUS, grid.height - 1),
+        frame_radius=min(FRAME_RADIUS, grid.frames - 1),
+        thresholds=thresholds,
+        versions={
+            "calibatt": importlib.metadata.version("calibatt"),
+            "torch": str(torch.__version__),
+            **sampler.versions,
+        },
+    )
+
+
+def device_of(sampler: Sampler) -> torch.device:
+    """Where the sampler's model computes: also where its weights are elsewhere between uses."""
+    pipe = getattr(sampler, "pipe", None)
+    found = getattr(pipe, "_execution_device", None) if pipe is not None else None
+    return torch.device(found) if found is not None else next(sampler.transformer.parameters()).device
+
+
+def spread(size: int, count: int) -> list[int]:
+    """At most `count` of the numbers below `size`, evenly spread, the first and last among them."""
+    return sorted({int(index) for index in np.linspace(0, size - 1, min(count, size)).round()})
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; empty lines do not count.
+
+    Raises:
+        ValueError: The file is not UTF-8 or has no prompt.
+        OSError: It cannot be read.
+    """
+    try:
+        prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8, got {error}") from None
+    if not prompts:
+        raise ValueError(f"{path} must have at least one prompt, one a line, got none")
+    return prompts
+
+
+def plan_work(model: str, path: Path | None, samples: int | None, seed: int) -> Work:
+    """The prompts and their seeds: `seed` for the first, one more for each.
+
+    Raises:
+        ValueError: More samples than prompts.
+        OSError: The file cannot be read.
+    """
+    if path is not None:
+        prompts = read_prompts(path)
+        if samples is not None and samples > len(prompts):
+            raise ValueError(f"--samples must be at most the {len(prompts)} prompts of {path}, got {samples}")
+        prompts = prompts[:samples]
+    elif model in PROMPTS:
+        prompts = PROMPTS[model](samples or DEFAULT_SAMPLES, seed)
+    else:
+        known = default_prompts()
+        if samples is not None and samples > len(known):
+            raise ValueError(
+                f"--samples must be at most our {len(known)} prompts, or come with --prompts, got {samples}"
+            )
+        prompts = known[: samples or DEFAULT_SAMPLES]
+    return [(prompt, seed + index) for index, prompt in enumerate(prompts)]
+
+
+def pick_device(device: str) -> str:
+    """The device that ``--device`` names.
+
+    Raises:
+        ValueError: This machine has none of that name.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu or cuda, got {device!r}") from None
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device must be a device of this machine, got {device!r}")
+    return device
