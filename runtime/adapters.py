@@ -163,7 +163,7 @@ def _ltx_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, in
 
 
 _known_grids = WeakTensorKeyDictionary()
-"""Version and grid of every tensor of coordinates alive: a run reads them from the device once, not in every forward."""
+"""Version and grid of every tensor of coordinates alive: read once a run, since reading waits for the device."""
 
 
 @torch.compiler.disable

@@ -149,9 +149,7 @@ class PipelineSampler:
         try:
             self._decoded(self._arguments_of(REHEARSAL), 0)
         except Exception as error:
-            raise PipelineError(
-                f"{self._name} must decode its latents, got {type(error).__name__}: {error}"
-            ) from error
+            raise PipelineError(f"{self._name} must decode its latents, got {type(error).__name__}: {error}") from error
 
     def run(self, prompt: str, seed: int) -> Tensor:
         """Samples a prompt: what the pipeline returns with ``output_type="latent"``.
@@ -210,7 +208,8 @@ class PipelineSampler:
         """All arguments for a prompt."""
         found = {**self.arguments, **self._prompt_arguments(prompt)}
         if prompt in self._images:
-            found["image"] = load_image(self._images[prompt])
+            image = self._images[prompt]
+            found["image"] = load_image(image if isinstance(image, PIL.Image.Image) else str(image))
         if _needs_image(self.pipe) and found.get("image") is None:
             if prompt != REHEARSAL:
                 raise PipelineError(
