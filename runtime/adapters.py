@@ -171,7 +171,8 @@ def _grid_of_coordinates(coordinates: torch.Tensor) -> tuple[int, int, int, int,
     """The grid of tokens with coordinates ``(B, 3, N)`` of frame, row and column.
 
     Frames of the video rise from 0. Whole frames of the same size that stand before them are given images, which the
-    pipeline adds to what it denoises: they are tokens before the video, as text is.
+    pipeline adds to what it denoises: they are tokens before the video, as text is. The grid depends on values, so a
+    graph of `torch.compile` ends here: ``fullgraph=True`` is not possible with coordinates.
 
     Raises:
         ValueError: The tokens are in another order.
