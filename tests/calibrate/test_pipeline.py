@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import diffusers
 import numpy as np
 import pytest
@@ -142,6 +143,36 @@ def test_a_run_repeats_where_the_scheduler_draws_noise(name: str):
     assert torch.equal(sampler.run("a cat", 1), found)
     assert not torch.equal(sampler.run("a cat", 2), found)
     assert torch.equal(sampler.decode(found), sampler.decode(sampler.run("a cat", 1)))
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_leaves_its_random_state_alone():
+    pipe = wan.pipeline().to("cuda")
+    pipe.scheduler = SCHEDULERS["lcm"]
+    before = torch.cuda.get_rng_state()
+    sampler = PipelineSampler(
+        pipe, prompt_arguments=lambda prompt: {name: each.cuda() for name, each in wan.embedded(prompt).items()},
+        num_inference_steps=4, height=128, width=192, num_frames=17, guidance_scale=1.0,
+    )  # fmt: skip
+    found = sampler.run("a cat", 1)
+    assert (torch.cuda.get_rng_state() == before).all()
+    torch.rand(1, device="cuda")
+    assert torch.equal(sampler.run("a cat", 1), found)
+
+
+def test_an_offloaded_pipeline_is_learnt_sampled_and_decoded():
+    pipe, prompt_arguments, arguments = families.pipeline("wan")
+    plain = PipelineSampler(pipe, prompt_arguments=prompt_arguments, **arguments)
+    expected = plain.run("a cat", 1)
+    video = plain.decode(expected)
+    for part in (pipe.transformer, pipe.vae):
+        accelerate.cpu_offload(part, execution_device=torch.device("cpu"))
+    forward = pipe.transformer.forward
+    sampler = PipelineSampler(pipe, prompt_arguments=prompt_arguments, **arguments)
+    assert pipe.transformer.forward is forward
+    found = sampler.run("a cat", 1)
+    assert torch.equal(found, expected)
+    assert torch.equal(sampler.decode(found), video)
 
 
 def test_noise_of_a_step_is_not_the_first_noise():

@@ -119,7 +119,7 @@ class PipelineSampler:
         for index, prompt in enumerate(prompts):
             if not prompt.strip():
                 raise ValueError(f"prompt {index} must not be empty, got {prompt!r}")
-            if "image" in _parameters(self.pipe):
+            if self._images or _needs_image(self.pipe):
                 self._arguments_of(prompt)
 
     def prove_repeatable(self) -> list[_Forward]:
