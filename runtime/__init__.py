@@ -1,6 +1,6 @@
 """Plans at run time: `load_plan(path).attach(model)`, sets of plans, and planned attention as a function."""
 
-from calibatt.runtime.adapters import Adapter, UnknownModelError
+from calibatt.runtime.adapters import Adapter, MissingArgumentError, UnknownModelError
 from calibatt.runtime.attachment import Attachment, PipelineAttachment, PlanMismatchError, attach
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptionLostError
@@ -14,6 +14,7 @@ __all__ = [
     "Attachment",
     "InterceptionLostError",
     "LayerSchedule",
+    "MissingArgumentError",
     "ParallelismError",
     "PipelineAttachment",
     "Plan",

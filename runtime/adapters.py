@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from calibatt.plans import ModelSignature, TokenGrid
 
@@ -20,6 +21,10 @@ Arguments = Mapping[str, Any]
 
 class UnknownModelError(ValueError):
     """No row of the table fits the model."""
+
+
+class MissingArgumentError(ValueError):
+    """A forward was not given an argument that the model's row reads."""
 
 
 class Place(Protocol):
@@ -93,6 +98,11 @@ class Adapter:
     valid_text: Callable[[Arguments], torch.Tensor] | None = None
     output_norm: Callable[[Place, torch.Tensor], torch.Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("grid", "time", "valid_text"):
+            if (read := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _naming_the_missing(read, self.architecture))
+
     def sites(self, model: nn.Module) -> tuple[Site, ...]:
         """Every self-attention of the model, in execution order.
 
@@ -124,6 +134,21 @@ class Adapter:
         return TokenGrid(*self.grid(unwrap(model).config, arguments))
 
 
+def _naming_the_missing(read: Callable[..., Any], architecture: str) -> Callable[..., Any]:
+    """The same function, whose `MissingArgumentError` names the row and the argument that a call lacks."""
+
+    def named(*args: Any) -> Any:
+        try:
+            return read(*args)
+        except KeyError as error:
+            raise MissingArgumentError(
+                f"the row of {architecture} needs the argument {error} of a forward, got a call with "
+                f"{', '.join(args[-1])}"
+            ) from error
+
+    return named
+
+
 def _wan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
     frames, height, width = arguments["hidden_states"].shape[2:]
     patch = config.patch_size
@@ -131,8 +156,40 @@ def _wan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, in
 
 
 def _ltx_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
-    # The pipeline has already cut the latents into patches; the sizes come beside them.
+    # The pipeline has already cut the latents into patches; the sizes come beside them, or coordinates of every token.
+    if arguments.get("video_coords") is not None:
+        return _grid_of_coordinates(arguments["video_coords"])
     return arguments["num_frames"], arguments["height"], arguments["width"], 0, 0
+
+
+_known_grids = WeakTensorKeyDictionary()
+"""Version and grid of every tensor of coordinates alive: read once a run, since reading waits for the device."""
+
+
+@torch.compiler.disable
+def _grid_of_coordinates(coordinates: torch.Tensor) -> tuple[int, int, int, int, int]:
+    """The grid of tokens with coordinates ``(B, 3, N)`` of frame, row and column.
+
+    Frames of the video rise from 0. Whole frames of the same size that stand before them are given images, which the
+    pipeline adds to what it denoises: they are tokens before the video, as text is. The grid depends on values, so a
+    graph of `torch.compile` ends here: ``fullgraph=True`` is not possible with coordinates.
+
+    Raises:
+        ValueError: The tokens are in another order.
+    """
+    version = None if coordinates.is_inference() else coordinates._version
+    known = _known_grids.get(coordinates)
+    if known is None or version is None or known[0] != version:
+        frame, row, column = coordinates[0].cpu()
+        rows, columns = row.unique(), column.unique()
+        starts = frame[:: len(rows) * len(columns)]
+        before = int((starts == frame.min()).nonzero().max())
+        raster = torch.cartesian_prod(starts, rows, columns).T
+        if not torch.equal(raster, torch.stack((frame, row, column))) or not bool((starts[before:].diff() > 0).all()):
+            raise ValueError(f"video_coords must be of whole frames in raster order, got {len(frame)} other tokens")
+        known = version, (len(starts) - before, len(rows), len(columns), before * len(rows) * len(columns), 0)
+        _known_grids[coordinates] = known
+    return known[1]
 
 
 def _ltx_gate(block: nn.Module, arguments: Arguments) -> torch.Tensor:
@@ -276,7 +333,7 @@ ADAPTERS = (
         output_weight=_hunyuan_output_weight,
         residual=lambda arguments: arguments["hidden_states"],
         gate=_hunyuan_gate,
-        valid_text=lambda arguments: arguments["encoder_attention_mask"].sum(1),
+        valid_text=lambda arguments: arguments["encoder_attention_mask"].sum(1, dtype=torch.int64),
     ),
 )
 """The families that need no row from the user."""

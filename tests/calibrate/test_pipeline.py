@@ -1,24 +1,30 @@
-"""Calibration, compiling, evaluation and attaching on diffusers' own Wan pipelines, with tiny random weights."""
+"""Calibration, compiling, evaluation and attaching on diffusers' own pipelines, with tiny random weights."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import Any
 
+import accelerate
+import diffusers
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from support import batched, text_after, wan
+from support import batched, families, text_after, wan
+from support.schedules import random_schedule
 
 from calibatt.compiler.cli import command as compile_command
 from calibatt.compiler.stats import Store, StoreError
-from calibatt.plans import TokenGrid
+from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid, write_plan
 from calibatt.runtime import attach, load_plan
+from calibatt.runtime.adapters import adapter_for
 from calibatt.tools.calibrate.__main__ import main as calibrate
 from calibatt.tools.calibrate.__main__ import make_manifest, plan_work
 from calibatt.tools.calibrate.listen import ListenError
 from calibatt.tools.calibrate.models import default_prompts, make_sampler
-from calibatt.tools.calibrate.pipeline import PipelineError, PipelineSampler
+from calibatt.tools.calibrate.pipeline import PipelineError, PipelineSampler, with_images
 from calibatt.tools.calibrate.recorder import sample_name
 from calibatt.tools.calibrate.recording import recording
 from calibatt.tools.evaluate.__main__ import main as evaluate
@@ -43,48 +49,259 @@ def test_grid_and_times_are_learnt_without_computing():
     assert sampler.grid == TokenGrid(5, 8, 12)
     assert sampler.times == [0.999, 0.9, 0.75, 0.5]
     assert "forward" not in vars(pipe.transformer)
-    assert "step" not in vars(pipe.scheduler)
 
 
-@pytest.mark.parametrize("euler", [False, True], ids=["unipc", "euler"])
-def test_a_run_is_the_pipelines_own_and_shows_every_latent(euler: bool):
-    pipe = wan.pipeline(euler=euler)
-    sampler = wan.sampler(pipe=pipe)
-    seen = {}
-    found = sampler.run("a cat", 3, on_step=lambda step, latent: seen.setdefault(step, latent.clone()))
-    assert sorted(seen) == [0, 1, 2, 3]
-    arguments = {**sampler.arguments, **wan.embedded("a cat")}
-    expected = pipe(**arguments, generator=torch.Generator("cpu").manual_seed(3), output_type="latent").frames
+def made(name: str, **options: Any) -> PipelineSampler:
+    """A sampler of one of `families`."""
+    pipe, prompt_arguments, arguments = families.pipeline(name)
+    return PipelineSampler(pipe, **{"prompt_arguments": prompt_arguments, **arguments, **options})
+
+
+def stock(sampler: PipelineSampler, prompt: str, seed: int, output_type: str = "latent") -> torch.Tensor:
+    """What the pipeline's user gets."""
+    arguments = {**sampler.arguments, **sampler._prompt_arguments(prompt), "output_type": output_type}
+    return sampler.pipe(**arguments, generator=torch.Generator("cpu").manual_seed(seed)).frames
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported")
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # LTXConditionPipeline's
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_family_runs_and_decodes_as_its_pipeline_does(name: str):
+    sampler = made(name)
+    sampler.check_decode()
+    found, other = sampler.run("a cat", 3), sampler.run("a cat", 4)
+    assert torch.equal(found, stock(sampler, "a cat", 3))
+    assert torch.equal(sampler.run("a cat", 3), found)
+    frames = sampler.arguments["num_frames"] - (4 if name == "hunyuan_i2v" else 0)
+    for latent, seed in ((found, 3), (other, 4)):  # whichever was sampled last
+        video = sampler.decode(latent)
+        assert video.shape == (1, 3, frames, sampler.arguments["height"], sampler.arguments["width"])
+        assert -1 <= video.min() < video.max() <= 1
+        assert torch.equal(video, stock(sampler, "a cat", seed, "pt").transpose(1, 2) * 2 - 1)
+    assert sampler.grid == TokenGrid(
+        frames=3, height=4, width=6,
+        text_before={"ltx_last": 24, "cogvideox": 7, "cogvideox_i2v": 7}.get(name, 0),
+        text_after=7 if name in ("mochi", "hunyuan", "hunyuan_i2v", "hunyuan_i2v_replace") else 0,
+    )  # fmt: skip
+
+
+def test_decoding_needs_a_vae_and_the_samplers_own_latents():
+    sampler = made("ltx")
+    latent = sampler.run_batch(["a cat", "a boat"], [1, 2])
+    each = [sampler.decode(sampler.run(prompt, seed)) for prompt, seed in (("a cat", 1), ("a boat", 2))]
+    assert torch.equal(sampler.decode(latent), torch.cat(each))
+    with pytest.raises(PipelineError, match="must get a tensor that run or run_batch of this sampler returned"):
+        sampler.decode(latent.clone())
+    sampler.pipe.vae.decode = lambda *_, **__: 1 / 0
+    with pytest.raises(PipelineError, match="LTXPipeline must decode its latents, got ZeroDivisionError"):
+        sampler.check_decode()
+    sampler.pipe.vae = None
+    for decode in (sampler.check_decode, lambda: sampler.decode(latent)):
+        with pytest.raises(PipelineError, match="must have a vae, got LTXPipeline without"):
+            decode()
+    assert torch.equal(sampler.run_batch(["a cat", "a boat"], [1, 2]), latent)
+
+
+def test_evaluation_refuses_before_it_samples_where_nothing_can_be_decoded(tmp_path: Path):
+    sampler = batched.ltx(4.0)
+    signature = adapter_for(sampler.transformer).signature(sampler.transformer)
+    segments, rng = (Segment(0.0, 1.0, 0.5),), np.random.default_rng(0)
+    layers = tuple(random_schedule(rng, sampler.grid, Blocks(16, 16), signature.heads, 0.5) for _ in range(2))
+    write_plan(tmp_path / "a.plan", PlanFile(signature, sampler.grid, Blocks(16, 16), segments, (layers,)))
+    (tmp_path / "prompts.txt").write_text("a dog runs across a field\n")
+    options = ("--plan", tmp_path / "a.plan", "--prompts", tmp_path / "prompts.txt", "--device", "cpu")
+    arguments = ("--model", "support.batched:ltx_guided", *options, "-o", tmp_path / "report")
+    result = CliRunner().invoke(evaluate, [str(each) for each in arguments])
+    assert result.exit_code == 2
+    refusal = "to decode latents the pipeline must have a vae, got LTXPipeline without"
+    assert result.output == f"calibatt-evaluate: {refusal}\n"
+    assert not (tmp_path / "report").exists()
+
+
+SCHEDULERS = {
+    "lcm": diffusers.FlowMatchLCMScheduler(shift=3.0),
+    "stochastic": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True),
+}
+
+
+@pytest.mark.parametrize("name", [*SCHEDULERS, "dpm"])
+def test_a_run_repeats_where_the_scheduler_draws_noise(name: str):
+    if name == "dpm":  # its pipeline passes the generator where the step's signature has one
+        sampler = made("cogvideox")
+        sampler.pipe.scheduler = diffusers.CogVideoXDPMScheduler()
+        assert torch.equal(sampler.run("a cat", 1), stock(sampler, "a cat", 1))
+    else:
+        pipe = wan.pipeline()
+        pipe.scheduler = SCHEDULERS[name]
+        sampler = wan.sampler(pipe=pipe)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    found = sampler.run("a cat", 1)
+    assert (torch.get_rng_state() == before[0]).all()
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+    for draw in (torch.rand, np.random.rand, lambda _: random.random()):
+        draw(1)
+    assert torch.equal(sampler.run("a cat", 1), found)
+    assert not torch.equal(sampler.run("a cat", 2), found)
+    assert torch.equal(sampler.decode(found), sampler.decode(sampler.run("a cat", 1)))
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_leaves_its_random_state_alone():
+    pipe = wan.pipeline().to("cuda")
+    pipe.scheduler = SCHEDULERS["lcm"]
+    before = torch.cuda.get_rng_state()
+    sampler = PipelineSampler(
+        pipe, prompt_arguments=lambda prompt: {name: each.cuda() for name, each in wan.embedded(prompt).items()},
+        num_inference_steps=4, height=128, width=192, num_frames=17, guidance_scale=1.0,
+    )  # fmt: skip
+    found = sampler.run("a cat", 1)
+    assert (torch.cuda.get_rng_state() == before).all()
+    torch.rand(1, device="cuda")
+    assert torch.equal(sampler.run("a cat", 1), found)
+
+
+def test_an_offloaded_pipeline_is_learnt_sampled_and_decoded():
+    pipe, prompt_arguments, arguments = families.pipeline("wan")
+    plain = PipelineSampler(pipe, prompt_arguments=prompt_arguments, **arguments)
+    expected = plain.run("a cat", 1)
+    video = plain.decode(expected)
+    for part in (pipe.transformer, pipe.vae):
+        accelerate.cpu_offload(part, execution_device=torch.device("cpu"))
+    forward = pipe.transformer.forward
+    sampler = PipelineSampler(pipe, prompt_arguments=prompt_arguments, **arguments)
+    assert pipe.transformer.forward is forward
+    found = sampler.run("a cat", 1)
     assert torch.equal(found, expected)
-    noise = torch.randn(seen[0].shape, generator=torch.Generator("cpu").manual_seed(3))
-    assert torch.equal(seen[0], noise)
-    assert torch.equal(sampler.run("a cat", 3, start_step=2, start=seen[2]), found)
-    video = sampler.decode(found)
-    assert video.shape == (1, 3, 17, 128, 192)
-    assert video.abs().max() <= 1
+    assert torch.equal(sampler.decode(found), video)
+
+
+def test_noise_of_a_step_is_not_the_first_noise():
+    seen = []
+
+    class Watched(diffusers.FlowMatchLCMScheduler):
+        def step(self, output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.append((sample, torch.randn(sample.shape)))
+            return super().step(output, timestep, sample, *args, **kwargs)
+
+    pipe = wan.pipeline()
+    pipe.scheduler = Watched(shift=3.0)
+    wan.sampler(pipe=pipe).run("a cat", 1)
+    (start, drawn), *_ = seen[-4:]
+    assert torch.equal(start, torch.randn(start.shape, generator=torch.Generator().manual_seed(1)))
+    assert torch.corrcoef(torch.stack((start.flatten(), drawn.flatten())))[0, 1].abs() < 0.05
+
+
+def test_a_pipeline_that_does_not_repeat_is_refused():
+    class Restless(diffusers.FlowMatchEulerDiscreteScheduler):
+        calls = 0
+
+        def step(self, output: Any, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return super().step(output * (1 + 1e-3 * self.calls), *args, **kwargs)
+
+    pipe = wan.pipeline()
+    pipe.scheduler = Restless(shift=3.0)
+    with pytest.raises(PipelineError, match=r"must always give the same latents.* from WanPipeline with Restless"):
+        wan.sampler(pipe=pipe)
+
+
+def test_forwards_are_counted():
+    pipe = wan.pipeline()
+    pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)
+    heun = wan.sampler(pipe=pipe)  # two forwards a step but for the last
+    assert len(heun.forwards) == 7
+    assert len(heun.times) == 4
+    assert heun.forwards == tuple(time for time in heun.times for _ in range(2))[1:]
+    guided = wan.sampler(guidance_scale=5.0)
+    assert guided.forwards == tuple(time for time in guided.times for _ in range(2))
+    assert (guided.branches, batched.ltx(4.0).branches, heun.branches) == (2, 2, 1)
+    assert len(batched.ltx(4.0).forwards) == 3
+    pipe.scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=17.0
+    )
+    rounded = wan.sampler(60, pipe=pipe)
+    assert len(rounded.forwards) == 60
+    assert rounded.forwards[0] == rounded.forwards[1]
+    assert len(rounded.times) < 60
+    assert rounded.branches == 1
+    assert rounded.times == sorted(set(rounded.forwards), reverse=True)
 
 
 def test_each_expert_has_times_of_its_own():
     pipe = wan.pipeline(experts=2)
-    first, second = (wan.sampler(8, pipe=pipe, transformer=name) for name in ("transformer", "transformer_2"))
+    first, second = (
+        wan.sampler(8, pipe=pipe, transformer=name, guidance_scale=4.0) for name in ("transformer", "transformer_2")
+    )
     assert len(first.times) + len(second.times) == 8
     assert min(first.times) >= 0.6 > max(second.times)
-    seen = []
-    second.run("a cat", 0, on_step=lambda step, _: seen.append(step))
-    assert seen == list(range(len(second.times)))
+    for sampler in (first, second):
+        assert sampler.forwards == tuple(time for time in sampler.times for _ in range(2))
+        assert sampler.branches == 2
+    found = second.run("a cat", 0)
+    assert torch.equal(found, first.run("a cat", 0))
+    assert torch.equal(second.decode(found), stock(second, "a cat", 0, "pt").transpose(1, 2) * 2 - 1)
+
+
+@pytest.mark.parametrize("name", ["wan_i2v", "ltx_i2v", "cogvideox_i2v", "hunyuan_i2v"])
+def test_images_are_given_by_prompt(name: str, tmp_path: Path):
+    pipe, prompt_arguments, arguments = families.pipeline(name)
+    picture = arguments.pop("image")
+    sampler = PipelineSampler(pipe, prompt_arguments=prompt_arguments, **arguments)
+    for refused in (lambda: sampler.check(["a cat"]), lambda: sampler.run("a cat", 0)):
+        with pytest.raises(PipelineError, match=rf"{type(pipe).__name__} must have an image .*--images.* for 'a cat'"):
+            refused()
+    picture.save(tmp_path / "cat.png")
+    dark = picture.point(lambda value: value // 4)
+    given = with_images(sampler, {"a cat": tmp_path / "cat.png", "a boat": dark, "none": tmp_path / "none.png"})
+    given.check(["a cat", "a boat"])
+    with pytest.raises(PipelineError, match="'a dog'"):
+        given.check(["a dog"])
+    with pytest.raises(ValueError, match="none"):
+        given.check(["none"])
+    found = given.run("a cat", 1)
+    assert torch.equal(found, PipelineSampler(
+        pipe, prompt_arguments=prompt_arguments, image=picture, **arguments).run("a cat", 1))  # fmt: skip
+    assert torch.equal(given.decode(found), stock_with(given, picture))
+    assert (given.times, given.grid) == (sampler.times, sampler.grid)
+
+
+def stock_with(sampler: PipelineSampler, image: Any) -> torch.Tensor:
+    arguments = {**sampler.arguments, **sampler._prompt_arguments("a cat"), "image": image, "output_type": "pt"}
+    return sampler.pipe(**arguments, generator=torch.Generator("cpu").manual_seed(1)).frames.transpose(1, 2) * 2 - 1
+
+
+def test_images_for_what_takes_none_are_refused():
+    with pytest.raises(PipelineError, match="images must be for a pipeline that takes an image, got WanPipeline"):
+        with_images(wan.sampler(), {"a cat": "cat.png"})
+    with pytest.raises(PipelineError, match="images must be for a PipelineSampler, got str"):
+        with_images("demo", {"a cat": "cat.png"})
+
+
+def test_a_compiled_transformer_is_not_compiled_to_learn():
+    def backend(*_: Any) -> Any:
+        raise AssertionError("nothing may be compiled")
+
+    pipe = wan.pipeline()
+    pipe.transformer.compile(backend=backend)
+    compiled = pipe.transformer._compiled_call_impl
+    assert wan.sampler(pipe=pipe).times == [0.999, 0.9, 0.75, 0.5]
+    assert pipe.transformer._compiled_call_impl is compiled
+    pipe = wan.pipeline()
+    pipe.transformer = torch.compile(pipe.transformer, backend=backend)
+    assert wan.sampler(pipe=pipe).grid == TokenGrid(5, 8, 12)
+    with pytest.raises(Exception, match="nothing may be compiled"):
+        wan.sampler(pipe=pipe).run("a cat", 0)
 
 
 def test_what_cannot_be_sampled_is_refused():
     pipe = wan.pipeline()
     with pytest.raises(PipelineError, match="must have a transformer_2, got WanPipeline without"):
         PipelineSampler(pipe, transformer="transformer_2")
-    with pytest.raises(PipelineError, match="must call the transformer, got a run without"):
+    with pytest.raises(PipelineError, match="must call its transformer_2, got a run of WanPipeline without"):
         wan.sampler(pipe=wan.pipeline(experts=2), steps=1, transformer="transformer_2")
     sampler = wan.sampler(pipe=pipe)
     with pytest.raises(ValueError, match="prompt 1 must not be empty"):
         sampler.check(["a cat", " "])
-    with pytest.raises(PipelineError, match="run one by one"):
-        sampler.run_batch(["a"], [0], on_step=lambda *_: None)
 
 
 @pytest.mark.parametrize(
@@ -184,11 +401,10 @@ def test_both_experts_are_calibrated_compiled_evaluated_and_attached(tmp_path: P
 
 def both_branches(sampler: PipelineSampler, path: Path) -> None:
     """Records a generation of the pipeline, called as its users call it; the result is the stock one."""
-    arguments = {**sampler.arguments, **sampler._prompt_arguments("a cat"), "output_type": "latent"}
-    stock = sampler.pipe(**arguments, generator=torch.Generator().manual_seed(3)).frames
+    expected = stock(sampler, "a cat", 3)
     with recording(sampler, path, "a cat", 3, times=2, block_size=16):
-        found = sampler.pipe(**arguments, generator=torch.Generator().manual_seed(3)).frames
-    assert torch.equal(found, stock)
+        found = stock(sampler, "a cat", 3)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported")

@@ -10,15 +10,19 @@ from torch import Tensor, nn
 from calibatt.plans import TokenGrid
 
 OnStep = Callable[[int, Tensor], None]
+"""Called with a step and the latents that enter it; only the demo model's sampler has it, for studies of ours."""
 
 
 class Sampler(Protocol):
-    """A model with its denoising loop; the same prompt and seed always give the same result.
+    """A model with its denoising loop; the same prompt and seed always give the same result, bit for bit.
+
+    A sampler may also have ``forwards``, the denoising time of every forward of a run, ``branches``, how many samples a
+    step gives the transformer (1 if absent), and ``check_decode()``, which proves before any work that `decode` works.
 
     Attributes:
         transformer: The model whose self-attention is measured.
         grid: Its token sequence.
-        times: Denoising time that the transformer receives at each step, falling, in [0, 1].
+        times: The denoising times that the transformer receives in a run, each once, falling, in [0, 1].
         versions: What else made the result: names to versions or digests.
     """
 
@@ -34,31 +38,11 @@ class Sampler(Protocol):
             ValueError: One cannot; says which and why.
         """
 
-    def run(
-        self, prompt: str, seed: int, start_step: int = 0, start: Tensor | None = None, on_step: OnStep | None = None
-    ) -> Tensor:
-        """Samples one prompt.
+    def run(self, prompt: str, seed: int) -> Tensor:
+        """The final latent of one prompt ``(1, ...)``, from the noise of a seed."""
 
-        Args:
-            prompt: What to show.
-            seed: Of the noise.
-            start_step: The first step to take.
-            start: The latent that enters `start_step`, as `on_step` saw it; the seed's noise for step 0 if absent.
-            on_step: Called with every step and the latent that enters it.
-
-        Returns:
-            The final latent.
-        """
-
-    def run_batch(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        start_step: int = 0,
-        start: Tensor | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        """Samples several prompts in one loop, each as `run` does but for rounding; only evaluation asks for it."""
+    def run_batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Final latents ``(n, ...)`` of several prompts, each as of `run` but for rounding."""
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Final latents ``(n, ...)`` as videos ``(n, 3, F, H, W)`` in [-1, 1]; only evaluation asks for it."""
+        """What `run` or `run_batch` returned as videos ``(n, 3, F, H, W)`` in [-1, 1]; only evaluation asks for it."""

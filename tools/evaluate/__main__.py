@@ -104,6 +104,7 @@ def main(
         if quick:
             sys.exit(_quick(sampler, candidates, work[:QUICK_PROMPTS]))
         assert output is not None
+        getattr(sampler, "check_decode", lambda: None)()
         metrics, absent = _metrics()
         cells = Cells(output / "cells", evaluation.settings_of(sampler, metrics))
         heads_work = work[:head_prompts]

@@ -171,7 +171,8 @@ def measure_videos(
         for key, candidate in todo:
             attached = candidate.plan.attach(sampler.transformer) if candidate else None
             with attached or attending(sampler.transformer, written_out):
-                video = sampler.decode(sampler.run(prompt, seed))
+                latent = sampler.run(prompt, seed)
+            video = sampler.decode(latent)
             if candidate:
                 _write(cells.path(key, prompt, seed, "png"), side_by_side(dense[0], video[0]))
             found = {metric.name: float(metric.measure(video, dense)[0]) for metric in metrics}

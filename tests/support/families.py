@@ -1,0 +1,170 @@
+"""Tiny pipelines of every family with their VAEs, text to video and image to video, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import PIL.Image
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLMochi,
+    AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoImageToVideoPipeline,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    LTXConditionPipeline,
+    LTXImageToVideoPipeline,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+
+TEXT, TEXT_DIM = 7, 16
+PICTURE = PIL.Image.linear_gradient("L").convert("RGB")
+NO_TEXT: dict[str, Any] = {"tokenizer": None, "text_encoder": None}
+
+
+def embeds(prompt: str) -> dict[str, torch.Tensor]:
+    """Embeddings that stand for a prompt, and those of the negative one."""
+    generator = torch.Generator().manual_seed(len(prompt))
+    found = torch.randn(1, TEXT, TEXT_DIM, generator=generator)
+    return {"prompt_embeds": found, "negative_prompt_embeds": torch.zeros_like(found)}
+
+
+def masked(prompt: str) -> dict[str, torch.Tensor]:
+    """The same with masks."""
+    masks = {f"{which}prompt_attention_mask": torch.ones(1, TEXT) for which in ("", "negative_")}
+    return {**embeds(prompt), **masks}
+
+
+def pooled(prompt: str) -> dict[str, torch.Tensor]:
+    """Embeddings for HunyuanVideo."""
+    mask = torch.ones(1, TEXT)
+    return {
+        "prompt_embeds": embeds(prompt)["prompt_embeds"], "prompt_attention_mask": mask,
+        "pooled_prompt_embeds": torch.ones(1, 8),
+    }  # fmt: skip
+
+
+def wan(kind: type = WanPipeline, channels: int = 4, experts: int = 1, **options: Any) -> Any:
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 1.5, 2.0, 2.5],
+    )  # fmt: skip
+    models = [
+        WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=4,
+            text_dim=TEXT_DIM, freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
+        ).eval()
+        for _ in range(experts)
+    ]  # fmt: skip
+    more = {"transformer_2": models[1], "boundary_ratio": 0.6} if experts == 2 else {}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return kind(**NO_TEXT, vae=vae.eval(), transformer=models[0], scheduler=scheduler, **more, **options)
+
+
+def ltx(kind: type = LTXPipeline, timestep_conditioning: bool = True) -> Any:
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=(True, True, True, False),
+        decoder_spatio_temporal_scaling=(True, True, True, False), decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4, upsample_factor=(1,) * 4, timestep_conditioning=timestep_conditioning,
+    )  # fmt: skip
+    model = LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+        num_layers=1, caption_channels=TEXT_DIM,
+    )  # fmt: skip
+    return kind(FlowMatchEulerDiscreteScheduler(), vae=vae.eval(), **NO_TEXT, transformer=model.eval())
+
+
+def cogvideox(kind: type = CogVideoXPipeline, channels: int = 4) -> Any:
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2,
+    )  # fmt: skip
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=4, time_embed_dim=8,
+        text_embed_dim=TEXT_DIM, num_layers=1, sample_width=12, sample_height=8, sample_frames=9,
+        max_text_seq_length=TEXT, use_rotary_positional_embeddings=channels > 4,
+    )  # fmt: skip
+    return kind(**NO_TEXT, vae=vae.eval(), transformer=model.eval(), scheduler=CogVideoXDDIMScheduler())
+
+
+def mochi() -> Any:
+    vae = AutoencoderKLMochi(
+        encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, latent_channels=12,
+        layers_per_block=(1,) * 5,
+    )  # fmt: skip
+    model = MochiTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=2, pooled_projection_dim=16, in_channels=12,
+        text_embed_dim=TEXT_DIM, time_embed_dim=8, max_sequence_length=TEXT,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    return MochiPipeline(scheduler, vae=vae.eval(), **NO_TEXT, transformer=model.eval())
+
+
+def hunyuan(condition: str | None = None) -> Any:
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=2,
+        mid_block_add_attention=False,
+    )  # fmt: skip
+    model = HunyuanVideoTransformer3DModel(
+        in_channels=9 if condition == "latent_concat" else 4, out_channels=4, num_attention_heads=2,
+        attention_head_dim=16, num_layers=1, num_single_layers=1, num_refiner_layers=1, text_embed_dim=TEXT_DIM,
+        pooled_projection_dim=8, rope_axes_dim=(4, 6, 6), image_condition_type=condition,
+    )  # fmt: skip
+    parts = {**NO_TEXT, "vae": vae.eval(), "transformer": model.eval(), "text_encoder_2": None, "tokenizer_2": None}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    if condition is None:
+        return HunyuanVideoPipeline(scheduler=scheduler, **parts)
+    return HunyuanVideoImageToVideoPipeline(scheduler=scheduler, image_processor=None, **parts)
+
+
+SMALL = {"height": 64, "width": 96, "num_frames": 9}
+LARGE = {"height": 128, "width": 192, "num_frames": 17}
+GUIDED = {"guidance_scale": 4.0}
+IMAGE = {"image": PICTURE}
+LAST = {"conditions": [LTXVideoCondition(image=PICTURE, frame_index=16)]}
+FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[str], Any], dict[str, Any]]] = {
+    "wan": (wan, embeds, {**SMALL, **GUIDED}),
+    "wan_experts": (lambda: wan(experts=2), embeds, {**SMALL, **GUIDED}),
+    "wan_ti2v": (lambda: wan(expand_timesteps=True), embeds, SMALL),
+    "wan_i2v": (lambda: wan(WanImageToVideoPipeline, 12), embeds, {**SMALL, **IMAGE}),
+    "wan_ti2v_image": (lambda: wan(WanImageToVideoPipeline, expand_timesteps=True), embeds, {**SMALL, **IMAGE}),
+    "ltx": (ltx, masked, {**LARGE, **GUIDED, "decode_timestep": 0.05, "decode_noise_scale": 0.025}),
+    "ltx_old": (lambda: ltx(timestep_conditioning=False), masked, LARGE),
+    "ltx_i2v": (lambda: ltx(LTXImageToVideoPipeline), masked, {**LARGE, **IMAGE}),
+    "ltx_condition": (lambda: ltx(LTXConditionPipeline), masked, LARGE),
+    "ltx_first": (lambda: ltx(LTXConditionPipeline), masked, {**LARGE, **IMAGE, "image_cond_noise_scale": 0.2}),
+    "ltx_last": (lambda: ltx(LTXConditionPipeline), masked, {**LARGE, **LAST}),
+    "cogvideox": (cogvideox, embeds, {**SMALL, **GUIDED}),
+    "cogvideox_i2v": (lambda: cogvideox(CogVideoXImageToVideoPipeline, 8), embeds, {**SMALL, **IMAGE}),
+    "mochi": (mochi, masked, {**SMALL, "num_frames": 13, **GUIDED}),
+    "hunyuan": (hunyuan, pooled, SMALL),
+    "hunyuan_i2v": (lambda: hunyuan("latent_concat"), pooled, {**SMALL, **IMAGE}),
+    "hunyuan_i2v_replace": (lambda: hunyuan("token_replace"), pooled, {**SMALL, **IMAGE}),
+}
+"""Of every kind: what makes the pipeline, what it is called with for a prompt, and always."""
+
+
+def pipeline(name: str) -> tuple[Any, Callable[[str], Any], dict[str, Any]]:
+    """A pipeline, what it is called with for a prompt, and in every call: few steps at a small size."""
+    torch.manual_seed(0)
+    make, prompt_arguments, arguments = FAMILIES[name]
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, prompt_arguments, {"num_inference_steps": 3, **arguments}
