@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -15,6 +19,20 @@ LIBRARIES = {
 }  # fmt: skip
 """Kinds of quantised linear layers and the library of each."""
 KINDS = tuple(LIBRARIES)
+
+
+def require(kind: str) -> None:
+    """Skips a test where the library of a kind is not installed; what it warns of on import is its own affair."""
+    library = LIBRARIES[kind]
+    try:
+        found = importlib.util.find_spec(library) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        pytest.skip(f"needs {library}, which is not among the project's dependencies")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module(library)
 
 
 def model(kind: str | None) -> Any:

@@ -207,7 +207,7 @@ class Transformer:
         devices = [x.device for x in inputs]
 
         def pull(cotangents: Cotangents) -> Cotangents:
-            grads = _pull_block(block, run, given, devices, cotangents)
+            grads = _pull_block(block, name, run, given, devices, cotangents)
             tell()
             return grads
 
@@ -216,6 +216,7 @@ class Transformer:
 
 def _pull_block(
     block: nn.Module,
+    name: str,
     run: Callable[..., Any],
     given: Given,
     devices: Sequence[torch.device],
@@ -230,6 +231,8 @@ def _pull_block(
         with torch.enable_grad(), _keeping_weights():
             found = floating(given.call(run, flat))
         live = [index for index, x in enumerate(found) if x.requires_grad]
+        if not live:
+            raise ChainError(f"{name} must depend on its inputs by differentiation, got outputs without gradient")
         grads = []
         for vector, some in enumerate(cotangents):
             last = vector + 1 == len(cotangents)
