@@ -43,7 +43,7 @@ def contribution(of: Manifest, seed: int = 0) -> Contribution:
 
     def near(count: int, radius: int) -> np.ndarray:
         inside = neighbours(count, radius)
-        values = rng.random((of.model.heads, *inside.shape)) ** 3 / (10 * count * of.model.layers * of.model.heads)
+        values = rng.random((of.model.heads, *inside.shape)) ** 3 / (count * of.model.layers * of.model.heads)
         return np.where(inside, values, np.nan).astype(np.float32)
 
     def rows_and_frames() -> list[np.ndarray | None]:
@@ -52,6 +52,7 @@ def contribution(of: Manifest, seed: int = 0) -> Contribution:
 
     blocks = of.model.layers * np.prod(shape)
     effect, error = ((rng.random(shape) ** 4 * 5 / blocks).astype(np.float32) for _ in range(2))
+    effect[..., -1] *= 4  # text, which matters to many queries
     rows, frames = rows_and_frames()
     if not of.thresholds:
         return Contribution(effect, error, rows, frames)
