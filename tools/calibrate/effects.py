@@ -1,8 +1,8 @@
 """What a self-attention call says of masks and copies: effects on the final latent, measured from its gradient.
 
-With g the gradient of <u, z> / ||z|| for the final latent z and a random vector u, <g, e> is the first-order effect of an
-error e of the output; its square is, on average over u, the relative squared change of z. Effects are signed: those of
-calls that act on one video are added before they are squared, and no query is left out of a sum that is squared later.
+With g the gradient of <u, z> / ||z|| for the final latent z and a random vector u, <g, e> is the first-order effect of
+an error e of the output; its square is, on average over u, the relative squared change of z. Effects are signed: those
+of calls that act on one video are added before they are squared, and no query is left out of what is squared later.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from calibatt.plans import Blocks, TokenGrid
 from calibatt.tools.calibrate.gradients import AttentionCall
 
-SCORES_AT_ONCE = 1 << 23
-"""Scores that the PyTorch path holds at a time (32 MiB in float32)."""
+SCORES_AT_ONCE = 1 << 19
+"""Scores that the PyTorch path holds at a time (2 MiB in float32: they stay in a core's cache)."""
 NUMBERS_AT_ONCE = 1 << 26
 """Numbers of all tokens that are held at a time in whole heads (256 MiB in float32)."""
 LEAST_REST = 1e-3
@@ -117,9 +117,8 @@ def _runs(tokens: int, size: int, at_once: int) -> Iterator[tuple[int, int, int]
 def block_errors(call: AttentionCall, blocks: Blocks, stride: int = ERROR_STRIDE) -> Tensor:
     """Sums of squared errors of single blocks in the gradient's own metric, float32 ``(H, Q, K)``.
 
-    The error of dropping block J for query i is e = p_iJ (o_iJ - o_i), with o_iJ the mean value that J selects; its size
-    is e^T G e, with G the mean of g g^T over tokens and vectors. That has less noise than effects, which are differences
-    over the queries of a block, and no sign.
+    The error of dropping block J for query i is e = p_iJ (o_iJ - o_i), with o_iJ the mean value that J selects; its
+    size is e^T G e, with G the mean of g g^T over tokens and vectors. It has no sign, and less noise than effects.
 
     Args:
         call: The call.
@@ -181,7 +180,7 @@ def block_statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, strid
     error = mass.clone()
     keys, values = (F.pad(x.float(), (0, 0, 0, k_blocks * blocks.block_k - tokens)) for x in (k, values))
     values = values.view(heads, k_blocks, blocks.block_k, -1)
-    at_once = max(1, SCORES_AT_ONCE * stride // (heads * tokens * size))
+    at_once = max(1, 4 * SCORES_AT_ONCE * stride // (heads * tokens * size))
     for first, count, length in _runs(tokens, size, at_once):
         rows = torch.arange(first * size, first * size + length).view(count, -1)[:, ::stride].reshape(-1)
         scores = q[:, rows].float() @ keys.mT * channels**-0.5
@@ -207,8 +206,8 @@ def copy_effects(call: AttentionCall, grid: TokenGrid, row_radius: int, frame_ra
         frame_radius: Largest offset, in frames.
 
     Returns:
-        Of rows, then of frames, float64 ``(V, H, members, 2 * radius)``, offsets -radius..-1, 1..radius: the sum over the
-        member's tokens (of a row in all frames) of <g, o[member + offset] - o[member]>; 0 where there is no such member.
+        Of rows, then of frames, float64 ``(V, H, members, 2 * radius)``, offsets -radius..-1, 1..radius: the sum over
+        the member's tokens (of a row in all frames) of <g, o[member + offset] - o[member]>; 0 where there is none.
     """
     video = slice(grid.text_before, grid.text_before + grid.video_tokens)
     heads, vectors = len(call.q), len(call.grads)
@@ -218,16 +217,19 @@ def copy_effects(call: AttentionCall, grid: TokenGrid, row_radius: int, frame_ra
         out = call.out[some, video].float().unflatten(1, (grid.frames, grid.height, grid.width))
         for vector, grad in enumerate(call.grads):
             g = grad[some, video].float().unflatten(1, (grid.frames, grid.height, grid.width)) / call.scale
-            own = (g * out).sum((-1, -2)).double()
             for found, axis, radius in ((rows, 2, row_radius), (frames, 1, frame_radius)):
+                if not radius:
+                    continue
+                # <g[member], o[other]> of all pairs at once, summed over what a member spans in the other axis
+                a, b = (x.transpose(1, axis).flatten(3) for x in (g, out))
+                pairs = (a.transpose(1, 2) @ b.permute(0, 2, 3, 1)).double().sum(1)
+                own = pairs.diagonal(dim1=1, dim2=2)
                 for column, offset in enumerate((*range(-radius, 0), *range(1, radius + 1))):
-                    members = out.shape[axis]
-                    those = torch.arange(max(0, -offset), min(members, members - offset), device=out.device)
-                    if not len(those):
-                        continue
-                    there = (g.index_select(axis, those) * out.index_select(axis, those + offset)).sum((-1, -2))
-                    change = there.double() - own.index_select(axis, those)
-                    found[vector, some, those, column] = change.sum(3 - axis)
+                    first, last = max(0, -offset), min(out.shape[axis], out.shape[axis] - offset)
+                    if first < last:
+                        found[vector, some, first:last, column] = (
+                            pairs.diagonal(offset, 1, 2)[:, : last - first] - own[:, first:last]
+                        )
     return rows, frames
 
 
