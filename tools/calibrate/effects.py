@@ -26,8 +26,8 @@ LEAST_KEPT = 1e-20
 """A mask that keeps less mass of a query than this keeps nothing of it."""
 ERROR_STRIDE = 8
 """Block errors are sums of squares, for which every 8th query is enough."""
-DIAGONAL_SHARE = 1e-10
-"""Of the mean of a diagonal, added to all of it."""
+DIAGONAL_SHARE = 1e-3
+"""Of the mean of a diagonal, added to all of it: rounding must not make a metric negative in directions without gradient."""
 MOST_MASKS = 31
 """Masks that are measured together, a bit each."""
 
