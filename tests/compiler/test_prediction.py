@@ -170,7 +170,7 @@ def test_a_second_select_spends_what_anchors_bring() -> None:
 
 def test_a_target_that_cannot_be_reached_names_the_best() -> None:
     store = memory_store(stats.manifest(), samples=1)
-    with pytest.raises(PassError, match=r"target-db must have a prediction .* got 20.0: the prediction needs 2 samp"):
+    with pytest.raises(PassError, match=r"target-db must have a prediction .* got 20.0: it needs 2 samp"):
         compile_store(store, "select{target-db=20}")
     store = memory_store(stats.manifest())
     tables = {name: replace(each, window_effect=each.window_effect) for name, each in store.tables.items()}
