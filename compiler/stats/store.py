@@ -221,11 +221,11 @@ class Store:
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
-        """Whether the tables are the same."""
-        return isinstance(other, Store) and self._digests == other._digests
+        """Whether the tables are the same, in the same files."""
+        return isinstance(other, Store) and (self._folders, self._digests) == (other._folders, other._digests)
 
     def __hash__(self) -> int:
-        return hash(self._digests)
+        return hash((tuple(self._folders), self._digests))
 
     @property
     def size_bytes(self) -> int:
