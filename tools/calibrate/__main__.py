@@ -1,4 +1,4 @@
-"""`calibatt-calibrate`: what every error of a model's attention costs its final video, measured while it samples prompts."""
+"""`calibatt-calibrate`: what every error of attention costs the final video, measured while a model samples prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from calibatt.tools.calibrate.calibration import BACKWARD_COST, CalibrationError
 from calibatt.tools.calibrate.chain import ChainError
 from calibatt.tools.calibrate.checks import CheckError, check_gradients, check_model
 from calibatt.tools.calibrate.models import MODEL_HELP, make_sampler
-from calibatt.tools.calibrate.pipeline import PipelineError
+from calibatt.tools.calibrate.pipeline import PipelineError, with_images
 from calibatt.tools.calibrate.progress import steps as progress_of
 from calibatt.tools.calibrate.ranks import RankLostError, Ranks
 from calibatt.tools.calibrate.sampler import Sampler
@@ -32,6 +32,7 @@ from calibatt.tools.calibrate.work import (
     make_manifest,
     pick_device,
     plan_work,
+    read_images,
 )
 
 NAME = "calibatt-calibrate"
@@ -83,7 +84,8 @@ def outstanding(writer: StoreWriter, work: Work, ranks: Ranks, console: Console)
     Raises:
         RankLostError: A rank has failed.
     """
-    done, begun = ranks.from_first((writer.done(), writer.unfinished()))  # all must divide the same work
+    begun = sorted(path.name for path in (writer.path / "progress").iterdir())
+    done, begun = ranks.from_first((writer.done(), begun))  # all must divide the same work
     todo = [each for each in work if sampling_name(*each) not in done]
     if len(todo) < len(work):
         console.print(f"{len(work) - len(todo)} of {len(work)} samplings are done: skipped")
@@ -172,12 +174,12 @@ def main(
     block of queries changes in the final latent, what every window and every copied row or frame does, for each layer,
     head and denoising time at once. Scheduler, guidance, LoRA, quantised weights and offloading are as in use.
 
-    A sampling costs about five of it, whatever the number of layers and heads; with --vectors V the part after the first
-    is V times as long. Step caches and torch.compile must be off; attention kernels are our own here. Disk does not grow
-    with the number of prompts.
+    A sampling takes about as long as five of it, whatever the number of layers and heads; --vectors V makes all but the
+    first of them V times as long. Step caches and torch.compile must be off, attention kernels are our own here. Disk
+    does not grow with the number of prompts.
 
-    Run it again to continue where it stopped: finished samplings are skipped, and of one in progress at most the step in
-    progress is lost. Stores made on several machines with one set of options are given to calibatt-compile together.
+    Run it again to continue where it stopped: finished samplings are skipped, and of one in progress at most the step
+    in progress is lost. Stores made on several machines with one set of options are given to calibatt-compile together.
 
     Started by torchrun, every process has a GPU and samples its part of the prompts; all write one store, and where one
     fails all end.
@@ -188,9 +190,7 @@ def main(
         work = plan_work(model, prompts, samples, seed)
         sampler = make_sampler(model, steps, ranks.own_device(pick_device(device)))
         if images is not None:
-            from calibatt.tools.calibrate.pipeline import with_images
-
-            with_images(sampler, work, images)
+            with_images(sampler, read_images(images, [prompt for prompt, _ in work]))
         sampler.check([prompt for prompt, _ in work])
         thresholds = _numbers("--counts", counts)
         size = None if block_size is None else int(block_size)

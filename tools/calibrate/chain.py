@@ -1,4 +1,4 @@
-"""A computation as a chain: the derivatives of its links are computed apart, those of the arithmetic between by autograd.
+"""A computation as a chain: derivatives of its links are computed apart, those of the arithmetic between by autograd.
 
 A sampling is such a chain: its links are the forwards of the transformer, and between them are guidance, scheduler and
 whatever else the pipeline does to latents. A forward of the transformer is one as well: its links are the blocks. The

@@ -1,8 +1,8 @@
 """What a self-attention call says of masks and copies: effects on the final latent, measured from its gradient.
 
-With g the gradient of <u, z> / ||z|| for the final latent z and a random vector u, <g, e> is the first-order effect of an
-error e of the output; its square is, on average over u, the relative squared change of z. Effects are signed: those of
-calls that act on one video are added before they are squared, and no query is left out of a sum that is squared later.
+With g the gradient of <u, z> / ||z|| for the final latent z and a random vector u, <g, e> is the first-order effect of
+an error e of the output; its square is, on average over u, the relative squared change of z. Effects are signed: those
+of calls that act on one video are added before they are squared, and no query is left out of what is squared later.
 """
 
 from __future__ import annotations
@@ -117,9 +117,8 @@ def _runs(tokens: int, size: int, at_once: int) -> Iterator[tuple[int, int, int]
 def block_errors(call: AttentionCall, blocks: Blocks, stride: int = ERROR_STRIDE) -> Tensor:
     """Sums of squared errors of single blocks in the gradient's own metric, float32 ``(H, Q, K)``.
 
-    The error of dropping block J for query i is e = p_iJ (o_iJ - o_i), with o_iJ the mean value that J selects; its size
-    is e^T G e, with G the mean of g g^T over tokens and vectors. That has less noise than effects, which are differences
-    over the queries of a block, and no sign.
+    The error of dropping block J for query i is e = p_iJ (o_iJ - o_i), with o_iJ the mean value that J selects; its
+    size is e^T G e, with G the mean of g g^T over tokens and vectors. It has no sign, and less noise than effects.
 
     Args:
         call: The call.
@@ -207,8 +206,8 @@ def copy_effects(call: AttentionCall, grid: TokenGrid, row_radius: int, frame_ra
         frame_radius: Largest offset, in frames.
 
     Returns:
-        Of rows, then of frames, float64 ``(V, H, members, 2 * radius)``, offsets -radius..-1, 1..radius: the sum over the
-        member's tokens (of a row in all frames) of <g, o[member + offset] - o[member]>; 0 where there is no such member.
+        Of rows, then of frames, float64 ``(V, H, members, 2 * radius)``, offsets -radius..-1, 1..radius: the sum over
+        the member's tokens (of a row in all frames) of <g, o[member + offset] - o[member]>; 0 where there is none.
     """
     video = slice(grid.text_before, grid.text_before + grid.video_tokens)
     heads, vectors = len(call.q), len(call.grads)

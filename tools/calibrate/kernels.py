@@ -157,8 +157,8 @@ def _block_effects(
 ):
     """One program per (query block, head): for every key block P, dP and dS of the tile, then their sums.
 
-    Of dS = P (dP - D) only the sums over the keys of a block are needed, beside those of P; `kept` and `mass` add them up
-    for each mask, a column each.
+    Of dS = P (dP - D) only the sums over the keys of a block are needed, beside those of P; `kept` and `mass` add them
+    up for each mask, a column each.
     """
     head = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64)

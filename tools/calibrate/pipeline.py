@@ -109,6 +109,12 @@ class PipelineSampler:
         self.times = sorted(set(self.forwards), reverse=True)
         self.branches = sum(forward.samples for forward in found if forward.step == found[0].step)
 
+    @property
+    def other_transformers(self) -> tuple[nn.Module, ...]:
+        """The pipeline's other denoisers, through which errors travel too."""
+        found = (getattr(self.pipe, name, None) for name in TRANSFORMERS)
+        return tuple(x for x in found if isinstance(x, nn.Module) and x is not self.transformer)
+
     def check(self, prompts: Sequence[str]) -> None:
         """Proves that prompts can be sampled.
 

@@ -118,6 +118,19 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def read_images(path: Path, prompts: list[str]) -> dict[str, str]:
+    """The image of each prompt: one path or address a line, in the order of the prompts.
+
+    Raises:
+        ValueError: There are not as many as prompts.
+        OSError: The file cannot be read.
+    """
+    found = read_prompts(path)
+    if len(found) < len(prompts):
+        raise ValueError(f"--images must name an image for each of {len(prompts)} prompts, got {len(found)} in {path}")
+    return dict(zip(prompts, found, strict=False))
+
+
 def plan_work(model: str, path: Path | None, samples: int | None, seed: int) -> Work:
     """The prompts and their seeds: `seed` for the first, one more for each.
 
