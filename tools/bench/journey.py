@@ -52,6 +52,7 @@ INPUTS = ("device", "cpu")
 """Where calibration may keep what enters the blocks of a forward."""
 FIRST_SEED = 5000
 GB = 1e9
+PLAN, HELD_OUT = "journey.plan", "held_out.txt"
 PEAK = re.compile(r"peak device memory ([0-9.]+) GB")
 """How a command tells its device memory."""
 
@@ -90,15 +91,15 @@ def watched(folder: Path, every_s: float = 0.5) -> Iterator[dict[str, float]]:
         found |= {"seconds": time.perf_counter() - begun, "disk_gb": end / GB, "disk_peak_gb": max(peak, end) / GB}
 
 
-def run_command(module: str, arguments: Sequence[str], clock: Clock, layers: int) -> dict[str, Any]:
+def run_command(command: Sequence[str], clock: Clock, layers: int) -> dict[str, Any]:
     """Runs one of our commands as the user would, shows what it says, and ends it when time is over.
 
     Returns:
         ``exit_code``, and ``device_peak_gb`` where the command says it.
     """
-    click.echo(f"$ python -m {module} {shlex.join(arguments)}")
+    click.echo(f"$ python -m {shlex.join(command)}")
     process = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, "-m", *command],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "LAYERS": str(layers)},
     )  # fmt: skip
     timer = threading.Timer(min(max(clock.seconds - clock.spent, 0.0), threading.TIMEOUT_MAX), process.terminate)
@@ -118,22 +119,27 @@ def run_command(module: str, arguments: Sequence[str], clock: Clock, layers: int
 
 
 def latent_db(squares: Sequence[float]) -> float | None:
-    """Decibels of the mean of relative squared errors; None for none at all, which JSON has no number for."""
-    mean = float(np.mean(squares))
+    """Decibels of the mean of relative squared errors; None for no error at all, which JSON has no number for."""
+    mean = float(np.mean(squares)) if squares else 0.0
     return -10 * math.log10(mean) if mean else None
 
 
-def generate(sampler: PipelineSampler, plan: Path, prompts: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """Samples prompts dense and with the plan attached, from the same noise."""
-    loaded, rows, squares = load_plan(plan), [], []
+def generate(
+    sampler: PipelineSampler, plan: Path, prompts: Sequence[str], device: torch.device, clock: Clock
+) -> dict[str, Any]:
+    """Samples prompts dense and with the plan attached, from the same noise; as many as there is time for."""
+    loaded, rows, squares, spent = load_plan(plan), [], [], 0.0
     reset_peak(device)
     for index, prompt in enumerate(prompts):
+        if not clock.allows(1e3 * spent):
+            break
         begun = time.perf_counter()
         dense = sampler.run(prompt, FIRST_SEED + index).double().cpu()
         middle = time.perf_counter()
         with loaded.attach(sampler.transformer):
             planned = sampler.run(prompt, FIRST_SEED + index).double().cpu()
         seconds = {"dense_s": middle - begun, "planned_s": time.perf_counter() - middle}
+        spent = sum(seconds.values())
         squares.append(float((planned - dense).square().sum() / dense.square().sum()))
         rows.append({"prompt": prompt, "latent_db": latent_db(squares[-1:]), **seconds})
         click.echo(f"{prompt}: {rows[-1]}")
@@ -219,64 +225,35 @@ def extrapolated(measured: dict[str, Any], samples: int, steps: int) -> dict[str
     return {"samples": samples, "steps": steps, "hours": sum(seconds.values()) / 3600, **seconds, **disk}
 
 
-class Journey:
-    """The stages; each returns its record for the report.
+def commands(name: str, device: torch.device, folder: Path, options: dict[str, Any]) -> dict[str, list[str]]:
+    """Of each stage that is a command: its module and what a user types; their files are in a folder."""
+    store, plan, held_out = (str(folder / file) for file in ("store", PLAN, HELD_OUT))
+    common = ["--model", f"calibatt.tools.bench.structured:{name}", "--device", str(device)]
+    given = [(key, options[key]) for key in ("steps", "samples", "times", "vectors", "block_size") if options[key]]
+    calibrate = [text for key, value in given for text in (f"--{key.replace('_', '-')}", str(value))]
+    if options["inputs"]:
+        calibrate.append(f"--inputs-on-{options['inputs'].split(',')[0]}")
+    steps = ["--steps", str(options["generate_steps"])] if options["generate_steps"] else []
+    return {
+        "calibrate": ["calibatt.tools.calibrate", *common, "-o", store, *calibrate],
+        "compile": ["calibatt.compiler.cli", store, "-o", plan, "--force", *shlex.split(options["compile_options"])],
+        "inspect": ["calibatt.tools.inspect_plan", plan],
+        "evaluate": [
+            "calibatt.tools.evaluate", *common, "--plan", plan, "--prompts", held_out, *steps,
+            "-o", str(folder / "evaluation"),
+        ],
+    }  # fmt: skip
 
-    Args:
-        name: Of `SETTINGS`.
-        options: Of the command line.
-        layers: Of the model.
-        device: Where it is.
-        folder: Of store, plan and evaluation.
-        clock: When to stop.
-    """
 
-    def __init__(
-        self, name: str, options: dict[str, Any], layers: int, device: torch.device, folder: Path, clock: Clock
-    ) -> None:
-        self.setting: Setting = SETTINGS[name]
-        self.model = f"calibatt.tools.bench.structured:{name}"
-        self.options, self.layers, self.device, self.folder, self.clock = options, layers, device, folder, clock
-        self.store, self.plan = folder / "store", folder / "journey.plan"
-        self.prompts = [f"held-out prompt {index}" for index in range(options["held_out"])]
-
-    def calibrate(self) -> dict[str, Any]:
-        arguments = ["--model", self.model, "--device", str(self.device), "-o", str(self.store)]
-        for name in ("steps", "samples", "times", "vectors", "block_size"):
-            if self.options[name]:
-                arguments += [f"--{name.replace('_', '-')}", str(self.options[name])]
-        if self.options["inputs"]:
-            arguments.append(f"--inputs-on-{self.options['inputs'].split(',')[0]}")
-        return self._run("calibatt.tools.calibrate", *arguments)
-
-    def compile(self) -> dict[str, Any]:
-        more = shlex.split(self.options["compile_options"])
-        found = self._run("calibatt.compiler.cli", str(self.store), "-o", str(self.plan), "--force", *more)
-        if not found["exit_code"]:
-            plan = PlanFile.read(self.plan)
-            found["plan_gb"], found["segments"] = self.plan.stat().st_size / GB, len(plan.segments)
-            found["density"] = float(heads_of(plan).densities.mean())
-            found["predicted_latent_db"] = plan.predicted.get("latent_db")
-        return found
-
-    def inspect(self) -> dict[str, Any]:
-        return self._run("calibatt.tools.inspect_plan", str(self.plan))
-
-    def generate(self) -> dict[str, Any]:
-        sampler = self.setting.sampler(self.options["generate_steps"], str(self.device), self.layers)
-        return generate(sampler, self.plan, self.prompts, self.device)
-
-    def evaluate(self) -> dict[str, Any]:
-        held_out = self.folder / "held_out.txt"
-        held_out.write_text("\n".join(self.prompts) + "\n", "utf-8")
-        arguments = ["--model", self.model, "--plan", str(self.plan), "--prompts", str(held_out)]
-        arguments += ["--device", str(self.device), "-o", str(self.folder / "evaluation")]
-        if self.options["generate_steps"]:
-            arguments += ["--steps", str(self.options["generate_steps"])]
-        return self._run("calibatt.tools.evaluate", *arguments)
-
-    def _run(self, module: str, *arguments: str) -> dict[str, Any]:
-        return run_command(module, arguments, self.clock, self.layers)
+def plan_facts(path: Path) -> dict[str, Any]:
+    """What a plan is, and what it promises."""
+    plan = PlanFile.read(path)
+    return {
+        "plan_gb": path.stat().st_size / GB,
+        "segments": len(plan.segments),
+        "density": float(heads_of(plan).densities.mean()),
+        "predicted_latent_db": plan.predicted.get("latent_db"),
+    }
 
 
 @click.command(help=__doc__)
@@ -331,14 +308,23 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         folder = work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        journey = Journey(name, options, count, where, folder, clock)
+        prompts = [f"held-out prompt {index}" for index in range(options["held_out"])]
+        (folder / HELD_OUT).write_text("\n".join(prompts) + "\n", "utf-8")
+        typed = commands(name, where, folder, options)
         report["stages"] = []
         for stage in (stage for stage in STAGES if stage in chosen):
             if not clock.allows():
                 report["stages"].append({"stage": stage, "stopped": OUT_OF_TIME})
                 break
             with watched(folder) as facts:
-                found = getattr(journey, stage)()
+                if stage == "generate":
+                    sampler = setting.sampler(options["generate_steps"], str(where), count)
+                    found = generate(sampler, folder / PLAN, prompts, where, clock)
+                    del sampler
+                else:
+                    found = run_command(typed[stage], clock, count)
+            if stage == "compile" and not found["exit_code"]:
+                found |= plan_facts(folder / PLAN)
             _let_go(where)
             report["stages"].append({"stage": stage, **facts, **found})
             click.echo(json.dumps(report["stages"][-1]))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline, UniPCMultistepScheduler, WanPipeline
 from torch import Tensor, nn
 
 from calibatt.tools.bench.published import MODELS, Published
@@ -77,22 +78,19 @@ def structure_mochi(model: Any, height: int, width: int, seed: int = 0) -> None:
         embed.weight[0] = 0
         embed.bias[0] = math.sqrt(len(embed.weight))  # as much as all other channels together
     for block in model.transformer_blocks:
-        attention = block.attn1
-        for linear in (attention.to_q, attention.to_k, attention.add_q_proj, attention.add_k_proj):
-            share = math.sqrt(linear.in_features / 2)  # what normalisation leaves of channel 0
-            nn.init.normal_(linear.weight, std=CONTENT / share / math.sqrt(2))
-            linear.weight[:, 0] = _ones_and_zeros(linear.out_features) / share
-        readers = [attention.to_v, attention.add_v_proj, block.ff.net[0].proj]
-        writers = [attention.to_out[0], block.ff.net[2]]
-        if not block.context_pre_only:
-            readers.append(block.ff_context.net[0].proj)
-            writers += [attention.to_add_out, block.ff_context.net[2]]
-        for linear in readers:
-            linear.weight[:, 0] = 0
-        for linear in writers:
-            linear.weight[0] = 0
-            if linear.bias is not None:
-                linear.bias[0] = 0
+        for name, linear in block.named_modules():
+            if not isinstance(linear, nn.Linear) or name.startswith("norm"):
+                continue
+            if name.endswith(("to_q", "to_k", "add_q_proj", "add_k_proj")):
+                share = math.sqrt(linear.in_features / 2)  # what normalisation leaves of channel 0
+                nn.init.normal_(linear.weight, std=CONTENT / share / math.sqrt(2))
+                linear.weight[:, 0] = _ones_and_zeros(linear.out_features) / share
+            elif name.endswith(("to_v", "add_v_proj", "net.0.proj")):
+                linear.weight[:, 0] = 0
+            else:  # what is added to the stream
+                linear.weight[0] = 0
+                if linear.bias is not None:
+                    linear.bias[0] = 0
         nn.init.normal_(block.norm1.linear.bias.chunk(4)[1], std=GATE)
 
 
@@ -134,19 +132,9 @@ class Setting:
     def is_mochi(self) -> bool:
         return self.row.architecture.startswith("Mochi")
 
-    @property
-    def layers(self) -> int:
-        """As the environment says."""
-        return int(os.environ.get("LAYERS", self.row.layers))
-
     def transformer(self, device: torch.device, layers: int | None = None) -> Any:
-        """The model, made on its device.
-
-        Args:
-            device: Where; no other memory holds weights.
-            layers: How many [`layers`].
-        """
-        model = self.row.make(layers or self.layers, device)
+        """The model, made on its device: no other memory holds weights; layers are as many as LAYERS says if absent."""
+        model = self.row.make(layers or int(os.environ.get("LAYERS", self.row.layers)), device)
         with torch.no_grad():
             if self.is_mochi:
                 structure_mochi(model, self.height // 16, self.width // 16)
@@ -165,15 +153,14 @@ class Setting:
         return (found * mask[..., None]).to(device, self.row.dtype), mask.to(device)
 
     def sampler(self, steps: int | None, device: str, layers: int | None = None) -> PipelineSampler:
-        """What ``--model`` names.
-
-        Args:
-            steps: Denoising steps; None: `steps`.
-            device: ``cpu`` or ``cuda``.
-            layers: How many [`layers`].
-        """
+        """What ``--model`` names; `steps` and `layers` are those of setting and `transformer` if absent."""
         where = torch.device(device)
-        pipe = self._pipeline(self.transformer(where, layers))
+        parts = {"vae": None, "text_encoder": None, "tokenizer": None, "transformer": self.transformer(where, layers)}
+        if self.is_mochi:
+            pipe = MochiPipeline(FlowMatchEulerDiscreteScheduler(invert_sigmas=True), **parts)
+        else:
+            options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.shift}
+            pipe = WanPipeline(scheduler=UniPCMultistepScheduler(**options), **parts)
         pipe.set_progress_bar_config(disable=True)
 
         def arguments(prompt: str) -> dict[str, Tensor]:
@@ -187,17 +174,6 @@ class Setting:
             pipe, prompt_arguments=arguments, num_inference_steps=steps or self.steps, height=self.height,
             width=self.width, num_frames=self.frames, guidance_scale=self.guidance,
         )  # fmt: skip
-
-    def _pipeline(self, transformer: Any) -> Any:
-        import diffusers
-
-        parts: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None, "transformer": transformer}
-        if self.is_mochi:
-            return diffusers.MochiPipeline(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), **parts)
-        scheduler = diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.shift
-        )
-        return diffusers.WanPipeline(scheduler=scheduler, **parts)
 
 
 def _tiny(name: str, **more: Any) -> Published:
