@@ -29,16 +29,15 @@ from calibatt.compiler.shelf import DiskShelf
 from calibatt.compiler.stats import Store, StoreError
 from calibatt.plans import Blocks, PlanError, write_plan
 
-BUDGETS = ("target_density", "max_error", "target_speedup")
+BUDGETS = ("target_density", "target_db")
 
 
-def with_budget(text: str, budget: dict[str, float | None], attention_share: float) -> tuple[Pass, ...]:
+def with_budget(text: str, budget: dict[str, float | None]) -> tuple[Pass, ...]:
     """The passes of a pass string, with the budget of the command line given to every `select`.
 
     Args:
         text: The pass string.
         budget: By name of `BUDGETS`; at most one is not None.
-        attention_share: For a target of speed-up.
 
     Raises:
         PassSyntaxError: Several budgets, or one here and another in the text, or no `select` to give it to.
@@ -55,34 +54,35 @@ def with_budget(text: str, budget: dict[str, float | None], attention_share: flo
         raise PassSyntaxError("a budget must be given in --passes or on the command line, got both")
     if not any(isinstance(each, Select) for each in passes):
         raise PassSyntaxError(f"a budget must have a select in --passes, got {text!r}")
-    changes: dict[str, Any] = {"attention_share": attention_share, **dict.fromkeys(BUDGETS), **budget}
+    changes: dict[str, Any] = {**dict.fromkeys(BUDGETS), **budget}
     return tuple(replace(each, **changes) if isinstance(each, Select) else each for each in passes)
 
 
 EPILOG = """\b
 Passes run in the order in which they are given; options and their defaults:
-  vote{agreement=0.5}  a block of a plane is kept if so many of the samples keep it; for planes in select's menu
-  uniform{threshold=0.9}  every head keeps what was voted at one threshold: the trivial plan, to compare with
   protect{sinks=false,diagonal=false,first-times=0,last-times=0,first-layers=0,last-layers=0}
       blocks that no mask drops: text, and if asked the first frame and the diagonal; heads that stay dense:
       so many of the noisiest (first) and cleanest (last) times, and of the layers
-  select{target-density=0.5,max-error,target-speedup,attention-share=0.75,menu,levels-per-octave=4,ladder-kinds}
-      each head's mask at each time: least error within one density over all, or fewest blocks within max-error;
-      menu: windows+ladders where the store is refined (errors of the masks themselves), else windows+cuts;
-      ladder-kinds: which of the ladders that were measured, row+votes for example
+  select{target-density=0.5,target-db,menu=windows+cuts}
+      each head's mask at each time: least error within one density over all, or fewest blocks that are predicted to
+      reach so many dB of the final latent
   anchors{safety=1.0,max-group-rows=4,max-group-frames=8}  rows, or frames, computed once and copied to neighbours
   fill-gaps{max-gap-blocks=1,max-growth=0.01}  joins short runs of blocks
   merge-times{max-growth=0.01,max-times=8}  neighbouring times share their masks
   merge-heads{max-growth=0.01}  heads of a layer share their masks
   schedule  the order of the work
   lower  makes the plan's arrays; comes last
+The paper's own method, of a store with thresholds (calibatt-calibrate --thresholds): vote,protect,uniform,repeat,lower
+  vote{agreement=0.5,threshold=0.9}  the blocks that so many of the samples need to reach the threshold's mass
+  uniform  every head keeps what was voted
+  repeat{max-difference=0.1,group=3}  heads whose rows differ less compute one row of a group
 Every pass takes from-time and to-time: the range of denoising times (1: noise) that it is for.
 
 \b
 Examples:
   calibatt-compile stats/ -o plans/mine.plan
   calibatt-compile stats_a/ stats_b/ -o plans/mine.plan --target-density 0.35 --report report.html
-  calibatt-compile stats/ -o plans/mine.plan --passes "protect,select{menu=windows+cuts},schedule,lower"
+  calibatt-compile stats/ -o plans/mine.plan --target-db 30
   calibatt-compile stats/ -o plans/mine.plan --passes "protect{last-times=1},select,schedule,lower"
   calibatt-compile a_few_layers/ -o plans/part.plan --extrapolate 40x50
   calibatt-compile --from-plan plans/mine.plan --block-size 128 -o plans/coarse.plan
@@ -98,9 +98,7 @@ Exit codes: 0 the plan is written; 2 the call or the statistics are wrong, and n
 @click.option("--block-size", type=int, help="Of a plan from a plan: a multiple of the old one's.")
 @click.option("--passes", "text", help=f"name{{option=value,...}},name,... [{DEFAULT_PASSES}]")
 @click.option("--target-density", type=float, help="Most of dense attention's blocks to compute. Default 0.5.")
-@click.option("--max-error", type=float, help="Most output error times time weight over the whole job, instead.")
-@click.option("--target-speedup", type=float, help="Least predicted speed-up of a whole forward, instead.")
-@click.option("--attention-share", type=float, default=0.75, show_default=True, help="Of a dense forward's time.")
+@click.option("--target-db", type=float, help="Least predicted signal-to-noise of the final latent, instead.")
 @click.option("--device", default="h200-hopper", show_default=True, help=f"Whose time: {', '.join(DEVICES)}.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes; the plan is the same.")
 @click.option("--resume", is_flag=True, help="Go on with what an interrupted run of this very job has left.")
@@ -114,7 +112,6 @@ Exit codes: 0 the plan is written; 2 the call or the statistics are wrong, and n
 @click.option("--print-after-all", is_flag=True, help="Print every time and layer after every pass.")
 @click.option("--time-passes", is_flag=True, help="Print what each pass took, as it ends.")
 @click.option("--notes", default="", help="Text stored in the plan.")
-@click.option("--ignore-interrupted", is_flag=True, help="Compile without samples whose recording was interrupted.")
 @click.option("--force", is_flag=True, help="Replace OUT.plan and REPORT if they exist.")
 def command(
     stats_dirs: tuple[Path, ...],
@@ -123,9 +120,7 @@ def command(
     block_size: int | None,
     text: str | None,
     target_density: float | None,
-    max_error: float | None,
-    target_speedup: float | None,
-    attention_share: float,
+    target_db: float | None,
     device: str,
     jobs: int,
     resume: bool,
@@ -135,7 +130,6 @@ def command(
     print_after_all: bool,
     time_passes: bool,
     notes: str,
-    ignore_interrupted: bool,
     force: bool,
 ) -> None:
     """Compiles the statistics of calibatt-calibrate, of one store or several, into a plan, or a plan into another.
@@ -147,15 +141,16 @@ def command(
     try:
         _check_targets([output, report_path], force)
         whole = _read_whole(extrapolate)
-        budget = dict(zip(BUDGETS, (target_density, max_error, target_speedup), strict=True))
+        budget = dict(zip(BUDGETS, (target_density, target_db), strict=True))
         if (old is None) == (not stats_dirs):
             raise CompileError(f"a plan must come from statistics or --from-plan, got {'both' if old else 'neither'}")
         if text is None:
             text = DEFAULT_PASSES if old is None else from_plan.DEFAULT_PASSES
-        passes = with_budget(text, budget, attention_share)
+        passes = with_budget(text, budget)
         require_lowered(passes)
         coefficients = device_named(device)
         source: StatisticsSource | from_plan.PlanSource
+        unfinished: tuple[str, ...] = ()
         if old is not None:
             from_plan.check_passes(passes)
             source = from_plan.PlanSource(old, None if block_size is None else Blocks(block_size, block_size))
@@ -166,16 +161,11 @@ def command(
             if block_size is not None:
                 raise CompileError(f"--block-size must come with --from-plan, got {block_size} with statistics")
             store = Store.open(stats_dirs)
-            if store.interrupted and not ignore_interrupted:
-                named = ", ".join(map(str, store.interrupted))
-                rule = "be recorded again (calibatt-calibrate), deleted, or left out (--ignore-interrupted)"
-                raise CompileError(f"interrupted samples must {rule}, got {named}")
+            unfinished = store.unfinished
             source = StatisticsSource(store)
             job = source.make_job(coefficients)
-            passes = source.settle(job, passes)
             origin, parts = provenance(job, store), segments(job.manifest.times)
-            key = [store.manifest.digest, *store.samples, *(probe.to_json() for probe in store.probes)]
-            key += job.refinement
+            key = [store.content()]
         console = Console()
 
         def after(account: Account) -> None:
@@ -198,9 +188,11 @@ def command(
             raise
         shelf.remove()
         if report_path is not None:
-            value = report.as_json(job, plan, found, file_bytes, attention_share, whole)
+            value = report.as_json(job, plan, found, file_bytes, whole)
             report.write(report_path, value)
-        report.show(console, job, plan, found, file_bytes, attention_share, whole)
+        if unfinished:
+            console.print(f"samplings in progress, not counted: {', '.join(unfinished)}", markup=False, highlight=False)
+        report.show(console, job, plan, found, file_bytes, whole)
     except (CompileError, StoreError, PlanError, OSError) as error:
         click.echo(f"calibatt-compile: {' '.join(str(error).split())}", err=True)
         sys.exit(2)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from hashlib import blake2b
 from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from calibatt.compiler.cost import Device
 from calibatt.compiler.errors import PassError
-from calibatt.compiler.gather import StatisticsSource
+from calibatt.compiler.gather import Samplings, StatisticsSource
 from calibatt.compiler.ir import Job
 from calibatt.compiler.language import print_passes
 from calibatt.compiler.passes import Pass
 from calibatt.compiler.pipeline import Map, Run, Source, in_turn, run, stages
+from calibatt.compiler.prediction import CUT, DENSE, Masks, Prediction, predict
 from calibatt.compiler.shelf import MemoryShelf, Shelf
-from calibatt.compiler.stats import Store
 from calibatt.plans import EncodedLayer, PlanFile, Segment, StoredLayers, base_segments, encode
 
 
@@ -66,15 +69,16 @@ def make_plan(
     base_of = [bases[job.place(index)[0]] * layers + job.place(index)[1] for index in range(job.units)]
     encoded = dict(over(partial(_encode, shelf, last), base_of))
     by_time = [done.units[index * layers : (index + 1) * layers] for index in times]
+    told = predicted_snr(job, done)
+    latent = told if isinstance(told, Prediction) and np.isfinite(told.mean) else None
     predicted: dict[str, Any] = {
         "device": job.device.name,
         "device_source": job.device.source,
         "planned_ms": [[unit.predicted_ms for unit in units] for units in by_time],
         "dense_ms": [[job.dense_unit_ms] * layers for _ in times],
         "density": done.accounts[-1].density,
-        "weighted_error": [float(sum(unit.error for unit in units)) for units in by_time],
-        "head_error": [[list(unit.head_error) for unit in units] for units in by_time],
-        "error_weight": [[unit.weight for unit in units] for units in by_time],
+        "latent_db": None if latent is None else asdict(latent),
+        "head_price": [[unit.head_error.tolist() for unit in units] for units in by_time],
     }
     stored = [[encoded[index * layers + layer] for layer in range(layers)] for index in times]
     manifest = job.manifest
@@ -91,7 +95,7 @@ def make_plan(
     )
 
 
-def compile_in_memory(store: Store, source: Source, passes: Sequence[Pass], device: Device) -> PlanFile:
+def compile_in_memory(store: Samplings, source: Source, passes: Sequence[Pass], device: Device) -> PlanFile:
     """What `calibatt-compile` makes of a store, in this process and without a folder: for small jobs.
 
     Args:
@@ -106,7 +110,6 @@ def compile_in_memory(store: Store, source: Source, passes: Sequence[Pass], devi
     """
     require_lowered(passes)
     job, shelf = StatisticsSource(store).make_job(device), MemoryShelf()
-    passes = StatisticsSource(store).settle(job, passes)
     found = run(source, job, passes, shelf, in_turn)
     return make_plan(job, provenance(job, store), segments(job.manifest.times), passes, found, shelf, in_turn)
 
@@ -118,17 +121,36 @@ def _encode(shelf: Shelf, last: int, index: int, base: int) -> EncodedLayer:
     return encode(layer, above)
 
 
-def provenance(job: Job, store: Store) -> dict[str, Any]:
+def predicted_snr(job: Job, done: Run) -> Prediction | str:
+    """What the plan does to the final latent; in words, why that cannot be said."""
+    windows = {str(window): index for index, window in enumerate(job.manifest.windows)}
+    shape = (len(job.manifest.times), job.manifest.model.layers, -1)
+
+    def table(values: Iterable[Any]) -> Any:
+        return np.stack([np.asarray(each) for each in values]).reshape(shape)
+
+    copied = table(unit.copy_error for unit in done.units)
+    nothing = np.zeros((len(job.manifest.shares), job.manifest.model.heads))
+    own = np.stack([nothing if unit.share_error is None else unit.share_error for unit in done.units])
+    known = {"dense": DENSE, **windows}
+    masks = Masks(
+        kind=table([known.get(choice, CUT) for choice in unit.choice] for unit in done.units),
+        density=table(unit.density for unit in done.units),
+        error=np.maximum(table(unit.head_error for unit in done.units) - copied, 0.0),
+        copied=copied,
+        share_error=own.reshape(*shape[:2], *nothing.shape),
+    )
+    return predict(job.table, job.levels, job.manifest.shares, masks)
+
+
+def provenance(job: Job, store: Samplings) -> dict[str, Any]:
     """Where the plan comes from: plain values, nothing of the machine or the day."""
     found: dict[str, Any] = {
-        "samples": list(job.samples),
+        "samples": list(job.samplings),
         "manifest": job.manifest.digest,
         "versions": {**job.manifest.versions, "calibatt-compile": version("calibatt")},
-        "time_weight": job.weights_source,
     }
-    if job.use_ladders and job.ladders is not None:
-        found["refinement"] = job.ladders.told(job.manifest)
-    prompts = [store.meta[sample].get("prompt") for sample in job.samples]
+    prompts = [store.meta[name].get("prompt") for name in job.samplings]
     if all(isinstance(prompt, str) for prompt in prompts):
         text = json.dumps(prompts, ensure_ascii=True).encode()
         found["prompts_digest"] = blake2b(text, digest_size=16).hexdigest()

@@ -1,109 +1,150 @@
-"""What a mask costs in output error, from the block errors it drops.
+"""What a mask costs, from what its blocks do: the only place that turns statistics into a price of a mask.
 
-The only place that turns statistics into a price of a mask; `select` asks it and knows nothing of how it is done.
-
-A mask's error is the mean over queries of the square of the sum of the square roots of the block errors it drops, times
-one factor for the whole job. Errors of dropped blocks point the same way, because whatever is kept is scaled up to
-make good for what is not: fitted to the logarithms of errors measured on the demo model, this sum of sizes has the
-exponent 0.8 and the plain sum of squared sizes 0.2. The factor is the median of measured / predicted over all windows,
-and planes if they are read; it puts masks on one scale with errors that are measured (windows, copied rows).
+A head's mask costs the sum over query blocks of (the sum over dropped blocks of sqrt(x))^2: effects of blocks dropped
+for the same queries point the same way, because whatever is kept is scaled up to make good for what is not. Of a block
+x = sqrt(S E R): S its mean squared effect on the final latent, which is unbiased but known from few samplings; E its
+mean error in the metric of the head's gradient, which is steadier; each is first drawn to the mean of all blocks at
+that distance from their queries. R is one factor a head, which puts E on the scale of the measured effects of windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from calibatt.compiler.bits import Bits, Bool, unpack
-from calibatt.compiler.ir import Float32, Float64, UnitIR, UnitMeans, query_weights
-from calibatt.compiler.stats import code_values
+from calibatt.compiler.ir import Float32, Float64, UnitIR
+from calibatt.compiler.passes.protect import protected
+from calibatt.compiler.stats import Manifest, Window, code_values, window_keep
 
 CODES = 256
 PRICED_ROWS = 64
 """At least so many query blocks of a head are looked at to price its masks."""
 
 
-def priced_rows(q_blocks: int, least: int = PRICED_ROWS) -> slice:
-    """Evenly spread query blocks, at least so many (or all), that stand for all of a head."""
-    return slice(None, None, max(1, q_blocks // least))
+def priced_rows(q_blocks: int) -> slice:
+    """Evenly spread query blocks, at least `PRICED_ROWS` (or all), that stand for all of a head."""
+    return slice(None, None, max(1, q_blocks // PRICED_ROWS))
 
 
-def row_weights(unit: UnitIR) -> Float64:
-    """float64 ``(rows,)``: shares of the queries of `priced_rows`; they sum to 1."""
-    found = query_weights(unit.grid, unit.blocks)[priced_rows(unit.q_blocks)]
-    share: Float64 = found / found.sum()
-    return share
+def rows_scale(q_blocks: int) -> float:
+    """How many query blocks each of the `priced_rows` stands for."""
+    return q_blocks / len(range(q_blocks)[priced_rows(q_blocks)])
 
 
-def code_counts(unit: UnitIR, head: int, classes: npt.NDArray[np.uint8] | None, kinds: int) -> tuple[Float64, Float64]:
-    """How many blocks of every class and code there are, and how much their errors are in size.
+class Bands:
+    """All blocks whose keys lie as far from their queries, band by band.
 
     Args:
-        unit: With block error.
+        manifest: Of the store. Blocks with text do not count in their bands.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        own = np.arange(manifest.q_blocks) * manifest.blocks.block_q // manifest.blocks.block_k
+        self._band = ((own.max() - own)[:, None] + np.arange(manifest.k_blocks)).reshape(-1)
+        self._counts = ~protected(manifest.grid, manifest.blocks, False, False).reshape(-1)
+        self._number = np.maximum(np.bincount(self._band, self._counts), 1)
+
+    def steady(self, values: Float32, count: float) -> Float32:
+        """Values ``(Q, K)``, means of `count` measurements, drawn to the mean of their band, which counts as one."""
+        means = np.bincount(self._band, values.reshape(-1) * self._counts) / self._number
+        drawn = values * np.float32(count / (count + 1))
+        drawn += (means / (count + 1)).astype(np.float32).take(self._band).reshape(values.shape)
+        found: Float32 = drawn
+        return found
+
+
+@lru_cache(maxsize=2)
+def bands(manifest: Manifest) -> Bands:
+    """Made once a process."""
+    return Bands(manifest)
+
+
+@lru_cache(maxsize=2)
+def _dropped(manifest: Manifest) -> tuple[Float32, ...]:
+    """What each window drops of the `priced_rows`, 0 or 1."""
+
+    def one(window: Window) -> Float32:
+        keep = window_keep(window, manifest.grid, manifest.blocks)[priced_rows(manifest.q_blocks)]
+        return (~keep).astype(np.float32)
+
+    return tuple(map(one, manifest.windows))
+
+
+def block_prices(
+    effect: Float32, error: Float32, windows: Float64, counts: tuple[float, float], of: Manifest
+) -> Float32:
+    """x of each block of a head, in the unit of its arguments.
+
+    Args:
+        effect: float32 ``(Q, K)``: mean squared effects.
+        error: float32 ``(Q, K)``: mean errors.
+        windows: float64 ``(W,)``: measured errors of the windows.
+        counts: How many measurements the means of effects and errors are of.
+        of: The store's manifest.
+    """
+    steady = bands(of).steady
+    error = steady(error, counts[1])
+    sizes = np.sqrt(error[priced_rows(of.q_blocks)])
+    sums = [np.einsum("qk,qk->q", sizes, drop).astype(np.float64) for drop in _dropped(of)]
+    prices = np.array([rows_scale(of.q_blocks) * (each @ each) for each in sums])
+    known = (prices > 0) & (windows > 0)
+    ratio = np.exp(np.log(windows[known] / prices[known]).mean()) if known.any() else 1.0
+    found: Float32 = np.sqrt(steady(effect, counts[0]))
+    found *= np.sqrt(error)
+    found *= np.float32(np.sqrt(ratio))
+    return found
+
+
+def code_counts(unit: UnitIR, head: int, classes: npt.NDArray[np.uint8]) -> tuple[Float64, Float64]:
+    """How many blocks of each of two classes and each code there are, and how large they are.
+
+    Args:
+        unit: With codes.
         head: Which head.
-        classes: uint8 ``(Q, K)``, the class of each block, below `kinds`; None: all are of class 0.
-        kinds: Number of classes.
+        classes: uint8 ``(Q, K)``, 0 or 1.
 
     Returns:
-        Number of blocks, float64 ``(kinds, 256)``; and for `priced_rows` the sum of the square roots of the block
-        errors, float64 ``(rows, kinds, 256)``: a mask that drops some of them has, but for the job's factor, the error
-        ``row_weights @ sums.sum(dropped) ** 2``.
+        Number of blocks, float64 ``(2, 256)``; and for `priced_rows` the sum of the roots of x, float64
+        ``(rows, 2, 256)``: a mask that drops some of them costs `rows_scale` times ``(sums.sum(dropped) ** 2).sum()``.
     """
     assert unit.means.error_code is not None
-    codes = unit.means.error_code[head]
-    index = codes if classes is None else classes.astype(np.uint16) << 8 | codes
-    number = np.bincount(index.reshape(-1), minlength=kinds * CODES).astype(np.float64)
+    assert unit.means.error_peak is not None
+    index = classes.astype(np.uint16) << 8 | unit.means.error_code[head]
+    number = np.bincount(index.reshape(-1), minlength=2 * CODES).astype(np.float64)
     some = index[priced_rows(unit.q_blocks)]
-    by_row = np.arange(len(some))[:, None] * (kinds * CODES) + some
-    sums = np.bincount(by_row.reshape(-1), minlength=len(some) * kinds * CODES).reshape(-1, kinds, CODES)
+    by_row = np.arange(len(some))[:, None] * (2 * CODES) + some
+    sums = np.bincount(by_row.reshape(-1), minlength=len(some) * 2 * CODES).reshape(-1, 2, CODES)
     sizes: Float64 = np.sqrt(code_values(float(unit.means.error_peak[head])).astype(np.float64))
-    return number.reshape(kinds, CODES), sums * sizes
+    return number.reshape(2, CODES), sums * sizes
 
 
-def mask_errors(unit: UnitIR, keep: Bits, factor: float, plane: int) -> Float64:
-    """float64 ``(H,)``: errors of any masks, packed ``(H, Q, ceil(K / 8))``.
-
-    Without block error in the store: what was measured of the plane that the masks come from.
-    """
-    if unit.means.error_code is None:
-        measured: Float64 = unit.means.menu_residual_error[plane]
-        return measured
-    weights = row_weights(unit)
-    found = np.zeros(unit.heads)
-    for head in range(unit.heads):
-        _, sums = code_counts(unit, head, unpack(keep[head], unit.k_blocks).view(np.uint8), 2)
-        found[head] = weights @ sums[:, 0].sum(1) ** 2 * factor
-    return found
-
-
-def dropped_error(error: Float32, drop: Bool, weights: Float32) -> Float64:
-    """The error of masks from block errors themselves, but for the job's factor.
-
-    Args:
-        error: float32 ``(rows, K)``.
-        drop: bool ``(..., rows, K)``.
-        weights: float32 ``(rows,)``.
+def cuts(unit: UnitIR, head: int) -> tuple[Float64, Float64]:
+    """Blocks and errors of a head's cuts: those that keep the blocks of codes below 0, 1, ... 255, and required ones.
 
     Returns:
-        float64 ``(...)``.
+        Both float64 ``(256,)``; more blocks and less error from one to the next.
     """
-    sums = (np.sqrt(error) * drop).sum(-1)
-    found: Float64 = (sums.astype(np.float64) ** 2) @ weights
+    number, sums = code_counts(unit, head, unpack(unit.required[head], unit.k_blocks).view(np.uint8))
+    blocks = unit.dense_blocks - np.cumsum(number[0][::-1])[::-1]
+    by_code = np.cumsum(sums[:, 0, ::-1], 1)[:, ::-1]
+    return blocks, rows_scale(unit.q_blocks) * (by_code**2).sum(0)
+
+
+def at_shares(blocks: Float64, error: Float64, shares: tuple[float, ...], dense_blocks: int) -> Float64:
+    """Errors of a head's cuts at some densities, float64 ``(shares,)``, between the `cuts` there are."""
+    wanted = np.log(np.array(shares) * dense_blocks)
+    found: Float64 = np.interp(wanted, np.log(np.maximum(blocks, 1)), np.sqrt(error)) ** 2
     return found
 
 
-def ratios(means: UnitMeans) -> Float64:
-    """Measured / predicted error, of all planes and windows of all heads where both are known."""
-    if means.menu_predicted is None:
-        return np.zeros(0)
-    known = (means.menu_predicted > 0) & (means.menu_residual_error > 0)
-    found: Float64 = means.menu_residual_error[known] / means.menu_predicted[known]
+def mask_errors(unit: UnitIR, keep: Bits) -> Float64:
+    """float64 ``(H,)``: errors of any masks, packed ``(H, Q, ceil(K / 8))``."""
+    found = np.zeros(unit.heads)
+    for head in range(unit.heads):
+        kept: Bool = unpack(keep[head], unit.k_blocks)
+        _, sums = code_counts(unit, head, kept.view(np.uint8))
+        found[head] = rows_scale(unit.q_blocks) * (sums[:, 0].sum(1) ** 2).sum()
     return found
-
-
-def coherence(units: Iterable[Float64]) -> float:
-    """The median of all `ratios`; 1 if unknown."""
-    found = np.concatenate([np.zeros(0), *units])
-    return float(np.median(found)) if len(found) else 1.0

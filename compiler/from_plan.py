@@ -64,12 +64,8 @@ class PlanSource:
         times = tuple(segment.time for segment in plan.segments)
         if sorted(set(times)) != list(times):
             raise CompileError(f"{self.path}: segments must stand for ascending times, got {times}")
-        manifest = Manifest(
-            model=plan.signature, grid=plan.grid, blocks=self.blocks, times=times, has_block_error=False
-        )
-        ones = np.ones(len(times))
-        weights = np.ones((len(times), plan.signature.layers))
-        return Job(manifest, (), ones, weights, False, f"compiled from plan {plan.digest}", device, planes=False)
+        manifest = Manifest(plan.signature, plan.grid, self.blocks, times)
+        return Job(manifest, (), device, np.ones(len(times)), votes=False)
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
         """One layer of one segment, its masks decided; errors are not known and 0.
@@ -80,12 +76,9 @@ class PlanSource:
         """
         packed, manifest = self.plan.packed(time_index, layer), job.manifest
         heads, k_blocks = manifest.model.heads, manifest.k_blocks
-        nothing = np.zeros((0, heads))
-        rows = np.zeros((heads, manifest.grid.height, 0))
-        means = UnitMeans([], None, np.zeros(heads, np.float32), nothing, nothing, None, np.zeros(heads), rows)
         keep = np.repeat(full_bits(manifest.q_blocks, k_blocks)[None], heads, 0)
         required = np.zeros_like(keep)
-        unit = UnitIR(time_index, layer, manifest.grid, self.blocks, 1.0, means, required)
+        unit = UnitIR(time_index, layer, manifest.grid, self.blocks, UnitMeans(), required)
         unit.anchors = [self._groups(packed, head) for head in range(heads)]
         if not any(unit.anchors):
             unit.anchors = []

@@ -2,8 +2,9 @@
 
 A `Job` is small and knows the whole; a `UnitIR` is large, and only a few are in memory at once.
 
-H heads, Q and K query and key blocks, T thresholds, M menu entries (T planes, then the windows), Y rows of a frame,
-F frames, R and S the radii of rows and frames. Packed masks are uint8 ``(..., ceil(K / 8))``, bits little-endian.
+H heads, Q and K query and key blocks, T thresholds, W windows, C shares of the ladder, Y rows of a frame, F frames, R
+and S the radii of rows and frames. Packed masks are uint8 ``(..., ceil(K / 8))``, bits little-endian. Errors are
+squared changes of the final latent, relative to its size, to first order.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from calibatt.compiler.bits import Bits, Bool, Votes, count, pack, unpack
+from calibatt.compiler.bits import Bits, Bool, count, pack, unpack
 from calibatt.compiler.cost import Device
-from calibatt.compiler.stats import Ladders, Manifest
+from calibatt.compiler.stats import Manifest, Table
 from calibatt.plans import ROWS, Blocks, PackedLayer, TokenGrid
 
 Float32 = npt.NDArray[np.float32]
@@ -51,37 +52,27 @@ class Groups(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class UnitMeans:
-    """What the samples say of one (time, layer), averaged over them.
+    """What the samplings say of one (time, layer), averaged over them; None where no pass asks for it.
 
     Args:
-        votes: Of the keep planes of each head, packed masks ``(T, Q, ceil(K / 8))``; gone when the votes are counted.
-        error_code: uint8 ``(H, Q, K)``, codes of the mean block error (`stats.quantise`), or None where none was
-            measured, or no pass asks for it.
-        error_peak: float32 ``(H,)``, what code 0 stands for: squared output error relative to the residual stream.
-        menu_error: float64 ``(M, H)``, measured, relative to the head's output.
-        menu_residual_error: float64 ``(M, H)``, measured, relative to the residual stream.
-        menu_predicted: float64 ``(M, H)``, the same predicted from block errors over some rows; None without.
-        output_size: float64 ``(H,)``, the head's output relative to the residual stream.
-        row_residual_error: float64 ``(H, Y, 2 R)``, NaN where the offset leaves the frame.
-        frame_residual_error: float64 ``(H, F, 2 S)``, of frames; None where it was not measured.
-        levels: uint8 ``(S, H, Q, K)``, the ladders (`compiler.ladders`), or None.
-        level_blocks: int64 ``(S, H, shares)``, blocks up to each level.
-        refined_error: float64 ``(C, H)``, measured errors of every level of every ladder, then of the windows, relative
-            to the residual stream; None without a refinement.
+        error_code: uint8 ``(H, Q, K)``, codes of each block's error as masks are priced by it; see `error_model`.
+        error_peak: float32 ``(H,)``, what code 0 stands for.
+        window_error: float64 ``(W, H)``, measured.
+        row_error: float64 ``(H, Y, 2 R)``, what a row adds where it is a copy, NaN where the offset leaves the frame.
+        frame_error: float64 ``(H, F, 2 S)``, of frames.
+        votes: uint16 ``(T, H, Q, K)``, in how many samples a block is in a threshold's set; gone once they are counted.
+        vote_samples: Of how many samples the votes are.
+        row_difference: float32 ``(H, Y, 2 R)``, relative to the row; None where votes are.
     """
 
-    votes: list[Votes]
-    error_code: npt.NDArray[np.uint8] | None
-    error_peak: Float32
-    menu_error: Float64
-    menu_residual_error: Float64
-    menu_predicted: Float64 | None
-    output_size: Float64
-    row_residual_error: Float64
-    levels: npt.NDArray[np.uint8] | None = None
-    level_blocks: Int64 | None = None
-    refined_error: Float64 | None = None
-    frame_residual_error: Float64 | None = None
+    error_code: npt.NDArray[np.uint8] | None = None
+    error_peak: Float32 | None = None
+    window_error: Float64 | None = None
+    row_error: Float64 | None = None
+    frame_error: Float64 | None = None
+    votes: npt.NDArray[np.uint16] | None = None
+    vote_samples: int = 0
+    row_difference: Float32 | None = None
 
 
 @dataclass(eq=False)
@@ -93,18 +84,17 @@ class UnitIR:
         layer: Of the model.
         grid: The token sequence.
         blocks: Block sizes.
-        weight: What an error costs at this time and layer; where heads were probed, the mean over them.
         means: The statistics.
         required: Packed ``(H, Q, ceil(K / 8))``, blocks that every mask of the head keeps; at least one a row.
-        head_weight: float64 ``(H,)``, what an error costs in each head; None where heads were not probed.
         force_dense: Every head stays dense.
-        voted: Packed ``(T, H, Q, ceil(K / 8))``, the planes that the samples agree on; set by `vote`.
+        voted: Packed ``(H, Q, ceil(K / 8))``, what the samples agree on; set by `vote`.
         keep: Packed ``(H, Q, ceil(K / 8))``, the chosen masks; set by `select`.
         choice: What each head's mask is: ``dense``, ``plane 0.95``, ``rows(2)``, ``cut``.
-        error: float64 ``(H,)``, predicted squared output error of each head, relative to the residual stream.
+        error: float64 ``(H,)``, predicted error of each head.
         anchors: The anchor groups of each head, or None where every row is computed.
         packed: By head, where it has anchors: the packed mask ``(tiles, ceil(K / 8))`` of its tiles.
         copy_error: float64 ``(H,)``, the part of `error` that copies of the anchors make, as of the last `anchors`.
+        share_error: float64 ``(C, H)``, error of the head's cut at each share of the ladder; see `prediction`.
         menu: What `select` found that heads may choose from: key, blocks and errors; see `menu.Menu`.
         packed_menu: By head, where it has anchors: blocks of each mask of the menu with them.
         tile_order: int32, see `LayerSchedule`; set by `schedule`.
@@ -115,10 +105,8 @@ class UnitIR:
     layer: int
     grid: TokenGrid
     blocks: Blocks
-    weight: float
     means: UnitMeans
     required: Bits
-    head_weight: Float64 | None = None
     force_dense: bool = False
     voted: Bits | None = None
     keep: Bits | None = None
@@ -127,6 +115,7 @@ class UnitIR:
     anchors: list[Groups | None] = field(default_factory=list)
     packed: dict[int, Bits] = field(default_factory=dict)
     copy_error: Float64 = field(default_factory=lambda: np.zeros(0))
+    share_error: Float64 | None = None
     menu: Any = None
     packed_menu: dict[int, Int64] = field(default_factory=dict)
     tile_order: npt.NDArray[np.int32] | None = None
@@ -139,11 +128,6 @@ class UnitIR:
     @property
     def heads(self) -> int:
         return len(self.required)
-
-    @property
-    def weighted_error(self) -> float:
-        """Predicted error times weight, summed over the heads."""
-        return float(self.error.sum() * self.weight if self.head_weight is None else self.error @ self.head_weight)
 
     @property
     def q_blocks(self) -> int:
@@ -193,41 +177,29 @@ class Job:
 
     Args:
         manifest: Of the statistics.
-        samples: Names of the samples.
-        weights: float64 ``(times,)``, the time weight w(t).
-        unit_weights: float64 ``(times, layers)``: what an error costs in each layer; see `stats.error_weights`.
-        weights_probed: False where the weight is 1 for want of a probe.
-        weights_source: Where the weights come from, in words.
+        samplings: Their names.
         device: What predicts milliseconds.
-        head_weights: float64 ``(times, layers, heads)``, the same in each head; None where heads were not probed.
-        planes: Some pass asks for the keep planes of the samples.
-        codes: Some pass asks for the mean block error.
-        ladders: What a refinement of the store is of; None without one.
-        use_ladders: Some pass asks for ladders.
-        refinement: Digests of the files with their errors, where that is so.
-        error_factor: Of `error_model.coherence`; known once every unit has been gathered.
-        multiplier: The price of a millisecond in weighted error (lambda), once `select` has found it.
-        error_budget: Most error times weight over all units, where that was asked for.
+        levels: float64 ``(times,)``: the sum of squared effects of single blocks, a geometric mean over the samplings.
+        votes: Some pass asks for the counts of the paper's own method.
+        codes: Some pass asks for the blocks' errors.
+        table: What each sampling says; only in the process that decides. None for a plan from a plan.
+        multiplier: The price of a millisecond in error (lambda), once `select` has found it.
         findings: What each pass has to report: plain values.
     """
 
     manifest: Manifest
-    samples: tuple[str, ...]
-    weights: Float64
-    unit_weights: Float64
-    weights_probed: bool
-    weights_source: str
+    samplings: tuple[str, ...]
     device: Device
-    head_weights: Float64 | None = None
-    planes: bool = True
+    levels: Float64
+    votes: bool = True
     codes: bool = True
-    ladders: Ladders | None = None
-    use_ladders: bool = False
-    refinement: tuple[str, ...] = ()
-    error_factor: float = 1.0
+    table: Table | None = None
     multiplier: float | None = None
-    error_budget: float | None = None
     findings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the table, which is large: other processes do not decide."""
+        return {**self.__dict__, "table": None}
 
     @property
     def units(self) -> int:
@@ -253,21 +225,6 @@ class Job:
         manifest = self.manifest
         tiles = manifest.model.heads * manifest.q_blocks
         return self._ms(tiles, tiles * manifest.k_blocks)
-
-    def forward_speedup(self, density: float, attention_share: float) -> float:
-        """Predicted speed-up of a forward at a density, given the share of dense attention in a dense forward."""
-        manifest = self.manifest
-        tiles = manifest.model.heads * manifest.q_blocks
-        planned = self._ms(tiles, density * tiles * manifest.k_blocks)
-        return 1 / (1 - attention_share * (1 - planned / self.dense_unit_ms))
-
-    def density_for(self, speedup: float, attention_share: float) -> float:
-        """The density at which `forward_speedup` is that; may be beyond what is possible."""
-        manifest = self.manifest
-        tiles = manifest.model.heads * manifest.q_blocks
-        planned = (1 - (1 - 1 / speedup) / attention_share) * self.dense_unit_ms
-        fixed = self._ms(tiles, 0)
-        return (planned - fixed) / (self.dense_unit_ms - fixed)
 
     def _ms(self, tiles: int, blocks: float) -> float:
         manifest = self.manifest
@@ -319,23 +276,6 @@ def over_sources(combine: np.ufunc, values: npt.NDArray[np.uint8], sources: Int6
     found: npt.NDArray[np.uint8] = values[..., sources[0], :]
     for others in sources[1:]:
         combine(found, values[..., others, :], out=found)
-    return found
-
-
-def query_weights(grid: TokenGrid, blocks: Blocks) -> Float64:
-    """float64 ``(Q,)``: the share of all queries that each query block holds."""
-    edges = np.minimum(np.arange(blocks.q_blocks(grid.tokens) + 1) * blocks.block_q, grid.tokens)
-    share: Float64 = np.diff(edges) / grid.tokens
-    return share
-
-
-def row_required(error_code: npt.NDArray[np.uint8] | None, q_blocks: int, k_blocks: int) -> Int64:
-    """int64 ``(Q,)``: the one block of each row of a head that no mask may drop.
-
-    It is the block of the largest mean block error by its codes ``(Q, K)``, or, where none was measured, that of the
-    row's own keys.
-    """
-    found: Int64 = np.arange(q_blocks) * k_blocks // q_blocks if error_code is None else error_code.argmin(axis=1)
     return found
 
 

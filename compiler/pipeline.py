@@ -18,9 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from calibatt.compiler.bits import count
-from calibatt.compiler.error_model import coherence, ratios
-from calibatt.compiler.errors import PassError, VerifyError
-from calibatt.compiler.ir import Job, UnitIR
+from calibatt.compiler.errors import VerifyError
+from calibatt.compiler.ir import Float64, Job, UnitIR
 from calibatt.compiler.language import print_passes
 from calibatt.compiler.passes import Findings, Pass
 from calibatt.compiler.shelf import Shelf
@@ -51,7 +50,7 @@ class Account:
         density: `blocks` / those of dense attention.
         plan_bytes: Of the block lists as plain CSR, nothing shared; after `lower` with what heads share.
         predicted_ms: Milliseconds of one attention call, summed over all times and layers.
-        error: Predicted output error times weight, summed over all.
+        error: Predicted, summed over all.
         findings: What the pass reports.
         units: One line a unit.
     """
@@ -70,19 +69,31 @@ class Account:
 
 @dataclass(frozen=True)
 class UnitAccount:
-    """What a unit amounts to after a pass; see `Account`. `head_error` is not yet weighted with `weight`, which is one
-    number or one a head."""
+    """What a unit amounts to after a pass; see `Account`.
+
+    Args:
+        kinds: Heads by kind, of the unit.
+        line: Of `Account.units`.
+        head_error: Predicted error of each head, copies included.
+        copy_error: That of copies.
+        density: Of each head's mask, before copies.
+        choice: Name of each head's mask.
+        share_error: See `UnitIR`.
+    """
 
     seconds: float
     blocks: int
     plan_bytes: int
     predicted_ms: float
     error: float
-    head_error: tuple[float, ...]
-    weight: float | list[float]
     findings: Findings
     kinds: dict[str, int]
     line: str
+    head_error: Float64
+    copy_error: Float64
+    density: Float64
+    choice: tuple[str, ...]
+    share_error: Float64 | None
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,6 @@ class Found:
 
     accounts: tuple[UnitAccount, ...]
     survey: Any
-    ratios: Any
 
 
 def stages(passes: Sequence[Pass]) -> list[Stage]:
@@ -153,21 +163,18 @@ def run(
 
     Raises:
         StoreError: The statistics are damaged.
-        PassError: A pass lacks what it requires, or the last one leaves more error than was allowed.
+        PassError: A pass lacks what it requires.
         VerifyError: A pass left a broken unit.
     """
     accounts: list[Account] = []
-    job.planes = any(each.planes for each in passes)
+    job.votes = any(each.votes for each in passes)
     job.codes = any(each.codes for each in passes)
-    job.use_ladders = any(each.ladders for each in passes)
     decisions: Sequence[Any] = [None] * job.units
     for stage in stages(passes):
         work = partial(_work, source, job, stage, shelf, printing)
         found = dict(over(work, decisions))
         ordered = [found[index] for index in range(job.units)]
-        if stage.number == 0:
-            job.error_factor = coherence(each.ratios for each in ordered)
-        else:
+        if stage.number:
             shelf.forget(stage.number - 1)
         names: list[Pass | None] = [None] if stage.number == 0 else []
         for position, each in enumerate([*names, *stage.passes]):
@@ -184,10 +191,6 @@ def run(
             decided = stage.survey.decide(job, units, [ordered[index].survey for index in units])
             by_unit = dict(zip(units, decided, strict=True))
             decisions = [by_unit.get(index) for index in range(job.units)]
-    total = accounts[-1].error
-    if job.error_budget is not None and total > job.error_budget * (1 + 1e-9):
-        rule = f"stay within max-error {job.error_budget:g} (another select after anchors sees to it)"
-        raise PassError(f"passes must {rule}, got {total:.6g}")
     return Run(accounts, [each.accounts[-1] for each in ordered])
 
 
@@ -227,10 +230,9 @@ def _work(source: Source, job: Job, stage: Stage, shelf: Shelf, printing: bool, 
     start = time.perf_counter()
     if stage.number == 0:
         unit = source.unit(job, *job.place(index))
-        known_ratios = ratios(unit.means)
         accounts.append(_account(job, unit, time.perf_counter() - start, {}, printing))
     else:
-        unit, known_ratios = shelf.unit(stage.number - 1, index), None
+        unit = shelf.unit(stage.number - 1, index)
     for each in stage.passes:
         start = time.perf_counter()
         given = decision if each.decides else None
@@ -241,12 +243,12 @@ def _work(source: Source, job: Job, stage: Stage, shelf: Shelf, printing: bool, 
         seconds = time.perf_counter() - start
         verify(unit, each.name)
         accounts.append(_account(job, unit, seconds, findings, printing))
-    if unit.means.votes:
-        unit.means = replace(unit.means, votes=[])
+    if unit.means.votes is not None:
+        unit.means = replace(unit.means, votes=None)
     survey = None
     if stage.survey is not None and stage.survey.covers(job.manifest.times[unit.time_index]):
         survey = stage.survey.survey(job, unit)
-    found = Found(tuple(accounts), survey, known_ratios)
+    found = Found(tuple(accounts), survey)
     shelf.put(stage.number, index, unit, found, last=stage.survey is None)
     return found
 
@@ -267,12 +269,15 @@ def _account(job: Job, unit: UnitIR, seconds: float, findings: Findings, printin
         blocks=int(blocks.sum()),
         plan_bytes=_bytes(unit, tiles, blocks),
         predicted_ms=job.unit_ms(tiles, blocks),
-        error=unit.weighted_error if len(unit.error) else 0.0,
-        head_error=tuple(unit.error.tolist()),
-        weight=float(unit.weight) if unit.head_weight is None else unit.head_weight.tolist(),
+        error=float(unit.error.sum()),
         findings=findings,
         kinds=_kinds(unit, blocks),
         line=unit_line(unit) if printing else "",
+        head_error=unit.error if len(unit.error) else np.zeros(unit.heads),
+        copy_error=unit.copy_error if len(unit.copy_error) else np.zeros(unit.heads),
+        density=np.ones(unit.heads) if unit.keep is None else count(unit.keep, (1, 2)) / unit.dense_blocks,
+        choice=tuple(unit.choice) or ("dense",) * unit.heads,
+        share_error=unit.share_error,
     )
 
 

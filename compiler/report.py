@@ -10,9 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from calibatt.compiler.emit import predicted_snr
 from calibatt.compiler.ir import Job
 from calibatt.compiler.pipeline import Account, Run
 from calibatt.plans import PlanFile
@@ -26,9 +28,7 @@ Whole = tuple[int, int] | None
 """Layers and times of the job that this one is a part of, if it is told."""
 
 
-def as_json(
-    job: Job, plan: PlanFile, run: Run, file_bytes: int, attention_share: float, whole: Whole = None
-) -> dict[str, Any]:
+def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int, whole: Whole = None) -> dict[str, Any]:
     """The report as plain values; the same input gives the same report but for the seconds."""
     times, layers = range(len(plan.segments)), job.manifest.model.layers
     dense = job.manifest.model.heads * job.manifest.q_blocks * job.manifest.k_blocks
@@ -43,15 +43,12 @@ def as_json(
         "error_by_time_and_layer": [[unit.error for unit in units] for units in rows],
         "heads_by_time_and_layer": [[{k: unit.kinds[k] for k in KINDS} for unit in units] for units in rows],
         "times": list(job.manifest.times),
-        "time_weights": job.weights.tolist(),
-        "weights_probed": job.weights_probed,
-        "weights_source": job.weights_source,
-        "weighted_error_by_time": plan.predicted["weighted_error"],
+        "levels": job.levels.tolist(),
+        "predicted_latent_db": plan.predicted["latent_db"],
+        "predicted_snr": str(predicted_snr(job, run)),
         "planned_ms": [sum(plan.predicted["planned_ms"][index]) for index in times],
         "dense_ms": [sum(plan.predicted["dense_ms"][index]) for index in times],
         "attention_speedup": _speedup(plan),
-        "attention_share": attention_share,
-        "forward_speedup": 1 / (1 - attention_share * (1 - 1 / _speedup(plan))),
         "device": {"name": job.device.name, "source": job.device.source},
         "heads_by_kind": dict(sorted(_kinds(run).items())),
         "provenance": dict(plan.provenance),
@@ -95,17 +92,9 @@ def _speedup(plan: PlanFile) -> float:
     return float(dense / planned)
 
 
-def show(
-    console: Console,
-    job: Job,
-    plan: PlanFile,
-    run: Run,
-    file_bytes: int,
-    attention_share: float,
-    whole: Whole = None,
-) -> None:
+def show(console: Console, job: Job, plan: PlanFile, run: Run, file_bytes: int, whole: Whole = None) -> None:
     """Prints the report."""
-    value = as_json(job, plan, run, file_bytes, attention_share, whole)
+    value = as_json(job, plan, run, file_bytes, whole)
     console.print(_accounts(run.accounts))
     console.print(_times(job, plan, value["density_by_time_and_layer"], value["heads_by_time_and_layer"]))
     console.print(_densities(job, value["density_by_time_and_layer"]))
@@ -114,11 +103,10 @@ def show(
     planned, dense = (sum(map(sum, plan.predicted[key])) for key in ("planned_ms", "dense_ms"))
     lines = [
         f"heads: {', '.join(f'{kind} {number}' for kind, number in sorted(_kinds(run).items()))}",
-        job.weights_source,
-        f"provenance: {len(job.samples)} samples, manifest {job.manifest.digest}",
+        f"predicted latent SNR: {value['predicted_snr']}",
+        f"provenance: {len(job.samplings)} samplings, manifest {job.manifest.digest}",
         f"device: {job.device.name} ({job.device.source})",
         f"predicted attention: {planned:.4g} ms planned, {dense:.4g} ms dense, {dense / planned:.2f} times",
-        f"predicted forward: {value['forward_speedup']:.2f} times, attention being {attention_share:g} of a dense one",
         f"density {plan.predicted['density']:.4f}, {file_bytes} bytes, plain CSR {value['plain_csr_bytes']}",
         f"cost: {_cost_told(value['cost'])}",
     ]
@@ -155,17 +143,15 @@ def as_html(value: dict[str, Any]) -> str:
         for index in range(len(times)):
             heads = value["heads_by_time_and_layer"][index][layer]
             error = value["error_by_time_and_layer"][index][layer]
-            told = ", ".join(f"{count} {kind}" for kind, count in heads.items()) + f"; error x weight {error:.3e}"
+            told = ", ".join(f"{count} {kind}" for kind, count in heads.items()) + f"; error {error:.3e}"
             shades.append(shade(value["density_by_time_and_layer"][index][layer], told))
         layers.append([cell(layer), *shades])
     facts = {
         "passes": value["passes"],
         "device": f"{value['device']['name']}: {value['device']['source']}",
-        "time weight": value["weights_source"],
+        "predicted latent SNR": value["predicted_snr"],
         "density": f"{value['density']:.4f}",
         "predicted speed-up of attention": f"{value['attention_speedup']:.3f}",
-        "predicted speed-up of a forward": f"{value['forward_speedup']:.3f}, attention being "
-        f"{value['attention_share']:g} of a dense one",
         "bytes of the file": f"{value['file_bytes']} (plain CSR {value['plain_csr_bytes']})",
         "cost": _cost_told(value["cost"]),
         "provenance": value["provenance"],
@@ -175,7 +161,7 @@ def as_html(value: dict[str, Any]) -> str:
         "<style>body{font:14px sans-serif;margin:2em}"
         "table{border-collapse:collapse}td,th{padding:2px 6px;text-align:right}td:first-child{text-align:left}</style>"
         + table("plan", ("", ""), [[cell(name), cell(text)] for name, text in facts.items()])
-        + table("passes", ("pass", "blocks", "density", "bytes", "predicted ms", "error x weight", "found"), passes)
+        + table("passes", ("pass", "blocks", "density", "bytes", "predicted ms", "error", "found"), passes)
         + table("density in % by layer and time", ("layer", *(f"{time:.2f}" for time in times)), layers)
     )
 
@@ -193,7 +179,7 @@ def _findings(findings: dict[str, Any]) -> str:
 def _accounts(accounts: Sequence[Account]) -> Table:
     table = Table(title="passes", title_justify="left")
     table.add_column("pass")
-    for name in ("blocks", "density", "bytes", "predicted ms", "error x weight", "seconds"):
+    for name in ("blocks", "density", "bytes", "predicted ms", "error", "seconds"):
         table.add_column(name, justify="right")
     for each in accounts:
         cells = [f"{each.blocks}", f"{each.density:.4f}", f"{each.plan_bytes}", f"{each.predicted_ms:.4g}"]
@@ -204,15 +190,14 @@ def _accounts(accounts: Sequence[Account]) -> Table:
 def _times(
     job: Job, plan: PlanFile, densities: Sequence[Sequence[float]], heads: Sequence[Sequence[dict[str, int]]]
 ) -> Table:
-    title = "times" if job.weights_probed else "times (weight never probed: 1 everywhere)"
-    table = Table(title=title, title_justify="left")
-    for name in ("time", "segment", "weight", "density", "error x weight", "planned ms", "dense ms", *KINDS):
+    table = Table(title="times", title_justify="left")
+    for name in ("time", "segment", "level", "density", "error", "planned ms", "dense ms", *KINDS):
         table.add_column(name, justify="right")
     for index, segment in enumerate(plan.segments):
         density = sum(densities[index]) / len(densities[index])
-        error = plan.predicted["weighted_error"][index]
+        error = float(np.sum(plan.predicted["head_price"][index]))
         planned, dense = (sum(plan.predicted[key][index]) for key in ("planned_ms", "dense_ms"))
-        cells = [f"{segment.start:.3f}-{segment.stop:.3f}", f"{job.weights[index]:.3g}", f"{density:.4f}"]
+        cells = [f"{segment.start:.3f}-{segment.stop:.3f}", f"{job.levels[index]:.3g}", f"{density:.4f}"]
         cells += [f"{error:.3e}", f"{planned:.4g}", f"{dense:.4g}"]
         cells += [str(sum(layer[kind] for layer in heads[index])) for kind in KINDS]
         table.add_row(f"{segment.time:.3f}", *cells)

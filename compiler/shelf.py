@@ -16,7 +16,7 @@ from calibatt.compiler.errors import CompileError
 from calibatt.compiler.ir import UnitIR
 
 KEY = "key"
-SOURCES = ("error_code", "levels", "voted")
+SOURCES = ("error_code", "voted")
 """Large arrays that no pass changes once they are there: stored once, mapped afterwards."""
 
 
@@ -129,7 +129,7 @@ class DiskShelf:
                 temporary = path.with_suffix(".tmp.npy")
                 np.save(temporary, array)
                 os.replace(temporary, path)
-        light.voted, light.means = None, replace(unit.means, error_code=None, levels=None)
+        light.voted, light.means = None, replace(unit.means, error_code=None)
         self._dump(self._path(stage, index, "unit"), light)
         self._dump(self._path(stage, index, "found"), found)
 

@@ -38,24 +38,15 @@ class Pass(ABC):
     """In pass strings; kebab-case."""
     decides: ClassVar[bool] = False
     by_layer: ClassVar[bool] = False
-    planes: ClassVar[bool] = False
-    """The samples' keep planes must be read for it."""
+    votes: ClassVar[bool] = False
+    """The counts of the paper's own method must be read for it."""
     from_time: float | None = None
     to_time: float | None = None
 
     @property
     def codes(self) -> bool:
-        """The mean block error must be kept for it."""
+        """The blocks' errors must be kept for it."""
         return False
-
-    @property
-    def ladders(self) -> bool:
-        """The masks of a refined store's ladders must be made for it."""
-        return False
-
-    def settled(self, job: Job) -> Pass:
-        """The pass with what its options leave to the job decided; this is what a plan's pass string says."""
-        return self
 
     def covers(self, time: float) -> bool:
         """Whether the pass is for units of this denoising time."""
@@ -129,6 +120,7 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "protect": _load("protect", "Protect"),
     "select": _load("select", "Select"),
     "anchors": _load("anchors", "Anchors"),
+    "repeat": _load("repeat", "Repeat"),
     "fill-gaps": _load("fill_gaps", "FillGaps"),
     "merge-times": _load("merge_times", "MergeTimes"),
     "merge-heads": _load("merge_heads", "MergeHeads"),

@@ -21,13 +21,13 @@ class Anchors(Pass):
     """Gives heads whose output repeats anchors, rows or frames, where that is cheaper than computing every token.
 
     For each head, dynamic programming finds the partition of a frame's rows into groups, and an anchor in each, of
-    least copy error x weight x `safety` + price of the computed rows (a row at its share of the head's predicted
+    least copy error x `safety` + price of the computed rows (a row at its share of the head's predicted
     milliseconds); every frame has the same groups. Likewise the partition of the video's frames. The head adopts the
     better of the two, with the best mask of the last `select`'s menu beside it, if that is still cheaper when lowered:
     a packed tile keeps what any of its queries' blocks keeps, so packing rows apart can cost more than it saves.
 
     Another `select` after it spends what was saved: milliseconds are then worth less, and heads whose anchors are no
-    longer worth their error lose them again; where the error is bounded, it brings the job back within the bound.
+    longer worth their error lose them again.
 
     Requires: `select`, whose multiplier prices a millisecond.
     Ensures: no head computes more blocks than before.
@@ -53,7 +53,7 @@ class Anchors(Pass):
 
     def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
         multiplier = job.multiplier
-        self.require(multiplier is not None and unit.keep is not None, "select", "come before", "no multiplier")
+        self.require(multiplier is not None and unit.menu is not None, "select", "come before", "no multiplier")
         assert multiplier is not None
         assert unit.keep is not None
         self.require(not unit.anchors, "anchors", "come once", unit.name)
@@ -67,15 +67,15 @@ class Anchors(Pass):
         market = Market(job, unit, multiplier)
         offered = set()
         for axis, errors, most in (
-            (ROWS, unit.means.row_residual_error, self.max_group_rows),
-            (FRAMES, unit.means.frame_residual_error, self.max_group_frames),
+            (ROWS, unit.means.row_error, self.max_group_rows),
+            (FRAMES, unit.means.frame_error, self.max_group_frames),
         ):
             if errors is None or errors.shape[2] == 0 or most == 1:
                 continue
-            share = self.safety * unit.grid.video_tokens / (errors.shape[1] * unit.grid.tokens)
-            for head, groups in market.groups(axis, errors * share, most):
+            errors = errors * self.safety
+            for head, groups in market.groups(axis, errors, most):
                 offered.add(head)
-                offer = market.offer(head, groups, copied(errors[head] * share, groups))
+                offer = market.offer(head, groups, copied(errors[head], groups))
                 if offer.gain > 0 and (head not in best or offer.gain > best[head].gain):
                     best[head] = offer
         for head, offer in best.items():
@@ -100,7 +100,7 @@ class Offer:
     """Anchors for a head, and the mask that goes with them.
 
     Args:
-        gain: Milliseconds saved x their price - weighted error added.
+        gain: Milliseconds saved x their price - error added.
         groups: The anchors.
         copied: Error that the copies make.
         error: With that of the mask.
@@ -136,12 +136,9 @@ class Market:
         self.unit = unit
         ms = partial(job.device.predict_ms, stored_tokens=0, blocks=unit.blocks, dim=job.manifest.model.head_dim)
         self.tile_price, self.block_price = multiplier * ms(1, 0), multiplier * ms(0, 1)
-        self.weight = np.full(unit.heads, unit.weight) if unit.head_weight is None else unit.head_weight
         self.tiles, self.blocks = unit.computed()
-        self.menu = None if unit.menu is None else Menu(job, *unit.menu[0])
-        if self.menu is not None:
-            _, self.menu_blocks, error = unit.menu
-            self.menu_error = error * np.where(self.menu.estimated, job.error_factor, 1.0)
+        key, self.menu_blocks, self.menu_error = unit.menu
+        self.menu = Menu(job, key)
 
     def groups(self, axis: int, errors: Float64, most: int) -> Iterator[tuple[int, Groups]]:
         """Heads for which some groups of this axis seem cheaper than all of it, with the best that was found.
@@ -152,34 +149,28 @@ class Market:
             most: Members of a group.
         """
         members = errors.shape[1]
-        weighted = group_errors(errors * self.weight[:, None, None], most)
-        found = best_groups(weighted, (self.tiles * self.tile_price + self.blocks * self.block_price) / members)
-        if self.menu is not None:
-            share = np.array([len(starts) / members for starts, _ in found])
-            cost = (share * self.block_price)[:, None] * self.menu_blocks + self.weight[:, None] * self.menu_error
-            chosen = np.take_along_axis(self.menu_blocks, cost.argmin(1)[:, None], 1)[:, 0]
-            blocks = np.where(share < 1, chosen, self.blocks)
-            found = best_groups(weighted, (self.tiles * self.tile_price + blocks * self.block_price) / members)
+        added = group_errors(errors, most)
+        found = best_groups(added, (self.tiles * self.tile_price + self.blocks * self.block_price) / members)
+        share = np.array([len(starts) / members for starts, _ in found])
+        cost = (share * self.block_price)[:, None] * self.menu_blocks + self.menu_error
+        chosen = np.take_along_axis(self.menu_blocks, cost.argmin(1)[:, None], 1)[:, 0]
+        blocks = np.where(share < 1, chosen, self.blocks)
+        found = best_groups(added, (self.tiles * self.tile_price + blocks * self.block_price) / members)
         for head, (starts, anchors) in enumerate(found):
             if len(starts) < members:
                 yield head, Groups(axis, starts, anchors)
 
     def offer(self, head: int, groups: Groups, copied: float) -> Offer:
         """The best mask with these anchors, as lowered; where it computes more than the head does now, no gain."""
-        unit, weight = self.unit, float(self.weight[head])
-        assert unit.keep is not None
-        choice, keep, error = unit.choice[head], unit.keep[head], float(unit.error[head])
-        before = self.tiles[head] * self.tile_price + self.blocks[head] * self.block_price + weight * error
-        table = np.zeros(0, np.int64)
-        if self.menu is not None:
-            table = self.menu.packed_blocks(unit, head, groups)
-            cost = table * self.block_price + weight * self.menu_error[head]
-            column = int(np.where(table <= self.blocks[head], cost, np.inf).argmin())
-            choice, keep = self.menu.mask(unit, head, column)
-            error = float(self.menu_error[head, column])
+        unit = self.unit
+        before = self.tiles[head] * self.tile_price + self.blocks[head] * self.block_price + float(unit.error[head])
+        table = self.menu.packed_blocks(unit, head, groups)
+        cost = table * self.block_price + self.menu_error[head]
+        column = int(np.where(table <= self.blocks[head], cost, np.inf).argmin())
+        choice, keep = self.menu.mask(unit, head, column)
         packed = packed_bits(keep, unit.grid, unit.blocks, groups)
-        computed, error = int(count(packed, (0, 1))), error + copied
-        after = len(packed) * self.tile_price + computed * self.block_price + weight * error
+        computed, error = int(count(packed, (0, 1))), float(self.menu_error[head, column]) + copied
+        after = len(packed) * self.tile_price + computed * self.block_price + error
         gain = float(before - after) if computed <= self.blocks[head] else -1.0
         return Offer(gain, groups, copied, error, choice, keep, packed, table)
 
@@ -215,7 +206,7 @@ def best_groups(errors: Float64, price: Float64) -> list[tuple[tuple[int, ...], 
     """The cheapest partition of the members for each head: exact, by dynamic programming.
 
     Args:
-        errors: float64 ``(H, Y, G, G)`` of `group_errors`, weighted.
+        errors: float64 ``(H, Y, G, G)`` of `group_errors`.
         price: float64 ``(H,)``, of an anchor.
 
     Returns:

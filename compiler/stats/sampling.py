@@ -101,14 +101,15 @@ def write_sampling(
         raise SampleError(f"{path}: {error}") from None
 
 
-def read_header(path: str | PathLike[str], name: str, manifest: Manifest) -> dict[str, Any]:
-    """What was said of a sampling when it was finished; only the header is read.
+def read_header(path: str | PathLike[str], name: str, manifest: Manifest) -> tuple[dict[str, Any], str]:
+    """What was said of a sampling when it was finished, and the digest of its file; only the header is read.
 
     Raises:
         SampleError: The file is damaged, or of another name or manifest.
         OSError: It cannot be read.
     """
-    return dict(_open(path, name, manifest).header["meta"])
+    file = _open(path, name, manifest)
+    return dict(file.header["meta"]), file.digest
 
 
 def read_sampling(path: str | PathLike[str], name: str, manifest: Manifest) -> SamplingTables:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from calibatt.compiler.stats.files import (
 )
 from calibatt.compiler.stats.manifest import Manifest
 from calibatt.compiler.stats.sampling import Float64, SamplingTables, read_header, read_sampling
-from calibatt.compiler.stats.unit import Unit, combined, read_unit
+from calibatt.compiler.stats.unit import Unit, combined, read_samplings, read_unit
 from calibatt.compiler.stats.writer import check_place
 
 
@@ -137,7 +138,7 @@ class Store:
                 if name in owner:
                     raise DuplicateSample(f"sampling {name!r} must be in one store, got {owner[name]} and {folder}")
                 owner[name] = folder
-                meta[name] = read_header(path, check_name(name), manifest)
+                meta[name] = read_header(path, check_name(name), manifest)[0]
             if found:  # its manifest is proved now: a damaged one could ask for any number of units
                 names[folder] = tuple(found)
                 _check_units(folder, manifest)
@@ -191,6 +192,29 @@ class Store:
         pairs = zip(paths, self.samplings, strict=True)
         tables = tuple(read_sampling(path, name, self.manifest) for path, name in pairs)
         return Table(self.samplings, tuple(self.meta.values()), tables)
+
+    def content(self) -> str:
+        """Stands for every byte of all units and samplings, 32 hexadecimal digits; only headers are read.
+
+        Raises:
+            StoreError: A file is damaged.
+        """
+        digest = blake2b(self.manifest.digest.encode(), digest_size=16)
+        for folder, names in self._folders.items():
+            for time_index, layer in places(self.manifest):
+                place = {"time_index": time_index, "layer": layer}
+                path = folder / UNITS / unit_name(time_index, layer)
+                digest.update(read_samplings(path, self.manifest, place)[1].encode())
+            for name in names:
+                path = folder / SAMPLINGS / (name + SUFFIX)
+                digest.update(read_header(path, name, self.manifest)[1].encode())
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Store) and self._folders == other._folders
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._folders.items()))
 
     @property
     def size_bytes(self) -> int:

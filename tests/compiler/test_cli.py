@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from support import stats
-from support.jobs import write_store
 
 from calibatt.compiler.cli import command
 from calibatt.compiler.emit import segments
 from calibatt.compiler.language import _text, option_name
 from calibatt.compiler.passes import PASSES
+from calibatt.compiler.stats import StoreWriter
 from calibatt.plans import PlanFile
 
 ROOT = Path(__file__).parent.parent.parent
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_store(tmp_path_factory.mktemp("stats") / "store", stats.manifest(), probed=True)
+    return stats.write_store(tmp_path_factory.mktemp("stats") / "store", stats.manifest())
 
 
 def invoke(*arguments: object) -> Result:
@@ -49,27 +49,23 @@ def test_the_same_statistics_give_the_same_bytes(store: Path, tmp_path: Path) ->
     assert plan.notes == "a note"
     assert plan.provenance["samples"] == ["s0", "s1", "s2"]
     assert len(plan.provenance["prompts_digest"]) == 32
-    assert plan.provenance["time_weight"].startswith("time weight: 2 probes at 2 times of 1 samples")
+    assert plan.predicted["latent_db"]["samplings"] == 2
     assert [(part.start, part.stop, part.time) for part in plan.segments] == [(0, 0.5, 0.25), (0.5, 1, 0.75)]
     assert str(tmp_path) not in str(plan.provenance)
 
 
-def test_a_store_in_two_folders_is_the_same_store(store: Path, tmp_path: Path) -> None:
-    halves = [shutil.copytree(store, tmp_path / name) for name in ("a", "b")]
-    shutil.rmtree(halves[0] / "samples" / "s1")
-    shutil.rmtree(halves[1] / "samples" / "s0")
-    shutil.rmtree(halves[1] / "samples" / "s2")
-    shutil.rmtree(halves[1] / "probes")
-    (halves[1] / "probes").mkdir()
-    assert invoke(store, "-o", tmp_path / "one.plan").exit_code == 0
-    for order in (halves, halves[::-1]):
-        assert invoke(*order, "-o", tmp_path / "two.plan", "--force").exit_code == 0
-        assert (tmp_path / "one.plan").read_bytes() == (tmp_path / "two.plan").read_bytes()
+def test_a_store_in_two_folders_is_the_same_whatever_their_order(tmp_path: Path) -> None:
+    names = (("s1",), ("s0", "s2"))
+    parts = [stats.write_store(tmp_path / each[0], stats.manifest(), each) for each in names]
+    for name, order in (("a", parts), ("b", parts[::-1])):
+        assert invoke(*order, "-o", tmp_path / f"{name}.plan").exit_code == 0
+    assert (tmp_path / "a.plan").read_bytes() == (tmp_path / "b.plan").read_bytes()
+    assert PlanFile.read(tmp_path / "a.plan").provenance["samples"] == ["s0", "s1", "s2"]
 
 
 def test_the_report(store: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    result = invoke(store, "-o", tmp_path / "p.plan", "--report", report, "--device", "cpu-2core", "--max-error", "1")
+    result = invoke(store, "-o", tmp_path / "p.plan", "--report", report, "--device", "cpu-2core", "--target-db", 12)
     assert result.exit_code == 0, result.output
     value = json.loads(report.read_text())
     plan = PlanFile.read(tmp_path / "p.plan")
@@ -78,19 +74,20 @@ def test_the_report(store: Path, tmp_path: Path) -> None:
     assert value["file_bytes"] == (tmp_path / "p.plan").stat().st_size
     densities = [[schedule.density for schedule in layers] for layers in plan.schedules]
     np.testing.assert_allclose(value["density_by_time_and_layer"], densities)
-    assert sum(value["weighted_error_by_time"]) <= 1
+    assert value["predicted_latent_db"]["mean"] >= 12
+    assert value["predicted_latent_db"] == plan.predicted["latent_db"]
+    assert len(value["levels"]) == 2
     assert value["device"]["name"] == "cpu-2core"
     assert sum(value["planned_ms"]) < sum(value["dense_ms"])
     heads = [[sum(counts.values()) for counts in layers] for layers in value["heads_by_time_and_layer"]]
     assert heads == [[3, 3], [3, 3]]
     assert value["accounts"][2]["findings"]["duality_gap"] >= 0
-    assert value["forward_speedup"] == pytest.approx(1 / (0.25 + 0.75 / value["attention_speedup"]))
-    assert value["weights_probed"] is True
     assert sum(number for kind, number in value["heads_by_kind"].items() if kind.startswith("mask ")) == 2 * 2 * 3
     for expected in (
         "passes",
         "density by layer",
-        "provenance: 3 samples",
+        "provenance: 3 samplings",
+        "predicted latent SNR: ",
         "provisional",
         "predicted attention",
         "duality gap",
@@ -122,7 +119,7 @@ def test_the_report_as_a_page(store: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     page = (tmp_path / "r.html").read_text()
     assert page.startswith("<!doctype html>")
-    for expected in ("select{target-density=0.5", "duality gap", "predicted speed-up of a forward", "660 TFLOP/s"):
+    for expected in ("select{target-density=0.5", "duality gap", "predicted latent SNR", "660 TFLOP/s"):
         assert expected in page
     assert page.count("<td title=") == 2 * 2
     assert "http" not in page
@@ -143,21 +140,21 @@ def test_passes_are_printed_and_timed(store: Path, tmp_path: Path) -> None:
     [
         (
             ["--passes", "vote,fly"],
-            "a pass must be one of vote, uniform, protect, select, anchors, fill-gaps, merge-times, "
-            "merge-heads, schedule, lower, got 'fly'",
+            "a pass must be one of vote, uniform, protect, select, anchors, repeat, fill-gaps, "
+            "merge-times, merge-heads, schedule, lower, got 'fly'",
         ),
-        (["--passes", "vote,select"], "passes must end with lower, got vote{agreement=0.5},select{"),
-        (["--passes", "lower", "--max-error", "1"], "a budget must have a select in --passes, got 'lower'"),
+        (["--passes", "vote,select"], "passes must end with lower, got vote{agreement=0.5,threshold=0.9},select{"),
+        (["--passes", "lower", "--target-db", "1"], "a budget must have a select in --passes, got 'lower'"),
         (
-            ["--target-density", "0.5", "--max-error", "1"],
-            "a budget must be one of --target-density, --max-error, --target-speedup, got 2 of them",
+            ["--target-density", "0.5", "--target-db", "1"],
+            "a budget must be one of --target-density, --target-db, got 2 of them",
         ),
         (
-            ["--passes", "vote,select{ max-error = 1},lower", "--target-density", "1"],
+            ["--passes", "select{ target-db = 1},lower", "--target-density", "1"],
             "a budget must be given in --passes or on the command line, got both",
         ),
         (["--target-density", "2"], "select: target-density must be in (0, 1], got 2.0"),
-        (["--max-error", "inf"], "select: max-error must be finite and not negative, got inf"),
+        (["--target-db", "inf"], "select: target-db must be finite, got inf"),
         (["--report", "none/r.json"], "none/r.json must be in a folder that exists, got no folder none"),
         (["--report", "/"], "/ must be a file, got a folder there"),
         (["--device", "abacus"], "device must be one of h200-hopper, h200-triton, cpu-2core, got 'abacus'"),
@@ -189,15 +186,26 @@ def test_no_store_is_one_line(tmp_path: Path) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_an_interrupted_sample_is_not_dropped_without_a_word(store: Path, tmp_path: Path) -> None:
+def test_samplings_in_progress_are_told(store: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(store, tmp_path / "store")
-    (copy / "samples" / "s9.partial").mkdir()
+    with StoreWriter.open(copy, stats.manifest()) as writer:
+        writer.progress_folder("s9")
+        writer.add(0, 0, "s9", stats.contribution(stats.manifest()))
     result = invoke(copy, "-o", tmp_path / "p.plan")
+    assert result.exit_code == 0
+    assert "samplings in progress, not counted: s9" in result.stdout
+    assert PlanFile.read(tmp_path / "p.plan").provenance["samples"] == ["s0", "s1", "s2"]
+
+
+def test_an_old_store_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "manifest.json").write_text('{"schema_version": 1}')
+    result = invoke(tmp_path / "old", "-o", tmp_path / "p.plan")
     assert result.exit_code == 2
-    assert "interrupted samples must be recorded again" in result.stderr
-    assert "s9.partial" in result.stderr
-    assert not (tmp_path / "p.plan").exists()
-    assert invoke(copy, "-o", tmp_path / "p.plan", "--ignore-interrupted").exit_code == 0
+    assert "schema_version must be 2 (calibrate again: an earlier version measured something else), got 1" in (
+        result.stderr
+    )
+    assert result.stderr.count("\n") == 1
 
 
 def test_help_names_every_pass_and_option() -> None:

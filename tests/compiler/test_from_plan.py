@@ -10,20 +10,19 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 from support import stats
-from support.jobs import write_store
 
 from calibatt.compiler.bits import pack, unpack
 from calibatt.compiler.cli import command
 from calibatt.compiler.from_plan import coarser
 from calibatt.plans import FRAMES, ROWS, PlanFile
 
-PASSES = "protect,select{target-density=0.5},anchors{safety=0.3,max-group-rows=2},schedule,lower"
+PASSES = "protect,select{target-density=0.55},anchors{safety=3,max-group-rows=2},schedule,lower"
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
-    store = write_store(folder / "store", stats.manifest())
+    store = stats.write_store(folder / "store", stats.manifest())
     assert invoke(store, "-o", folder / "old.plan", "--passes", PASSES).exit_code == 0
     return folder / "old.plan"
 

@@ -17,15 +17,13 @@ from calibatt.compiler.passes import PASSES, Pass
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "agreement": st.floats(0, 1, exclude_min=True),
     "threshold": st.floats(0, 1, exclude_min=True),
+    "target_db": st.none(),
     "target_density": st.none() | st.floats(0, 1, exclude_min=True),
-    "max_error": st.none(),
-    "target_speedup": st.none(),
     "from_time": st.none() | st.floats(0, 1),
     "to_time": st.none() | st.floats(0, 1),
-    "attention_share": st.floats(0, 1, exclude_min=True),
-    "menu": st.sampled_from([None, "planes", "cuts+windows", "planes+windows+cuts", "windows+ladders"]),
-    "ladder_kinds": st.sampled_from([None, "row", "own+frame"]),
-    "levels_per_octave": st.sampled_from([1, 2, 4, 8]),
+    "menu": st.sampled_from(["windows", "cuts+windows", "cuts"]),
+    "max_difference": st.floats(0, 1),
+    "group": st.integers(2, 9),
     "max_growth": st.floats(0, 1),
     "max_times": st.integers(1, 50),
     "safety": st.floats(1e-9, 1e9),
@@ -57,7 +55,7 @@ def test_the_registry_gives_frozen_dataclasses_of_that_name(name: str) -> None:
     assert is_dataclass(kind)
     assert issubclass(kind, Pass)
     assert kind.name == name
-    assert set(get_type_hints(kind)) - {each.name for each in fields(kind)} == {"name", "decides", "by_layer", "planes"}
+    assert set(get_type_hints(kind)) - {each.name for each in fields(kind)} == {"name", "decides", "by_layer", "votes"}
     for hint in (get_type_hints(kind)[each.name] for each in fields(kind)):
         assert hint in (bool, int, float, str) or isinstance(hint, UnionType)
     with pytest.raises(FrozenInstanceError):
@@ -67,9 +65,9 @@ def test_the_registry_gives_frozen_dataclasses_of_that_name(name: str) -> None:
 def test_the_default_passes_print_with_every_option_that_has_a_value() -> None:
     assert print_passes(parse_passes(DEFAULT_PASSES)) == (
         "protect{sinks=false,diagonal=false,first-times=0,last-times=0,first-layers=0,last-layers=0},"
-        "select{target-density=0.5,attention-share=0.75,levels-per-octave=4},"
+        "select{target-density=0.5,menu=windows+cuts},"
         "anchors{safety=1.0,max-group-rows=4,max-group-frames=8},"
-        "select{target-density=0.5,attention-share=0.75,levels-per-octave=4},schedule,lower"
+        "select{target-density=0.5,menu=windows+cuts},schedule,lower"
     )
 
 
@@ -83,10 +81,14 @@ def test_the_default_passes_print_with_every_option_that_has_a_value() -> None:
         (
             "merge",
             PassSyntaxError,
-            "a pass must be one of vote, uniform, protect, select, anchors, fill-gaps, merge-times, "
-            "merge-heads, schedule, lower, got 'merge'",
+            "a pass must be one of vote, uniform, protect, select, anchors, repeat, fill-gaps, "
+            "merge-times, merge-heads, schedule, lower, got 'merge'",
         ),
-        ("vote{agree=1}", PassSyntaxError, "vote: an option must be one of from-time, to-time, agreement, got 'agree'"),
+        (
+            "vote{agree=1}",
+            PassSyntaxError,
+            "vote: an option must be one of from-time, to-time, agreement, threshold, got",
+        ),
         ("lower{x=1}", PassSyntaxError, "lower: an option must be one of from-time, to-time, got 'x'"),
         ("vote{agreement}", PassSyntaxError, "vote: an option must read option=value, got 'agreement'"),
         ("vote{agreement=1,agreement=1}", PassSyntaxError, "vote: agreement must be given once, got it again"),
@@ -99,16 +101,18 @@ def test_the_default_passes_print_with_every_option_that_has_a_value() -> None:
         (
             "select{menu=planes+pears}",
             PassError,
-            "select: menu must name some of planes, windows, cuts, ladders, joined by",
+            "select: menu must name some of windows, cuts, joined by",
         ),
         ("select{menu=a b}", PassSyntaxError, "select: menu must be of letters, digits"),
         (
-            "select{target-density=0.5,max-error=1}",
+            "select{target-density=0.5,target-db=30}",
             PassError,
-            "target-density, max-error and target-speedup must not be given together, got 2",
+            "target-density and target-db must not be given together, got 0.5, 30.0",
         ),
         ("select{target-density=0}", PassError, "select: target-density must be in (0, 1], got 0.0"),
-        ("select{max-error=-1}", PassError, "select: max-error must be finite and not negative, got -1.0"),
+        ("select{max-error=1}", PassSyntaxError, "select: an option must be one of from-time, to-time, target-density"),
+        ("repeat{group=1}", PassError, "repeat: group must be at least 2, got 1"),
+        ("repeat{max-difference=-1}", PassError, "repeat: max-difference must not be negative, got -1.0"),
         ("anchors{safety=0}", PassError, "anchors: safety must be positive, got 0.0"),
         ("anchors{max-group-rows=0}", PassError, "anchors: max-group-rows must be at least 1, got 0"),
     ],

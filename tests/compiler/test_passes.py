@@ -11,25 +11,15 @@ from hypothesis import strategies as st
 from support import stats
 from support.jobs import compiled, gathered, memory_store
 
-from calibatt.compiler.bits import Votes, count, pack, unpack
+from calibatt.compiler.bits import count, pack, unpack
+from calibatt.compiler.error_model import mask_errors
 from calibatt.compiler.errors import PassError, VerifyError
 from calibatt.compiler.ir import UnitIR
 from calibatt.compiler.passes.lower import lowered
 from calibatt.compiler.passes.protect import protected
 from calibatt.compiler.pipeline import verify
+from calibatt.compiler.stats import Manifest
 from calibatt.plans import DENSE, Blocks, TokenGrid
-
-
-@given(st.integers(0, 2**32), st.integers(1, 20), st.integers(1, 40), st.floats(0, 1))
-def test_votes_count(seed: int, voters: int, k_blocks: int, density: float) -> None:
-    rng = np.random.default_rng(seed)
-    masks = rng.random((voters, 2, 3, k_blocks)) < density
-    votes = Votes()
-    for mask in masks:
-        votes.add(pack(mask))
-    for needed in range(1, voters + 1):
-        np.testing.assert_array_equal(unpack(votes.at_least(needed), k_blocks), masks.sum(0) >= needed)
-        assert not (votes.at_least(needed) & ~pack(np.ones((2, 3, k_blocks), bool))).any()
 
 
 def test_bits_are_counted_and_unpacked() -> None:
@@ -39,16 +29,78 @@ def test_bits_are_counted_and_unpacked() -> None:
     np.testing.assert_array_equal(count(pack(keep), (1, 2)), keep.sum((1, 2)))
 
 
-@pytest.mark.parametrize(("agreement", "needed"), [(1e-9, 1), (0.2, 1), (0.4, 2), (0.5, 3), (0.6, 3), (1.0, 5)])
+COUNTED = stats.manifest(thresholds=(0.8, 0.9))
+
+
+@pytest.mark.parametrize(("agreement", "needed"), [(1e-9, 1), (0.1, 1), (0.4, 4), (0.5, 5), (0.51, 6), (1.0, 10)])
 def test_a_voted_block_is_kept_by_enough_samples(agreement: float, needed: int) -> None:
-    of = stats.manifest()
-    store = memory_store(of, samples=5)
-    found, _ = compiled(f"vote{{agreement={agreement}}}", of, samples=5)
-    assert found.findings["vote"] == {"samples": 5, "votes_needed": needed}
+    store = memory_store(COUNTED, samples=5)  # of two branches each
+    for index, threshold in enumerate((0.8, 0.9)):
+        found, _ = compiled(f"vote{{agreement={agreement},threshold={threshold}}}", COUNTED, samples=5)
+        for unit in found.all:
+            votes = store.unit(unit.time_index, unit.layer).votes[index]
+            np.testing.assert_array_equal(unpack(unit.voted, COUNTED.k_blocks), votes >= needed)
+
+
+def test_uniform_keeps_what_was_voted_everywhere() -> None:
+    found, _ = compiled("vote,protect{last-times=1},uniform,schedule,lower", COUNTED)
     for unit in found.all:
-        planes = [store.unit(name, unit.time_index, unit.layer).planes for name in store.samples]
-        votes = np.sum([unpack(plane, of.k_blocks) for plane in planes], axis=0)
-        np.testing.assert_array_equal(unpack(unit.voted, of.k_blocks), votes >= needed)
+        assert unit.voted is not None
+        if unit.time_index == 0:
+            assert (unit.lowered.head_list == DENSE).all()
+            continue
+        assert (unit.keep == unit.voted | unit.required).all()
+        assert unit.choice == ["voted"] * unit.heads
+        np.testing.assert_array_equal(unit.error, mask_errors(unit, unit.keep))
+
+
+@pytest.mark.parametrize("group", [2, 3, 5])
+def test_heads_whose_rows_differ_little_repeat(group: int) -> None:
+    store = memory_store(COUNTED)
+    anchors = {2: (0, 2, 4), 3: (1, 3), 5: (2,)}[group]
+    source = np.repeat(anchors, [group] * (5 // group) + [5 % group] * bool(5 % group))
+    offset = source - np.arange(5)
+    seen = set()
+    for most in (0.0, 0.02, 1.0):
+        passes = f"vote,uniform,repeat{{max-difference={most},group={group}}},schedule,lower"
+        found, _ = compiled(passes, COUNTED)
+        for unit in found.all:
+            raw = store.unit(unit.time_index, unit.layer)
+            for head in range(unit.heads):
+                copies = [(row, d + 2 - (d > 0)) for row, d in enumerate(offset.tolist()) if d]
+                difference = np.mean([raw.row_difference[head][at] for at in copies])
+                groups = unit.anchors[head]
+                before, after = (int(count(bits, (0, 1))) for bits in (unit.keep[head], unit.tile_bits(head)))
+                assert after <= before
+                if groups is None:
+                    assert difference > most or unit.copy_error[head] == 0
+                    seen.add("none")
+                    continue
+                assert difference <= most
+                assert groups.anchors == anchors
+                level = found.levels[unit.time_index]
+                copied = sum(float(raw.row_effect[head][at]) * level for at in copies)
+                assert unit.copy_error[head] == pytest.approx(copied, rel=1e-5)
+                seen.add("some")
+    assert seen == {"none", "some"}
+
+
+@pytest.mark.parametrize(
+    ("passes", "of", "message"),
+    [
+        ("vote", stats.manifest(), "vote: threshold must be one of the store's none, got 0.9"),
+        ("vote{threshold=0.85}", COUNTED, "vote: threshold must be one of the store's 0.8, 0.9, got 0.85"),
+        ("vote,vote", COUNTED, "vote: vote must come once, before select, got time 0, layer 0"),
+        ("uniform,lower", COUNTED, r"uniform: masks must have been voted \(vote comes before uniform\), got time 0"),
+        ("repeat", stats.manifest(), "differences of rows must have been recorded with thresholds, got none"),
+        ("repeat", COUNTED, "repeat: masks must be chosen before, got time 0, layer 0"),
+        ("vote,uniform,repeat{group=6}", COUNTED, "repeat: group must be at most 5, as measured, got 6"),
+        ("vote,uniform,repeat,repeat", COUNTED, "repeat: anchors must come once, got time 0, layer 0"),
+    ],
+)
+def test_what_the_papers_method_requires(passes: str, of: Manifest, message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        compiled(passes, of)
 
 
 @given(
@@ -77,7 +129,7 @@ def test_protect_only_adds_and_makes_times_and_layers_dense() -> None:
         assert not (old & ~unit.required).any()
         assert unit.force_dense == (unit.time_index == 1 or unit.layer == 1)
     assert found.findings["protect"]["dense_units"] == 3
-    done, _ = compiled("vote,protect{sinks=true,first-times=1},select{target-density=0.95},lower")
+    done, _ = compiled("protect{sinks=true,first-times=1},select{target-density=0.95},lower")
     for unit in done.all:
         assert not (unit.required & ~unit.keep).any()
         assert unit.time_index == 0 or (unit.lowered.head_list == DENSE).all()
@@ -85,11 +137,11 @@ def test_protect_only_adds_and_makes_times_and_layers_dense() -> None:
 
 def test_protect_comes_before_select() -> None:
     with pytest.raises(PassError, match="protect: masks must be chosen later"):
-        compiled("vote,select,protect")
+        compiled("select,protect")
 
 
 def test_tiles_are_ordered_head_by_head_longest_first() -> None:
-    found, _ = compiled("vote,select{target-density=0.8},anchors{safety=1e-3},schedule,lower")
+    found, _ = compiled("select{target-density=0.8},anchors{safety=1e-3},schedule,lower")
     for unit in found.all:
         schedule = unit.lowered.schedule()
         heads = np.searchsorted(schedule.head_tile_ptr, schedule.tile_order, side="right") - 1
@@ -101,7 +153,7 @@ def test_tiles_are_ordered_head_by_head_longest_first() -> None:
 
 
 def test_lowering_keeps_the_masks_and_shares_lists() -> None:
-    found, _ = compiled("vote,select{target-density=0.8},lower")
+    found, _ = compiled("select{target-density=0.8},lower")
     for unit in found.all:
         for head in range(unit.heads):
             np.testing.assert_array_equal(unit.lowered.schedule().tile_keep(head), unit.tile_keep(head))
@@ -172,7 +224,7 @@ def spoil_mask_after_lower(unit: UnitIR) -> None:
     ],
 )
 def test_the_pipeline_proves_every_unit(spoil: Callable[[UnitIR], None], message: str) -> None:
-    found, _ = compiled("vote,select{target-density=0.6},schedule,lower")
+    found, _ = compiled("select{target-density=0.6},schedule,lower")
     unit = found.all[0]
     verify(unit, "x")
     spoil(unit)
@@ -182,26 +234,12 @@ def test_the_pipeline_proves_every_unit(spoil: Callable[[UnitIR], None], message
 
 
 def test_accounts_follow_the_masks() -> None:
-    found, accounts = compiled("vote,protect,select{target-density=0.6},schedule,lower")
-    assert [each.name for each in accounts] == ["dense", "vote", "protect", "select", "schedule", "lower"]
+    found, accounts = compiled("protect,select{target-density=0.6},schedule,lower")
+    assert [each.name for each in accounts] == ["dense", "protect", "select", "schedule", "lower"]
     kept = sum(int(unit.tile_keep(head).sum()) for unit in found.all for head in range(unit.heads))
     assert accounts[0].blocks == 2 * 2 * 3 * 25
     assert accounts[-1].blocks == kept
     assert accounts[-1].density == pytest.approx(np.mean([unit.lowered.density for unit in found.all]))
     assert accounts[-1].predicted_ms == pytest.approx(found.device.predict_ms(0, kept, 0, found.manifest.blocks, 8))
-    assert accounts[-1].error == pytest.approx(sum(unit.error.sum() * unit.weight for unit in found.all))
+    assert accounts[-1].error == pytest.approx(sum(unit.error.sum() for unit in found.all))
     assert accounts[-1].passes == "lower"
-
-
-def test_uniform_keeps_one_voted_plane_everywhere() -> None:
-    found, _ = compiled("vote,uniform{threshold=0.9},lower")
-    index = found.manifest.thresholds.index(0.9)
-    for unit in found.all:
-        assert unit.voted is not None
-        assert (unit.keep == unit.voted[index] | unit.required).all()
-        assert unit.choice == ["plane 0.9"] * unit.heads
-
-
-def test_uniform_wants_a_threshold_of_the_store() -> None:
-    with pytest.raises(PassError, match=r"threshold must be one of the store's 0.8, 0.9, 0.95, 0.98, got 0.85"):
-        compiled("vote,uniform{threshold=0.85},lower")

@@ -51,16 +51,14 @@ class DrawnSource:
     def make_job(self, device: Device) -> Job:
         times, heads, q_blocks, _ = self.keep.shape
         signature, grid = ModelSignature("Drawn", 1, heads, BLOCK), TokenGrid(1, 1, BLOCK * q_blocks)
-        manifest = Manifest(signature, grid, Blocks(BLOCK, BLOCK), self.times, has_block_error=False)
-        return Job(manifest, (), np.ones(times), np.ones((times, 1)), False, "drawn", device, planes=False)
+        manifest = Manifest(signature, grid, Blocks(BLOCK, BLOCK), self.times)
+        return Job(manifest, (), device, np.ones(times))
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
         keep = pack(self.keep[time_index])
         heads = len(keep)
-        nothing, rows = np.zeros((0, heads)), np.zeros((heads, 1, 0))
-        means = UnitMeans([], None, np.zeros(heads, np.float32), nothing, nothing, None, np.zeros(heads), rows)
         first = self.keep[time_index].argmax(-1)[..., None] == np.arange(self.keep.shape[-1])
-        unit = UnitIR(time_index, layer, job.manifest.grid, job.manifest.blocks, 1.0, means, pack(first))
+        unit = UnitIR(time_index, layer, job.manifest.grid, job.manifest.blocks, UnitMeans(), pack(first))
         unit.keep, unit.choice, unit.error = keep, ["drawn"] * heads, np.zeros(heads)
         return unit
 

@@ -1,8 +1,7 @@
-"""Jobs for tests: statistics in memory that pass for a store, and stores on disk of the same."""
+"""Jobs for tests: statistics in memory that pass for a store; on disk they are `stats.write_store`'s."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from calibatt.compiler.language import parse_passes
 from calibatt.compiler.menu import Menu
 from calibatt.compiler.pipeline import Account, in_turn, run
 from calibatt.compiler.shelf import MemoryShelf
-from calibatt.compiler.stats import Ladders, Manifest, Probe, Store, StoreWriter, UnitStatistics
-from calibatt.compiler.stats.probes import ErrorWeights, TimeWeightInfo
+from calibatt.compiler.stats import Contribution, Manifest, SamplingTables, Table, Unit, combined
 from calibatt.plans import TokenGrid
 from support import stats
 
@@ -24,38 +22,35 @@ DEVICE = Device("test", "made up", tflops=1.0, tile_us=0.0, store_us=0.0)
 
 
 class MemoryStore:
-    """What `gather` asks of a store, from `units[sample, time_index, layer]`."""
+    """What `gather` asks of a store.
 
-    def __init__(self, of: Manifest, units: dict[tuple[str, int, int], UnitStatistics], weights: Any = None) -> None:
-        self.manifest = of
-        self.units = units
-        self.samples = tuple(sorted({sample for sample, _, _ in units}))
-        self.weights = weights
+    Args:
+        of: The manifest.
+        parts: Contributions by sampling, time and layer.
+        tables: Of each sampling, by name.
+    """
 
-    def unit(self, sample: str, time_index: int, layer: int, planes: bool = True) -> UnitStatistics:
-        return self.units[sample, time_index, layer]
+    def __init__(
+        self, of: Manifest, parts: dict[tuple[str, int, int], Contribution], tables: dict[str, SamplingTables]
+    ) -> None:
+        self.manifest, self.parts, self.tables = of, parts, tables
+        self.samplings = tuple(sorted(tables))
+        self.meta: dict[str, dict[str, Any]] = {name: {"prompt": name} for name in self.samplings}
 
-    def expect(self, samples: Any, time_index: int, layer: int, planes: bool = True) -> None:
-        assert set(samples) <= set(self.samples)
-        assert (samples[0], time_index, layer) in self.units
+    def unit(self, time_index: int, layer: int) -> Unit:
+        return combined([self.parts[name, time_index, layer] for name in self.samplings], self.samplings)
 
-    ladders = None
-
-    def error_weights(self) -> ErrorWeights:
-        shape = len(self.manifest.times), self.manifest.model.layers
-        time = np.ones(shape[0]) if self.weights is None else np.asarray(self.weights, float)
-        info = TimeWeightInfo(0 if self.weights is None else shape[0], (), (), 0.0)
-        return ErrorWeights(time, time[:, None] * np.ones(shape), None, info.probes > 0, str(info))
+    def table(self) -> Table:
+        pairs = [(self.meta[name], self.tables[name]) for name in self.samplings]
+        return Table(self.samplings, *map(tuple, zip(*pairs, strict=True)))
 
 
-def memory_store(of: Manifest, samples: int = 3, seed: int = 0, weights: Any = None) -> MemoryStore:
-    units = {}
-    for sample in range(samples):
-        for time_index in range(len(of.times)):
-            for layer in range(of.model.layers):
-                unit_seed = ((seed * 64 + sample) * 64 + time_index) * 64 + layer
-                units[f"s{sample}", time_index, layer] = stats.unit(of, unit_seed)
-    return MemoryStore(of, units, weights)
+def memory_store(of: Manifest, samples: int = 3, seed: int = 0) -> MemoryStore:
+    """Random samplings s0, s1, ...: what `stats.write_store` writes, but for the first one's ladder."""
+    names = [f"s{sample}" for sample in range(samples)]
+    places = [(time, layer) for time in range(len(of.times)) for layer in range(of.model.layers)]
+    parts = {(name, *at): stats.contribution(of, stats.seed_of(seed, name, *at)) for name in names for at in places}
+    return MemoryStore(of, parts, {name: stats.tables(of, stats.seed_of(seed, name)) for name in names})
 
 
 def gathered(of: Manifest | None = None, **options: Any) -> tuple[Job, list[UnitIR]]:
@@ -76,7 +71,7 @@ class Compiled(Job):
         return self.all[time_index * layers : (time_index + 1) * layers]
 
 
-def compile_store(store: MemoryStore, passes: str) -> tuple[Compiled, list[Account]]:
+def compile_store(store: Any, passes: str) -> tuple[Compiled, list[Account]]:
     """The job of a store after some passes."""
     source, shelf = StatisticsSource(store), MemoryShelf()
     found = source.make_job(DEVICE)
@@ -91,46 +86,6 @@ def compiled(passes: str, of: Manifest | None = None, **options: Any) -> tuple[C
     return compile_store(memory_store(of or stats.manifest(), **options), passes)
 
 
-def write_store(path: Path, of: Manifest, samples: int = 3, seed: int = 0, probed: bool = False) -> Path:
-    """The store of `memory_store` on disk."""
-    memory = memory_store(of, samples, seed)
-    with StoreWriter.open(path, of) as writer:
-        for name in memory.samples:
-            sample = writer.begin(name)
-            for (owner, time_index, layer), unit in memory.units.items():
-                if owner == name:
-                    sample.write(time_index, layer, unit)
-            sample.finish({"prompt": f"prompt of {name}", "seed": 1})
-        for time_index in range(len(of.times)) if probed else ():
-            final = 0.5 ** (len(of.times) - time_index)
-            writer.write_probe(Probe(memory.samples[0], time_index, final / 0.25, 0.25, final, 1.0))
-    return path
-
-
-SHARES = (0.1, 0.25, 0.5, 0.8)
-
-
-def errors_of(store: Store, ladders: Ladders, seed: int) -> np.ndarray:
-    """Random errors of every level and window of a sample, smaller the more is kept."""
-    of, rng = store.manifest, np.random.default_rng(seed)
-    shape = (len(of.times), of.model.layers, len(ladders.kinds), len(ladders.shares), of.model.heads)
-    rungs = np.sort(rng.random(shape, np.float32), 3)[:, :, :, ::-1]
-    windows = rng.random((*shape[:2], len(of.windows), of.model.heads), np.float32)
-    return np.concatenate([rungs.reshape(*shape[:2], -1, shape[4]), windows], 2)
-
-
-def refine_store(path: Path, kinds: tuple[str, ...] = ("row", "votes"), count: int | None = None) -> Store:
-    """Random errors for the first samples of a store on disk, all if absent."""
-    store = Store.open(path)
-    ladders = Ladders(store.samples, kinds, SHARES)
-    with StoreWriter.open(path, store.manifest) as writer:
-        done = writer.refine(ladders)
-        for seed, name in enumerate(store.samples[:count]):
-            if name not in done:
-                writer.write_errors(name, errors_of(store, ladders, seed), ladders, seconds=1.0)
-    return Store.open(path)
-
-
 def random_anchors(rng: np.random.Generator, axis: int, grid: TokenGrid) -> Groups:
     """Groups of any lengths with any anchors."""
     members = Groups(axis, (), ()).members(grid)
@@ -141,6 +96,6 @@ def random_anchors(rng: np.random.Generator, axis: int, grid: TokenGrid) -> Grou
 
 def check_packed_blocks(menu: Menu, unit: UnitIR, head: int, groups: Groups) -> None:
     """`Menu.packed_blocks` against every mask, made and packed."""
-    masks = [menu.mask(unit, head, column)[1] for column in range(len(menu.estimated))]
+    masks = [menu.mask(unit, head, column)[1] for column in range(menu.columns)]
     expected = [int(count(packed_bits(bits, unit.grid, unit.blocks, groups), (0, 1))) for bits in masks]
     assert menu.packed_blocks(unit, head, groups).tolist() == expected

@@ -43,14 +43,16 @@ def contribution(of: Manifest, seed: int = 0) -> Contribution:
 
     def near(count: int, radius: int) -> np.ndarray:
         inside = neighbours(count, radius)
-        values = rng.random((of.model.heads, *inside.shape)) ** 3
+        values = rng.random((of.model.heads, *inside.shape)) ** 3 / (count * of.model.layers * of.model.heads)
         return np.where(inside, values, np.nan).astype(np.float32)
 
     def rows_and_frames() -> list[np.ndarray | None]:
         rows = near(of.grid.height, of.row_radius)
         return [rows, near(of.grid.frames, of.frame_radius) if of.frame_radius else None]
 
-    effect, error = ((rng.random(shape) ** 4).astype(np.float32) for _ in range(2))
+    blocks = of.model.layers * np.prod(shape)
+    effect, error = ((rng.random(shape) ** 4 * 5 / blocks).astype(np.float32) for _ in range(2))
+    effect[..., -1] *= 4  # text, which matters to many queries
     rows, frames = rows_and_frames()
     if not of.thresholds:
         return Contribution(effect, error, rows, frames)
@@ -64,9 +66,9 @@ def tables(of: Manifest, seed: int = 0, ladder: bool = True, vectors: int = VECT
     times, layers, heads = len(of.times), of.model.layers, of.model.heads
 
     def effects(masks: int) -> np.ndarray:
-        return rng.normal(size=(vectors, times, layers, masks, heads)).astype(np.float32)
+        return rng.normal(0, 0.01, (vectors, times, layers, masks, heads)).astype(np.float32)
 
-    head = rng.random((times, layers, heads)).astype(np.float32) * 100
+    head = rng.random((times, layers, heads)).astype(np.float32) * np.float32(1e-3)
     ladder_effect = effects(len(of.shares)) * (1 if ladder else np.float32(np.nan))
     return SamplingTables(head.sum((1, 2), dtype=np.float64), head, effects(len(of.windows)), ladder_effect)
 

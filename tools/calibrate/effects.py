@@ -16,8 +16,8 @@ from torch import Tensor
 from calibatt.plans import Blocks, TokenGrid
 from calibatt.tools.calibrate.gradients import AttentionCall
 
-SCORES_AT_ONCE = 1 << 23
-"""Scores that the PyTorch path holds at a time (32 MiB in float32)."""
+SCORES_AT_ONCE = 1 << 19
+"""Scores that the PyTorch path holds at a time (2 MiB in float32: they stay in a core's cache)."""
 NUMBERS_AT_ONCE = 1 << 26
 """Numbers of all tokens that are held at a time in whole heads (256 MiB in float32)."""
 LEAST_REST = 1e-3
@@ -180,7 +180,7 @@ def block_statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, strid
     error = mass.clone()
     keys, values = (F.pad(x.float(), (0, 0, 0, k_blocks * blocks.block_k - tokens)) for x in (k, values))
     values = values.view(heads, k_blocks, blocks.block_k, -1)
-    at_once = max(1, SCORES_AT_ONCE * stride // (heads * tokens * size))
+    at_once = max(1, 4 * SCORES_AT_ONCE * stride // (heads * tokens * size))
     for first, count, length in _runs(tokens, size, at_once):
         rows = torch.arange(first * size, first * size + length).view(count, -1)[:, ::stride].reshape(-1)
         scores = q[:, rows].float() @ keys.mT * channels**-0.5
@@ -217,16 +217,19 @@ def copy_effects(call: AttentionCall, grid: TokenGrid, row_radius: int, frame_ra
         out = call.out[some, video].float().unflatten(1, (grid.frames, grid.height, grid.width))
         for vector, grad in enumerate(call.grads):
             g = grad[some, video].float().unflatten(1, (grid.frames, grid.height, grid.width)) / call.scale
-            own = (g * out).sum((-1, -2)).double()
             for found, axis, radius in ((rows, 2, row_radius), (frames, 1, frame_radius)):
+                if not radius:
+                    continue
+                # <g[member], o[other]> of all pairs at once, summed over what a member spans in the other axis
+                a, b = (x.transpose(1, axis).flatten(3) for x in (g, out))
+                pairs = (a.transpose(1, 2) @ b.permute(0, 2, 3, 1)).double().sum(1)
+                own = pairs.diagonal(dim1=1, dim2=2)
                 for column, offset in enumerate((*range(-radius, 0), *range(1, radius + 1))):
-                    members = out.shape[axis]
-                    those = torch.arange(max(0, -offset), min(members, members - offset), device=out.device)
-                    if not len(those):
-                        continue
-                    there = (g.index_select(axis, those) * out.index_select(axis, those + offset)).sum((-1, -2))
-                    change = there.double() - own.index_select(axis, those)
-                    found[vector, some, those, column] = change.sum(3 - axis)
+                    first, last = max(0, -offset), min(out.shape[axis], out.shape[axis] - offset)
+                    if first < last:
+                        found[vector, some, first:last, column] = (
+                            pairs.diagonal(offset, 1, 2)[:, : last - first] - own[:, first:last]
+                        )
     return rows, frames
 
 

@@ -1,0 +1,66 @@
+"""Anchor rows by a threshold: the paper's own method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from calibatt.compiler.bits import count
+from calibatt.compiler.ir import Groups, Job, UnitIR, packed_bits
+from calibatt.compiler.passes import Findings, Pass
+from calibatt.compiler.passes.anchors import copied
+from calibatt.plans import ROWS
+
+
+@dataclass(frozen=True)
+class Repeat(Pass):
+    """Gives heads whose rows differ little one anchor for every few rows, the middle one.
+
+    Requires: masks chosen, as by `uniform`; a store with thresholds.
+    Ensures: no head computes more blocks than before.
+
+    Args:
+        max_difference: Most mean squared difference between a copied row and its anchor, relative to the row.
+        group: Rows of a group.
+
+    Raises:
+        PassError: An option is out of range, no masks are chosen, or the store has no differences of rows so far apart.
+    """
+
+    name: ClassVar[str] = "repeat"
+    votes: ClassVar[bool] = True
+    max_difference: float = 0.1
+    group: int = 3
+
+    def __post_init__(self) -> None:
+        self.require(self.max_difference >= 0, "max-difference", "not be negative", self.max_difference)
+        self.require(self.group >= 2, "group", "be at least 2", self.group)
+
+    def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
+        difference, radius = unit.means.row_difference, job.manifest.row_radius
+        self.require(difference is not None, "differences of rows", "have been recorded with thresholds", "none")
+        self.require(self.group // 2 <= radius, "group", f"be at most {2 * radius + 1}, as measured", self.group)
+        self.require(unit.keep is not None or unit.force_dense, "masks", "be chosen before", unit.name)
+        self.require(not unit.anchors, "anchors", "come once", unit.name)
+        found: Findings = {"heads_with_anchors": 0, "heads": unit.heads}
+        if unit.keep is None:
+            return found
+        assert difference is not None
+        assert unit.means.row_error is not None
+        height = unit.grid.height
+        starts = range(0, height, self.group)
+        anchors = tuple(start + (min(self.group, height - start) - 1) // 2 for start in starts)
+        groups = Groups(ROWS, tuple(starts), anchors)
+        unit.anchors, unit.copy_error, unit.error = [None] * unit.heads, np.zeros(unit.heads), unit.error.copy()
+        for head in range(unit.heads):
+            packed = packed_bits(unit.keep[head], unit.grid, unit.blocks, groups)
+            fewer = int(count(packed, (0, 1))) <= int(count(unit.keep[head], (0, 1)))
+            copies = height - len(anchors)
+            if copies and fewer and copied(difference[head], groups) <= self.max_difference * copies:
+                unit.anchors[head], unit.packed[head] = groups, packed
+                unit.copy_error[head] = copied(unit.means.row_error[head], groups)
+                unit.error[head] += unit.copy_error[head]
+                found["heads_with_anchors"] += 1
+        return found

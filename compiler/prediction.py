@@ -1,0 +1,103 @@
+"""What a plan does to the final latent, predicted from what the samplings measured of whole masks.
+
+The effects of all heads' masks are signed, and add up: for every sampling whose ladder was measured, and every random
+vector, the effect of a plan is the sum of the effects of the masks it chooses. Its mean square over the vectors is the
+squared error of the final latent, relative to its size; minus ten times its logarithm is the signal-to-noise in dB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import digamma
+
+from calibatt.compiler.ir import Float64, Int64
+from calibatt.compiler.stats import SamplingTables, Table
+
+DENSE, CUT = -1, -2
+"""Kinds of masks beside windows."""
+LEAST_SAMPLINGS = 2
+
+
+class Masks(NamedTuple):
+    """The masks of a plan; T times, L layers, H heads, C shares of the ladder.
+
+    Args:
+        kind: int64 ``(T, L, H)``: index of a window, `DENSE`, or `CUT` for whatever else.
+        density: float64 ``(T, L, H)``: blocks / all blocks, before rows or frames are copied.
+        error: float64 ``(T, L, H)``: by the error model, without that of copies.
+        copied: float64 ``(T, L, H)``: of copies.
+        share_error: float64 ``(T, L, C, H)``: by the error model, of the head's own cut at each share of the ladder.
+    """
+
+    kind: Int64
+    density: Float64
+    error: Float64
+    copied: Float64
+    share_error: Float64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Signal-to-noise of the final latent.
+
+    Args:
+        mean: Over the samplings, dB; infinite where nothing changes.
+        standard_error: Of the mean.
+        samplings: How many could tell.
+    """
+
+    mean: float
+    standard_error: float
+    samplings: int
+
+    def __str__(self) -> str:
+        if np.isinf(self.mean):
+            return "infinite: nothing changes"
+        return f"{self.mean:.1f} dB (standard error {self.standard_error:.1f}, {self.samplings} samplings)"
+
+
+def usable(table: Table | None) -> list[SamplingTables]:
+    """The samplings whose ladder was measured everywhere."""
+    return [] if table is None else [each for each in table.samplings if each.has_ladder]
+
+
+def predict(table: Table | None, levels: Float64, shares: tuple[float, ...], masks: Masks) -> Prediction | str:
+    """Predicts what a plan does; in words, why it cannot be said.
+
+    Args:
+        table: What the samplings measured.
+        levels: float64 ``(T,)``: of each time, as in errors.
+        shares: Densities of the ladder's masks.
+        masks: Of the plan.
+    """
+    samplings = usable(table)
+    if len(samplings) < LEAST_SAMPLINGS:
+        return f"needs {LEAST_SAMPLINGS} samplings with a measured ladder, got {len(samplings)}"
+    found = np.array([_decibels(each, levels, shares, masks) for each in samplings])
+    error = 0.0 if np.isinf(found).any() else found.std(ddof=1) / np.sqrt(len(found))
+    return Prediction(float(found.mean()), float(error), len(found))
+
+
+def _decibels(sampling: SamplingTables, levels: Float64, shares: tuple[float, ...], masks: Masks) -> float:
+    """Of one sampling; infinite where nothing changes."""
+    joint = np.zeros(sampling.vectors)
+    time, layer, head = np.nonzero(masks.kind >= 0)
+    window = masks.kind[time, layer, head]
+    joint += sampling.window_effect[:, time, layer, window, head].sum(1, dtype=np.float64)
+    time, layer, head = np.nonzero(masks.kind == CUT)
+    density = np.log(masks.density[time, layer, head])
+    share = np.abs(density[:, None] - np.log(shares)).argmin(1)
+    own, error = masks.share_error[time, layer, share, head], masks.error[time, layer, head]
+    scale = np.where(own > 0, np.sqrt(error / np.where(own > 0, own, 1.0)), error > 0)
+    joint += (sampling.ladder_effect[:, time, layer, share, head] * scale).sum(1)
+    total = (joint**2).mean() / _log_bias(sampling.vectors)
+    total += float((masks.copied.sum((1, 2)) / levels) @ sampling.level)
+    return float(-10 * np.log10(total)) if total > 0 else np.inf
+
+
+def _log_bias(vectors: int) -> float:
+    """What the logarithm makes of a mean of so many squares, on average, as a factor: less than its mean."""
+    return float(np.exp(digamma(vectors / 2) - np.log(vectors / 2)))
