@@ -14,21 +14,21 @@ pytest.importorskip("diffusers")
 
 from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.intercept import InterceptedSite, Interception
-from calibatt.tools.bench import structured
-from calibatt.tools.bench.__main__ import main
+from calibatt.tools.bench import journey, structured
 from calibatt.tools.bench.structured import SETTINGS
 from calibatt.tools.calibrate.models import make_sampler
 
 MODULE = "calibatt.tools.bench.structured"
 TINY = ("tiny", "mochi_tiny")
+STAGES = "calibrate,compile,inspect,generate"
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:In CPU autocast")]
 
 
 def bench(folder: Path, *options: str, code: int = 0) -> Any:
     """The report of a command on a CPU."""
     output = folder / "journey.json"
-    arguments = ["journey", "--device", "cpu", "--block-size", "16", "-o", str(output), *options]
-    result = CliRunner().invoke(main, arguments)
+    arguments = ["--device", "cpu", "--block-size", "16", "-o", str(output), *options]
+    result = CliRunner().invoke(journey.main, arguments)
     assert result.exit_code == code, result.output
     return json.loads(output.read_text("utf-8"))
 
@@ -119,9 +119,6 @@ def test_the_whole_journey_by_the_commands(tmp_path: Path, monkeypatch: pytest.M
     assert records["compile"]["predicted_latent_db"]["mean"] > 20
     assert records["generate"]["measured_latent_db"] > 20
     assert [row["prompt"] for row in records["generate"]["prompts"]] == ["held-out prompt 0"]
-
-
-STAGES = "calibrate,compile,inspect,generate"
 
 
 def test_a_stage_that_fails_ends_the_journey(tmp_path: Path) -> None:
