@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ STAGES = ("calibrate", "compile", "inspect", "generate", "evaluate")
 INPUTS = ("device", "cpu")
 """Where calibration may keep what enters the blocks of a forward."""
 FIRST_SEED = 5000
+"""Of the held-out prompts, as calibatt-evaluate has it."""
 GB = 1e9
 PLAN, HELD_OUT = "journey.plan", "held_out.txt"
 PEAK = re.compile(r"peak device memory ([0-9.]+) GB")
@@ -62,10 +63,8 @@ def folder_bytes(folder: Path) -> int:
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            try:
+            with suppress(FileNotFoundError):
                 total += os.lstat(os.path.join(parent, name)).st_size
-            except FileNotFoundError:
-                continue
     return total
 
 
@@ -120,18 +119,19 @@ def run_command(command: Sequence[str], clock: Clock, layers: int) -> dict[str, 
 
 def latent_db(squares: Sequence[float]) -> float | None:
     """Decibels of the mean of relative squared errors; None for no error at all, which JSON has no number for."""
-    mean = float(np.mean(squares)) if squares else 0.0
+    mean = float(np.mean(squares))
     return -10 * math.log10(mean) if mean else None
 
 
 def generate(
     sampler: PipelineSampler, plan: Path, prompts: Sequence[str], device: torch.device, clock: Clock
 ) -> dict[str, Any]:
-    """Samples prompts dense and with the plan attached, from the same noise; as many as there is time for."""
+    """Samples prompts dense and with the plan attached, from the same noise; one, and more while there is time."""
     loaded, rows, squares, spent = load_plan(plan), [], [], 0.0
     reset_peak(device)
     for index, prompt in enumerate(prompts):
-        if not clock.allows(1e3 * spent):
+        if rows and not clock.allows(1e3 * spent):
+            click.echo(f"{OUT_OF_TIME} after {index} of {len(prompts)} prompts")
             break
         begun = time.perf_counter()
         dense = sampler.run(prompt, FIRST_SEED + index).double().cpu()
@@ -183,10 +183,12 @@ def measure_sampling(
     manifest = make_manifest(sampler, block_size=block_size, every=steps)
     stamps: list[float] = []
 
-    def stamp(_: float = 0.0) -> None:
+    def stamp(work: float = 0.0) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         stamps.append(time.perf_counter())
+        if work:
+            click.echo(f"{'forward' if work == 1 else 'differentiated'}: {stamps[-1] - stamps[-2]:.2f} s")
 
     with tempfile.TemporaryDirectory() as folder, StoreWriter.open(Path(folder), manifest) as writer:
         add_earlier_sampling(writer)
@@ -294,6 +296,7 @@ def main(
     count = layers or setting.row.layers
     report = header(_typed(context), setting.row, name, count, where)
     report |= {"height": setting.height, "width": setting.width, "frames": setting.frames, "guidance": setting.guidance}
+    report["weights"] = "random, seed 0; attention has structure"
 
     def save() -> None:
         if output is not None:
@@ -384,7 +387,7 @@ def _typed(context: click.Context) -> str:
     for option in context.command.params:
         given = context.get_parameter_source(option.name) not in (ParameterSource.DEFAULT, None)
         if given and option.name not in ("output", "work"):
-            words += [option.opts[-1], str(context.params[option.name])]
+            words += [option.opts[-1], shlex.quote(str(context.params[option.name]))]
     return " ".join(words)
 
 
