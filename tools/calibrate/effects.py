@@ -27,7 +27,7 @@ LEAST_KEPT = 1e-20
 ERROR_STRIDE = 8
 """Block errors are sums of squares, for which every 8th query is enough."""
 DIAGONAL_SHARE = 1e-3
-"""Of the mean of a diagonal, added to all of it: where there is hardly a gradient, rounding could make a metric negative."""
+"""Of the mean of a diagonal, added to all of it: rounding could make a metric negative where there is no gradient."""
 MOST_MASKS = 31
 """Masks that are measured together, a bit each."""
 
