@@ -321,7 +321,18 @@ class Recording:
             CalibrationError: The sampling did not go through the manifest's times.
             ChainError: It cannot be differentiated.
         """
-        self._name = name
+        self._name, self._tables = name, self.journal.tables()
+        self.differentiate(seed)
+        ordered = [self._tables[index] for index in range(len(self.calibrator.manifest.times))]
+        return SamplingTables(**{key: _stacked(key, [table[key] for table in ordered]) for key in ordered[0]})
+
+    def differentiate(self, seed: int) -> None:
+        """Pulls the gradients of random vectors back through the sampling: `collect` is given every measured call.
+
+        Raises:
+            CalibrationError: The sampling did not go through the manifest's times.
+            ChainError: It cannot be differentiated.
+        """
         manifest = self.calibrator.manifest
         if absent := [now for index, now in enumerate(manifest.times) if index not in self._moments]:
             raise CalibrationError(f"a sampling must have a forward at every recorded time, got none at {absent}")
@@ -330,14 +341,11 @@ class Recording:
             raise ChainError(
                 "the final latent must depend on the transformer's outputs by differentiation, got no graph"
             )
-        self._tables = self.journal.tables()
         cotangents = [
             [_cotangent(x, seed, vector, index) for index, x in enumerate(ends)]
             for vector in range(self.calibrator.vectors)
         ]
         self._chain.pull(ends, cotangents)
-        ordered = [self._tables[index] for index in range(len(manifest.times))]
-        return SamplingTables(**{key: _stacked(key, [table[key] for table in ordered]) for key in ordered[0]})
 
     def rehearse(self) -> tuple[tuple[float, float], str]:
         """Differentiates each forward by itself, for `Calibrator.rehearse`."""
@@ -350,7 +358,7 @@ class Recording:
                 for _ in range(self.calibrator.vectors)
             ]
             begun = self._now()
-            forward.transformer.pull(forward.given, drawn, partial(self._collect, forward, moment))
+            forward.transformer.pull(forward.given, drawn, partial(self.collect, forward, moment))
             seconds = self._now() - begun
             kernels = self._kernels
         return (self._seconds, seconds), kernels
@@ -377,7 +385,7 @@ class Recording:
                     f"arguments of forward {forward.number} must stay as they are until it has been differentiated, "
                     "got one that was changed in place"
                 )
-            collect = None if moment is None else partial(self._collect, forward, moment)
+            collect = None if moment is None else partial(self.collect, forward, moment)
             found = forward.transformer.pull(forward.given, cotangents, collect)
             if moment is None:
                 self.journal.keep_gradients({forward.number: found})
@@ -392,7 +400,7 @@ class Recording:
                 self._moments[forward.moment] = Moment()
         return found
 
-    def _collect(self, forward: Forward, moment: Moment, call: AttentionCall) -> None:
+    def collect(self, forward: Forward, moment: Moment, call: AttentionCall) -> None:
         """Adds what one call says to the sums of its layer."""
         manifest = self.calibrator.manifest
         self._kernels = kernel_name(call.q)
