@@ -93,11 +93,11 @@ def _decibels(sampling: SamplingTables, levels: Float64, shares: tuple[float, ..
     own, error = masks.share_error[time, layer, share, head], masks.error[time, layer, head]
     scale = np.where(own > 0, np.sqrt(error / np.where(own > 0, own, 1.0)), error > 0)
     joint += (sampling.ladder_effect[:, time, layer, share, head] * scale).sum(1)
-    total = (joint**2).mean() / _log_bias(sampling.vectors)
+    total = (joint**2).mean() / log_bias(sampling.vectors)
     total += float((masks.copied.sum((1, 2)) / levels) @ sampling.level)
     return float(-10 * np.log10(total)) if total > 0 else np.inf
 
 
-def _log_bias(vectors: int) -> float:
+def log_bias(vectors: int) -> float:
     """What the logarithm makes of a mean of so many squares, on average, as a factor: less than its mean."""
     return float(np.exp(digamma(vectors / 2) - np.log(vectors / 2)))

@@ -71,17 +71,9 @@ class Adapter:
             where the samples or tokens of a batch differ.
         timestep: Name of the one argument that `time` looks at, if it is one: it is then read from its device without
             waiting where that is possible, and `time` gets it on the CPU, outside of what is traced.
-        output_weight: ``(dim, heads * head_dim)``; of the projection after a site's attention, bias excluded. This and
-            the next two are needed to record statistics, not to attach plans; they are of the video tokens, where those
-            of the text have their own.
-        residual: ``(B, N, dim)``; the residual stream that enters a block, from the arguments of the block.
-        gate: float32 ``(B, dim)``, or ``(B, N, dim)`` where each token has a time of its own: what a block multiplies
-            its self-attention with before it adds it to the residual stream, from block and arguments of the block.
         channel_axis: Axis of the model's ``hidden_states`` that has the channels; the batch is axis 0. Only to record.
         valid_text: int64 ``(B,)``; how many of the text tokens after the video are no padding, for a family that tells
             its attention by a mask of the keys; from the arguments of the model.
-        output_norm: float32 ``(B, N)``; what a block's normalisation of projected attention divides each token by, for
-            a family that has one; only to record; from a site and attention's output, ``(B, N, heads * head_dim)``.
     """
 
     architecture: str
@@ -91,12 +83,8 @@ class Adapter:
     grid: Callable[[Any, Arguments], tuple[int, int, int, int, int]]
     time: Callable[[Arguments], torch.Tensor]
     timestep: str | None = None
-    output_weight: Callable[[Place], torch.Tensor] | None = None
-    residual: Callable[[Arguments], torch.Tensor] | None = None
-    gate: Callable[[nn.Module, Arguments], torch.Tensor] | None = None
     channel_axis: int = 1
     valid_text: Callable[[Arguments], torch.Tensor] | None = None
-    output_norm: Callable[[Place, torch.Tensor], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         for name in ("grid", "time", "valid_text"):
@@ -192,19 +180,8 @@ def _grid_of_coordinates(coordinates: torch.Tensor) -> tuple[int, int, int, int,
     return known[1]
 
 
-def _ltx_gate(block: nn.Module, arguments: Arguments) -> torch.Tensor:
-    # The time embedding is (B, 1, 6 dim), or (B, N, 6 dim) with a time for each token; entry 2 is the gate.
-    gates = block.scale_shift_table[2].float() + arguments["temb"].unflatten(-1, (6, -1)).select(-2, 2).float()
-    return gates[:, 0] if gates.shape[1] == 1 else gates
-
-
 def _thousandths(arguments: Arguments) -> torch.Tensor:
     return arguments["timestep"].max().to("cpu", torch.float64) / 1000
-
-
-def _wan_gate(block: nn.Module, arguments: Arguments) -> torch.Tensor:
-    # The time embedding is (B, 6, dim), or (B, N, 6, dim) with a time for each token; entry 2 is the gate.
-    return block.scale_shift_table[0, 2].float() + arguments["temb"].select(-2, 2).float()
 
 
 def _cogvideox_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
@@ -212,11 +189,6 @@ def _cogvideox_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, i
     patch = config.patch_size
     text = arguments["encoder_hidden_states"].shape[1]
     return frames // (config.patch_size_t or 1), height // patch, width // patch, text, 0
-
-
-def _cogvideox_gate(block: nn.Module, arguments: Arguments) -> torch.Tensor:
-    norm = block.norm1
-    return norm.linear(norm.silu(arguments["temb"])).chunk(6, dim=1)[2].float()
 
 
 def _mochi_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
@@ -230,43 +202,10 @@ def _mochi_time(arguments: Arguments) -> torch.Tensor:
     return 1 - arguments["timestep"].min().to("cpu", torch.float64) / 1000
 
 
-def _mochi_gate(block: nn.Module, arguments: Arguments) -> torch.Tensor:
-    norm = block.norm1
-    return norm.linear(norm.silu(arguments["temb"])).chunk(4, dim=1)[1].float().tanh()
-
-
-def _mochi_output_norm(place: Place, output: torch.Tensor) -> torch.Tensor:
-    projected = place.attention.to_out[0](output).float()
-    return (projected.square().mean(-1) + place.block.norm2.eps).sqrt()
-
-
 def _hunyuan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
     frames, height, width = arguments["hidden_states"].shape[2:]
     patch, text = config.patch_size, arguments["encoder_hidden_states"].shape[1]
     return frames // config.patch_size_t, height // patch, width // patch, 0, text
-
-
-def _hunyuan_output_weight(place: Place) -> torch.Tensor:
-    if place.attention.to_out is not None:
-        return place.attention.to_out[0].weight
-    # One projection for attention, whose channels come first, and feed-forward.
-    return place.block.proj_out.weight[:, : place.attention.inner_dim]
-
-
-def _hunyuan_gate(block: nn.Module, arguments: Arguments) -> torch.Tensor:
-    norm = block.norm if hasattr(block, "norm") else block.norm1
-    video = arguments["hidden_states"]
-
-    def gate(embedding: torch.Tensor) -> torch.Tensor:
-        return norm.linear(norm.silu(embedding)).split(video.shape[-1], dim=1)[2].float()
-
-    gates = gate(arguments["temb"])
-    if (clean := arguments.get("token_replace_emb")) is None:
-        return gates
-    # The first tokens are a given image, of a time of its own.
-    given = arguments["num_tokens"]
-    parts = gate(clean)[:, None].expand(-1, given, -1), gates[:, None].expand(-1, video.shape[1] - given, -1)
-    return torch.cat(parts, dim=1)
 
 
 ADAPTERS = (
@@ -278,9 +217,6 @@ ADAPTERS = (
         grid=_wan_grid,
         time=_thousandths,
         timestep="timestep",
-        output_weight=lambda site: site.attention.to_out[0].weight,
-        residual=lambda arguments: arguments["hidden_states"],
-        gate=_wan_gate,
     ),
     Adapter(
         architecture="LTXVideoTransformer3DModel",
@@ -290,9 +226,6 @@ ADAPTERS = (
         grid=_ltx_grid,
         time=_thousandths,
         timestep="timestep",
-        output_weight=lambda site: site.attention.to_out[0].weight,
-        residual=lambda arguments: arguments["hidden_states"],
-        gate=_ltx_gate,
         channel_axis=2,
     ),
     Adapter(
@@ -303,9 +236,6 @@ ADAPTERS = (
         grid=_cogvideox_grid,
         time=_thousandths,
         timestep="timestep",
-        output_weight=lambda site: site.attention.to_out[0].weight,
-        residual=lambda arguments: arguments["hidden_states"],
-        gate=_cogvideox_gate,
         channel_axis=2,
     ),
     # Its processor calls the function for each sample, with the text tokens that are no padding.
@@ -317,10 +247,6 @@ ADAPTERS = (
         grid=_mochi_grid,
         time=_mochi_time,
         timestep="timestep",
-        output_weight=lambda site: site.attention.to_out[0].weight,
-        residual=lambda arguments: arguments["hidden_states"],
-        gate=_mochi_gate,
-        output_norm=_mochi_output_norm,
     ),
     Adapter(
         architecture="HunyuanVideoTransformer3DModel",
@@ -330,9 +256,6 @@ ADAPTERS = (
         grid=_hunyuan_grid,
         time=_thousandths,
         timestep="timestep",
-        output_weight=_hunyuan_output_weight,
-        residual=lambda arguments: arguments["hidden_states"],
-        gate=_hunyuan_gate,
         valid_text=lambda arguments: arguments["encoder_attention_mask"].sum(1, dtype=torch.int64),
     ),
 )

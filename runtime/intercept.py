@@ -64,7 +64,6 @@ class Interception:
         adapter: Its row.
         attend: ``attend(q, k, v, site, context) -> out``, all ``(B, N, H, D)``; scores are scaled by ``D ** -0.5``.
         begin: Called with the model's arguments before a forward does anything; what it returns is `context`.
-        enter_block: ``enter_block(site, arguments)``, called with a block's arguments before the block does anything.
         parallel: Whether `attend` takes part in context parallelism: it then gets this rank's part of the sequence.
             Otherwise such calls are refused.
         padded: Whether `attend` knows the lengths of samples with padded text, from `Adapter.lengths`, and gets the
@@ -81,7 +80,6 @@ class Interception:
         attend: Attend,
         *,
         begin: Callable[[Arguments], Any] | None = None,
-        enter_block: Callable[[InterceptedSite, Arguments], None] | None = None,
         parallel: bool = False,
         padded: bool = False,
     ) -> None:
@@ -101,8 +99,6 @@ class Interception:
             interception._above += 1
         self._parameters = _parameters(self.model)
         self._hooks = [self.model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)]
-        if enter_block is not None:
-            self._hooks += [_watch(processor.site, enter_block) for processor in self._processors]
 
     @property
     def sites(self) -> tuple[InterceptedSite, ...]:
@@ -254,16 +250,6 @@ def _reject(options: dict[str, Any], parallel: bool) -> None:
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def _watch(site: InterceptedSite, enter_block: Callable[[InterceptedSite, Arguments], None]) -> Any:
-    names = _parameters(site.block)
-
-    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if site.attention.processor.site is site:
-            enter_block(site, dict(zip(names, args, strict=False)) | kwargs)
-
-    return site.block.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _stack(attention: nn.Module) -> list[Any]:

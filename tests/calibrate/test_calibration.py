@@ -109,7 +109,7 @@ class Faults:
         self.done: Counter[str] = Counter()
         self.stop: tuple[str, int] | None = None
         for kind, owner, name in (
-            ("pull", Transformer, "pull"), ("call", Recording, "_collect"), ("add", StoreWriter, "add"),
+            ("pull", Transformer, "pull"), ("call", Recording, "collect"), ("add", StoreWriter, "add"),
             ("save", Journal, "_save"), ("finish", StoreWriter, "finish"), ("drop", StoreWriter, "drop_progress"),
         ):  # fmt: skip
             monkeypatch.setattr(owner, name, self.counted(kind, getattr(owner, name)))
@@ -216,8 +216,8 @@ def test_a_users_own_pipeline_call_is_recorded(reference: Store, tmp_path: Path)
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_a_sampling_under_autocast_is_differentiated_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dtypes: set[torch.dtype] = set()
-    collect = Recording._collect
-    monkeypatch.setattr(Recording, "_collect", lambda *args: dtypes.add(args[3].q.dtype) or collect(*args))
+    collect = Recording.collect
+    monkeypatch.setattr(Recording, "collect", lambda *args: dtypes.add(args[3].q.dtype) or collect(*args))
     sampler = guided()
     run = sampler.run
 
@@ -292,9 +292,9 @@ def test_counts_of_the_papers_method(tmp_path: Path):
     sampler = adjoint.small_wan(guidance_scale=5.0)
     thresholds = (0.5, 0.9)
     seen: list[Any] = []
-    collect = Recording._collect
+    collect = Recording.collect
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(Recording, "_collect", lambda *args: seen.append(args[3]) or collect(*args))
+        context.setattr(Recording, "collect", lambda *args: seen.append(args[3]) or collect(*args))
         store = measure(tmp_path, sampler, thresholds=thresholds)
     unit = store.unit(0, 1)
     assert unit.vote_samples == 4

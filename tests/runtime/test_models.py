@@ -18,8 +18,6 @@ from calibatt.plans import Blocks, PlanFile, ScheduleError, Segment, TokenGrid
 from calibatt.runtime import InterceptionLostError, Plan, PlanMismatchError, ops
 from calibatt.runtime import schedule as runtime_schedule
 from calibatt.runtime.adapters import ADAPTERS, adapter_for
-from calibatt.runtime.intercept import Interception
-from calibatt.tools.calibrate.listen import listening
 
 diffusers = pytest.importorskip("diffusers")
 # Mochi's own code turns autocast to float32 on, which a CPU warns that it does not know.
@@ -367,97 +365,6 @@ def test_text_of_another_padded_length_is_another_grid(name: str) -> None:
         run(model, family)
     with plan.attach(model, on_mismatch="dense"), pytest.warns(UserWarning, match="run the model's own attention"):
         torch.testing.assert_close(run(model, family), plain, rtol=1e-4, atol=1e-5)
-
-
-def test_mochi_normalises_attention_before_it_adds_it() -> None:
-    """So its projection predicts what a small change of the output does to the stream."""
-    family = FAMILIES["Mochi"]
-    model = model_of(family)
-    streams: list[torch.Tensor] = []
-    model.transformer_blocks[0].norm3.register_forward_pre_hook(lambda _, arguments: streams.append(arguments[0][0]))
-    small: list[torch.Tensor] = []
-    first: list[Any] = []
-
-    def change(call: Any) -> torch.Tensor | None:
-        if call.layer:
-            return None
-        first.append(call)
-        small.append(torch.randn(call.out.shape) * call.out.std() * 1e-3)
-        return call.out + small[0]
-
-    for on_call in (lambda call: None, change):
-        with listening(model, family.grid, lambda now: now == pytest.approx(0.9), on_call), torch.no_grad():
-            model(**with_padding(family, 13))
-    assert first[0].q.shape == (HEADS, family.grid.tokens - 13, HEAD_DIM)
-    video = small[0][:, : family.grid.video_tokens]
-    projection = first[0].projection.unflatten(1, (HEADS, HEAD_DIM))
-    predicted = torch.einsum("hnd,xhd->nx", video, projection).square().sum()
-    found = (streams[1] - streams[0]).square().sum()
-    assert 0.85 < found / predicted <= 1.05, "all but what does not turn the output, about one channel's share"
-
-
-@pytest.mark.parametrize(
-    ("name", "layer", "after"),
-    [
-        ("LTX", 0, "transformer_blocks.0.attn2"),
-        ("CogVideoX 5B", 0, "transformer_blocks.0.norm2"),
-        ("HunyuanVideo", 0, "transformer_blocks.0.norm2"),
-        ("HunyuanVideo", 1, "norm_out"),
-    ],
-)
-def test_projection_and_gate_say_how_an_output_moves_the_residual_stream(name: str, layer: int, after: str) -> None:
-    """Of the video tokens; the module after self-attention receives the stream itself (Wan: tests/calibrate)."""
-    family = FAMILIES[name]
-    model = model_of(family)
-    streams: list[torch.Tensor] = []
-    following = model.get_submodule(after)
-    following.register_forward_pre_hook(lambda _, arguments: streams.append(arguments[0][0]))
-    calls: list[Any] = []
-
-    def more(call: Any) -> torch.Tensor | None:
-        if call.layer != layer:
-            return None
-        calls.append(call)
-        return 1.5 * call.out
-
-    for on_call in (lambda call: None, more):
-        with listening(model, family.grid, lambda now: True, on_call):
-            run(model, family, batch=1)
-    projection = calls[0].projection.unflatten(1, (HEADS, HEAD_DIM))
-    video = calls[0].out[:, family.grid.text_before :][:, : family.grid.video_tokens]
-    change = torch.einsum("hnd,xhd->nx", 0.5 * video, projection)
-    torch.testing.assert_close(streams[1] - streams[0], change, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize(("layer", "after"), [(0, "transformer_blocks.0.norm2"), (1, "norm_out")])
-def test_hunyuan_gates_the_tokens_of_a_given_image_differently(layer: int, after: str) -> None:
-    family = FAMILIES["HunyuanVideo I2V"]
-    model = model_of(family)
-    adapter = adapter_for(model)
-    streams: list[torch.Tensor] = []
-    model.get_submodule(after).register_forward_pre_hook(lambda _, arguments: streams.append(arguments[0][0]))
-    gates: list[torch.Tensor] = []
-    outs: list[torch.Tensor] = []
-    weights: list[torch.Tensor] = []
-
-    def enter_block(site: Any, arguments: Any) -> None:
-        if site.layer == layer:
-            gates.append(adapter.gate(site.block, arguments)[0])
-            weights.append(adapter.output_weight(site))
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any, context: Any) -> torch.Tensor:
-        out = site.stock(q, k, v)
-        if site.layer != layer:
-            return out
-        outs.append(out[0, : GRID.video_tokens].flatten(1))
-        return out * len(outs)
-
-    interception = Interception(model, adapter, attend, enter_block=enter_block)
-    for _ in range(2):
-        run(model, family, batch=1)
-    interception.detach()
-    assert gates[0].shape == (GRID.video_tokens, HEADS * HEAD_DIM)
-    torch.testing.assert_close(streams[1] - streams[0], gates[0] * (outs[0] @ weights[0].T), rtol=1e-3, atol=1e-4)
 
 
 def test_fusing_cogvideox_replaces_its_processors() -> None:

@@ -1,9 +1,8 @@
-"""Benchmarks of whole models and of the recorder: on a model so small that a CPU proves the path, never the time."""
+"""Benchmarks of whole models: on a model so small that a CPU proves the path, never the time."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ pytest.importorskip("diffusers")
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
 from calibatt.runtime import Plan
 from calibatt.runtime.adapters import ADAPTERS, adapter_for
-from calibatt.tools.bench import model, recorder, variants
+from calibatt.tools.bench import model, variants
 from calibatt.tools.bench.__main__ import main
 from calibatt.tools.bench.published import MODELS, token_grid
 from calibatt.tools.bench.trace import WAITS, WHOLE, summarised
@@ -292,44 +291,3 @@ def test_waits_are_told_from_everything_else() -> None:
     assert WAITS.fullmatch("cuStreamSynchronize")
     assert WAITS.fullmatch("cudaMemcpy")
     assert not WAITS.fullmatch("cudaStreamWaitEvent")
-
-
-def test_the_recorder_is_compared_with_the_forward(tmp_path: Path) -> None:
-    found = bench("recorder", tmp_path / "recorder.json", "--sizes", "small", "--rounds", "2", "--query-strides", "1,4")
-    assert found["command"] == (
-        "calibatt-bench recorder --model tiny --sizes small --layers 2 --query-strides 1,4 --rounds 2"
-    )
-    plain, every, fourth = found["forwards"]
-    assert (plain["recorded"], every["query_stride"], fourth["query_stride"]) == (False, 1, 4)
-    for row in (every, fourth):
-        assert row["ratio"] == pytest.approx(row["median_ms"] / plain["median_ms"])
-        assert row["extra_ms_a_layer"] == pytest.approx((row["median_ms"] - plain["median_ms"]) / 2)
-        assert row["store_bytes_a_layer"] > 500
-        assert row["extra_peak_device_bytes"] is None
-    names = [
-        "projection factor",
-        "projected values",
-        "block statistics",
-        "keep planes",
-        "menu errors",
-        "copy errors",
-        "all",
-        "write",
-    ]
-    assert [row["statistic"] for row in found["statistics"]] == 2 * names
-    assert all(math.isfinite(row["median_ms"]) and row["median_ms"] > 0 for row in found["statistics"])
-    assert all(row["tflops"] > 0 for row in rows(found, "statistics", statistic="block statistics"))
-
-
-def test_flops_of_the_block_statistics_count_measured_queries() -> None:
-    made = MODELS["tiny"].make(1, CPU)
-    sampler = recorder.OneForward(made, MODELS["tiny"].inputs("smaller", CPU))
-    for stride, queries in ((1, 144), (5, 9 * 4)):
-        manifest = recorder.make_manifest(sampler, block_size=16, query_stride=stride)
-        assert recorder.block_statistics_flops(manifest) == 8 * queries * 144 * 16 * 2
-
-
-def test_recorder_strides_are_numbers() -> None:
-    result = CliRunner().invoke(main, ["recorder", "--query-strides", "1,no"])
-    assert result.exit_code == 2
-    assert "--query-strides must be positive whole numbers joined by commas, got '1,no'" in result.output

@@ -14,12 +14,18 @@ from click.testing import CliRunner, Result
 
 pytest.importorskip("diffusers")
 
-from support.sampler import CALIBRATED, GRID, TinyVideoSampler, tiny_plan, tiny_store
+from support.sampler import CALIBRATED, TIMES, TinyVideoSampler, tiny_plan, tiny_store
+from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, PlanFile, TokenGrid, write_plan
-from calibatt.tools.calibrate import models
+from calibatt.runtime import LayerSchedule, Plan
+from calibatt.runtime.reference import reference_attention
+from calibatt.tools.calibrate import calibration, models
+from calibatt.tools.calibrate.effects import block_effects, mask_words
+from calibatt.tools.calibrate.gradients import AttentionCall
+from calibatt.tools.calibrate.pipeline import PipelineError
 from calibatt.tools.evaluate import __main__ as command
-from calibatt.tools.evaluate import evaluation, gate, masks, metrics
+from calibatt.tools.evaluate import effects, gate, masks, metrics
 from calibatt.tools.evaluate.masks import schedule_of
 from calibatt.tools.inspect_plan.__main__ import main as inspect
 
@@ -30,7 +36,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def plan_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
     path = folder / "tiny.plan"
-    write_plan(path, tiny_plan(tiny_store(folder / "stats")))
+    store = tiny_store(folder / "stats")
+    write_plan(path, tiny_plan(store))
+    write_plan(folder / "dense.plan", tiny_plan(store, 0.95))
     return path
 
 
@@ -66,10 +74,12 @@ def test_a_report_goes_on_where_it_stopped_and_says_the_same_again(tmp_path, pla
     assert plan["metrics"]["psnr"]["worst"] == min(row["psnr"] for row in plan["by_prompt"])
     assert found["floor"]["psnr"]["mean"] > plan["metrics"]["psnr"]["mean"] + 20
     assert "not available" in found["not_available"].get("lpips", "not available")
-    assert 0.5 < plan["heads"]["recall_mean"] < 1
-    assert 0.1 < plan["heads"]["ratio"] < 10
+    assert plan["predicted_latent_db"]["samplings"] == len(CALIBRATED) - 1
+    assert plan["metrics"]["latent"]["count"] == 4
+    assert plan["heads"]["first_order_latent"]["mean"] == pytest.approx(plan["metrics"]["latent"]["mean"], abs=6)
+    assert 0.3 < plan["heads"]["ratio"] < 3
     page = (tmp_path / "a" / "report.html").read_text()
-    order = sorted(plan["by_prompt"], key=lambda row: row["psnr"])
+    order = sorted(plan["by_prompt"], key=lambda row: row["latent"])
     assert page.count("data:image/png") == 4
     places = [page.index(f"seed {row['seed']}<br>") for row in order]
     assert places == sorted(places)
@@ -93,9 +103,9 @@ def test_the_gate_and_the_stamp(tmp_path, plan_path, sampler):
     path = tmp_path / "stamped.plan"
     path.write_bytes(plan_path.read_bytes())
     options = ("--plan", path, "-o", tmp_path / "a", "--stamp")
-    assert evaluate(tmp_path, *options, "--require", "psnr>=1,broken<=0").exit_code == 0
+    assert evaluate(tmp_path, *options, "--require", "latent>=1,broken<=0").exit_code == 0
     shown = CliRunner().invoke(inspect, [str(path)]).output
-    assert "passed: psnr>=1" in " ".join(shown.split())
+    assert "passed: latent>=1" in " ".join(shown.split())
     assert PlanFile.read(path).schedules[0][0].density == PlanFile.read(plan_path).schedules[0][0].density
     runs = sampler.runs
     assert evaluate(tmp_path, *options, "--require", "psnr>=99,flicker<=1").exit_code == 1
@@ -182,18 +192,75 @@ def test_a_plan_that_promises_nothing_is_judged_by_its_error_alone(tmp_path, pla
     assert "compile it again" in quick.output
 
 
-def test_head_errors_are_those_of_the_plan_s_masks(plan_path):
-    plan = evaluation.Candidate("x", command.Plan(PlanFile.read(plan_path)))
-    every = command.evaluation.head_errors(TinyVideoSampler(), plan.plan, "three", 1, queries=GRID.tokens)
-    assert every.recall.shape == (3, 2, 2)
-    assert (every.recall <= 1 + 1e-6).all()
-    dense = np.array(
-        [[[s.head_density(h) == 1 for h in (0, 1)] for s in layers] for layers in plan.plan.file.schedules]
-    )
-    assert (every.residual[::-1][dense] < 1e-9).all()
-    assert (every.residual[::-1][~dense] > 0).all()
-    some = command.evaluation.head_errors(TinyVideoSampler(), plan.plan, "three", 1, queries=64, heads=1)
-    assert (~np.isnan(some.recall)).sum() == 6
+def test_a_sampler_that_cannot_decode_is_judged_on_latents(tmp_path, plan_path, sampler):
+    def refuse() -> None:
+        raise PipelineError("the pipeline must have a VAE, got none")
+
+    sampler.check_decode, sampler.decode = refuse, None
+    found = evaluate(tmp_path, "--plan", plan_path, "-o", tmp_path / "a", "--head-prompts", 0)
+    assert found.exit_code == 0, found.output
+    assert "videos: judged on final latents alone: the pipeline must have a VAE, got none" in found.output
+    values = table(tmp_path / "a")
+    assert set(values["plans"][0]["metrics"]) == {"latent"}
+    assert values["plans"][0]["heads"] == {}
+    assert "data:image/png" not in (tmp_path / "a" / "report.html").read_text()
+
+
+def call_of(grid: TokenGrid, heads: int, vectors: int) -> AttentionCall:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, *grads = (torch.randn(heads, grid.tokens, 16, generator=generator) for _ in range(3 + vectors))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return AttentionCall(0, q, k, v, out, None, grads, scale=2.0)
+
+
+def test_effects_of_a_schedule_are_those_of_its_masks_and_copies():
+    grid, blocks = TokenGrid(2, 5, 7, text_after=3), Blocks(16, 16)
+    call = call_of(grid, 3, 2)
+    core = random_schedule(np.random.default_rng(0), grid, blocks, 3, 0.4, always=[0])
+    keep = torch.from_numpy(np.stack([core.tile_keep(head) for head in range(3)]))
+    _, expected = block_effects(call, mask_words(keep[None]), 1, blocks)
+    torch.testing.assert_close(effects.plan_effects(call, LayerSchedule(core)), expected[:, 0], rtol=1e-3, atol=1e-4)
+    anchored = LayerSchedule(random_schedule(np.random.default_rng(0), grid, blocks, 3, 0.4, anchored_heads=[1, 2]))
+    out, _ = reference_attention(*(x[None] for x in (call.q, call.k, call.v)), anchored)
+    change = torch.stack([((out[0] - call.out) * grad).sum((1, 2)) / 2.0 for grad in call.grads])
+    torch.testing.assert_close(effects.plan_effects(call, anchored).float(), change, rtol=1e-3, atol=1e-4)
+
+
+class Guided(TinyVideoSampler):
+    """Two forwards at each time."""
+
+    def run(self, prompt: str, seed: int) -> torch.Tensor:
+        latent = torch.randn(1, 3, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+        text = torch.randn(2, 1, 3, 16, generator=torch.Generator().manual_seed(len(prompt)))
+        for now, then in zip(TIMES, [*TIMES[1:], 0.0], strict=True):
+            with torch.no_grad():
+                time = torch.full((1,), now * 1000)
+                one, other = (self.transformer(latent, time, each, return_dict=False)[0] for each in text)
+            latent = latent + (then - now) * (other + 2.0 * (one - other))
+        return latent
+
+
+def test_effects_add_up_to_what_a_plan_does_to_the_latent(plan_path):
+    """Small masks, guidance: all signed effects together are the change of the latent along the random vectors."""
+    plan, sampler = Plan(PlanFile.read(plan_path.with_name("dense.plan"))), Guided()
+    found = effects.measure_plans(sampler, [plan], "three", 1, 3, sorted(TIMES))
+    assert found.shape == (1, 3, 3, 2, 2)
+    dense = sampler.run("three", 1)
+    with plan.attach(sampler.transformer):
+        change = sampler.run("three", 1) - dense
+    expected = [float((calibration._cotangent(dense, 1, vector, 0) * change).sum()) for vector in range(3)]
+    np.testing.assert_allclose(found[0].sum((1, 2, 3)), expected, rtol=0.2, atol=0.1 * np.abs(expected).max())
+
+
+def test_segments_that_few_steps_leave_out_are_promised_by_the_nearest(plan_path):
+    plan = PlanFile.read(plan_path)
+    prices = np.array(plan.predicted["head_price"])
+    np.testing.assert_allclose(effects.promised(plan, TIMES), prices)
+    found = effects.promised(plan, (1.0, 0.4))
+    np.testing.assert_allclose(found, [prices[0], np.zeros((2, 2)), prices[1] + prices[2]])
+    signed = np.arange(16.0).reshape(4, 2, 2)
+    summed = effects.by_segment(plan, signed, (0.3, 0.4, 0.8, 1.0))
+    np.testing.assert_allclose(summed, [signed[0] + signed[1], signed[2], signed[3]])
 
 
 def video(seed: int, *shape: int) -> torch.Tensor:
@@ -201,6 +268,9 @@ def video(seed: int, *shape: int) -> torch.Tensor:
 
 
 def test_metrics_agree_with_their_definitions():
+    latent = video(1, 2, 4, 3, 5, 5)
+    assert metrics.latent_db(latent * 1.01, latent).tolist() == pytest.approx([40.0, 40.0], abs=1e-3)
+    assert metrics.latent_db(latent, latent).tolist() == [100.0, 100.0]
     reference = video(0, 2, 3, 3, 16, 16) * 0.5
     assert metrics.psnr_db(reference + 0.02, reference).tolist() == pytest.approx([40.0, 40.0], abs=1e-4)
     assert metrics.psnr_db(reference, reference).tolist() == [100.0, 100.0]

@@ -76,6 +76,25 @@ def test_the_terminal_summary_says_it_all() -> None:
         assert words in result.output
 
 
+def test_predictions_are_told_in_words(tmp_path: Path) -> None:
+    snr = {"mean": 33.94, "standard_error": 0.42, "samplings": 7}
+    predicted = {"latent_db": snr, "head_price": [[[1e-4] * 4] * 2] * 2, "density": 0.5, "device": "abacus"}
+    plan = tiny_plan(predicted=predicted, provenance={"samples": [f"s{index}" for index in range(8)]})
+    write_plan(tmp_path / "plan", plan)
+    text = shown(plan, tmp_path / "plan", 200)
+    for words in (
+        "signal-to-noise of the final latent: 33.9 dB (standard error 0.4, 7 samplings)",
+        "squared effects of all heads on the final latent, relative to its size: 1.60e-03 in sum",
+        "device: abacus",
+        "samples: 8 of them",
+    ):
+        assert words in text
+    assert "{" not in text.replace(plan.passes, "")
+    assert json.loads(inspect(tmp_path / "plan", "--json").output)["predicted"] == predicted
+    other = tiny_plan(predicted={**predicted, "latent_db": None})
+    assert "latent_db" not in shown(other, tmp_path / "plan", 200)
+
+
 def shown(plan: PlanFile, path: Path, width: int, colours: bool = False) -> str:
     text = io.StringIO()
     console = Console(file=text, width=width, force_terminal=colours, color_system="truecolor" if colours else None)

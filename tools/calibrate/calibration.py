@@ -247,8 +247,8 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise ChainError(
-            f"a final latent must come from the transformers of its sampler alone, got {ctx.name} on the way; a further "
-            "denoiser belongs into other_transformers of the sampler"
+            f"a final latent must come from the transformers of its sampler alone, got {ctx.name} on the way; a "
+            "further denoiser belongs into other_transformers of the sampler"
         )
 
 
@@ -281,14 +281,13 @@ class Recording:
         own = [(each.model, each.model.__dict__.get("forward")) for each in self.calibrator.models]
         for each in self.calibrator.models:
             each.model.forward = partial(self._forward, each, each.model.forward)  # type: ignore[method-assign]
-        links = {id(model) for model, _ in own}
-
+        links = {model for model, _ in own}
         left: dict[int, list[Tensor]] = {}
 
         def leave(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            """Other networks, such as a VAE, compute without the graph of the sampling."""
+            """Networks that hold no transformer, such as a VAE, compute without the graph of the sampling."""
             traced = [x for x in args if isinstance(x, Traced) and x.requires_grad]
-            if id(module) in links or not traced:
+            if not traced or not links.isdisjoint(module.modules()):
                 return None
             left[id(module)] = traced
             return tuple(map(plain, args))
@@ -329,6 +328,10 @@ class Recording:
             moment = self.calibrator.moment(now)
         if moment is not None:
             self._moments.setdefault(moment, Moment()).numbers.append(number)
+        if not inputs and self.forwards and abs(now - self.forwards[0].time) > TIME_TOLERANCE:
+            raise ChainError(
+                f"forward {number} (time {now:.3f}) must depend on those before by differentiation, got no graph"
+            )
         versions = [x._version if isinstance(x, Tensor) else 0 for x in given.flat]
         device = next(iter(floating(given.flat))).device
         autocast = device.type, torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
@@ -357,7 +360,18 @@ class Recording:
             CalibrationError: The sampling did not go through the manifest's times.
             ChainError: It cannot be differentiated.
         """
-        self._name = name
+        self._name, self._tables = name, self.journal.tables()
+        self.differentiate(seed)
+        ordered = [self._tables[index] for index in range(len(self.calibrator.manifest.times))]
+        return SamplingTables(**{key: _stacked(key, [table[key] for table in ordered]) for key in ordered[0]})
+
+    def differentiate(self, seed: int) -> None:
+        """Pulls the gradients of random vectors back through the sampling: `collect` is given every measured call.
+
+        Raises:
+            CalibrationError: The sampling did not go through the manifest's times.
+            ChainError: It cannot be differentiated.
+        """
         manifest = self.calibrator.manifest
         if absent := [now for index, now in enumerate(manifest.times) if index not in self._moments]:
             raise CalibrationError(f"a sampling must have a forward at every recorded time, got none at {absent}")
@@ -366,14 +380,11 @@ class Recording:
             raise ChainError(
                 "the final latent must depend on the transformer's outputs by differentiation, got no graph"
             )
-        self._tables = self.journal.tables()
         cotangents = [
             [_cotangent(x, seed, vector, index) for index, x in enumerate(ends)]
             for vector in range(self.calibrator.vectors)
         ]
         self._chain.pull(ends, cotangents)
-        ordered = [self._tables[index] for index in range(len(manifest.times))]
-        return SamplingTables(**{key: _stacked(key, [table[key] for table in ordered]) for key in ordered[0]})
 
     def rehearse(self) -> tuple[tuple[float, float], str]:
         """Differentiates each forward by itself, for `Calibrator.rehearse`."""
@@ -386,7 +397,7 @@ class Recording:
                 for _ in range(self.calibrator.vectors)
             ]
             begun = self._now()
-            forward.transformer.pull(forward.given, drawn, partial(self._collect, forward, moment))
+            forward.transformer.pull(forward.given, drawn, partial(self.collect, forward, moment))
             seconds = self._now() - begun
             kernels = self._kernels
         return (self._seconds, seconds), kernels
@@ -413,19 +424,19 @@ class Recording:
                 f"arguments of forward {forward.number} must stay as they are until it has been differentiated, "
                 "got one that was changed in place"
             )
-        collect = None if forward.moment is None else partial(self._collect, forward, moment)
+        collect = None if forward.moment is None else partial(self.collect, forward, moment)
         kind, dtype, enabled = forward.autocast
         with torch.autocast(kind, dtype) if enabled else nullcontext():
             found = forward.transformer.pull(forward.given, cotangents, collect)
         moment.pulled[forward.number] = found
         if len(moment.pulled) == len(moment.numbers):
-            if forward.moment is not None:
+            if forward.moment is not None and moment.layers:
                 self._finish(forward.moment, moment)
             self.journal.keep_gradients(moment.pulled)
             moment.pulled, moment.layers = {}, {}
         return found
 
-    def _collect(self, forward: Forward, moment: Moment, call: AttentionCall) -> None:
+    def collect(self, forward: Forward, moment: Moment, call: AttentionCall) -> None:
         """Adds what one call says to the sums of its layer."""
         manifest = self.calibrator.manifest
         self._kernels = kernel_name(call.q)

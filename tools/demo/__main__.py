@@ -39,25 +39,23 @@ def _run(module: str, name: str, arguments: list[str]) -> None:
     show_default=True,
     help="Folder for statistics, plan and report.",
 )
-@click.option("--calibration-prompts", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--calibration-prompts", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--held-out-prompts", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one.")
 def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: str) -> None:
     """Calibrates a small video model, compiles a plan, attaches it and shows the difference.
 
     \b
-    1. calibatt-calibrate measures attention while a few prompts are generated, then generates them again and measures
-       what the masks that a plan may choose really change (resumes where it was stopped);
-    2. calibatt-compile turns the statistics into a plan;
+    1. calibatt-calibrate samples a few prompts and differentiates them: what every block of attention does to the video
+       (resumes where it was stopped);
+    2. calibatt-compile turns the statistics into a plan, and predicts what it will do;
     3. prompts that were never calibrated on are generated dense and on the plan, from the same noise;
     4. everything is shown in OUTPUT/report.html, one file that needs nothing else.
     """
     output.mkdir(parents=True, exist_ok=True)
     stats, path = output / "stats", output / "demo.plan"
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    calibrate = ["--model", "demo", "--samples", str(calibration_prompts), "--query-stride", "8"]
-    calibrate += ["--probes", "6", "--probe-samples", "2", "--layer-probes", "2", "--refine", "--device", device]
-    calibrate += ["-o", str(stats)]
+    calibrate = ["--model", "demo", "--samples", str(calibration_prompts), "--device", device, "-o", str(stats)]
     _run("calibatt.tools.calibrate", "calibatt-calibrate", calibrate)
     _run("calibatt.compiler.cli", "calibatt-compile", [str(stats), "-o", str(path), "--force"])
     _run("calibatt.tools.inspect_plan", "calibatt-inspect", [str(path)])
@@ -70,7 +68,7 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: 
         task = progress.add_task("generating", total=len(prompts))
         pairs = measure.pairs(model, plan, prompts, FIRST_SEED, lambda _: progress.advance(task))
     for pair in pairs:
-        console.print(f"{pair.psnr_db:5.1f} dB  {pair.prompt}")
+        console.print(f"{pair.latent_db:5.1f} dB latent SNR, {pair.psnr_db:5.1f} dB PSNR  {pair.prompt}")
     with console.status("timing attention, dense and planned in turn"):
         calls = measure.attention_ms(model, plan, prompts[0], FIRST_SEED)
     (dense, dense_spread), (planned, planned_spread) = measure.total_ms(calls, 0), measure.total_ms(calls, 1)

@@ -14,7 +14,7 @@ from calibatt.runtime import Plan, planned_attention
 from calibatt.tools.demo import world
 from calibatt.tools.demo.model import DemoModel, generate
 from calibatt.tools.evaluate.harness import attending
-from calibatt.tools.evaluate.metrics import psnr_db
+from calibatt.tools.evaluate.metrics import latent_db, psnr_db
 
 Progress = Callable[[str], None]
 
@@ -38,6 +38,11 @@ class Pair:
     @property
     def psnr_db(self) -> float:
         return float(psnr_db(self.planned[None], self.dense[None]))
+
+    @property
+    def latent_db(self) -> float:
+        """Signal-to-noise of the final latent; this model's latents are videos."""
+        return float(latent_db(self.planned[None], self.dense[None]))
 
 
 def device_name(device: str) -> str:

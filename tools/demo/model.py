@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -97,31 +96,9 @@ def noise(seeds: list[int]) -> Tensor:
 def generate(model: DemoModel, prompts: list[str], seeds: list[int], steps: int = STEPS) -> Tensor:
     """Videos for prompts, one seed each, float32 ``(n, 3, FRAMES, PIXELS, PIXELS)`` in about [-1, 1]."""
     device = next(model.parameters()).device
-    return euler(model, noise(seeds).to(device), world.words(prompts).to(device), times(steps).tolist())
-
-
-@torch.no_grad()
-def euler(
-    model: DemoModel,
-    video: Tensor,
-    words: Tensor,
-    grid: list[float],
-    on_step: Callable[[int, Tensor], None] = lambda step, video: None,
-) -> Tensor:
-    """Integrates from ``grid[0]`` to ``grid[-1]``.
-
-    Args:
-        model: The model.
-        video: ``(n, 3, F, H, W)`` float32 at time ``grid[0]``, on the model's device.
-        words: ``(n, MAX_WORDS)`` word numbers, on the model's device.
-        grid: Falling times; one step between each two.
-        on_step: Called with the step, 0 first, and the video that enters it.
-
-    Returns:
-        The video at time ``grid[-1]``.
-    """
-    for step, (now, then) in enumerate(itertools.pairwise(grid)):
-        on_step(step, video)
+    grid, words = times(steps).tolist(), world.words(prompts).to(device)
+    video = noise(seeds).to(device)
+    for now, then in itertools.pairwise(grid):
         velocity = model(video, torch.full((len(video),), now, device=video.device), words)
         video = video + (then - now) * velocity.float()
     return video

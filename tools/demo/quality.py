@@ -21,7 +21,7 @@ from torch import Tensor
 
 from calibatt.plans import Blocks, PlanError
 from calibatt.runtime import Plan, load_plan
-from calibatt.tools.calibrate.statistics import block_statistics, keep_planes
+from calibatt.tools.calibrate.effects import block_statistics, keep_planes
 from calibatt.tools.demo import measure, world
 from calibatt.tools.demo.model import STEPS, DemoModel, generate, times
 from calibatt.tools.evaluate.harness import FIRST_SEED, attending, executed_density, typed, written_out
@@ -39,7 +39,7 @@ def density_at_mass(model: DemoModel, prompt: str, seed: int, blocks: Blocks) ->
     found: list[list[Tensor]] = [[] for _ in range(layers)]
 
     def attention(q: Tensor, k: Tensor, v: Tensor, layer: int, now: float) -> Tensor:
-        mass, _ = block_statistics(q[0], k[0], v[0].float(), blocks, QUERY_STRIDE)
+        mass, _ = block_statistics(q[0], k[0], v[0], blocks, QUERY_STRIDE)
         found[layer].append(keep_planes(mass, (MASS,))[0].float().mean((1, 2)))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 

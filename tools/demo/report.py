@@ -14,7 +14,7 @@ from calibatt.plans import PlanFile
 from calibatt.tools.demo.measure import Pair
 from calibatt.tools.evaluate.pictures import DIFFERENCE_GAIN, drawn, embedded, side_by_side
 from calibatt.tools.inspect_plan.drawing import mask_figure, overview_figure
-from calibatt.tools.inspect_plan.summary import heads_of
+from calibatt.tools.inspect_plan.summary import heads_of, predicted_snr
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -52,6 +52,8 @@ def write_report(path: Path, plan: PlanFile, plan_name: str, pairs: list[Pair], 
         density=f"{facts['density']:.2f}",
         psnr=f"{statistics.mean(quality):.1f}",
         error=f"{error:.1f}",
+        latent=f"{statistics.mean(pair.latent_db for pair in pairs):.1f}",
+        predicted=predicted_snr(plan) or "not predicted",
         count=len(pairs),
         dense=f"{facts['dense_ms'] / 1e3:.2f}",
         dense_spread=f"{facts['dense_spread_ms'] / 1e3:.2f}",

@@ -2,9 +2,9 @@
 
     python -m calibatt.tools.demo.tradeoff STATS -o docs/benchmarks/demo_tradeoff.json
 
-The trivial compiler votes and keeps one plane everywhere (``vote,uniform{threshold=T},lower``), for every threshold of
-the store; record one with `calibatt-calibrate --thresholds`. Ours is the default pipeline at a list of densities, and
-once more without what `calibatt-calibrate --refine` measured, where the store has it. Every video is compared with the
+The trivial compiler is the paper's own method: it keeps the blocks that half of the samples agree on, and repeats rows
+that differ little (``vote{threshold=T},uniform,repeat,lower``), for every threshold of the store; record some with
+`calibatt-calibrate --counts`. Ours is the default pipeline at a list of densities. Every video is compared with the
 dense one of the same prompt and noise. Between measured points PSNR is linear in density.
 """
 
@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from calibatt.compiler.language import DEFAULT_PASSES
 from calibatt.compiler.stats import Store
 from calibatt.runtime import Plan, load_plan
 from calibatt.tools.demo import measure
@@ -36,7 +35,7 @@ FIRST_SEED = 5000
 DENSITIES = "0.15,0.2,0.25,0.3,0.35,0.4,0.5,0.6"
 AT_PSNR_DB = (25.0, 30.0, 35.0)
 AT_DENSITY = (0.35, 0.5)
-NOT_REFINED = DEFAULT_PASSES.replace("select", "select{menu=windows+cuts}")
+TRIVIAL = "vote{threshold=%g},uniform,repeat,lower"
 
 
 def compiled(stats: Path, target: Path, arguments: Iterable[str]) -> Plan:
@@ -111,18 +110,12 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "plan.plan"
         baseline = [
-            point(
-                f"trivial {level:g}", compiled(stats, target, ["--passes", f"vote,uniform{{threshold={level}}},lower"])
-            )
+            point(f"trivial {level:g}", compiled(stats, target, ["--passes", TRIVIAL % level]))
             for level in (Store.open(stats).manifest.thresholds if trivial else ())
         ]
         ours = [
             point(f"ours {each}", compiled(stats, target, ["--target-density", each, *arguments.split()]))
             for each in densities.split(",")
-        ]
-        unrefined = [
-            point(f"not refined {each}", compiled(stats, target, ["--target-density", each, "--passes", NOT_REFINED]))
-            for each in (densities.split(",") if Store.open(stats).ladders else ())
         ]
     result = {
         "command": typed("python -m calibatt.tools.demo.tradeoff"),
@@ -131,11 +124,9 @@ def main(
         "python": platform.python_version(),
         "torch": torch.__version__,
         "prompts": prompts,
-        "compared": compare(baseline, ours) if trivial else None,
-        "compared_not_refined": compare(baseline, unrefined) if trivial and unrefined else None,
+        "compared": compare(baseline, ours) if baseline else None,
         "trivial": baseline,
         "ours": ours,
-        "not_refined": unrefined,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,10 +1,10 @@
 """What the compiler's defaults are worth: one change at a time, at equal executed density, on held-out prompts.
 
-    python -m calibatt.tools.evaluate.ablations --stats stats/ --stats stats_32/ --stats stats_128/ \\
+    python -m calibatt.tools.evaluate.ablations --stats stats/ --stats stats_2/ --stats stats_128/ \\
         -o docs/benchmarks/ablations_h100.json --table docs/ablations.md
 
-The first store is the one that is varied; the others, of other block sizes, are compiled with the default passes. For
-32 calibration prompts the first store must have 32 samples.
+The first store is the one that is varied; the others are compiled with the default passes and named by what they differ
+in: calibration prompts, random vectors, block size.
 """
 
 from __future__ import annotations
@@ -12,205 +12,80 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import click
-import numpy as np
-import numpy.typing as npt
 import torch
 from rich.console import Console
 
-from calibatt.compiler.language import DEFAULT_PASSES
-from calibatt.compiler.stats import (
-    ErrorWeights,
-    Manifest,
-    Probe,
-    RefinementError,
-    Store,
-    UnitStatistics,
-    error_weights,
-)
+from calibatt.compiler.stats import Store
+from calibatt.tools.calibrate.effects import ladder
 from calibatt.tools.calibrate.models import MODEL_HELP
-from calibatt.tools.evaluate import bench
-from calibatt.tools.evaluate.bench import Kept, Measured, Rule
+from calibatt.tools.evaluate.bench import Kept, Rule
 from calibatt.tools.evaluate.harness import about
-from calibatt.tools.evaluate.masks import with_top
-from calibatt.tools.evaluate.pareto import Study, make_study, mean_and_error
+from calibatt.tools.evaluate.pareto import DEFAULTS, METHODS, SELECT, Study, make_study, mean_and_error
 
-PROMPTS = (1, 2, 4, 8, 16, 32)
-AGREEMENTS = (0.125, 0.25, 0.5, 0.75, 1.0)
 DENSITIES = (0.2, 0.35, 0.5)
+SAFETIES = (0.25, 0.5, 2, 4, 16)
 BASE = "defaults"
 
 console = Console(stderr=True)
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A store as if less had been recorded: what the compiler asks of a store.
+def one_density(study: Study) -> Callable[[float], Rule]:
+    """Blocks of the compiler's order, but the same share of them in every head at every time."""
 
-    Args:
-        store: The whole.
-        count: Samples, the first ones by seed; all if absent.
-        thresholds: Which of the thresholds there are; all if absent.
-        time_weighted: Whether the time weight counts; 1 everywhere otherwise.
-        layer_weighted: Whether its spread over the layers counts.
-        head_weighted: Whether its spread over the heads of a layer counts.
-        probed: Samples of which there are probes, the first ones by seed; all if absent.
-    """
-
-    store: Store
-    count: int | None = None
-    thresholds: tuple[float, ...] | None = None
-    time_weighted: bool = True
-    layer_weighted: bool = True
-    head_weighted: bool = True
-    probed: int | None = None
-
-    def _first(self, count: int | None) -> tuple[str, ...]:
-        ordered = sorted(self.store.samples, key=lambda name: self.store.meta[name]["seed"])
-        return tuple(sorted(ordered[:count]))
-
-    @property
-    def samples(self) -> tuple[str, ...]:
-        return self._first(self.count)
-
-    @property
-    def probes(self) -> tuple[Probe, ...]:
-        return tuple(probe for probe in self.store.probes if probe.sample in self._first(self.probed))
-
-    @property
-    def meta(self) -> dict[str, dict[str, Any]]:
-        return self.store.meta
-
-    @property
-    def manifest(self) -> Manifest:
-        whole = self.store.manifest
-        return whole if self.thresholds is None else replace(whole, thresholds=self.thresholds)
-
-    def unit(self, sample: str, time_index: int, layer: int, planes: bool = True) -> UnitStatistics:
-        unit = self.store.unit(sample, time_index, layer, planes)
-        if self.thresholds is None:
-            return unit
-        whole = self.store.manifest.thresholds
-        kept = [whole.index(threshold) for threshold in self.thresholds]
-        menu = [*kept, *range(len(whole), len(unit.menu_error))]
-        return replace(
-            unit,
-            planes=None if unit.planes is None else unit.planes[kept],
-            menu_error=unit.menu_error[menu],
-            menu_residual_error=unit.menu_residual_error[menu],
-        )
-
-    def expect(self, samples: Sequence[str], time_index: int, layer: int, planes: bool = True) -> None:
-        self.store.expect(samples, time_index, layer, planes)
-
-    def error_weights(self) -> ErrorWeights:
-        model, times = self.manifest.model, self.manifest.times
-        found = error_weights(times, model.layers, model.heads, self.probes)
-        if not self.time_weighted:
-            shape = len(times), model.layers
-            return replace(found, time=np.ones(shape[0]), unit=np.ones(shape), head=None)
-        if not self.layer_weighted:
-            return replace(found, unit=found.time[:, None] * np.ones(model.layers), head=None)
-        return found if self.head_weighted else replace(found, head=None)
-
-    ladders: ClassVar[None] = None
-    """What a refinement measured depends on every sample and threshold: a part of a store is not refined."""
-
-    def check_refinement(self) -> tuple[str, ...]:
-        raise RefinementError("a part of a store must do without ladders, got a pass that asks for them")
-
-    def refined_error(self, time_index: int, layer: int) -> npt.NDArray[np.float64]:
-        raise RefinementError("a part of a store must do without errors of ladders, got a pass that asks for them")
-
-
-def compiled(study: Study, store: Any, passes: str = DEFAULT_PASSES) -> Any:
-    """Density to rule, by the compiler."""
-    part = study if store is study.store else Study(study.bench, store)
-    return lambda density: part.compiled(density, passes.replace("D", f"{density:g}"))
-
-
-def planes(agreement: float) -> str:
-    """A pass string whose only masks are voted planes; D stands for the density."""
-    return f"vote{{agreement={agreement:g}}},protect,select{{target-density=D,menu=planes}},schedule,lower"
-
-
-def shared_votes(study: Study) -> Callable[[float], Rule]:
-    """Voted masks under the budget, each head with one for all times."""
+    def order(time_index: int, layer: int) -> torch.Tensor:
+        unit = study.store.unit(time_index, layer)
+        return torch.from_numpy(unit.effect_values() * unit.error_values()).sqrt()
 
     def at(density: float) -> Rule:
-        score = study.score("vote")
-        score = score.mean(0, keepdim=True).expand_as(score)
-        keep, found = study.ladder("vote, shared", score)
-        weighted = (found.error * study.bench.weight).sum(1, keepdim=True)
-        whole = Measured(weighted, found.density.mean(1, keepdim=True))
-        pick = bench.budgeted(whole, torch.ones(1, weighted.shape[2]), density)
-        return Kept(study.bench, keep.gather(0, pick[None, ..., None, None].expand(1, *keep.shape[1:]))[0])
-
-    return at
-
-
-def uniform_shared(study: Study) -> Callable[[float], Rule]:
-    """Voted masks at one threshold everywhere, one mask for all times."""
-
-    def at(density: float) -> Rule:
-        score = study.score("vote")
-        score = score.mean(0, keepdim=True).expand_as(score).contiguous()
-        return Kept(study.bench, with_top(score > bench.quantile_threshold(score, density), score))
+        times = study.store.manifest.times
+        steps = [min(range(len(times)), key=lambda i: abs(times[i] - now)) for now in study.sampler.times]
+        layers = range(study.bench.signature.layers)
+        keep = [torch.stack([ladder(order(step, layer), (density,))[0] for layer in layers]) for step in steps]
+        return Kept(study.bench, torch.stack(keep).to(study.bench.device))
 
     return at
 
 
 def variants(study: Study) -> dict[str, Callable[[float], Rule]]:
     """Every change by name, each a function from the density."""
-    store = study.store
-    found: dict[str, Callable[[float], Rule]] = {BASE: compiled(study, store)}
-    if store.ladders is not None:
-        select = "select{target-density=D,menu=%s}"
-        for kind in store.ladders.kinds if len(store.ladders.kinds) > 1 else ():  # alone it is `no anchors`
-            menu = f"windows+ladders,ladder-kinds={kind}"
-            found[f"ladders {kind}, windows"] = compiled(study, store, f"protect,{select % menu},schedule,lower")
-        menus = {"ladders alone": "ladders", "ladders, windows, cuts": "windows+cuts+ladders"}
-        for name, menu in menus.items():
-            found[name] = compiled(study, store, f"protect,{select % menu},schedule,lower")
-        found["not refined"] = compiled(study, Part(store))  # and so is all that follows
-    for count in PROMPTS:
-        if count <= len(store.samples):
-            found[f"calibration prompts: {count}"] = compiled(study, Part(store, count))
-    probed = len({probe.sample for probe in store.probes})
-    for count in PROMPTS:
-        if count <= probed:
-            found[f"probed prompts: {count}"] = compiled(study, Part(store, probed=count))
-    for agreement in AGREEMENTS:
-        found[f"planes alone, agreement {agreement:g}"] = compiled(study, store, planes(agreement))
-    for threshold in store.manifest.thresholds:
-        found[f"planes alone, threshold {threshold:g}"] = compiled(
-            study, Part(store, thresholds=(threshold,)), planes(0.5)
-        )
-    for menu in ("planes", "windows", "cuts", "planes+windows", "planes+cuts"):
-        found[f"menu {menu}"] = compiled(
-            study, store, f"vote,protect,select{{target-density=D,menu={menu}}},schedule,lower"
-        )
-    found["no anchors"] = compiled(study, store, "protect,select,schedule,lower")
-    select = "select{target-density=D}"
-    for what, other in (("rows", "frames"), ("frames", "rows")):
-        passes = f"protect,{select},anchors{{max-group-{other}=1}},{select},schedule,lower"
-        found[f"anchors, {what} alone"] = compiled(study, store, passes)
-    for safety in (0.25, 0.5, 2, 4, 16):
-        passes = f"protect,{select},anchors{{safety={safety}}},{select},schedule,lower"
-        found[f"anchors, safety {safety}"] = compiled(study, store, passes)
-    found["no time weight"] = compiled(study, Part(store, time_weighted=False, layer_weighted=False))
-    found["time weight alike in all layers"] = compiled(study, Part(store, layer_weighted=False))
-    found["time weight alike in all heads of a layer"] = compiled(study, Part(store, head_weighted=False))
-    found["votes under the budget, masks by time"] = lambda density: study.under_budget(("vote",), density)
-    found["votes under the budget, one mask for all times"] = shared_votes(study)
-    found["votes, one threshold, masks by time"] = lambda density: study.uniform("vote", density)
-    found["votes, one threshold, one mask for all times"] = uniform_shared(study)
-    return found
+
+    def by(passes: str) -> Callable[[float], Rule]:
+        return lambda density: study.compiled(density, passes)
+
+    def method(name: str) -> Callable[[float], Rule]:
+        return lambda density: METHODS[name](study, density)
+
+    return {
+        BASE: by(DEFAULTS),
+        "no anchors": method("compiled, no anchors"),
+        "anchors, rows alone": method("compiled, anchor rows alone"),
+        "anchors, frames alone": method("compiled, anchor frames alone"),
+        **{
+            f"anchors, safety {safety:g}": by(f"protect,{SELECT},anchors{{safety={safety:g}}},{SELECT},schedule,lower")
+            for safety in SAFETIES
+        },
+        "no windows": by(DEFAULTS.replace("=D", "=D,menu=cuts")),
+        "windows alone": by(DEFAULTS.replace("=D", "=D,menu=windows")),
+        "no anchors, one density everywhere": one_density(study),
+        "the paper's own method": method("the paper's own method"),
+    }
+
+
+def difference(base: Store, other: Store) -> str:
+    """What another store differs in."""
+
+    def told(store: Store) -> list[str]:
+        vectors = sorted({str(meta.get("vectors")) for meta in store.meta.values()})
+        blocks = store.manifest.blocks
+        prompts = f"calibration prompts: {len(store.samplings)}"
+        return [prompts, f"random vectors: {', '.join(vectors)}", f"blocks of {blocks.block_q} x {blocks.block_k}"]
+
+    return ", ".join(mine for mine, theirs in zip(told(other), told(base), strict=True) if mine != theirs) or "again"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -289,7 +164,7 @@ def main(
                 console.print(f"{name} @{target:g}: {error}", markup=False)
                 continue
             found = study.bench.judge(rule)
-            row = {"variant": name, "target": target, "density": found["density"], "psnr": found["psnr"]}
+            row = {"variant": name, "target": target, **{key: found[key] for key in ("density", "psnr", "latent")}}
             result["rows"].append(row)
             quality = mean_and_error(row["psnr"])
             seconds_now = time.perf_counter() - began
@@ -309,8 +184,7 @@ def main(
                 if name.startswith(begins):
                     judge(study, name, make)
         else:
-            blocks = study.bench.blocks
-            judge(study, f"blocks of {blocks.block_q} x {blocks.block_k}", compiled(study, study.store))
+            judge(study, difference(Store.open(stores[0]), study.store), study.compiled)
     output.write_text(json.dumps(result) + "\n", "utf-8")
     if markdown is not None:
         markdown.write_text(table(result), "utf-8")

@@ -7,8 +7,7 @@ GPU. T steps, L layers, H heads, P calibration samples, Q and K query and key bl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,15 +19,14 @@ from torch import Tensor
 from calibatt.compiler.budget import choose
 from calibatt.plans import Blocks
 from calibatt.runtime import Plan
-from calibatt.runtime.adapters import Arguments, adapter_for
-from calibatt.runtime.intercept import InterceptedSite, Interception
+from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.schedule import DeviceSchedule
+from calibatt.tools.calibrate.effects import block_statistics
 from calibatt.tools.calibrate.sampler import Sampler
-from calibatt.tools.calibrate.statistics import block_statistics, projection_factor
 from calibatt.tools.evaluate import masks
 from calibatt.tools.evaluate.harness import Attention, attending, executed_density
 from calibatt.tools.evaluate.masks import with_top
-from calibatt.tools.evaluate.metrics import ALWAYS
+from calibatt.tools.evaluate.metrics import ALWAYS, LATENT
 
 Work = Sequence[tuple[str, int]]
 
@@ -52,9 +50,7 @@ class Moment:
         q: ``(P, H, N, D)``.
         k: The same.
         v: The same.
-        out: The same, what the model's own attention returns.
-        factor: float32 ``(H, D, D)`` of `projection_factor`.
-        square: float32 ``(P,)``, mean over tokens of the squared norm of the residual stream.
+        out: The same, of dense attention.
     """
 
     step: int
@@ -63,15 +59,12 @@ class Moment:
     k: Tensor
     v: Tensor
     out: Tensor
-    factor: Tensor
-    square: Tensor
 
     def reordered(self, order: Tensor | None) -> Moment:
         """The same with the tokens in another order."""
         if order is None:
             return self
-        tensors = (x[:, :, order] for x in (self.q, self.k, self.v, self.out))
-        return Moment(self.step, self.layer, *tensors, self.factor, self.square)
+        return Moment(self.step, self.layer, *(x[:, :, order] for x in (self.q, self.k, self.v, self.out)))
 
 
 @dataclass(eq=False)
@@ -83,8 +76,6 @@ class Bench:
         blocks: Block sizes.
         held_out: Prompts to judge on.
         calibration: Prompts to calibrate on; one batch.
-        weight: float32 ``(T, L)`` or ``(T, L, H)``, what an error costs at each step, layer and head; it becomes the
-            latter.
         batch: Videos generated at a time.
     """
 
@@ -92,17 +83,13 @@ class Bench:
     blocks: Blocks
     held_out: Work
     calibration: Work
-    weight: Tensor
     batch: int = 32
     dense: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.device = next(self.sampler.transformer.parameters()).device
-        self.adapter = adapter_for(self.sampler.transformer)
-        self.signature = self.adapter.signature(self.sampler.transformer)
-        weight = self.weight if self.weight.ndim == 3 else self.weight[..., None]
-        self.weight = weight.to(self.device).expand(self.shape)
-        self.dense = self.videos(self.held_out)
+        self.signature = adapter_for(self.sampler.transformer).signature(self.sampler.transformer)
+        self.dense = self.latents(self.held_out)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -114,70 +101,40 @@ class Bench:
         return min(range(len(self.sampler.times)), key=lambda index: abs(self.sampler.times[index] - now))
 
     @torch.no_grad()
-    def videos(self, work: Work) -> Tensor:
-        """Videos ``(n, 3, F, H, W)`` of prompts and seeds."""
+    def latents(self, work: Work) -> Tensor:
+        """Final latents ``(n, ...)`` of prompts and seeds."""
         parts = []
         for start in range(0, len(work), self.batch):
             prompts, seeds = zip(*work[start : start + self.batch], strict=True)
-            parts.append(self.sampler.decode(self.sampler.run_batch(prompts, seeds)))
+            parts.append(self.sampler.run_batch(prompts, seeds))
         return torch.cat(parts)
 
     def judge(self, rule: Rule) -> dict[str, Any]:
-        """Generates every held-out prompt by a rule: each metric against the dense video, density, and the attention
+        """Generates every held-out prompt by a rule: each metric against dense attention, density, and the attention
         time of a video of the fastest batch (the first one of a rule may compile kernels)."""
         parts, spent = [], []
         for start in range(0, len(self.held_out), self.batch):
             work = self.held_out[start : start + self.batch]
             timed = _Timed(rule, self.device)
             with attending(self.sampler.transformer, timed):
-                parts.append(self.videos(work))
+                parts.append(self.latents(work))
             spent.append(timed.total_ms() / len(work))
-        videos = torch.cat(parts)
-        found = {metric.name: metric.measure(videos, self.dense).tolist() for metric in ALWAYS}
+        pairs = list(zip(parts, self.dense.split(self.batch), strict=True))
+        found = {LATENT.name: [value for pair in pairs for value in LATENT.measure(*pair).tolist()]}
+        videos = [tuple(map(self.sampler.decode, pair)) for pair in pairs]
+        found |= {m.name: [value for pair in videos for value in m.measure(*pair).tolist()] for m in ALWAYS}
         return {"density": float(rule.density), "attention_ms": min(spent), **found}
 
-    @contextmanager
-    def observing(self, on_moment: Callable[[Moment], None]) -> Iterator[None]:
-        """Shows every call to `on_moment`, and lets the model compute what it always does."""
-        heads, dim = self.signature.heads, self.signature.head_dim
-        seen: dict[int, tuple[Tensor, Tensor]] = {}
+    def calibrate(self, on_moment: Callable[[Moment], None]) -> None:
+        """One dense pass over the calibration prompts, every call shown to `on_moment`."""
 
-        def enter_block(site: InterceptedSite, arguments: Arguments) -> None:
-            residual, gate = self.adapter.residual(arguments), self.adapter.gate(site.block, arguments)
-            if gate.ndim != 2:
-                raise ValueError(f"all tokens must have one time, got gates of shape {tuple(gate.shape)}")
-            if self.adapter.output_norm is not None:
-                raise ValueError(
-                    f"attention must be added as it is, got {self.adapter.architecture}, which normalises it"
-                )
-            projection = gate[0].float()[:, None] * self.adapter.output_weight(site).float()
-            square = residual.float().square().sum(-1).mean(1)
-            seen[site.layer] = projection_factor(projection, heads, dim), square
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, now: float) -> Tensor:
-            out = site.stock(q, k, v)
-            tensors = (x.transpose(1, 2) for x in (q, k, v, out))
-            on_moment(Moment(self.step(now), site.layer, *tensors, *seen.pop(site.layer)))
+        def attention(q: Tensor, k: Tensor, v: Tensor, layer: int, now: float) -> Tensor:
+            out = F.scaled_dot_product_attention(q, k, v)
+            on_moment(Moment(self.step(now), layer, q, k, v, out))
             return out
 
-        model = self.sampler.transformer
-        interception = Interception(
-            model, self.adapter, attend, begin=lambda a: float(self.adapter.time(a)), enter_block=enter_block
-        )
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            interception.detach()
-
-    def calibrate(self, on_moment: Callable[[Moment], None]) -> dict[int, Tensor]:
-        """One dense pass over the calibration prompts; the latents that enter each step, and the final one at T."""
-        latents: dict[int, Tensor] = {}
-        prompts, seeds = zip(*self.calibration, strict=True)
-        with self.observing(on_moment):
-            last = self.sampler.run_batch(prompts, seeds, on_step=lambda step, x: latents.__setitem__(step, x.clone()))
-        latents[len(self.sampler.times)] = last
-        return latents
+        with attending(self.sampler.transformer, attention):
+            self.latents(self.calibration)
 
 
 class _Timed:
@@ -301,55 +258,25 @@ class BestOf:
         return outs.gather(0, best[None, :, :, None, None].expand(1, *outs.shape[1:]))[0]
 
 
-def statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, stride: int = 1) -> tuple[Tensor, Tensor]:
-    """Block mass and block error ``(B, H, Q, K)`` of q, k and values ``(B, H, N, D)``; see `block_statistics`."""
+def block_mass(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+    """Mean attention mass of every block, ``(B, H, Q, K)``, of q, k and v ``(B, H, N, D)``."""
     if q.is_cuda:
-        from calibatt.tools.calibrate.kernels import block_statistics as measure
-
-        q, k, values = (x.to(masks.KERNEL_DTYPE) for x in (q, k, values))
-    else:
-        measure = block_statistics
-    batch = q.shape[:2]
-    folded = (x.reshape(-1, *x.shape[2:]) for x in (q, k, values))
-    return tuple(x.unflatten(0, batch) for x in measure(*folded, blocks, stride))
+        q, k, v = (x.to(masks.KERNEL_DTYPE) for x in (q, k, v))
+    mass, _ = block_statistics(*(x.flatten(0, 1) for x in (q, k, v)), blocks, 1)
+    return mass.unflatten(0, q.shape[:2])
 
 
-def projected(v: Tensor, factor: Tensor) -> Tensor:
-    """Values behind the output projection, centred: what `block_statistics` wants."""
-    behind = v.float() @ factor
-    return behind - behind.mean(2, keepdim=True)
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """What calibration saw: block mass, and block error relative to the residual stream, ``(T, L, P, H, Q, K)``;
-    the factors and squares of `Moment` by step and layer; latents by step, the final one at T."""
-
-    mass: Tensor
-    error: Tensor
-    factor: dict[tuple[int, int], Tensor]
-    square: dict[tuple[int, int], Tensor]
-    latents: dict[int, Tensor]
-
-
-def see(bench: Bench, order: Tensor | None = None) -> Seen:
-    """One dense pass over the calibration prompts."""
-    steps, layers, heads = bench.shape
-    tokens = bench.sampler.grid.tokens
-    sizes = bench.blocks.q_blocks(tokens), bench.blocks.k_blocks(tokens)
-    mass = torch.zeros(steps, layers, len(bench.calibration), heads, *sizes, device=bench.device)
-    error = torch.zeros_like(mass)
-    factor: dict[tuple[int, int], Tensor] = {}
-    square: dict[tuple[int, int], Tensor] = {}
+def see(bench: Bench) -> Tensor:
+    """Block mass ``(T, L, P, H, Q, K)`` in one dense pass over the calibration prompts."""
+    parts: dict[tuple[int, int], list[Tensor]] = {}
 
     def on_moment(moment: Moment) -> None:
-        moment = moment.reordered(order)
-        at = moment.step, moment.layer
-        factor[at], square[at] = moment.factor, moment.square
-        mass[at], lost = statistics(moment.q, moment.k, projected(moment.v, moment.factor), bench.blocks)
-        error[at] = lost / moment.square[:, None, None, None]
+        found = block_mass(moment.q, moment.k, moment.v, bench.blocks)
+        parts.setdefault((moment.step, moment.layer), []).append(found)
 
-    return Seen(mass, error, factor, square, bench.calibrate(on_moment))
+    bench.calibrate(on_moment)
+    steps, layers, _ = bench.shape
+    return torch.stack([torch.stack([torch.cat(parts[t, layer]) for layer in range(layers)]) for t in range(steps)])
 
 
 def quantile_threshold(scores: Tensor, share: float) -> Tensor:
@@ -383,8 +310,8 @@ def head_thresholds(scores: Tensor, shares: Sequence[float]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Candidates of every head, measured on the calibration prompts: squared error relative to the residual stream and
-    density, both ``(C, T, L, H)``."""
+    """Candidates of every head on the calibration prompts: squared error of the output, summed over tokens, mean over
+    prompts; and density; both ``(C, T, L, H)``."""
 
     error: Tensor
     density: Tensor
@@ -412,80 +339,26 @@ def measure(bench: Bench, candidates: Candidates, count: int, order: Tensor | No
                 out = masks.attend(*inputs, masks.bind_mask(one, bench.sampler.grid, bench.blocks))
             else:
                 out = masks.masked_attention(*inputs, one, bench.sampler.grid, bench.blocks)
-            change = ((out - moment.out).float() @ moment.factor).square().sum(-1).mean(-1)
-            at = index, moment.step, moment.layer
-            error[at] = (change / moment.square[:, None]).mean(0)
-            density[at] = one.float().mean((-1, -2)).view(-1, one.shape[-3]).mean(0)
+            at, prompts = (index, moment.step, moment.layer), len(bench.calibration)
+            error[at] += (out - moment.out).float().square().sum((0, 2, 3)) / prompts
+            kept = one.float().mean((-1, -2)).view(-1, one.shape[-3]).mean(0)
+            density[at] += kept * len(moment.q) / prompts
 
     bench.calibrate(on_moment)
     return Measured(error, density)
 
 
-def budgeted(found: Measured, weight: Tensor, density: float) -> Tensor:
-    """The compiler's own choice under one budget: candidates ``(T, L, H)`` of least error times weight.
+def budgeted(found: Measured, price: Tensor, density: float) -> Tensor:
+    """The compiler's own choice under one budget: candidates ``(T, L, H)`` of least error times price.
 
     Args:
         found: The candidates.
-        weight: ``(T, L)``, or ``(T, L, H)``.
+        price: ``(T, L, H)``, of a unit of error.
         density: Most blocks computed, as a share of dense attention.
     """
-    heads = weight if weight.ndim == 3 else weight[..., None]
-    loss, use = (
-        x.flatten(1).T.double().cpu().numpy() for x in (found.error * heads.to(found.error.device), found.density)
-    )
+    loss, use = (x.flatten(1).T.double().cpu().numpy() for x in (found.error * price, found.density))
     choice = choose(np.ascontiguousarray(loss), np.ascontiguousarray(use), density * loss.shape[0])
     if choice is None:
         least = float(use.min(1).mean())
         raise ValueError(f"density must be at least what the candidates can keep, {least:.3f}, got {density}")
     return torch.from_numpy(choice.pick).view(found.error.shape[1:]).to(found.error.device)
-
-
-def probe_weights(bench: Bench, seen: Seen, keep: Tensor, by_head: bool = False) -> Tensor:
-    """What an error costs, probed on every calibration prompt: attention is masked at one step and layer or head alone.
-
-    Args:
-        bench: The bench.
-        seen: Of the same prompts, in raster order.
-        keep: bool ``(T, L, H, Q, K)``, the masks that make the errors.
-        by_head: Mask one head at a time.
-
-    Returns:
-        ``(T, L, P)``, or ``(T, L, H, P)``: relative squared error of the final latent / error made.
-    """
-    steps, layers, heads = bench.shape
-    prompts, seeds = zip(*bench.calibration, strict=True)
-    final = seen.latents[steps]
-    size = final.flatten(1).square().mean(1)
-    found = torch.zeros(steps, layers, heads if by_head else 1, len(prompts), device=bench.device)
-    for step in range(steps):
-        for layer in range(layers):
-            bound = masks.bind_mask(keep[step, layer], bench.sampler.grid, bench.blocks)
-            for part in range(found.shape[2]):
-                made: list[Tensor] = []
-
-                def attention(
-                    q: Tensor,
-                    k: Tensor,
-                    v: Tensor,
-                    at: int,
-                    now: float,
-                    here: tuple[int, int] = (step, layer),
-                    bound: DeviceSchedule = bound,
-                    part: int = part,
-                    made: list[Tensor] = made,
-                ) -> Tensor:
-                    out = F.scaled_dot_product_attention(q, k, v)
-                    if (bench.step(now), at) != here:
-                        return out
-                    other = masks.attend(q, k, v, bound)
-                    if by_head:
-                        other = torch.cat([out[:, :part], other[:, part : part + 1], out[:, part + 1 :]], 1)
-                    change = ((other - out).float() @ seen.factor[here]).square().sum(-1).mean(-1)
-                    made.append(change.sum(1) / seen.square[here])
-                    return other
-
-                with attending(bench.sampler.transformer, attention):
-                    after = bench.sampler.run_batch(prompts, seeds, step, seen.latents[step])
-                moved = (after - final).flatten(1).square().mean(1) / size
-                found[step, layer, part] = moved / made[0].clamp(min=1e-20)
-    return found if by_head else found[:, :, 0]

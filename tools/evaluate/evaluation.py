@@ -17,26 +17,20 @@ from calibatt.plans import PlanFile
 from calibatt.plans.schedule import ARRAYS
 from calibatt.runtime import Plan
 from calibatt.runtime.adapters import adapter_for
-from calibatt.tools.calibrate.recorder import sample_name
+from calibatt.tools.calibrate.calibration import sampling_name
 from calibatt.tools.calibrate.sampler import Sampler
-from calibatt.tools.evaluate.harness import (
-    HeadErrors,
-    attending,
-    executed_density,
-    head_errors,
-    promised,
-    written_out,
-)
-from calibatt.tools.evaluate.metrics import Metric, summarise
+from calibatt.tools.evaluate import effects
+from calibatt.tools.evaluate.harness import attending, executed_density, written_out
+from calibatt.tools.evaluate.metrics import LATENT, Metric, latent_db, summarise
 from calibatt.tools.evaluate.pictures import side_by_side
 
 Work = Sequence[tuple[str, int]]
 """Prompts and their seeds."""
 SUSPECTS = 12
 BROKEN_RATIO = 10.0
-"""A head whose error is so many times what calibration promised is broken, if that matters:"""
+"""A head whose squared effect is so many times what calibration promised is broken, if that matters:"""
 BROKEN_SHARE = 0.02
-"""if its error beyond the promise is at least this share of all the plan's error times weight."""
+"""if its squared effect beyond the promise is at least this share of the whole plan's."""
 
 
 class EvaluationError(ValueError):
@@ -100,7 +94,7 @@ class Cells:
             _write(path, json.dumps(settings, indent=1).encode())
 
     def path(self, key: str, prompt: str, seed: int, ending: str = "json") -> Path:
-        return self.folder / key / f"{sample_name(prompt, seed)}.{ending}"
+        return self.folder / key / f"{sampling_name(prompt, seed)}.{ending}"
 
     def get(self, path: Path) -> dict[str, Any] | None:
         """What a cell says, or None where nothing has been measured."""
@@ -141,7 +135,7 @@ def check_held_out(candidates: Sequence[Candidate], work: Work) -> None:
     for candidate in candidates:
         calibrated = {str(name).split("-")[0] for name in candidate.plan.file.provenance.get("samples", ())}
         for prompt, seed in work:
-            if sample_name(prompt, seed).split("-")[0] in calibrated:
+            if sampling_name(prompt, seed).split("-")[0] in calibrated:
                 raise EvaluationError(
                     f"prompts must be held out, got one that {candidate.name} was made from: {prompt!r}"
                 )
@@ -160,6 +154,7 @@ def measure_videos(
     by a second exact kernel; what is measured already is not done again.
 
     Args:
+        metrics: `LATENT`, and those of the decoded videos; videos are decoded only if there are any.
         done: Called after each prompt.
     """
     for index, (prompt, seed) in enumerate(work):
@@ -167,15 +162,19 @@ def measure_videos(
         if index < floor and not cells.path("floor", prompt, seed).exists():
             todo.insert(0, ("floor", None))
         if todo:
-            dense = sampler.decode(sampler.run(prompt, seed))
+            dense = sampler.run(prompt, seed)
+            videos = [metric for metric in metrics if metric is not LATENT]
+            shown = sampler.decode(dense) if videos else dense
         for key, candidate in todo:
             attached = candidate.plan.attach(sampler.transformer) if candidate else None
             with attached or attending(sampler.transformer, written_out):
                 latent = sampler.run(prompt, seed)
-            video = sampler.decode(latent)
-            if candidate:
-                _write(cells.path(key, prompt, seed, "png"), side_by_side(dense[0], video[0]))
-            found = {metric.name: float(metric.measure(video, dense)[0]) for metric in metrics}
+            found = {LATENT.name: float(latent_db(latent, dense)[0])}
+            if videos:
+                video = sampler.decode(latent)
+                found |= {metric.name: float(metric.measure(video, shown)[0]) for metric in videos}
+                if candidate:
+                    _write(cells.path(key, prompt, seed, "png"), side_by_side(shown[0], video[0]))
             cells.put(cells.path(key, prompt, seed), found)
         done()
 
@@ -187,76 +186,75 @@ def measure_heads(
     cells: Cells,
     done: Callable[[], None],
     *,
-    queries: int,
-    heads: int | None = None,
+    vectors: int,
+    times: Sequence[float],
 ) -> None:
-    """Measures what every plan does to every head on dense generations of these prompts; see `head_errors`."""
+    """Measures what every plan does to every head on dense samplings of these prompts; see `effects`.
+
+    Args:
+        done: Called after each prompt.
+        vectors: Random vectors of the final latent.
+        times: Of the sampler, ascending.
+    """
     for prompt, seed in work:
-        for candidate in candidates:
-            path = _heads_path(cells, candidate, prompt, seed, queries, heads)
-            if not path.exists():
-                found = head_errors(sampler, candidate.plan, prompt, seed, queries=queries, heads=heads)
-                cells.put(path, {name: values.tolist() for name, values in vars(found).items()})
-            done()
+        todo = [each for each in candidates if not _heads_path(cells, each, prompt, seed).exists()]
+        if todo:
+            found = effects.measure_plans(sampler, [each.plan for each in todo], prompt, seed, vectors, times)
+            for candidate, each in zip(todo, found, strict=True):
+                cells.put(_heads_path(cells, candidate, prompt, seed), {"times": list(times), "effects": each.tolist()})
+        done()
 
 
-def _heads_path(cells: Cells, candidate: Candidate, prompt: str, seed: int, queries: int, heads: int | None) -> Path:
-    return cells.path(candidate.key, prompt, seed, f"heads-{queries}-{'all' if heads is None else heads}.json")
+def _heads_path(cells: Cells, candidate: Candidate, prompt: str, seed: int) -> Path:
+    return cells.path(candidate.key, prompt, seed, "heads.json")
 
 
-def head_findings(
-    sampler: Sampler, candidate: Candidate, work: Work, cells: Cells, *, queries: int, heads: int | None = None
-) -> dict[str, Any]:
+def head_findings(sampler: Sampler, candidate: Candidate, work: Work, cells: Cells) -> dict[str, Any]:
     """What `measure_heads` found, against what calibration promised: plain values.
 
-    A head's *share* is the part of all the plan's error times weight that is this head's error beyond its promise. With
-    no promise in the plan, heads are ranked by error alone, and none is called broken.
+    A head's *share* is the part of the plan's whole squared effect that is this head's beyond its promise. With no
+    promise in the plan, heads are ranked by their effect alone, and none is called broken.
     """
-    paths = [_heads_path(cells, candidate, prompt, seed, queries, heads) for prompt, seed in work]
-    found = [HeadErrors(**{name: np.array(v, np.float64) for name, v in (cells.get(p) or {}).items()}) for p in paths]
-    measured, recall, relative = (
-        np.stack([getattr(each, name) for each in found]) for name in ("residual", "recall", "relative")
-    )
-    mean, worst = measured.mean(0), measured.max(0)
+    cell = [cells.get(_heads_path(cells, candidate, prompt, seed)) or {} for prompt, seed in work]
+    times, signed = cell[0]["times"], np.array([each["effects"] for each in cell])
     file = candidate.plan.file
-    promise, weight = (promised(file, sampler.times, key) for key in ("head_error", "error_weight"))
-    known = ~np.isnan(mean)
-    weighted = mean * (1.0 if weight is None else weight)
-    total = float(weighted[known].sum())
-    beyond = weighted - (0.0 if promise is None or weight is None else promise * weight)
-    share = beyond / max(total, 1e-300)
-    order = np.argsort(-np.where(known, share, -np.inf), axis=None)[: min(SUSPECTS, int(known.sum()))]
+    known = effects.visited(file, times)
+    squared = effects.by_segment(file, signed, times)[:, :, known] ** 2
+    measured, worst = squared.mean((0, 1)), squared.mean(1).max(0)
+    promise = effects.promised(file, sampler.times)
+    promise = None if promise is None else promise[known]
+    total = max(float(measured.sum()), 1e-300)
+    share = (measured if promise is None else measured - promise) / total
     rows = []
-    for step, layer, head in zip(*np.unravel_index(order, mean.shape), strict=True):
-        at = (step, layer, head)
+    for place in np.argsort(-share, axis=None)[:SUSPECTS]:
+        at = np.unravel_index(int(place), share.shape)
         row = {
-            "time": float(sampler.times[step]),
-            "layer": int(layer),
-            "head": int(head),
-            "error": float(mean[at]),
-            "error_worst_prompt": float(worst[at]),
-            "relative_error": float(relative.mean(0)[at]),
-            "recall": float(recall.mean(0)[at]),
+            "time": file.segments[known[at[0]]].time,
+            "layer": int(at[1]),
+            "head": int(at[2]),
+            "effect": float(measured[at]),
+            "effect_worst_prompt": float(worst[at]),
             "share": float(share[at]),
         }
         if promise is not None:
-            ratio = float(mean[at] / max(promise[at], 1e-12))
+            ratio = float(measured[at] / max(promise[at], 1e-12))
             broken = ratio >= BROKEN_RATIO and share[at] >= BROKEN_SHARE
             row |= {"promised": float(promise[at]), "ratio": ratio, "broken": bool(broken)}
         rows.append(row)
     result: dict[str, Any] = {
         "prompts": len(work),
-        "queries": queries,
-        "heads_measured": int(known.sum()),
-        "recall_mean": float(recall[:, known].mean()),
-        "recall_least": float(recall[:, known].mean(0).min()),
-        "weighted_error": total if weight is not None else None,
+        "vectors": signed.shape[1],
+        "times": len(times),
+        "heads_measured": measured.size,
+        "effect": total,
         "heads": rows,
         "broken": [row for row in rows if row.get("broken")],
     }
-    if promise is not None and weight is not None:
-        told = float((promise * weight)[known].sum())
-        result |= {"weighted_error_promised": told, "ratio": total / max(told, 1e-300)}
+    if len(times) == len(sampler.times):
+        result["first_order_latent"] = _summary(effects.first_order_db(signed).tolist(), LATENT)
+    if promise is not None:
+        told = max(float(promise.sum()), 1e-300)
+        result |= {"effect_promised": told, "ratio": total / told}
     return result
 
 
@@ -271,6 +269,7 @@ def plan_findings(
         "executes": candidate.key,
         "passes": candidate.plan.file.passes,
         "density": executed_density(candidate.plan, sampler.times),
+        "predicted_latent_db": candidate.plan.file.predicted.get("latent_db"),
         "metrics": {m.name: _summary([row[m.name] for row in by_prompt], m) for m in metrics},
         "by_prompt": by_prompt,
     }

@@ -15,7 +15,7 @@ from calibatt.tools.inspect_plan.summary import EVALUATION
 _REQUIREMENT = re.compile(r"\s*([a-z]+)(?:\.([a-z]+))?\s*(>=|<=)\s*([-+0-9.eE]+)\s*")
 _HOLDS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 STATISTICS = ("mean", "worst")
-HEADS = {"broken": "number of broken heads", "ratio": "error times weight, measured / promised"}
+HEADS = {"broken": "number of broken heads", "ratio": "squared effect, measured / promised"}
 """What may be required of the heads."""
 
 

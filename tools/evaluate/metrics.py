@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MOST_DB = 100.0
+LEAST_SHARE = 10 ** (-MOST_DB / 10)
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 
@@ -31,7 +32,13 @@ def _unit(video: Tensor) -> Tensor:
 def psnr_db(video: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB over all pixels and frames; at most `MOST_DB`."""
     error = (_unit(video) - _unit(reference)).square().mean((1, 2, 3, 4))
-    return -10 * error.clamp(min=10 ** (-MOST_DB / 10)).log10().cpu()
+    return -10 * error.clamp(min=LEAST_SHARE).log10().cpu()
+
+
+def latent_db(latent: Tensor, reference: Tensor) -> Tensor:
+    """Signal-to-noise ratio of final latents ``(n, ...)``, -10 log10(||z' - z||^2 / ||z||^2) dB; at most `MOST_DB`."""
+    lost, size = (x.double().flatten(1).square().sum(1) for x in (latent.detach() - reference.detach(), reference))
+    return -10 * (lost / size).clamp(min=LEAST_SHARE).log10().cpu()
 
 
 def ssim(video: Tensor, reference: Tensor) -> Tensor:
@@ -81,6 +88,8 @@ class Metric:
     measure: Callable[[Tensor, Tensor], Tensor]
 
 
+LATENT = Metric("latent", "dB", True, latent_db)
+"""Of final latents, whatever decodes them; all others are of videos."""
 PSNR = Metric("psnr", "dB", True, psnr_db)
 SSIM = Metric("ssim", "", True, ssim)
 FLICKER = Metric("flicker", "", False, flicker)

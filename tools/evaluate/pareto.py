@@ -1,13 +1,14 @@
 """Quality against executed density and attention time: our plans, and what else could choose the blocks.
 
-    calibatt-calibrate --model demo --samples 8 --refine -o stats/
+    calibatt-calibrate --model demo --samples 8 --counts 0.8,0.9,0.95 -o stats/
     python -m calibatt.tools.evaluate.pareto --stats stats/ -o docs/benchmarks/pareto.json \\
         --figure docs/pictures/pareto.png
 
 Every method runs on the same held-out prompts from the same noise, through the same block-sparse kernel: only the masks
-differ. *uniform*: one rule for all heads and times. *budget*: candidates of many densities for each head, their output
-errors measured on the calibration prompts, chosen by the compiler's own budget of error times weight. Run again, it
-does only what is not in the JSON yet.
+differ. *compiled*: by passes of the compiler, from the store. *uniform*: one rule for all heads and times. *budget*:
+candidates of many densities for each head, their output errors measured on the calibration prompts, chosen by the
+compiler's own budget of error times price; what an error of a head costs is what the store's windows cost per unit of
+output error that they make. Run again, it does only what is not in the JSON yet.
 """
 
 from __future__ import annotations
@@ -32,33 +33,23 @@ from calibatt.compiler.emit import compile_in_memory
 from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import DEFAULT_PASSES, parse_passes
-from calibatt.compiler.stats import Store
+from calibatt.compiler.stats import Store, window_keep
 from calibatt.runtime import Plan
-from calibatt.tools.calibrate.__main__ import pick_device, plan_work, read_prompts
 from calibatt.tools.calibrate.models import MODEL_HELP, make_sampler
+from calibatt.tools.calibrate.work import pick_device, plan_work, read_prompts
 from calibatt.tools.evaluate import baselines, bench
-from calibatt.tools.evaluate.bench import (
-    Bench,
-    BestOf,
-    Exact,
-    Kept,
-    Measured,
-    Moment,
-    PerInput,
-    Planned,
-    Rule,
-    Score,
-    Seen,
-)
+from calibatt.tools.evaluate.bench import Bench, BestOf, Exact, Kept, Measured, Moment, PerInput, Planned, Rule
 from calibatt.tools.evaluate.harness import FIRST_SEED, about
 from calibatt.tools.evaluate.masks import with_top
 
 DENSITIES = (0.2, 0.35, 0.5, 0.65)
 SHARES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Densities of a head's candidates under a budget, besides dense."""
-PROBE_SHARE = 0.35
-"""Density of the masks that make the errors of probes."""
+AGREEMENTS = (0.25, 0.5, 0.75)
+"""Of the paper's own method."""
 RANDOM_SEED = 5
+DEFAULTS = DEFAULT_PASSES.replace("select", "select{target-density=D}")
+"""D stands for the density."""
 OURS = "compiled"
 """What all others are compared with."""
 
@@ -73,7 +64,7 @@ class _Remembered:
         self._units: dict[tuple[bool, bool, int, int], UnitIR] = {}
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
-        key = job.planes, job.use_ladders, time_index, layer
+        key = job.votes, job.codes, time_index, layer
         if key not in self._units:
             self._units[key] = self._source.unit(job, time_index, layer)
         return copy.deepcopy(self._units[key])
@@ -93,33 +84,56 @@ class Study:
         self._measured: dict[str, tuple[Tensor, Measured]] = {}
 
     @cached_property
-    def seen(self) -> Seen:
+    def mass(self) -> Tensor:
         return bench.see(self.bench)
+
+    @cached_property
+    def price(self) -> Tensor:
+        """What a unit of squared output error costs, ``(T, L, H)``: geometric mean over the windows of the store."""
+        of, table, heads = self.store.manifest, self.store.table(), self.bench.shape[2]
+        keep = torch.stack([torch.tensor(window_keep(each, of.grid, of.blocks)) for each in of.windows])
+        each = keep.to(self.bench.device)[:, None].expand(-1, heads, -1, -1)
+        error = bench.measure(self.bench, lambda moment: each, len(each)).error.movedim(0, 2)
+        at = [min(range(len(of.times)), key=lambda i: abs(of.times[i] - now)) for now in self.sampler.times]
+        prices = torch.tensor((table.window_error * table.time_level[:, None, None, None])[at]).to(error)
+        known = (prices > 0) & (error > 0)
+        ratio = torch.where(known, prices / error.where(known, 1.0), 1.0).log()
+        return (ratio.sum(2) / known.sum(2).clamp(min=1)).exp()
 
     @cached_property
     def source(self) -> _Remembered:
         return _Remembered(StatisticsSource(self.store))
 
-    def compiled(self, density: float, passes: str = DEFAULT_PASSES) -> Rule:
-        """What calibatt-compile makes of the store."""
-        text = passes.replace("select", f"select{{target-density={density:g}}}") if "{" not in passes else passes
-        parsed = parse_passes(text)
+    def compiled(self, density: float, passes: str = DEFAULTS) -> Rule:
+        """What calibatt-compile makes of the store; D in the passes stands for the density."""
+        parsed = parse_passes(passes.replace("D", f"{density:g}"))
         return Planned(
             self.bench, Plan(compile_in_memory(self.store, self.source, parsed, device_named("h200-triton")))
         )
 
+    @cached_property
+    def papers(self) -> list[Rule]:
+        """Plans of the paper's own method: each threshold of the store with each of `AGREEMENTS`."""
+        passes = "vote{agreement=%g,threshold=%g},protect,uniform,repeat,schedule,lower"
+        return [self.compiled(1.0, passes % (a, t)) for t in self.store.manifest.thresholds for a in AGREEMENTS]
+
+    def paper(self, density: float) -> Rule:
+        """Of `papers` the one whose density is nearest; its own density cannot be chosen.
+
+        Raises:
+            ValueError: The store has no thresholds.
+        """
+        if not self.papers:
+            raise ValueError("the store must have thresholds (calibatt-calibrate --counts), got none")
+        return min(self.papers, key=lambda rule: abs(rule.density - density))
+
     # scores of static masks, (T, L, H, Q, K)
 
     def score(self, name: str) -> Tensor:
-        """A static score by name: a pattern, ``random``, ``vote`` (top-p, agreed on by half of the samples), ``mass``
-        (mean mass), ``error`` (mean block error)."""
+        """A static score by name: a pattern, ``random``, or ``vote`` (top-p, agreed on by half of the samples)."""
         steps, layers, heads = self.bench.shape
         if name == "vote":
-            return baselines.mass_before(self.seen.mass).median(2).values
-        if name == "mass":
-            return self.seen.mass.mean(2)
-        if name == "error":
-            return self.seen.error.mean(2)
+            return baselines.mass_before(self.mass).median(2).values
         tokens, blocks = self.sampler.grid.tokens, self.bench.blocks
         sizes = blocks.q_blocks(tokens), blocks.k_blocks(tokens)
         if name == "random":
@@ -138,48 +152,29 @@ class Study:
         threshold = bench.quantile_threshold(score, density)
         return Kept(self.bench, with_top(score > threshold, score), self.order if name == "cubes" else None)
 
-    def ladder(
-        self, name: str, seen_score: Tensor | None = None, order: Tensor | None = None
-    ) -> tuple[Tensor, Measured]:
+    def ladder(self, name: str, order: Tensor | None = None) -> tuple[Tensor, Measured]:
         """A score's masks at `SHARES` in every head, bool ``(C, T, L, H, Q, K)``, and what they cost; dense is last."""
-        key = name if order is None else f"{name}, cubes"
-        if key not in self._measured:
-            score = self.score(name) if seen_score is None else seen_score
+        if name not in self._measured:
+            score = self.score(name)
             thresholds = bench.head_thresholds(score, (*SHARES, 1.0))
             keep = with_top(score > thresholds[..., None, None], score.expand(len(thresholds), *score.shape))
             found = bench.measure(self.bench, lambda m: keep[:, m.step, m.layer], len(keep), order)
-            self._measured[key] = keep, found
-        return self._measured[key]
+            self._measured[name] = keep, found
+        return self._measured[name]
 
-    def under_budget(
-        self, names: Iterable[str], density: float, weight: Tensor | None = None, order: Tensor | None = None
-    ) -> Rule:
-        """Each head's mask from the ladders of these scores, by measured error x weight under one budget."""
-        scores: dict[str, Callable[[], Tensor]] = {}
-        if order is not None:
-            scores["vote"] = lambda: baselines.mass_before(self.seen_in_cubes.mass).median(2).values
-            scores["error"] = lambda: self.seen_in_cubes.error.mean(2)
-        ladders = [self.ladder(name, scores[name]() if name in scores else None, order) for name in names]
+    def under_budget(self, names: Iterable[str], density: float, order: Tensor | None = None) -> Rule:
+        """Each head's mask from the ladders of these scores, by measured error x price under one budget."""
+        ladders = [self.ladder(name, order) for name in names]
         keep = torch.cat([masks for masks, _ in ladders])
         found = Measured.joined([measured for _, measured in ladders])
-        pick = bench.budgeted(found, self.bench.weight if weight is None else weight, density)
+        pick = bench.budgeted(found, self.price, density)
         chosen = keep.gather(0, pick[None, ..., None, None].expand(1, *keep.shape[1:]))[0]
         return Kept(self.bench, chosen, order)
-
-    @cached_property
-    def seen_in_cubes(self) -> Seen:
-        return bench.see(self.bench, self.order)
 
     # rules that look at the input
 
     def mass_score(self, q: Tensor, k: Tensor, v: Tensor, step: int, layer: int) -> Tensor:
-        mass, _ = bench.statistics(q, k, v, self.bench.blocks)
-        return baselines.mass_before(mass)
-
-    def error_score(self, q: Tensor, k: Tensor, v: Tensor, step: int, layer: int) -> Tensor:
-        values = bench.projected(v, self.seen.factor[step, layer])
-        _, error = bench.statistics(q, k, values, self.bench.blocks)
-        return error / self.seen.square[step, layer].mean() * self.bench.weight[step, layer][:, None, None]
+        return baselines.mass_before(bench.block_mass(q, k, v, self.bench.blocks))
 
     def skip_score(self, q: Tensor, k: Tensor, v: Tensor, step: int, layer: int) -> Tensor:
         if q.is_cuda:
@@ -190,45 +185,31 @@ class Study:
         return threshold.expand(self.bench.shape)
 
     def dynamic_uniform(self, density: float) -> Rule:
-        scores = baselines.mass_before(self.seen.mass)
+        scores = baselines.mass_before(self.mass)
         return PerInput(self.bench, self.mass_score, self.everywhere(bench.quantile_threshold(scores, density)))
 
-    def dynamic_budget(self, density: float, score: Score, seen: Callable[[], Tensor]) -> Rule:
-        """One threshold for each head at each time, under our budget; `seen` are the scores of the calibration."""
-        key = "dynamic, " + getattr(score, "__name__", "")
-        if key not in self._measured:
-            scores = seen()
+    def dynamic_budget(self, density: float) -> Rule:
+        """Top-p with a p for each head at each time, under our budget."""
+        if "dynamic" not in self._measured:
+            scores = baselines.mass_before(self.mass)
             thresholds = bench.head_thresholds(scores, (*SHARES, 1.0))
 
             def candidates(moment: Moment) -> Tensor:
-                score = scores[moment.step, moment.layer]
+                score = self.mass_score(moment.q, moment.k, moment.v, moment.step, moment.layer)
                 over = thresholds[:, moment.step, moment.layer, :, None, None]
                 return with_top(score > over[:, None], score.expand(len(over), *score.shape))
 
-            self._measured[key] = thresholds, bench.measure(self.bench, candidates, len(thresholds))
-        thresholds, found = self._measured[key]
-        pick = bench.budgeted(found, self.bench.weight, density)
-        return PerInput(self.bench, score, thresholds.gather(0, pick[None])[0])
-
-    def dynamic_error(self, density: float) -> Rule:
-        scores = self.seen.error * self.bench.weight[:, :, None, :, None, None]
-        return PerInput(self.bench, self.error_score, self.everywhere(bench.quantile_threshold(scores, density)))
+            self._measured["dynamic"] = thresholds, bench.measure(self.bench, candidates, len(thresholds))
+        thresholds, found = self._measured["dynamic"]
+        pick = bench.budgeted(found, self.price, density)
+        return PerInput(self.bench, self.mass_score, thresholds.gather(0, pick[None])[0])
 
     def skip_softmax(self, density: float) -> Rule:
-        return PerInput(self.bench, self.skip_score, self.everywhere(self.skip_thresholds(density)))
-
-    def skip_thresholds(self, density: float) -> Tensor:
-        return bench.quantile_threshold(self.skip_scores, density)
-
-    @cached_property
-    def skip_scores(self) -> Tensor:
-        found = torch.zeros_like(self.seen.mass)
-
-        def on_moment(m: Moment) -> None:
-            found[m.step, m.layer] = self.skip_score(m.q, m.k, m.v, m.step, m.layer)
-
-        self.bench.calibrate(on_moment)
-        return found
+        """A tile is skipped where its scores stay far below; one threshold, found on the calibration prompts."""
+        scores = []
+        self.bench.calibrate(lambda m: scores.append(self.skip_score(m.q, m.k, m.v, m.step, m.layer).flatten()))
+        threshold = bench.quantile_threshold(torch.cat(scores), density)
+        return PerInput(self.bench, self.skip_score, self.everywhere(threshold))
 
     def svg(self, density: float) -> Rule:
         keeps = []
@@ -237,66 +218,31 @@ class Study:
             keeps.append(with_top(score > bench.quantile_threshold(score, density), score))
         return BestOf(self.bench, keeps)
 
-    # what an error costs, probed on all calibration prompts
 
-    def probes(self, by_head: bool) -> Tensor:
-        score = self.score("vote")
-        keep = with_top(score > bench.head_thresholds(score, (PROBE_SHARE,))[0][..., None, None], score)
-        return bench.probe_weights(self.bench, self.seen, keep, by_head)
-
-    @cached_property
-    def layer_probes(self) -> Tensor:
-        return self.probes(False)
-
-    @cached_property
-    def head_probes(self) -> Tensor:
-        return self.probes(True)
-
-
-def normalised(probes: Tensor) -> Tensor:
-    """Mean over the prompts ``(..., P)``, each prompt's probes first divided by their own mean: no prompt decides."""
-    own = probes.flatten(0, -2).mean(0)
-    return (probes / own).mean(-1) * own.mean()
-
-
-NOT_REFINED = DEFAULT_PASSES.replace("select", "select{target-density=D,menu=windows+cuts}")
-"""The default passes on a store that was not refined; D stands for the density."""
-MENU = ("vote", "mass", "error", "frames", "rows", "box")
+SELECT = "select{target-density=D}"
 METHODS: dict[str, Callable[[Study, float], Rule]] = {
     OURS: lambda study, d: study.compiled(d),
-    "compiled, not refined": lambda study, d: study.compiled(d, NOT_REFINED.replace("D", f"{d:g}")),
-    "compiled, planes + windows": lambda study, d: study.compiled(
-        d, f"vote,protect,select{{target-density={d:g},menu=planes+windows}},schedule,lower"
+    "compiled, no anchors": lambda study, d: study.compiled(d, f"protect,{SELECT},schedule,lower"),
+    "compiled, anchor rows alone": lambda study, d: study.compiled(
+        d, f"protect,{SELECT},anchors{{max-group-frames=1}},{SELECT},schedule,lower"
     ),
-    "compiled, no anchors": lambda study, d: study.compiled(d, "protect,select,schedule,lower"),
-    "budget: measured menu": lambda study, d: study.under_budget(MENU, d),
-    "budget: measured menu, weights by final video": lambda study, d: study.under_budget(
-        MENU, d, normalised(study.layer_probes)
+    "compiled, anchor frames alone": lambda study, d: study.compiled(
+        d, f"protect,{SELECT},anchors{{max-group-rows=1}},{SELECT},schedule,lower"
     ),
-    "budget: measured menu, weights by head": lambda study, d: study.under_budget(
-        MENU, d, normalised(study.head_probes)
+    "compiled, windows alone": lambda study, d: study.compiled(
+        d, "protect,select{target-density=D,menu=windows},schedule,lower"
     ),
+    "the paper's own method": lambda study, d: study.paper(d),
     "budget: votes": lambda study, d: study.under_budget(("vote",), d),
-    "budget: votes + errors, tokens in cubes": lambda study, d: study.under_budget(
-        ("vote", "error"), d, order=study.order
-    ),
-    "budget: windows": lambda study, d: study.under_budget(("frames", "rows", "box"), d),
     "budget: cubes (STA)": lambda study, d: study.under_budget(("cubes",), d, order=study.order),
     "budget: spatial or temporal (SVG)": lambda study, d: study.under_budget(("spatial", "temporal"), d),
     "budget: radial": lambda study, d: study.under_budget(("radial",), d),
     "budget: random": lambda study, d: study.under_budget(("random",), d),
-    "dynamic: top-p, budget": lambda study, d: study.dynamic_budget(
-        d, study.mass_score, lambda: baselines.mass_before(study.seen.mass)
-    ),
-    "dynamic: skip-softmax, budget": lambda study, d: study.dynamic_budget(
-        d, study.skip_score, lambda: study.skip_scores
-    ),
-    "dynamic: block error x weight": lambda study, d: study.dynamic_error(d),
+    "dynamic: top-p, budget": lambda study, d: study.dynamic_budget(d),
     "dynamic: top-p, one p": lambda study, d: study.dynamic_uniform(d),
     "dynamic: skip-softmax": lambda study, d: study.skip_softmax(d),
     "dynamic: spatial or temporal (SVG)": lambda study, d: study.svg(d),
     "uniform: votes, one threshold": lambda study, d: study.uniform("vote", d),
-    "uniform: mean mass, one cut": lambda study, d: study.uniform("mass", d),
     "uniform: cubes (STA)": lambda study, d: study.uniform("cubes", d),
     "uniform: radial": lambda study, d: study.uniform("radial", d),
     "uniform: frames": lambda study, d: study.uniform("frames", d),
@@ -305,9 +251,6 @@ METHODS: dict[str, Callable[[Study, float], Rule]] = {
     "uniform: random": lambda study, d: study.uniform("random", d),
 }
 """Methods by name, the most telling first."""
-STATIC_PATTERNS = tuple(
-    name for name in METHODS if name.startswith("uniform: ") and "mass" not in name and "vot" not in name
-)
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -334,12 +277,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     shown = {
         OURS: ("#1b3d78", "-", "calibrated plan (ours)"),
-        "compiled, not refined": ("#2694a0", "-", "the same, errors estimated"),
+        "compiled, no anchors": ("#2694a0", "-", "the same, no anchors"),
+        "the paper's own method": ("#2c8c3c", "-", "the paper's own method"),
         "dynamic: top-p, budget": ("#7a5ea8", "--", "dynamic top-p, our budget"),
         "dynamic: top-p, one p": ("#b79fd6", "--", "dynamic top-p"),
         "dynamic: skip-softmax": ("#c24f7a", "--", "skip-softmax"),
         "dynamic: spatial or temporal (SVG)": ("#d78aa5", "--", "spatial or temporal (SVG)"),
-        "budget: windows": ("#e4a03a", "-.", "windows, our budget"),
+        "compiled, windows alone": ("#e4a03a", "-.", "windows, our budget"),
         "budget: random": ("#9aa0aa", "-.", "random, our budget"),
         "uniform: votes, one threshold": ("#7ac678", ":", "calibrated, one threshold"),
         "uniform: cubes (STA)": ("#e4572e", ":", "3D tiles (STA)"),
@@ -430,7 +374,12 @@ def main(
         if (name, target) in done or time.perf_counter() - began > seconds:
             return
         start = time.perf_counter()
-        row = {"method": name, "target": target, **study.bench.judge(make())}
+        try:
+            rule = make()
+        except ValueError as error:
+            console.print(f"{name} @{target:g}: {error}", markup=False)
+            return
+        row = {"method": name, "target": target, **study.bench.judge(rule)}
         rounded = {
             key: [round(x, 4) for x in value] if isinstance(value, list) else value for key, value in row.items()
         }
@@ -479,13 +428,8 @@ def make_study(
     else:
         raise click.UsageError(f"--held-out must be given for --model {model}, got none")
     work = [(prompt, FIRST_SEED + index) for index, prompt in enumerate(lines)]
-    times = store.manifest.times
-    at = [min(range(len(times)), key=lambda index: abs(times[index] - now)) for now in sampler.times]
-    found = store.error_weights()
-    weights = found.unit if found.head is None else found.head
-    weight = torch.tensor(weights[at], dtype=torch.float32)
     calibrated = plan_work(model, None, calibration, 0)
-    return Study(Bench(sampler, store.manifest.blocks, work, calibrated, weight, batch), store)
+    return Study(Bench(sampler, store.manifest.blocks, work, calibrated, batch), store)
 
 
 if __name__ == "__main__":

@@ -55,25 +55,31 @@ def number(value: float) -> str:
     return f"{value:.2f}" if 0.1 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
 
 
+def predicted(plan: Mapping[str, Any]) -> str:
+    """The signal-to-noise that the plan's header predicts of the final latent."""
+    found = plan["predicted_latent_db"]
+    return f"{number(found['mean'])} ± {number(found['standard_error'])}" if found else "not stated"
+
+
 def with_error(summary: Mapping[str, Any]) -> str:
     """A mean and its standard error."""
     return f"{number(summary['mean'])} &plusmn; {number(summary['standard_error'])}"
 
 
 def _summary(result: Mapping[str, Any], metrics: Sequence[Metric]) -> str:
-    head = ["plan", "density"]
+    head = ["plan", "density", "predicted latent, dB"]
     for metric in metrics:
         unit = f", {metric.unit}" if metric.unit else ""
         head += [f"{metric.name}{unit}", "spread", "worst"]
     rows = []
     for plan in result["plans"]:
-        row = [html.escape(plan["plan"]), f"{plan['density']:.3f}"]
+        row = [html.escape(plan["plan"]), f"{plan['density']:.3f}", predicted(plan)]
         for metric in metrics:
             found = plan["metrics"][metric.name]
             row += [with_error(found), number(found["spread"]), number(found["worst"])]
         rows.append(row)
     if result["floor"]:
-        row = ["floor: two exact kernels", "1.000"]
+        row = ["floor: two exact kernels", "1.000", ""]
         for metric in metrics:
             found = result["floor"][metric.name]
             row += [with_error(found), number(found["spread"]), number(found["worst"])]
@@ -87,12 +93,14 @@ def _plan(plan: Mapping[str, Any], metrics: Sequence[Metric], animations: Mappin
         parts.append(_heads(plan["heads"]))
     first = metrics[0]
     rows = sorted(plan["by_prompt"], key=lambda row: row[first.name] * (1 if first.higher_is_better else -1))
-    parts.append(f"<h3>Worst prompts: dense, planned, difference &times; {DIFFERENCE_GAIN}</h3><div class='videos'>")
+    shown = f": dense, planned, difference &times; {DIFFERENCE_GAIN}" if len(metrics) > 1 else ""
+    parts.append(f"<h3>Worst prompts{shown}</h3><div class='videos'>")
     for row in rows[:WORST_SHOWN]:
-        picture = animations[plan["executes"], row["prompt"], row["seed"]].read_bytes()
+        path = animations[plan["executes"], row["prompt"], row["seed"]]
+        picture = embedded(path.read_bytes(), row["prompt"]) if path.exists() else ""
         told = ", ".join(f"{metric.name} {number(row[metric.name])}" for metric in metrics)
         caption = f"{html.escape(row['prompt'])}, seed {row['seed']}<br><b>{told}</b>"
-        parts.append(f"<figure>{embedded(picture, row['prompt'])}<figcaption>{caption}</figcaption></figure>")
+        parts.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     parts.append("</div><details><summary>every prompt</summary>")
     cells = [
         [html.escape(row["prompt"]), str(row["seed"]), *(number(row[metric.name]) for metric in metrics)]
@@ -116,26 +124,26 @@ def _verdict(verdict: Mapping[str, Any]) -> str:
 
 def _heads(heads: Mapping[str, Any]) -> str:
     lines = [
-        f"{heads['heads_measured']} heads (every step and layer counts) on {heads['prompts']} prompts: attention mass "
-        f"kept {heads['recall_mean']:.1%} on average, {heads['recall_least']:.1%} in the head that keeps least."
+        f"{heads['heads_measured']} heads (every time and layer counts) on {heads['prompts']} dense samplings with "
+        f"{heads['vectors']} random vectors each."
     ]
+    if "first_order_latent" in heads:
+        lines.append(f"To first order the latent SNR is {with_error(heads['first_order_latent'])} dB.")
     if "ratio" in heads:
-        lines.append(f"Error times weight is {number(heads['ratio'])} times what calibration promised.")
+        lines.append(f"The squared effect is {number(heads['ratio'])} times what calibration promised.")
     else:
-        lines.append("The plan does not say what calibration promised: heads are ranked by their error alone.")
+        lines.append("The plan does not say what calibration promised: heads are ranked by their effect alone.")
     broken = [f"layer {row['layer']}, head {row['head']} at time {row['time']:.3f}" for row in heads["broken"]]
     lines.append(f"<span class='bad'>Broken: {'; '.join(broken)}.</span>" if broken else "No head is broken.")
     rows = [
         [
             f"layer {row['layer']}, head {row['head']}, time {row['time']:.3f}",
-            *(number(row[name]) for name in ("error", "error_worst_prompt")),
+            *(number(row[name]) for name in ("effect", "effect_worst_prompt")),
             *((number(row["promised"]), number(row["ratio"])) if "promised" in row else ("not stated", "")),
-            number(row["relative_error"]),
-            f"{row['recall']:.1%}",
             f"{row['share']:.1%}",
         ]
         for row in heads["heads"]
     ]
-    head = ["head", "error", "worst prompt", "promised", "ratio", "of its output", "mass kept", "share"]
-    caption = "heads that lose most beyond their promise; error: squared, behind the projection, of the residual stream"
+    head = ["head", "squared effect", "worst prompt", "promised", "ratio", "share"]
+    caption = "heads that change the final latent most beyond their promise; squared effects, relative to its size"
     return f"<p>{' '.join(lines)}</p>{_table(head, rows, caption)}"

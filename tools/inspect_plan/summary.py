@@ -111,6 +111,15 @@ def predicted_forward_ms(plan: PlanFile) -> dict[str, float] | None:
     return found
 
 
+def predicted_snr(plan: PlanFile) -> str | None:
+    """The predicted signal-to-noise of the final latent, in words; None where it is not stated."""
+    found = plan.predicted.get("latent_db")
+    try:
+        return f"{found['mean']:.1f} dB (standard error {found['standard_error']:.1f}, {found['samplings']} samplings)"
+    except (TypeError, KeyError, ValueError):
+        return None
+
+
 def _count(kinds: npt.NDArray[np.str_]) -> dict[str, int]:
     return {kind: int((kinds == kind).sum()) for kind in ("dense", "sparse", "anchored")}
 
@@ -159,36 +168,41 @@ def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, st
             f"{heads['sharing_lists']:,} share lists (of {total:,}: every layer and segment counts)",
         ),
     ]
-    forward = values["predicted_forward_ms"]
-    if forward:
-        gain = forward["dense"] / forward["planned"] if forward["planned"] else float("inf")
-        lines.append(
-            (
-                "predicted",
-                f"{forward['planned']:,.1f} ms of attention a forward, {forward['dense']:,.1f} ms dense: {gain:.2f} x",
-            )
-        )
-    long = ("head_error", "error_weight")
-    rest = {
-        key: value
-        for key, value in plan.predicted.items()
-        if key not in long and (not forward or not key.endswith("_ms"))
-    }
-    lines += [("" if forward else "predicted", line) for line in _map_lines(rest)]
+    lines += _named("predicted", _predicted_lines(plan, values["predicted_forward_ms"]))
     sections = sorted(values["section_bytes"].items(), key=lambda item: -item[1])
     lines.append(("bytes", ", ".join(f"{name} {_size(size)}" for name, size in sections)))
     lines.append(("passes", plan.passes or "none"))
     provenance = dict(plan.provenance)
     if EVALUATION in provenance:
         verdict = provenance.pop(EVALUATION)
-        lines += [
-            ("evaluated" if index == 0 else "", line)
-            for index, line in enumerate(_map_lines(verdict) if isinstance(verdict, Mapping) else [str(verdict)])
-        ]
-    for name, value in (("sampler", plan.scheduler_hint or {}), ("provenance", provenance)):
-        lines += [(name if index == 0 else "", line) for index, line in enumerate(_map_lines(value))]
+        lines += _named("evaluated", _map_lines(verdict) if isinstance(verdict, Mapping) else [str(verdict)])
+    lines += _named("sampler", _map_lines(plan.scheduler_hint or {})) + _named("provenance", _map_lines(provenance))
     lines += [(name, value) for name, value in (("license", plan.license), ("notes", plan.notes)) if value]
     return lines
+
+
+def _named(name: str, lines: list[str]) -> list[tuple[str, str]]:
+    return [(name if index == 0 else "", line) for index, line in enumerate(lines)]
+
+
+def _predicted_lines(plan: PlanFile, forward: Mapping[str, float] | None) -> list[str]:
+    """What the header predicts; of what is listed head by head, sums."""
+    lines, told = [], {"density"}
+    if forward:
+        told |= {"planned_ms", "dense_ms"}
+        gain = forward["dense"] / forward["planned"] if forward["planned"] else float("inf")
+        times = f"{forward['planned']:,.1f} ms of attention a forward, {forward['dense']:,.1f} ms dense"
+        lines.append(f"{times}: {gain:.2f} x")
+    if snr := predicted_snr(plan):
+        told.add("latent_db")
+        lines.append(f"signal-to-noise of the final latent: {snr}")
+    try:
+        price = float(np.array(plan.predicted["head_price"], dtype=np.float64).sum())
+        lines.append(f"squared effects of all heads on the final latent, relative to its size: {price:.2e} in sum")
+    except (KeyError, TypeError, ValueError):
+        pass
+    rest = {name: value for name, value in plan.predicted.items() if name not in told and value is not None}
+    return lines + _map_lines({name: value for name, value in rest.items() if not isinstance(value, list)})
 
 
 def _map_lines(values: Mapping[str, Any]) -> list[str]:
@@ -198,7 +212,7 @@ def _map_lines(values: Mapping[str, Any]) -> list[str]:
 def _brief(value: Any) -> str:
     if isinstance(value, Mapping):
         value = ", ".join(f"{key} {_brief(item)}" for key, item in sorted(value.items()))
-    text = str(value)
+    text = f"{len(value)} of them" if isinstance(value, list) and len(value) > 3 else str(value)
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 

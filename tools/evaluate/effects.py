@@ -1,0 +1,128 @@
+"""What plans do to the final latent, head by head and to first order, measured by differentiating dense samplings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibatt.compiler.prediction import log_bias
+from calibatt.compiler.stats import Manifest
+from calibatt.plans import PlanFile
+from calibatt.runtime import LayerSchedule, Plan, planned_attention
+from calibatt.runtime.padding import ShorterSchedule
+from calibatt.tools.calibrate.calibration import Calibrator, Forward, Moment, Recording
+from calibatt.tools.calibrate.estimate import wants_cpu
+from calibatt.tools.calibrate.gradients import AttentionCall
+from calibatt.tools.calibrate.journal import Journal
+from calibatt.tools.calibrate.sampler import Sampler
+from calibatt.tools.evaluate.harness import Floats
+
+
+@dataclass(frozen=True)
+class NoStore:
+    """In place of a store, for what is not to be kept."""
+
+    manifest: Manifest
+
+
+class PlanRecording(Recording):
+    """A sampling in which plans are measured, in place of blocks.
+
+    Args:
+        calibrator: What to measure.
+        plans: Of its model.
+    """
+
+    def __init__(self, calibrator: Calibrator, plans: Sequence[Plan]) -> None:
+        super().__init__(calibrator, Journal(None))
+        model, times = calibrator.manifest.model, len(calibrator.manifest.times)
+        self.plans = plans
+        self.effects = np.zeros((len(plans), calibrator.vectors, times, model.layers, model.heads))
+        """Signed, ``(plans, V, T, L, H)``; those of all forwards of one time are added."""
+
+    def collect(self, forward: Forward, moment: Moment, call: AttentionCall) -> None:
+        for index, plan in enumerate(self.plans):
+            found = plan_effects(call, plan.schedule(forward.time, call.layer))
+            self.effects[index, :, forward.moment, call.layer] += found.cpu().numpy()
+
+
+def plan_effects(call: AttentionCall, schedule: LayerSchedule) -> Tensor:
+    """Signed effects float64 ``(V, H)`` of computing a call by a schedule: the sum over tokens of <g, o' - o>."""
+    if (missing := schedule.grid.tokens - call.q.shape[1]) > 0:
+        schedule = ShorterSchedule(schedule, schedule.grid.text_after - missing)
+    with torch.no_grad():
+        planned = planned_attention(*(x[None] for x in (call.q, call.k, call.v)), schedule)
+    schedule.unbind()
+    assert isinstance(planned, Tensor)
+    change = planned[0].float() - call.out.float()
+    found = [(change * grad.float()).sum((1, 2), dtype=torch.float64) for grad in call.grads]
+    return torch.stack(found) / call.scale
+
+
+def measure_plans(
+    sampler: Sampler, plans: Sequence[Plan], prompt: str, seed: int, vectors: int, times: Sequence[float]
+) -> Floats:
+    """Signed effects of what plans do at some times of one dense sampling.
+
+    Args:
+        sampler: The sampler.
+        plans: Of its model and grid.
+        prompt: What to sample.
+        seed: Of the noise and of the random vectors.
+        vectors: How many random vectors, V.
+        times: T of the sampler's, ascending.
+
+    Returns:
+        float64 ``(plans, V, T, L, H)``.
+
+    Raises:
+        CalibrationError, ChainError: The sampling cannot be differentiated, or the plans are of another model or grid.
+    """
+    manifest = Manifest(plans[0].signature, plans[0].grid, plans[0].blocks, tuple(times), shares=())
+    calibrator = Calibrator(sampler, NoStore(manifest), vectors=vectors)  # type: ignore[arg-type]
+    calibrator.transformer.inputs_on_cpu = wants_cpu(calibrator)
+    recording = PlanRecording(calibrator, plans)
+    with recording.listening():
+        recording.final = sampler.run(prompt, seed)
+    recording.differentiate(seed)
+    return recording.effects
+
+
+def visited(plan: PlanFile, times: Sequence[float]) -> list[int]:
+    """The segments that a sampler's times fall into, ascending."""
+    return sorted({plan.segment_index(now) for now in times})
+
+
+def by_segment(plan: PlanFile, effects: Floats, times: Sequence[float]) -> Floats:
+    """Effects ``(..., T, L, H)`` at some times, added up over the times of each segment: ``(..., segments, L, H)``."""
+    found = np.zeros((*effects.shape[:-3], len(plan.segments), *effects.shape[-2:]))
+    for index, now in enumerate(times):
+        found[..., plan.segment_index(now), :, :] += effects[..., index, :, :]
+    return found
+
+
+def promised(plan: PlanFile, times: Sequence[float]) -> Floats | None:
+    """Squared effects that the plan's header promises, ``(segments, L, H)``; None for a plan that does not say.
+
+    A sampler of few steps leaves out segments: a step then does what several were to do, so the promise of a segment
+    that is left out counts for the nearest one that is not.
+    """
+    values = plan.predicted.get("head_price")
+    if values is None:
+        return None
+    prices = np.array(values, np.float64)
+    found, known = np.zeros_like(prices), visited(plan, times)
+    for index, segment in enumerate(plan.segments):
+        found[min(known, key=lambda other: abs(plan.segments[other].time - segment.time))] += prices[index]
+    return found
+
+
+def first_order_db(effects: Floats) -> Floats:
+    """Signal-to-noise of the final latent of each prompt, dB ``(P,)``, from all effects ``(P, V, T, L, H)`` of a plan:
+    they are added before they are squared."""
+    squared: Floats = (effects.sum((2, 3, 4)) ** 2).mean(1) / log_bias(effects.shape[1])
+    return -10 * np.log10(np.maximum(squared, 1e-30))
