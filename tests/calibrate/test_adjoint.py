@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import diffusers
 import numpy as np
 import peft
 import pytest
 import torch
-from support import adjoint, batched, text_after, wan
+from diffusers.hooks import apply_group_offloading
+from support import adjoint, batched, quantised, text_after, wan
 
-from calibatt.compiler.stats import Manifest
+from calibatt.compiler.stats import Manifest, SamplingTables
 from calibatt.tools.calibrate.chain import ChainError
 from calibatt.tools.calibrate.pipeline import PipelineSampler
 
@@ -72,7 +75,7 @@ def test_each_expert_through_the_other_one(expert: str, tmp_path: Path):
 
 
 def test_a_denoiser_that_the_sampler_does_not_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Where the final latent came through it, forwards before it would have a wrong gradient; after it they have not."""
+    """Forwards before it would have a wrong gradient; those after it have the right one."""
     monkeypatch.setattr(PipelineSampler, "other_transformers", ())
     first, second = (
         adjoint.small_wan(wan.pipeline(experts=2), steps=8, transformer=name)
@@ -102,6 +105,53 @@ def test_a_lora_beside_the_weights_and_fused(tmp_path: Path):
     np.testing.assert_allclose(beside.level, merged.level, rtol=1e-4)
     np.testing.assert_allclose(beside.window_effect, merged.window_effect, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(unit.effect_peak, other.effect_peak, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", quantised.KINDS)
+def test_quantised_models(kind: str, tmp_path: Path):
+    quantised.require(kind)
+    pipe = wan.pipeline()
+    pipe.transformer = quantised.model(kind)
+    sampler = adjoint.small_wan(pipe, guidance_scale=5.0)
+    adjoint.assert_effects_agree(sampler, adjoint.calibrated(sampler, tmp_path), 0.05 if kind == "int8" else 0.01)
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> SamplingTables:
+    """What a sampling with guidance says, in float32."""
+    sampler = adjoint.small_wan(guidance_scale=5.0)
+    return adjoint.tables_of(adjoint.calibrated(sampler, tmp_path_factory.mktemp("guided")))
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
+def test_half_precision(dtype: torch.dtype, most: float, guided: SamplingTables, tmp_path: Path):
+    """Root mean square over all windows, within what rounding does to effects that are differences."""
+    pipe = wan.pipeline()
+    pipe.transformer.to(dtype)
+    found = adjoint.tables_of(adjoint.calibrated(adjoint.small_wan(pipe, guidance_scale=5.0), tmp_path))
+    change = np.square(found.window_effect - guided.window_effect).mean() / np.square(guided.window_effect).mean()
+    assert change < most**2
+    np.testing.assert_allclose(found.level, guided.level, rtol=most)
+    np.testing.assert_allclose(found.head_effect, guided.head_effect, rtol=2 * most)
+
+
+def sequential(model: torch.nn.Module, folder: Path) -> None:
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def grouped(model: torch.nn.Module, folder: Path) -> None:
+    cpu = torch.device("cpu")
+    apply_group_offloading(model, cpu, cpu, num_blocks_per_group=1, offload_to_disk_path=str(folder))
+
+
+@pytest.mark.parametrize("offload", [sequential, grouped])
+def test_offloaded_models(offload: Callable[[torch.nn.Module, Path], None], guided: SamplingTables, tmp_path: Path):
+    pipe = wan.pipeline()
+    for model in (pipe.vae, pipe.transformer):
+        offload(model, tmp_path / "weights" / type(model).__name__)
+    found = adjoint.tables_of(adjoint.calibrated(adjoint.small_wan(pipe, guidance_scale=5.0), tmp_path / "stats"))
+    np.testing.assert_allclose(found.window_effect, guided.window_effect, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(found.level, guided.level, rtol=1e-5)
 
 
 VECTORS = 64
