@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy.typing as npt
 from calibatt.compiler.ir import Float64, Int64
 
 STEPS = 100
+TOLERANCE = 1e-3
+"""Of `reach`: how near to the least use it stops, relatively."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +79,50 @@ def choose(loss: Float64, use: Float64, limit: float) -> Choice | None:
     pick = _spend(loss, use, limit, pick, eager)
     spent = total(loss, pick)
     return Choice(pick, high, spent, total(use, pick), max(0.0, spent - bound))
+
+
+def reach(loss: Float64, use: Float64, enough: Callable[[Int64], bool]) -> Choice | None:
+    """Picks one candidate a thing so that the picks are `enough` and the uses sum to as little as can be found.
+
+    The multiplier is bisected first, which costs one look at all candidates a step, then the budget between the two
+    neighbouring picks, where they are far apart.
+
+    Args:
+        loss: As in `choose`.
+        use: As in `choose`.
+        enough: Whether picks suffice; mostly those of more use do, too.
+
+    Returns:
+        The choice, or None if not even the least loss is enough.
+    """
+    rows = np.arange(len(loss))
+
+    def of(pick: Int64, multiplier: float) -> Choice:
+        return Choice(pick, multiplier, float(loss[rows, pick].sum()), float(use[rows, pick].sum()), 0.0)
+
+    best = choose(loss, use, np.inf)
+    if best is None or not enough(best.pick):
+        return None
+    low, high = _range(float(loss[np.isfinite(loss)].max()), use)
+    least = float(np.where(np.isfinite(loss), use, np.inf).min(1).sum())
+    for _ in range(STEPS):
+        if high / low < 1 + TOLERANCE:
+            break
+        middle = float(np.sqrt(low * high))
+        found = of((loss + middle * use).argmin(1), middle)
+        if enough(found.pick):
+            low, best = middle, found if found.use <= best.use else best
+        else:
+            high, least = middle, found.use
+    top = best.use
+    while top - least > max(1.0, TOLERANCE * top):
+        limit = float(np.floor((top + least) / 2))
+        between = choose(loss, use, limit)
+        if between is not None and enough(between.pick):
+            best, top = between, limit
+        else:
+            least = limit
+    return best
 
 
 def _range(most_loss: float, use: Float64) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from calibatt.compiler.budget import Choice, choose
+from calibatt.compiler.budget import Choice, choose, reach
 from calibatt.compiler.ir import Float64, Int64, Job, UnitIR, packed_bits
 from calibatt.compiler.menu import Menu
 from calibatt.compiler.passes import Findings, Pass
@@ -16,8 +16,6 @@ from calibatt.compiler.prediction import CUT, Masks, Prediction, predict
 
 KINDS = ("windows", "cuts")
 DEFAULT_DENSITY = 0.5
-BISECTIONS = 24
-"""Steps in which the budget is found that reaches a target of dB."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ class Select(Pass):
         dense = job.unit_dense_blocks * len(blocks) // job.manifest.model.heads
         least = float(np.where(np.isfinite(loss), blocks, np.inf).min(1).sum())
         if self.target_db is not None:
-            found = self._reach(loss, blocks, least, predicted)
+            found = self._reach(loss, blocks, predicted)
         else:
             assert self.target_density is not None
             limit = float(np.floor(self.target_density * dense))
@@ -163,32 +161,23 @@ class Select(Pass):
         job.multiplier = found.multiplier / block_ms
         return found
 
-    def _reach(
-        self, loss: Float64, blocks: Float64, least: float, predicted: Callable[[Int64], Prediction | str]
-    ) -> Choice:
-        """The choice of fewest blocks whose prediction reaches the target, found by bisecting the budget."""
-        assert self.target_db is not None
-        low, high = least, float(blocks.max(1).sum())
-        best = choose(loss, blocks, high)
-        assert best is not None, "everything fits"
-        told = predicted(best.pick)
-        if isinstance(told, str):
-            self.require(False, "target-db", "have a prediction to go by", f"{self.target_db}: the prediction {told}")
-        assert isinstance(told, Prediction)
-        rule = f"be at most the best that can be reached, {told}"
-        self.require(told.mean >= self.target_db, "target-db", rule, self.target_db)
-        high = best.use
-        for _ in range(BISECTIONS):
-            if high - low < 1:
-                break
-            middle = float(np.floor(np.sqrt(max(low, 1.0) * high)))
-            found = choose(loss, blocks, middle)
-            told = "" if found is None else predicted(found.pick)
-            if found is not None and isinstance(told, Prediction) and told.mean >= self.target_db:
-                best, high = found, min(middle, found.use)
-            else:
-                low = max(middle, low + 1)
-        return best
+    def _reach(self, loss: Float64, blocks: Float64, predicted: Callable[[Int64], Prediction | str]) -> Choice:
+        """The choice of fewest blocks whose prediction reaches the target."""
+        seen = []
+
+        def enough(pick: Int64) -> bool:
+            told = predicted(pick)
+            if isinstance(told, str):
+                self.require(False, "target-db", "have a prediction to go by", f"{self.target_db}: it {told}")
+            seen.append(told)
+            return isinstance(told, Prediction) and self.target_db is not None and told.mean >= self.target_db
+
+        found = reach(loss, blocks, enough)
+        self.require(
+            found is not None, "target-db", f"be at most the best that can be reached, {seen[0]}", self.target_db
+        )
+        assert found is not None
+        return found
 
 
 def _masks_of(

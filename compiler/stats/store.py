@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from calibatt.compiler.stats.errors import (
     DuplicateSample,
@@ -47,7 +48,7 @@ class Table:
     Args:
         names: Of the samplings.
         meta: What was said of each when it was finished.
-        samplings: Their tables; arrays with vectors are not stacked, as samplings may differ in their number.
+        samplings: Their tables.
     """
 
     names: tuple[str, ...]
@@ -66,11 +67,19 @@ class Table:
         return found
 
     @property
-    def head_effect(self) -> Float64:
-        """Mean over the samplings of each head's effect / level, float64 (T, L, H)."""
-        total = sum(each.head_effect / each.level[:, None, None] for each in self.samplings)
-        found: Float64 = np.asarray(total, np.float64) / len(self.samplings)
-        return found
+    def head_effect(self) -> npt.NDArray[np.float32]:
+        """float32 (P, T, L, H)."""
+        return np.stack([each.head_effect for each in self.samplings])
+
+    @property
+    def window_effect(self) -> tuple[npt.NDArray[np.float32], ...]:
+        """Of each sampling, float32 (V, T, L, W, H); not stacked, as samplings may differ in V."""
+        return tuple(each.window_effect for each in self.samplings)
+
+    @property
+    def ladder_effect(self) -> tuple[npt.NDArray[np.float32], ...]:
+        """Of each sampling, float32 (V, T, L, C, H)."""
+        return tuple(each.ladder_effect for each in self.samplings)
 
     @cached_property
     def window_error(self) -> Float64:
@@ -93,6 +102,7 @@ class Store:
         folders: dict[Path, tuple[str, ...]],
         meta: dict[str, Any],
         unfinished: tuple[str, ...],
+        digests: tuple[str, ...],
     ) -> None:
         """Use `Store.open`."""
         self.manifest = manifest
@@ -101,6 +111,7 @@ class Store:
         self.unfinished = unfinished
         """Names of samplings in progress; units may hold them already, in part."""
         self._folders = folders
+        self._digests = digests
 
     @classmethod
     def open(cls, paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Store:
@@ -128,6 +139,7 @@ class Store:
         meta: dict[str, dict[str, Any]] = {}
         names: dict[Path, tuple[str, ...]] = {}
         unfinished: set[str] = set()
+        digests: list[str] = []
         for folder in folders:
             if different := manifest.differences(read_manifest(folder)):
                 listed = "; ".join(different)
@@ -138,7 +150,8 @@ class Store:
                 if name in owner:
                     raise DuplicateSample(f"sampling {name!r} must be in one store, got {owner[name]} and {folder}")
                 owner[name] = folder
-                meta[name] = read_header(path, check_name(name), manifest)[0]
+                meta[name], digest = read_header(path, check_name(name), manifest)
+                digests.append(digest)
             if found:  # its manifest is proved now: a damaged one could ask for any number of units
                 names[folder] = tuple(found)
                 _check_units(folder, manifest)
@@ -148,7 +161,7 @@ class Store:
             hint = f"; unfinished: {', '.join(waiting)}" if waiting else ""
             raise NoSamples(f"{', '.join(map(str, folders))} must have a finished sampling, got none{hint}")
         ordered = dict(sorted(names.items(), key=lambda pair: pair[1]))
-        return cls(manifest, ordered, dict(sorted(meta.items())), waiting)
+        return cls(manifest, ordered, dict(sorted(meta.items())), waiting, tuple(sorted(digests)))
 
     @property
     def samplings(self) -> tuple[str, ...]:
@@ -199,22 +212,20 @@ class Store:
         Raises:
             StoreError: A file is damaged.
         """
-        digest = blake2b(self.manifest.digest.encode(), digest_size=16)
-        for folder, names in self._folders.items():
+        digest = blake2b("".join((self.manifest.digest, *self._digests)).encode(), digest_size=16)
+        for folder in self._folders:
             for time_index, layer in places(self.manifest):
                 place = {"time_index": time_index, "layer": layer}
                 path = folder / UNITS / unit_name(time_index, layer)
                 digest.update(read_samplings(path, self.manifest, place)[1].encode())
-            for name in names:
-                path = folder / SAMPLINGS / (name + SUFFIX)
-                digest.update(read_header(path, name, self.manifest)[1].encode())
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Store) and self._folders == other._folders
+        """Whether the tables are the same, in the same files."""
+        return isinstance(other, Store) and (self._folders, self._digests) == (other._folders, other._digests)
 
     def __hash__(self) -> int:
-        return hash(tuple(self._folders.items()))
+        return hash((tuple(self._folders), self._digests))
 
     @property
     def size_bytes(self) -> int:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibatt.compiler.budget import choose
+from calibatt.compiler.budget import choose, reach
 
 
 def table(seed: int, things: int, candidates: int) -> tuple[np.ndarray, np.ndarray]:
@@ -74,3 +74,27 @@ def test_real_uses_stay_within_the_budget() -> None:
         found = choose(loss, use, limit)
         assert found is not None
         assert found.use <= limit
+
+
+@given(st.integers(0, 2**32), st.integers(1, 6), st.floats(0, 1))
+def test_enough_is_reached_with_little_use(seed: int, things: int, share: float) -> None:
+    loss, use = table(seed, things, 5)
+    rows = np.arange(things)
+    most = share * float(np.where(np.isfinite(loss), loss, 0).max(1).sum())
+
+    def enough(pick: np.ndarray) -> bool:
+        return float(loss[rows, pick].sum()) <= most
+
+    found = reach(loss, use, enough)
+    assert found is not None
+    assert enough(found.pick)
+    assert found.use == use[rows, found.pick].sum()
+    fewer = choose(loss, use, found.use - 1)
+    assert fewer is None or not enough(fewer.pick)
+
+
+def test_nothing_is_enough() -> None:
+    assert reach(np.array([[0.0, 1.0]]), np.array([[9.0, 4.0]]), lambda _: False) is None
+    found = reach(np.array([[0.0, 1.0]]), np.array([[9.0, 4.0]]), lambda _: True)
+    assert found is not None
+    assert found.use == 4

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from support import stats
 from support.jobs import DEVICE, MemoryStore, compile_store, memory_store
 
+from calibatt.compiler.bits import unpack
 from calibatt.compiler.emit import compile_in_memory
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.prediction import CUT, DENSE, Masks, Prediction, predict
-from calibatt.compiler.stats import SamplingTables, Table
+from calibatt.compiler.stats import SamplingTables, Table, window_keep
+from calibatt.plans import TokenGrid
 
 T, L, H, C, W = 3, 2, 4, 3, 2
 SHARES = (0.2, 0.4, 0.8)
@@ -162,6 +164,72 @@ def test_a_target_of_decibels_is_reached_with_few_blocks(target: float, seed: in
         assert plan(f"target-density={density - 0.03}")[1] < target
 
 
+class World:
+    """A model that is linear in what its masks drop: every query block's dropped blocks act together, on one random
+    number a sampling, vector, time, layer, head and query block; levels of samplings differ."""
+
+    def __init__(self, seed: int) -> None:
+        self.of = stats.manifest(grid=TokenGrid(2, 10, 16), shares=(0.1, 0.2, 0.35, 0.5, 0.7))
+        of, rng = self.of, np.random.default_rng(seed)
+        shape = (len(of.times), of.model.layers, of.model.heads)
+        distance = np.abs(np.arange(of.q_blocks)[:, None] - np.arange(of.k_blocks))
+        size = np.exp(-distance * rng.uniform(0.05, 1, (*shape, 1, 1)) + rng.normal(size=(*shape, 20, 20)))
+        size *= np.exp(rng.normal(0, 1, (*shape, 1, 1)))
+        self.size = size / np.sqrt((size**2).sum((1, 2, 3, 4), keepdims=True)) * 0.1
+        """Root of the mean squared effect of each block, ``(T, L, H, Q, K)``, at level 0.01."""
+
+    def noise(self, rng: np.random.Generator, vectors: int) -> np.ndarray:
+        """``(V, T, L, H, Q)``, by the root of the sampling's level."""
+        strength = np.exp(rng.normal(0, 0.25))
+        return rng.normal(size=(vectors, *self.size.shape[:4])) * strength
+
+    def effect(self, noise: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        """Signed effects ``(V, T, L, H)`` of masks that broadcast to ``(T, L, H, Q, K)``."""
+        return np.einsum("vtlhq,tlhq->vtlh", noise, (self.size * ~keep).sum(-1))
+
+    def measured(self, samplings: int, vectors: int, seed: int) -> MemoryStore:
+        of, rng = self.of, np.random.default_rng(seed)
+        windows = [window_keep(window, of.grid, of.blocks) for window in of.windows]
+        parts, tables = {}, {}
+        rank = (-self.size).reshape(*self.size.shape[:3], -1).argsort(-1).argsort(-1).reshape(self.size.shape)
+        for name in (f"s{index:02d}" for index in range(samplings)):
+            noise = self.noise(rng, vectors)
+            block = (noise[..., None] * self.size) ** 2
+            level = block.mean(0).sum((1, 2, 3, 4))
+            ladder = [self.effect(noise, rank < share * 400) for share in of.shares]
+            tables[name] = SamplingTables(
+                level,
+                block.mean(0).sum((-1, -2)).astype(np.float32),
+                np.stack([self.effect(noise, keep) for keep in windows], 3).astype(np.float32),
+                np.stack(ladder, 3).astype(np.float32),
+            )
+            for time, layer in np.ndindex(self.size.shape[:2]):
+                part = stats.contribution(of)
+                parts[name, time, layer] = replace(
+                    part,
+                    effect=(block[:, time, layer].mean(0) / level[time]).astype(np.float32),
+                    error=(self.size[time, layer] ** 2 * 3).astype(np.float32),
+                    row_effect=part.row_effect * 1e9,
+                    frame_effect=part.frame_effect * 1e9,
+                )
+        return MemoryStore(of, parts, tables)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("target", [15.0, 25.0, 35.0])
+def test_the_prediction_is_right_on_samplings_that_were_never_seen(seed: int, target: float) -> None:
+    world = World(seed)
+    job, _ = compile_store(world.measured(16, 8, seed), PASSES.replace("BUDGET", f"target-db={target}"))
+    keep = np.stack([unpack(unit.keep, 20) for unit in job.all]).reshape(world.size.shape)
+    rng = np.random.default_rng(seed + 100)
+    joint = [world.effect(world.noise(rng, 1000), keep).sum((1, 2, 3)) for _ in range(300)]
+    truth = np.mean([-10 * np.log10((each**2).mean()) for each in joint])
+    told = float(job.findings["select"]["predicted_snr"].split()[0])
+    assert abs(truth - told) < 2
+    assert told >= target
+    assert told < target + 0.5 or np.mean(keep) <= 0.051  # a block for each query block
+
+
 def test_a_second_select_spends_what_anchors_bring() -> None:
     found, accounts = compile_store(memory_store(stats.manifest()), PASSES.replace("BUDGET", "target-db=15"))
     assert accounts[4].blocks < accounts[2].blocks
@@ -170,7 +238,7 @@ def test_a_second_select_spends_what_anchors_bring() -> None:
 
 def test_a_target_that_cannot_be_reached_names_the_best() -> None:
     store = memory_store(stats.manifest(), samples=1)
-    with pytest.raises(PassError, match=r"target-db must have a prediction .* got 20.0: the prediction needs 2 samp"):
+    with pytest.raises(PassError, match=r"target-db must have a prediction .* got 20.0: it needs 2 samp"):
         compile_store(store, "select{target-db=20}")
     store = memory_store(stats.manifest())
     tables = {name: replace(each, window_effect=each.window_effect) for name, each in store.tables.items()}

@@ -93,7 +93,10 @@ def test_the_table_divides_by_the_level(tmp_path):
     np.testing.assert_allclose(table.time_level, np.sqrt(table.level[0] * table.level[1]))
     wanted = [(each.window_effect**2).mean(0) / each.level[:, None, None, None] for each in table.samplings]
     np.testing.assert_allclose(table.window_error, np.mean(wanted, 0), rtol=1e-5)
-    np.testing.assert_allclose(table.head_effect.sum((1, 2)), 1, rtol=1e-5)
+    np.testing.assert_allclose(table.head_effect.sum((2, 3)), table.level, rtol=1e-5)
+    assert [each.shape for each in (*table.window_effect, *table.ladder_effect)] == [(2, 2, 2, 2, 3)] * 2 + [
+        (2, 2, 2, 3, 3)
+    ] * 2
 
 
 def test_the_same_order_gives_the_same_bytes_and_another_nearly_the_same_values(tmp_path):

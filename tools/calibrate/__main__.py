@@ -143,7 +143,9 @@ def costs(calibrator: Calibrator, work: Work, forwards: int, steps: int, trial: 
     type=click.Choice([str(size) for size in BLOCK_SIZES if size <= 128]),
     help=f"Tokens of a block [128 on a GPU for more than {SMALL_TOKENS} tokens, else 64].",
 )
-@click.option("--counts", help="Also count the blocks that hold these shares of the mass, for the paper's own method.")
+@click.option(
+    "--thresholds", help="Also count the blocks that hold these shares of the mass: for the paper's own method."
+)
 @click.option(
     "--inputs-on-cpu/--inputs-on-device",
     default=None,
@@ -163,7 +165,7 @@ def main(
     every: int | None,
     vectors: int | None,
     block_size: str | None,
-    counts: str | None,
+    thresholds: str | None,
     inputs_on_cpu: bool | None,
     device: str,
     dry_run: bool,
@@ -192,9 +194,10 @@ def main(
         if images is not None:
             with_images(sampler, read_images(images, [prompt for prompt, _ in work]))
         sampler.check([prompt for prompt, _ in work])
-        thresholds = _numbers("--counts", counts)
         size = None if block_size is None else int(block_size)
-        manifest = make_manifest(sampler, block_size=size, times=times, every=every, thresholds=thresholds)
+        manifest = make_manifest(
+            sampler, block_size=size, times=times, every=every, thresholds=_numbers("--thresholds", thresholds)
+        )
         check_model(sampler.transformer)
         check_gradients(sampler.transformer, adapter_for(sampler.transformer))
         vectors = vectors or default_vectors(sampler.grid, device_of(sampler))

@@ -261,11 +261,11 @@ class Recording:
         own = [(each.model, each.model.__dict__.get("forward")) for each in self.calibrator.models]
         for each in self.calibrator.models:
             each.model.forward = partial(self._forward, each, each.model.forward)  # type: ignore[method-assign]
-        links = {id(model) for model, _ in own}
+        links = {model for model, _ in own}
 
         def leave(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            """Other networks, such as a VAE, compute without the graph of the sampling."""
-            traced = id(module) not in links and any(isinstance(x, Traced) for x in args)
+            """Networks that hold no transformer, such as a VAE, compute without the graph of the sampling."""
+            traced = any(isinstance(x, Traced) for x in args) and links.isdisjoint(module.modules())
             return tuple(map(plain, args)) if traced else None
 
         hook = nn.modules.module.register_module_forward_pre_hook(leave)
@@ -294,6 +294,10 @@ class Recording:
             moment = self.calibrator.moment(now)
         if moment is not None:
             self._moments.setdefault(moment, Moment()).left += 1
+        if not inputs and self.forwards and abs(now - self.forwards[0].time) > TIME_TOLERANCE:
+            raise ChainError(
+                f"forward {number} (time {now:.3f}) must depend on those before by differentiation, got no graph"
+            )
         versions = [x._version if isinstance(x, Tensor) else 0 for x in given.flat]
         forward = Forward(number, transformer, given, versions, now, moment)
         self.forwards.append(forward)

@@ -26,8 +26,8 @@ LEAST_KEPT = 1e-20
 """A mask that keeps less mass of a query than this keeps nothing of it."""
 ERROR_STRIDE = 8
 """Block errors are sums of squares, for which every 8th query is enough."""
-DIAGONAL_SHARE = 1e-10
-"""Of the mean of a diagonal, added to all of it."""
+DIAGONAL_SHARE = 1e-3
+"""Of the mean of a diagonal, added to all of it: rounding could make a metric negative where there is no gradient."""
 MOST_MASKS = 31
 """Masks that are measured together, a bit each."""
 
@@ -214,22 +214,21 @@ def copy_effects(call: AttentionCall, grid: TokenGrid, row_radius: int, frame_ra
     rows = torch.zeros(vectors, heads, grid.height, 2 * row_radius, dtype=torch.float64, device=call.q.device)
     frames = torch.zeros(vectors, heads, grid.frames, 2 * frame_radius, dtype=torch.float64, device=call.q.device)
     for some in _heads_at_once(call.out):
-        out = call.out[some, video].float().unflatten(1, (grid.frames, grid.height, grid.width))
-        for vector, grad in enumerate(call.grads):
-            g = grad[some, video].float().unflatten(1, (grid.frames, grid.height, grid.width)) / call.scale
-            for found, axis, radius in ((rows, 2, row_radius), (frames, 1, frame_radius)):
-                if not radius:
-                    continue
-                # <g[member], o[other]> of all pairs at once, summed over what a member spans in the other axis
-                a, b = (x.transpose(1, axis).flatten(3) for x in (g, out))
-                pairs = (a.transpose(1, 2) @ b.permute(0, 2, 3, 1)).double().sum(1)
-                own = pairs.diagonal(dim1=1, dim2=2)
-                for column, offset in enumerate((*range(-radius, 0), *range(1, radius + 1))):
-                    first, last = max(0, -offset), min(out.shape[axis], out.shape[axis] - offset)
-                    if first < last:
-                        found[vector, some, first:last, column] = (
-                            pairs.diagonal(offset, 1, 2)[:, : last - first] - own[:, first:last]
-                        )
+        out, *grads = (
+            x[some, video].float().unflatten(1, (grid.frames, grid.height, grid.width)) for x in (call.out, *call.grads)
+        )
+        for found, axis, radius in ((rows, 2, row_radius), (frames, 1, frame_radius)):
+            if not radius:
+                continue
+            # <g[member], o[other]> of all pairs at once, summed over what a member spans in the other axis
+            other = out.transpose(1, axis).flatten(3).permute(0, 2, 3, 1)
+            own = [g.transpose(1, axis).flatten(3).transpose(1, 2) for g in grads]
+            pairs = torch.stack([(g @ other).double().sum(1) for g in own]) / call.scale
+            kept = pairs.diagonal(dim1=2, dim2=3)
+            for column, offset in enumerate((*range(-radius, 0), *range(1, radius + 1))):
+                first, last = max(0, -offset), min(out.shape[axis], out.shape[axis] - offset)
+                if first < last:
+                    found[:, some, first:last, column] = pairs.diagonal(offset, 2, 3) - kept[..., first:last]
     return rows, frames
 
 
