@@ -19,12 +19,13 @@ from calibatt.tools.calibrate.pipeline import PipelineSampler
 TEXT_DIM = 16
 
 
-def transformer(seed: int) -> WanTransformer3DModel:
-    """Two layers of two heads of 16 channels, in which attention matters."""
+def transformer(seed: int, wide: bool = False) -> WanTransformer3DModel:
+    """Two layers of two heads of 16 channels, wide ones of 32, in which attention matters."""
     torch.manual_seed(seed)
+    channels = 32 if wide else 16
     model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16,
-        text_dim=TEXT_DIM, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=channels, in_channels=16, out_channels=16,
+        text_dim=TEXT_DIM, freq_dim=16, ffn_dim=2 * channels, num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -232,6 +232,22 @@ class Calibrator:
         )
 
 
+class _NoGradient(torch.autograd.Function):
+    """What a network that is no link made of latents: the name, how many tensors it made, these, and the latents."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise ChainError(
+            f"a final latent must come from the transformers of its sampler alone, got {ctx.name} on the way; a "
+            "further denoiser belongs into other_transformers of the sampler"
+        )
+
+
 class _EnoughError(Exception):
     """Ends a sampling of which enough has been seen."""
 
@@ -262,17 +278,31 @@ class Recording:
         for each in self.calibrator.models:
             each.model.forward = partial(self._forward, each, each.model.forward)  # type: ignore[method-assign]
         links = {model for model, _ in own}
+        left: dict[int, list[Tensor]] = {}
 
         def leave(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             """Networks that hold no transformer, such as a VAE, compute without the graph of the sampling."""
-            traced = any(isinstance(x, Traced) for x in args) and links.isdisjoint(module.modules())
-            return tuple(map(plain, args)) if traced else None
+            traced = [x for x in args if isinstance(x, Traced) and x.requires_grad]
+            if not traced or not links.isdisjoint(module.modules()):
+                return None
+            left[id(module)] = traced
+            return tuple(map(plain, args))
 
-        hook = nn.modules.module.register_module_forward_pre_hook(leave)
+        def come_back(module: nn.Module, args: Any, found: Any) -> Any:
+            """What they return has no gradient, and says so if one is asked for."""
+            if (traced := left.pop(id(module), None)) is None or not (made := floating(found)):
+                return None
+            with torch.enable_grad():
+                ends = _NoGradient.apply(type(module).__name__, len(made), *map(plain, made), *traced)
+                return replaced(found, [x.as_subclass(Traced) for x in ends])
+
+        hooks = nn.modules.module
+        handles = hooks.register_module_forward_pre_hook(leave), hooks.register_module_forward_hook(come_back)
         try:
             yield
         finally:
-            hook.remove()
+            for handle in handles:
+                handle.remove()
             for model, before in own:
                 if before is None:
                     del model.forward

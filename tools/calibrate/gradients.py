@@ -22,7 +22,7 @@ from calibatt.tools.calibrate.attention import attention
 from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, floating, replaced
 
 LARGE_BYTES = 1 << 20
-"""Tensors from this size on go to the CPU with the inputs of blocks; the rest is shared or small."""
+"""Inputs of blocks from this size on go to the CPU; the rest is small."""
 HALF_RANGE = 5, 6, 4
 """For fp16: gradients enter with a largest value of 2 ** 5; after an overflow 2 ** 6 less, so many times at most."""
 
@@ -97,7 +97,8 @@ class Transformer:
         for _ in range(HALF_RANGE[2]):
             scale = 2.0**exponent
             try:
-                found = self._pull(given, [[x * scale for x in some] for some in cotangents], scale, on_attention, done)
+                scaled = [[x * scale for x in some] for some in cotangents]
+                found = self._pull(given, scaled, scale, half, on_attention, done)
             except OverflowInHalf:
                 exponent -= HALF_RANGE[1]
                 continue
@@ -109,6 +110,7 @@ class Transformer:
         given: Given,
         cotangents: Cotangents,
         scale: float,
+        half: bool,
         on_attention: OnAttention | None,
         done: set[tuple[int, int]],
     ) -> Cotangents:
@@ -125,8 +127,10 @@ class Transformer:
             for layer, (q, k, v, out), total, grads in self._calls:
                 if on_attention is None:
                     continue
-                if scale != 1 and not all(bool(grad.isfinite().all()) for grad in grads):
-                    raise OverflowInHalf
+                if not all(bool(grad.isfinite().all()) for grad in grads):
+                    if half:
+                        raise OverflowInHalf
+                    raise ChainError(f"the gradient of self-attention {layer} must be finite, got NaN or infinity")
                 for sample in range(len(q)):
                     at = layer, sum(key[0] == layer for key in told)
                     told.append(at)
@@ -140,14 +144,14 @@ class Transformer:
 
         told: list[tuple[int, int]] = []
         with _frozen(self.model), self._blocks_as_links(chain, tell):
-            with torch.enable_grad():
+            with torch.enable_grad(), _keeping_weights():
                 out = floating(given.call(self.model, flat))
             found = chain.pull(
                 out, [[x.to(y.dtype) for x, y in zip(some, out, strict=True)] for some in cotangents], sources
             )
         if not chain.links:
             raise ChainError(f"a forward of {type(self.model).__name__} must run its blocks, got none")
-        if scale != 1 and not all(bool(x.isfinite().all()) for some in found for x in some):
+        if half and not all(bool(x.isfinite().all()) for some in found for x in some):
             raise OverflowInHalf
         return found if given.wanted else [[] for _ in cotangents]
 
@@ -198,11 +202,12 @@ class Transformer:
         with torch.no_grad():
             found = given.call(run)
         if self.inputs_on_cpu:
-            given = replace(given, flat=[_to_cpu(x) for x in given.flat])
+            own = set(given.wanted)  # the rest, such as rotations, is shared by all blocks
+            given = replace(given, flat=[_to_cpu(x) if index in own else x for index, x in enumerate(given.flat)])
         devices = [x.device for x in inputs]
 
         def pull(cotangents: Cotangents) -> Cotangents:
-            grads = _pull_block(block, run, given, devices, cotangents)
+            grads = _pull_block(block, name, run, given, devices, cotangents)
             tell()
             return grads
 
@@ -211,6 +216,7 @@ class Transformer:
 
 def _pull_block(
     block: nn.Module,
+    name: str,
     run: Callable[..., Any],
     given: Given,
     devices: Sequence[torch.device],
@@ -221,14 +227,12 @@ def _pull_block(
     for index in given.wanted:
         flat[index] = flat[index].detach().requires_grad_()
     wanted = [flat[index] for index in given.wanted]
-    # Offloading gives a parameter other data once a forward is over: what the backward needs is this data.
-    keeping = torch.autograd.graph.saved_tensors_hooks(
-        lambda x: x.detach() if isinstance(x, nn.Parameter) else x, lambda x: x
-    )
-    with _at_hand(block):
-        with torch.enable_grad(), keeping:
+    with at_hand(block):
+        with torch.enable_grad(), _keeping_weights():
             found = floating(given.call(run, flat))
         live = [index for index, x in enumerate(found) if x.requires_grad]
+        if not live:
+            raise ChainError(f"{name} must depend on its inputs by differentiation, got outputs without gradient")
         grads = []
         for vector, some in enumerate(cotangents):
             last = vector + 1 == len(cotangents)
@@ -244,6 +248,13 @@ def _pull_block(
     return [
         [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, some, strict=True)] for some in grads
     ]
+
+
+def _keeping_weights() -> torch.autograd.graph.saved_tensors_hooks:
+    """What the backward needs of a parameter is the data that it has now: offloading gives it other data afterwards."""
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x.detach() if isinstance(x, nn.Parameter) else x, lambda x: x
+    )
 
 
 def _moved(x: Tensor) -> bool:
@@ -269,18 +280,18 @@ def _hidden_states(model: nn.Module, given: Given) -> int:
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No weight of the model needs a gradient while the context lasts."""
-    needed = [p for p in model.parameters() if p.requires_grad]
-    for p in needed:
-        p.requires_grad_(False)
+    needed = [name for name, p in model.named_parameters() if p.requires_grad]
+    for name in needed:
+        model.get_parameter(name).requires_grad_(False)
     try:
         yield
     finally:
-        for p in needed:
-            p.requires_grad_(True)
+        for name in needed:  # offloading may have put another object there
+            model.get_parameter(name).requires_grad_(True)
 
 
 @contextmanager
-def _at_hand(block: nn.Module) -> Iterator[None]:
+def at_hand(block: nn.Module) -> Iterator[None]:
     """The groups of a block that diffusers' group offloading has put away are on the device while the context lasts.
 
     Hooks expect forwards in the model's order: a block in the midst of a group would not load it, and a block that
