@@ -75,7 +75,8 @@ def test_a_denoiser_that_the_sampler_does_not_name_is_refused(tmp_path: Path, mo
     """Where the final latent came through it, forwards before it would have a wrong gradient; after it they have not."""
     monkeypatch.setattr(PipelineSampler, "other_transformers", ())
     first, second = (
-        adjoint.small_wan(wan.pipeline(experts=2), steps=8, transformer=name) for name in ("transformer", "transformer_2")
+        adjoint.small_wan(wan.pipeline(experts=2), steps=8, transformer=name)
+        for name in ("transformer", "transformer_2")
     )
     with pytest.raises(ChainError, match=r"from the transformers of its sampler alone, got .* on the way; a further"):
         adjoint.calibrated(first, tmp_path / "first")

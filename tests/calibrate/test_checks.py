@@ -58,7 +58,10 @@ def test_an_attached_plan_is_refused():
     rng = np.random.default_rng(0)
     schedules = tuple(random_schedule(rng, grid, Blocks(16, 16), signature.heads, 0.5) for _ in range(signature.layers))
     plan = Plan(PlanFile(signature, grid, Blocks(16, 16), (Segment(0.0, 1.0, 0.5),), (schedules,)))
-    with plan.attach(model), pytest.raises(CheckError, match=r"without a plan, got one attached to blocks\.0\.attn1, bl"):
+    with (
+        plan.attach(model),
+        pytest.raises(CheckError, match=r"without a plan, got one attached to blocks\.0\.attn1, bl"),
+    ):
         check_model(model)
     check_model(model)
 

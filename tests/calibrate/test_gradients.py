@@ -168,7 +168,9 @@ def test_a_model_whose_blocks_do_not_run_is_refused(small: Any):
 def test_a_block_without_a_gradient_is_named(small: Any):
     model = wan.transformer(1)
     model.blocks[1].forward = lambda hidden_states, *_: torch.ones_like(hidden_states)
-    with pytest.raises(ChainError, match=r"blocks\.1 must depend on its inputs by differentiation, got outputs without"):
+    with pytest.raises(
+        ChainError, match=r"blocks\.1 must depend on its inputs by differentiation, got outputs without"
+    ):
         by_block(model, *small[:2])
     model.forward = partial(severed, model.forward)
     with pytest.raises(ChainError, match=r"what comes after blocks\.1 must depend on it by differentiation"):
@@ -355,7 +357,9 @@ def test_an_overflow_in_half_precision_is_scaled_away(small: Any, monkeypatch: p
     assert [call.layer for call in calls] == [1, 0]
     assert all(call.scale < 2.0**15 and torch.stack(call.grads).isfinite().all() for call in calls)
     monkeypatch.setattr(gradients, "HALF_RANGE", (60, 6, 4))
-    with pytest.raises(ChainError, match=r"gradients in fp16 must be finite, got an overflow at a scale of 2\^\d+; use"):
+    with pytest.raises(
+        ChainError, match=r"gradients in fp16 must be finite, got an overflow at a scale of 2\^\d+; use"
+    ):
         by_block(model, halves, drawn)
 
 

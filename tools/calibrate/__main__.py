@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -10,7 +11,7 @@ import click
 import torch
 from rich.console import Console
 
-from calibatt.compiler.stats import Store, StoreError, StoreWriter
+from calibatt.compiler.stats import Manifest, Store, StoreError, StoreWriter
 from calibatt.plans import BLOCK_SIZES, PlanError
 from calibatt.runtime.adapters import UnknownModelError, adapter_for
 from calibatt.tools.calibrate import estimate
@@ -66,16 +67,16 @@ Exit codes: 0 all is measured; 1 stopped, run it again to continue; 2 the call, 
 """
 
 
-def open_store(path: Path, manifest: object, ranks: Ranks) -> StoreWriter:
+def open_store(path: Path, manifest: Manifest, ranks: Ranks) -> StoreWriter:
     """The one store that all ranks write, each its own samplings.
 
     Raises:
         StoreError: It cannot be continued with this manifest, or another job has it open.
         RankLostError: A rank has failed.
     """
-    writer = StoreWriter.open(path, manifest) if ranks.is_first else None  # type: ignore[arg-type]
+    writer = StoreWriter.open(path, manifest) if ranks.is_first else None
     ranks.wait()
-    return writer or StoreWriter.join(path, manifest)  # type: ignore[arg-type]
+    return writer or StoreWriter.join(path, manifest)
 
 
 def outstanding(writer: StoreWriter, work: Work, ranks: Ranks, console: Console) -> Work:
@@ -102,7 +103,7 @@ def costs(calibrator: Calibrator, work: Work, forwards: int, steps: int, trial: 
     samplings = len(work)
     model, grid, device = manifest.model, manifest.grid, device_of(sampler)
     latent = grid.tokens * 256  # patches of 1 x 2 x 2 with 16 channels in float32
-    disk = estimate.disk_bytes(manifest, forwards, calibrator.vectors, latent)
+    disk = estimate.disk_bytes(manifest, samplings, forwards, calibrator.vectors, latent)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rows = [
         ("model", f"{model.architecture}, {model.layers} layers x {model.heads} heads x {model.head_dim}"),
@@ -122,6 +123,7 @@ def costs(calibrator: Calibrator, work: Work, forwards: int, steps: int, trial: 
         if trial.peak_bytes:
             kept = "the CPU" if calibrator.transformer.inputs_on_cpu else "the device"
             rows.append(("device memory", f"{trial.peak_bytes / estimate.GB:.1f} GB, inputs of blocks on {kept}"))
+    rows.append(("to get cheaper", "fewer --samples, --steps or --times; --help says what that costs"))
     return estimate.table(rows)
 
 
@@ -202,7 +204,11 @@ def main(
         check_gradients(sampler.transformer, adapter_for(sampler.transformer))
         vectors = vectors or default_vectors(sampler.grid, device_of(sampler))
         begun = time.perf_counter()
-        with ranks, open_store(output, manifest, ranks) as writer:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            ranks,
+            open_store(Path(scratch) if dry_run else output, manifest, ranks) as writer,
+        ):
             todo = outstanding(writer, work, ranks, console)
             calibrator = Calibrator(sampler, writer, vectors=vectors)
             forwards = _forwards(sampler)

@@ -48,14 +48,15 @@ class Trial:
         return samplings * forwards * (self.forward_seconds + self.pull_seconds) / 3600
 
 
-def disk_bytes(manifest: Manifest, forwards: int, vectors: int, latent_bytes: int) -> Disk:
-    """Bytes on disk.
+def disk_bytes(manifest: Manifest, samplings: int, forwards: int, vectors: int, latent_bytes: int) -> Disk:
+    """Bytes on disk, but for the headers of files.
 
     Args:
         manifest: What is measured.
-        forwards: Of a sampling.
-        vectors: For each sampling.
-        latent_bytes: Of one output of a forward; gradients of its input are float32 of twice as much.
+        samplings: How many.
+        forwards: Of each.
+        vectors: Of each.
+        latent_bytes: Of one output of a forward, and of a gradient of its input.
     """
     model = manifest.model
     units = len(manifest.times) * model.layers
@@ -67,10 +68,11 @@ def disk_bytes(manifest: Manifest, forwards: int, vectors: int, latent_bytes: in
         * 2
         * (manifest.grid.height * manifest.row_radius + manifest.grid.frames * manifest.frame_radius)
     )
-    journal = forwards * latent_bytes * (1 + 2 * vectors)
-    return Disk(
-        units * (CLOSED_BYTES * blocks + counts + copies), units * (OPEN_BYTES * blocks + counts + copies) + journal
-    )
+    masks = len(manifest.windows) + len(manifest.shares)
+    tables = samplings * units * model.heads * 4 * (vectors * masks + 1)
+    journal = forwards * latent_bytes * (1 + vectors)
+    closed, opened = (units * (size * blocks + counts + copies) for size in (CLOSED_BYTES, OPEN_BYTES))
+    return Disk(closed + tables, opened + tables + journal)
 
 
 def wants_cpu(calibrator: Calibrator) -> bool:
