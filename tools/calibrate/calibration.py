@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calibatt.compiler.stats import Contribution, Manifest, SamplingTables, StoreWriter, window_keep
+from calibatt.compiler.stats import Contribution, Manifest, SampleExists, SamplingTables, StoreWriter, window_keep
 from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.tools.calibrate import effects
 from calibatt.tools.calibrate.attention import kernel_name
@@ -56,6 +56,7 @@ class Forward:
         versions: How often each had been changed in place; a later change would be one of what is differentiated.
         time: Denoising time.
         moment: Index of the manifest's time at which it is measured; None where it is not.
+        autocast: Device type, dtype, and whether it ran under `torch.autocast`.
     """
 
     number: int
@@ -64,6 +65,7 @@ class Forward:
     versions: list[int]
     time: float
     moment: int | None
+    autocast: tuple[str, torch.dtype, bool]
 
 
 @dataclass(eq=False)
@@ -85,9 +87,9 @@ class LayerSums:
 
 @dataclass(eq=False)
 class Moment:
-    """All that is measured at one time: its forwards that are still to come, and the sums of its layers."""
+    """All that is measured at one time: numbers of its forwards, gradients of those done, sums of its layers."""
 
-    left: int = 0
+    numbers: list[int] = field(default_factory=list)
     pulled: dict[int, Cotangents] = field(default_factory=dict)
     layers: dict[int, LayerSums] = field(default_factory=dict)
 
@@ -128,11 +130,9 @@ class Calibrator:
             raise CalibrationError(f"the manifest must be of {signature}, got {self.manifest.model}")
         if sampler.grid != self.manifest.grid:
             raise CalibrationError(f"the manifest must be of {sampler.grid}, got {self.manifest.grid}")
-        device = next(sampler.transformer.parameters()).device
         self._windows = [
             window_keep(window, self.manifest.grid, self.manifest.blocks) for window in self.manifest.windows
         ]
-        self._device = torch.device("cpu") if device.type == "meta" else device
 
     def calibrate(self, prompt: str, seed: int, **meta: Any) -> Tensor:
         """Measures one prompt, or goes on with one that was interrupted.
@@ -164,7 +164,11 @@ class Calibrator:
             StoreError: The store cannot take it.
         """
         name = sampling_name(prompt, seed)
-        recording = Recording(self, Journal(self.writer.progress_folder(name)))
+        if name in self.writer.done():
+            raise SampleExists(f"sampling {name!r} must be measured once, got it again for {self.writer.path}")
+        journal = Journal(self.writer.progress_folder(name))
+        journal.begin({"vectors": self.vectors})
+        recording = Recording(self, journal)
         begun = time.perf_counter()
         with recording.listening():
             yield recording
@@ -323,21 +327,26 @@ class Recording:
                 raise CalibrationError(f"a forward must have {self.calibrator.manifest.grid}, got {found}")
             moment = self.calibrator.moment(now)
         if moment is not None:
-            self._moments.setdefault(moment, Moment()).left += 1
+            self._moments.setdefault(moment, Moment()).numbers.append(number)
         if not inputs and self.forwards and abs(now - self.forwards[0].time) > TIME_TOLERANCE:
             raise ChainError(
                 f"forward {number} (time {now:.3f}) must depend on those before by differentiation, got no graph"
             )
         versions = [x._version if isinstance(x, Tensor) else 0 for x in given.flat]
-        forward = Forward(number, transformer, given, versions, now, moment)
+        device = next(iter(floating(given.flat))).device
+        autocast = device.type, torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+        forward = Forward(number, transformer, given, versions, now, moment, autocast)
         self.forwards.append(forward)
-        found = self.journal.output(number)
+        marks = [now, *(float(x.double().norm()) for x in floating(given.flat))]
+        found = self.journal.output(number, marks)
         if found is None:
             begun = self._now()
             with torch.no_grad():
                 found = given.call(run)
             self._seconds = self._now() - begun
-            self.journal.keep_output(number, found)
+            self.journal.keep_output(number, marks, found)
+        else:
+            found = tuple(x.to(device) for x in found)
         self.calibrator.progress(1.0)
         tensors = [x.detach() for x in floating(found)]
         leaves = self._chain.add(f"forward {number} (time {now:.3f})", inputs, tensors, partial(self._pull, forward))
@@ -403,31 +412,28 @@ class Recording:
         return time.perf_counter()
 
     def _pull(self, forward: Forward, cotangents: Cotangents) -> Cotangents:
-        moment = None if forward.moment is None else self._moments[forward.moment]
-        found = self.journal.gradients(forward.number)
-        device = next(iter(floating(forward.given.flat))).device
-        if found is not None:
-            found = [[x.to(device) for x in some] for some in found]
-        else:
-            now = [x._version if isinstance(x, Tensor) else 0 for x in forward.given.flat]
-            if now != forward.versions:
-                raise ChainError(
-                    f"arguments of forward {forward.number} must stay as they are until it has been differentiated, "
-                    "got one that was changed in place"
-                )
-            collect = None if moment is None else partial(self.collect, forward, moment)
-            found = forward.transformer.pull(forward.given, cotangents, collect)
-            if moment is None:
-                self.journal.keep_gradients({forward.number: found})
+        moment = Moment([forward.number]) if forward.moment is None else self._moments[forward.moment]
         self.calibrator.progress(BACKWARD_COST)
-        if moment is not None:
-            moment.left -= 1
-            moment.pulled[forward.number] = found
-            if not moment.left:
-                if moment.layers:
-                    self._finish(forward.moment, moment)
-                    self.journal.keep_gradients(moment.pulled)
-                self._moments[forward.moment] = Moment()
+        # Of a time, gradients are kept one forward after the other: they count when all are there.
+        if all(map(self.journal.has_gradients, moment.numbers)):
+            device = next(iter(floating(forward.given.flat))).device
+            return [[x.to(device) for x in some] for some in self.journal.gradients(forward.number)]
+        now = [x._version if isinstance(x, Tensor) else 0 for x in forward.given.flat]
+        if now != forward.versions:
+            raise ChainError(
+                f"arguments of forward {forward.number} must stay as they are until it has been differentiated, "
+                "got one that was changed in place"
+            )
+        collect = None if forward.moment is None else partial(self.collect, forward, moment)
+        kind, dtype, enabled = forward.autocast
+        with torch.autocast(kind, dtype) if enabled else nullcontext():
+            found = forward.transformer.pull(forward.given, cotangents, collect)
+        moment.pulled[forward.number] = found
+        if len(moment.pulled) == len(moment.numbers):
+            if forward.moment is not None and moment.layers:
+                self._finish(forward.moment, moment)
+            self.journal.keep_gradients(moment.pulled)
+            moment.pulled, moment.layers = {}, {}
         return found
 
     def collect(self, forward: Forward, moment: Moment, call: AttentionCall) -> None:
@@ -476,23 +482,30 @@ class Recording:
             raise CalibrationError(
                 f"effects at time {manifest.times[index]:.3f} must be finite and not zero, got a sum of {level}"
             )
+        if index not in self._tables:
+            # Before units hold this sampling: the ladder was made by those before it, and could not be made again.
+            self._tables[index] = self._table(moment, level, heads)
+            self.journal.keep_table(index, self._tables[index])
+        for layer in layers:
+            self.calibrator.writer.add(index, layer, self._name, self._contribution(moment.layers[layer], level))
+
+    def _table(self, moment: Moment, level: float, heads: np.ndarray) -> dict[str, np.ndarray]:
+        """What is kept of one time of this sampling alone."""
+        manifest = self.calibrator.manifest
         windows = len(manifest.windows)
         window, rungs = [], []
-        for layer in layers:
+        for layer in range(manifest.model.layers):
             sums = moment.layers[layer]
             masks = sums.masks.float().cpu().numpy()
             window.append(masks[:, :windows])
             none = np.full((len(masks), len(manifest.shares), manifest.model.heads), np.nan, np.float32)
             rungs.append(masks[:, windows:] if sums.has_ladder else none)
-            self.calibrator.writer.add(index, layer, self._name, self._contribution(sums, level))
-        table = {
+        return {
             "level": np.array(level),
             "head_effect": heads,
             "window_effect": np.stack(window, 1),
             "ladder_effect": np.stack(rungs, 1),
         }
-        self._tables[index] = table
-        self.journal.keep_table(index, table)
 
     def _contribution(self, sums: LayerSums, level: float) -> Contribution:
         manifest = self.calibrator.manifest

@@ -36,7 +36,11 @@ class Traced(Tensor):
         if func in (Tensor.numpy, Tensor.__array__):
             args = (args[0].detach(), *args[1:])
         with torch.enable_grad():
-            return super().__torch_function__(func, types, args, kwargs or {})
+            found = super().__torch_function__(func, types, args, kwargs or {})
+        # An ordinary tensor into which a traced one was written: its arithmetic is to be recorded from here on.
+        if args and type(args[0]) is Tensor and args[0].requires_grad and not args[0].is_leaf:
+            args[0].__class__ = cls
+        return found
 
 
 def plain(x: Any) -> Any:
@@ -66,7 +70,10 @@ class Given:
         inputs = [flat[index] for index in wanted]
         for index in wanted:
             flat[index] = flat[index].detach()
-        return cls([plain(x) for x in flat], structure, wanted), inputs
+        flat = [plain(x) for x in flat]
+        # Tensors of torch.inference_mode, such as embeddings of a prompt, can be no part of a graph; their copies can.
+        flat = [x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in flat]
+        return cls(flat, structure, wanted), inputs
 
     def call(self, run: Callable[..., Any], flat: list[Any] | None = None) -> Any:
         """Calls a function with these arguments, or with others in their places."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibatt.tools.calibrate.chain import Cotangents
+
+
+SAME = 2e-5
+"""Relative difference of sizes up to which arguments of a forward count as those that it had: its result is used again."""
+
+
+class JournalError(ValueError):
+    """A sampling is continued in another way than it was begun."""
 
 
 class Journal:
@@ -31,21 +39,51 @@ class Journal:
         self.seconds: float = json.loads(clock.read_text("utf-8")) if clock is not None and clock.exists() else 0.0
         """What earlier runs of this sampling took."""
 
-    def output(self, number: int) -> tuple[Tensor, ...] | None:
-        """What a forward returned, if it is here."""
+    def begin(self, facts: Mapping[str, int]) -> None:
+        """Proves that a sampling is continued as it was begun.
+
+        Raises:
+            JournalError: It was begun with other facts.
+        """
+        path = None if self.folder is None else self.folder / "begun.json"
+        if path is not None and path.exists() and (known := json.loads(path.read_text("utf-8"))) != dict(facts):
+            raise JournalError(f"{self.folder} must be continued with {known}, got {dict(facts)}; remove it to begin anew")
+        self._write("begun.json", json.dumps(dict(facts)).encode())
+
+    def output(self, number: int, marks: Sequence[float]) -> tuple[Tensor, ...] | None:
+        """What a forward returned, if it is here.
+
+        Args:
+            number: Of the forward.
+            marks: Time and sizes of its arguments.
+
+        Raises:
+            JournalError: It had other arguments.
+        """
         found = self._load(f"forward{number:04d}.out")
-        return None if found is None else tuple(found[str(index)] for index in range(len(found)))
-
-    def keep_output(self, number: int, found: Any) -> None:
-        """Keeps what a forward returned; only a plain tuple of tensors can be given back as it was."""
-        if type(found) is tuple and all(isinstance(x, Tensor) for x in found):
-            self._save(f"forward{number:04d}.out", {str(index): x for index, x in enumerate(found)})
-
-    def gradients(self, number: int) -> Cotangents | None:
-        """Gradients of a forward's inputs, if they are here."""
-        found = self._load(f"forward{number:04d}.grad")
         if found is None:
             return None
+        known = found.pop("marks").tolist()
+        if len(known) != len(marks) or not np.allclose(known, marks, rtol=SAME, atol=0):
+            raise JournalError(
+                f"forward {number} must be given what it was when {self.folder} was begun (prompts, guidance, "
+                "scheduler), got arguments of another size or time; remove the folder to begin anew"
+            )
+        return tuple(found[str(index)] for index in range(len(found)))
+
+    def keep_output(self, number: int, marks: Sequence[float], found: Any) -> None:
+        """Keeps what a forward returned; only a plain tuple of tensors can be given back as it was."""
+        if type(found) is tuple and all(isinstance(x, Tensor) for x in found):
+            tensors = {str(index): x for index, x in enumerate(found)}
+            self._save(f"forward{number:04d}.out", {**tensors, "marks": torch.tensor(marks, dtype=torch.float64)})
+
+    def has_gradients(self, number: int) -> bool:
+        return self.folder is not None and (self.folder / f"forward{number:04d}.grad").exists()
+
+    def gradients(self, number: int) -> Cotangents:
+        """Gradients of a forward's inputs, which are here."""
+        found = self._load(f"forward{number:04d}.grad")
+        assert found is not None
         vectors = int(found.pop("vectors"))
         inputs = len(found) // vectors
         return [[found[f"{vector}.{index}"] for index in range(inputs)] for vector in range(vectors)]

@@ -1,0 +1,346 @@
+"""Samplings into a store: what is refused, what an interruption loses, and that going on gives the same store."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import adjoint, wan
+
+from calibatt.compiler.stats import SampleExists, Store, StoreWriter
+from calibatt.tools.calibrate import effects
+from calibatt.tools.calibrate.calibration import CalibrationError, Calibrator, Recording, sampling_name
+from calibatt.tools.calibrate.chain import ChainError
+from calibatt.tools.calibrate.gradients import Transformer
+from calibatt.tools.calibrate.journal import Journal, JournalError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORK = (("a boat", 1), ("a cat", 2))
+FORWARDS, TIMES, LAYERS = 6, 3, 2
+
+
+def guided(**options: Any) -> Any:
+    """Three steps of two forwards each."""
+    return adjoint.small_wan(guidance_scale=5.0, **options)
+
+
+def measure(folder: Path, sampler: Any = None, vectors: int = 2, **options: Any) -> Store:
+    """What the command does: all prompts that are not done."""
+    sampler = sampler or guided()
+    with StoreWriter.open(folder, adjoint.manifest_of(sampler, **options)) as writer:
+        calibrator = Calibrator(sampler, writer, vectors=vectors)
+        for prompt, seed in WORK:
+            if sampling_name(prompt, seed) not in writer.done():
+                calibrator.calibrate(prompt, seed, steps=3)
+    return Store.open(folder)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return measure(tmp_path_factory.mktemp("reference"))
+
+
+def assert_same(found: Store, expected: Store) -> None:
+    """The same to rounding, with nothing left of what was in progress."""
+    assert found.samplings == expected.samplings
+    assert not found.unfinished
+    for ours, theirs in zip(found.table().samplings, expected.table().samplings, strict=True):
+        for name in ("level", "head_effect", "window_effect", "ladder_effect"):
+            a, b = getattr(ours, name), getattr(theirs, name)
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(np.nan_to_num(b)).max(), err_msg=name)
+    for place in itertools.product(range(TIMES), range(LAYERS)):
+        ours, theirs = found.unit(*place), expected.unit(*place)
+        assert sorted(ours.samplings) == sorted(theirs.samplings)
+        for name in ("effect_values", "error_values"):
+            a, b = getattr(ours, name)(), getattr(theirs, name)()
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6 * b.max(), err_msg=name)
+        np.testing.assert_allclose(ours.row_effect, theirs.row_effect, rtol=1e-5)
+        np.testing.assert_allclose(ours.frame_effect, theirs.frame_effect, rtol=1e-5)
+
+
+def test_the_second_sampling_has_a_ladder(reference: Store):
+    first, second = (adjoint.tables_of(reference, *each) for each in WORK)
+    assert np.isnan(first.ladder_effect).all()
+    assert not first.has_ladder
+    assert np.isfinite(second.ladder_effect).all()
+    assert second.has_ladder
+    assert second.ladder_effect.shape == (2, TIMES, LAYERS, 5, 2)
+    small, large = (np.square(second.ladder_effect[:, :, :, rung]).mean() for rung in (0, -1))
+    assert small > large > 0
+
+
+def test_what_is_kept_of_a_sampling(reference: Store):
+    for prompt, seed in WORK:
+        meta = reference.meta[sampling_name(prompt, seed)]
+        assert meta.pop("seconds") > 0
+        assert meta == {"prompt": prompt, "seed": seed, "vectors": 2, "forwards": FORWARDS, "steps": 3}
+        tables = adjoint.tables_of(reference, prompt, seed)
+        np.testing.assert_allclose(tables.level, tables.head_effect.sum((1, 2)), rtol=1e-5)
+
+
+def test_sampling_is_not_changed(tmp_path: Path):
+    sampler = guided()
+    with StoreWriter.open(tmp_path, adjoint.manifest_of(sampler)) as writer:
+        found = Calibrator(sampler, writer).calibrate(*WORK[0])
+    assert type(found) is torch.Tensor
+    assert not found.requires_grad
+    assert torch.equal(found, sampler.run(*WORK[0]))
+    assert "forward" not in vars(sampler.transformer)
+
+
+class StoppedError(Exception):
+    """As if the job had been ended here."""
+
+
+class Faults:
+    """Counts what a calibration does, and stops it once before or after something."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: Counter[str] = Counter()
+        self.stop: tuple[str, int] | None = None
+        for kind, owner, name in (
+            ("pull", Transformer, "pull"), ("call", Recording, "collect"), ("add", StoreWriter, "add"),
+            ("save", Journal, "_save"), ("finish", StoreWriter, "finish"), ("drop", StoreWriter, "drop_progress"),
+        ):  # fmt: skip
+            monkeypatch.setattr(owner, name, self.counted(kind, getattr(owner, name)))
+
+    def counted(self, kind: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if self.stop == (kind, self.done[kind]):
+                self.stop = None
+                raise StoppedError
+            found = run(*args, **kwargs)
+            self.done[kind] += 1
+            return found
+
+        return called
+
+    def sampler(self) -> Any:
+        """Counts forwards of the sampling itself, not those that are differentiated."""
+        sampler = guided()
+        run = sampler.transformer.forward
+        counted = self.counted("forward", run)
+        sampler.transformer.forward = lambda *args, **kwargs: (run if torch.is_grad_enabled() else counted)(
+            *args, **kwargs
+        )
+        return sampler
+
+
+STOPS = {
+    "forward": (0, 3, 5), "pull": (0, 1, 3, 5), "call": (1, 6, 11), "add": range(6), "save": range(FORWARDS, 15, 1),
+    "finish": (0,), "drop": (0,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STOPS)
+def test_an_interrupted_sampling_is_continued(
+    kind: str, reference: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The second sampling is stopped at many places. No forward and no time that was finished is computed again, and
+    the store is the one of a run without interruption.
+    """
+    faults = Faults(monkeypatch)
+    for number in STOPS[kind]:
+        folder = tmp_path / str(number)
+        with StoreWriter.open(folder, adjoint.manifest_of(guided())) as writer:
+            Calibrator(guided(), writer, vectors=2).calibrate(*WORK[0], steps=3)
+        faults.done.clear()
+        faults.stop = kind, number
+        with pytest.raises(StoppedError):
+            measure(folder, faults.sampler())
+        times_done = len(list(folder.glob("progress/*/time*.table")))
+        before = Counter(faults.done)
+        assert_same(measure(folder, faults.sampler()), reference)
+        assert faults.done["forward"] == FORWARDS
+        repeated = faults.done["pull"] - FORWARDS
+        assert 0 <= repeated <= 2, (number, faults.done)
+        assert kind != "save" or faults.done["pull"] - before["pull"] <= FORWARDS - 2 * max(0, times_done - 1)
+
+
+def test_a_finished_sampling_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    measure(tmp_path)
+    faults = Faults(monkeypatch)
+    sampler = faults.sampler()
+    with StoreWriter.open(tmp_path, adjoint.manifest_of(sampler)) as writer:
+        with pytest.raises(SampleExists, match=r"must be measured once, got it again for"):
+            Calibrator(sampler, writer).calibrate(*WORK[0])
+    assert not faults.done
+
+
+def stopped(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, number: int) -> None:
+    with monkeypatch.context() as context:
+        faults = Faults(context)
+        faults.stop = kind, number
+        with pytest.raises(StoppedError):
+            measure(folder, faults.sampler())
+
+
+def test_a_sampling_is_continued_as_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stopped(tmp_path / "vectors", monkeypatch, "pull", 3)
+    with pytest.raises(JournalError, match=r"continued with \{'vectors': 2\}, got \{'vectors': 3\}; remove it to begin"):
+        measure(tmp_path / "vectors", vectors=3)
+    stopped(tmp_path / "guidance", monkeypatch, "forward", 5)
+    weaker = adjoint.small_wan(guidance_scale=4.0)
+    with pytest.raises(JournalError, match=r"forward 2 must be given what it was when .* \(prompts, guidance, sched"):
+        measure(tmp_path / "guidance", weaker)
+    without = adjoint.small_wan(guidance_scale=1.0)
+    with pytest.raises(JournalError, match=r"forward 1 must be given what it was"):
+        measure(tmp_path / "guidance", without)
+
+
+def test_a_users_own_pipeline_call_is_recorded(reference: Store, tmp_path: Path):
+    sampler = guided()
+    pipe = sampler.pipe
+    with StoreWriter.open(tmp_path, adjoint.manifest_of(sampler)) as writer:
+        calibrator = Calibrator(sampler, writer, vectors=2)
+        for prompt, seed in WORK:
+            with calibrator.recording(prompt, seed, steps=3) as recording:
+                latents = pipe(
+                    **wan.embedded(prompt), height=64, width=96, num_frames=9, num_inference_steps=3,
+                    guidance_scale=5.0, generator=torch.Generator().manual_seed(seed), output_type="latent",
+                ).frames  # fmt: skip
+                recording.final = latents * 1.0  # arithmetic of the user's own
+    assert_same(Store.open(tmp_path), reference)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_a_sampling_under_autocast_is_differentiated_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    dtypes: set[torch.dtype] = set()
+    collect = Recording.collect
+    monkeypatch.setattr(Recording, "collect", lambda *args: dtypes.add(args[3].q.dtype) or collect(*args))
+    sampler = guided()
+    run = sampler.run
+
+    def casting(prompt: str, seed: int) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(prompt, seed)
+
+    sampler.run = casting
+    measure(tmp_path, sampler)
+    assert dtypes == {torch.bfloat16}
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_embeddings_made_under_inference_mode_can_be_used(reference: Store, tmp_path: Path):
+    sampler = guided()
+
+    def embedded(prompt: str) -> dict[str, torch.Tensor]:
+        with torch.inference_mode():
+            return {name: x.clone() for name, x in wan.embedded(prompt).items()}
+
+    sampler._prompt_arguments = embedded
+    assert_same(measure(tmp_path, sampler), reference)
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path):
+    sampler = guided()
+    manifest = adjoint.manifest_of(sampler)
+    run = sampler.run
+
+    def refused(error: type[Exception], match: str, change: Callable[[], torch.Tensor]) -> None:
+        sampler.run = lambda prompt, seed: change()
+        with StoreWriter.open(tmp_path, manifest) as writer, pytest.raises(error, match=match):
+            Calibrator(sampler, writer).calibrate("a dog", 1)
+        assert "forward" not in vars(sampler.transformer)
+
+    refused(ChainError, "the final latent must depend on the transformer's outputs", lambda: run("a", 1).detach())
+    refused(CalibrationError, "must have a forward at every recorded time, got none at", lambda: torch.zeros(3))
+    refused(CalibrationError, "must give its final latent, got none", lambda: None)
+    with torch.inference_mode():
+        refused(ChainError, "must run without torch.inference_mode", lambda: run("b", 1))
+    large = adjoint.small_wan(guidance_scale=5.0, height=128)
+    other = large.run
+    large.transformer.forward = sampler.transformer.forward
+    sampler.transformer, kept = large.transformer, sampler.transformer
+    del large.transformer.forward
+    refused(CalibrationError, "a forward must have TokenGrid.*, got TokenGrid", lambda: other("c", 1))
+    sampler.transformer = kept
+    with StoreWriter.open(tmp_path, manifest) as writer:
+        with pytest.raises(CalibrationError, match=r"the manifest must be of TokenGrid.*height=8.*, got TokenGrid"):
+            Calibrator(large, writer)
+
+
+def test_an_argument_that_is_changed_in_place_is_refused(tmp_path: Path):
+    """The pipeline may change what it gets from a forward, but not what it gave to one."""
+    sampler = guided()
+    step = sampler.pipe.scheduler.step
+
+    def doubled(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **options: Any) -> Any:
+        model_output *= 1.0
+        found = step(model_output, timestep, sample, **options)
+        sample.mul_(1.0)
+        return found
+
+    sampler.pipe.scheduler.step = doubled
+    with StoreWriter.open(tmp_path, adjoint.manifest_of(sampler)) as writer:
+        with pytest.raises(ChainError, match=r"arguments of forward 5 must stay as they are .*, got one that was changed"):
+            Calibrator(sampler, writer).calibrate("a boat", 1)
+
+
+def test_counts_of_the_papers_method(tmp_path: Path):
+    """Votes of every call, both branches of guidance; differences of rows and frames."""
+    sampler = adjoint.small_wan(guidance_scale=5.0)
+    thresholds = (0.5, 0.9)
+    seen: list[Any] = []
+    collect = Recording.collect
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(Recording, "collect", lambda *args: seen.append(args[3]) or collect(*args))
+        store = measure(tmp_path, sampler, thresholds=thresholds)
+    unit = store.unit(0, 1)
+    assert unit.vote_samples == 4
+    assert unit.votes.shape == (2, 2, 5, 3)
+    calls = [call for call in seen if call.layer == 1]
+    mine = [*calls[4:6], *calls[10:12]]  # of each sampling the last two: pulled last, clean first
+    times = store.manifest.times
+    assert times == tuple(sorted(times))
+    mine = [*calls[0:2], *calls[6:8]]
+    votes, rows = 0, 0.0
+    for call in mine:
+        mass, _ = effects.block_statistics(call.q, call.k, call.v, adjoint.BLOCKS, effects.ERROR_STRIDE)
+        votes = votes + effects.keep_planes(mass, thresholds).int().numpy()
+        rows = rows + effects.copy_differences(call.out, sampler.grid, 1, 1)[0].numpy() / len(mine)
+    np.testing.assert_array_equal(unit.votes, votes)
+    np.testing.assert_allclose(unit.row_difference, rows, rtol=1e-5)
+
+
+VICTIMS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from test_calibration import guided, measure
+guided().run("a boat", 1)  # what is made at first use
+drawn, kills = random.Random(0), 0
+for _ in range(10):
+    job = os.fork()
+    if not job:
+        measure(Path(sys.argv[1]))
+        os._exit(0)
+    time.sleep(drawn.uniform(0.02, 0.15))
+    os.kill(job, signal.SIGKILL)
+    kills += os.WIFSIGNALED(os.waitpid(job, 0)[1])
+print(kills)
+"""
+
+
+def test_kills_lose_the_step_in_progress_alone(reference: Store, tmp_path: Path):
+    """A job that is killed again and again, at any moment, ends with the store of one that was not."""
+    here = Path(__file__).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", VICTIMS, str(tmp_path)], env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 2
+    assert_same(measure(tmp_path), reference)
