@@ -1,28 +1,43 @@
-"""`calibatt-bench compiler` on a small store: both paths, one JSON."""
+"""`calibatt-bench compiler` on small stores: both paths, one JSON."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 from click.testing import CliRunner
 from support import stats
-from support.jobs import write_store
 
+from calibatt.compiler.stats import Store
 from calibatt.tools.bench.compiler import main
+from calibatt.tools.bench.synthetic import Synthetic
 
 
 def test_both_paths_are_measured(tmp_path: Path) -> None:
-    store = write_store(tmp_path / "store", stats.manifest())
-    arguments = ["--store", store, "--ladders", "row+own", "--arguments", "--target-density 0.6", "-o"]
+    store = stats.write_store(tmp_path / "store", stats.manifest())
+    arguments = ["--store", store, "--arguments", "--target-density 0.6", "-o"]
     found = CliRunner().invoke(main, [*map(str, arguments), str(tmp_path / "found.json")])
     assert found.exit_code == 0, found.output
     value = json.loads((tmp_path / "found.json").read_text())
-    assert value["statistics"] == "synthetic, 3 samples x 2 layers x 2 times x 3 heads, 5 x 5 blocks"
-    assert value["refinement"].startswith("made up, measured: ladders row+own at 0.02, ")
-    for path, menu in (("unrefined", "windows+cuts"), ("refined", "windows+ladders")):
+    assert value["statistics"] == "synthetic, 3 samplings x 2 layers x 2 times x 3 heads, 5 x 5 blocks"
+    for path, passes in (("defaults", 6), ("no anchors", 4)):
         of = value[path]
-        assert f"menu={menu}," in of["passes"][2]["passes"]
-        assert [each["density"] <= 0.6 for each in of["passes"][2:]] == [True] * 5
+        assert len(of["passes"]) == 1 + passes
+        assert all(each["density"] <= 0.6 for each in of["passes"][2:])
         assert of["compile"]["processor_seconds_per_unit"] > 0
         assert of["full_model"]["plan_mb"] > 0
+
+
+def test_synthetic_statistics_are_those_of_a_store(tmp_path: Path) -> None:
+    made = Synthetic(stats.manifest())
+    made.write(tmp_path / "store", 3)
+    store = Store.open(tmp_path / "store")
+    unit, table = store.unit(0, 0), store.table()
+    unit.check(store.manifest)
+    assert unit.closed
+    assert [each.has_ladder for each in table.samplings] == [False, True, True]
+    total = sum(store.unit(0, layer).error_values().sum() for layer in range(2))
+    assert abs(total - 1) < 0.05
+    ratio = table.level[:, 1] / table.level[:, 0]
+    np.testing.assert_allclose(ratio, 10.0, rtol=1e-6)

@@ -2,9 +2,9 @@
 
     python -m calibatt.tools.bench.compiler -o docs/benchmarks/compiler_scale.json
 
-Writes a store (21 MB for each sample, layer and time), compiles it as a user would, without a refinement and with one,
-opens and proves the plans, and lowers every layer. What is said of the full model is the measured part times 40 /
-layers.
+Writes a store (28 MB for each layer and time, whatever the number of samplings), compiles it as a user would, with
+anchors and without, opens and proves the plans, and lowers every layer. What is said of the full model is the measured
+part times 40 / layers.
 """
 
 from __future__ import annotations
@@ -27,16 +27,11 @@ from rich.progress import track
 
 from calibatt.compiler.language import DEFAULT_PASSES
 from calibatt.compiler.stats import Store
-from calibatt.compiler.stats.refinement import DEFAULT_KINDS, KINDS
 from calibatt.plans import PlanFile, StoredLayers
-from calibatt.tools.bench.synthetic import Synthetic, refine, wan14b_manifest
+from calibatt.tools.bench.synthetic import Synthetic, wan14b_manifest
 
 FULL_LAYERS, FULL_TIMES = 40, 50
-PASSES = {
-    "unrefined": "protect,select{menu=windows+cuts},anchors,select{menu=windows+cuts},schedule,lower",
-    "refined": DEFAULT_PASSES,
-}
-"""The default passes of a store without a refinement, in any store; and those of a refined one."""
+PASSES = {"defaults": DEFAULT_PASSES, "no anchors": "protect,select,schedule,lower"}
 REPEATS = 3
 """On a machine that others use as well, the least of a few times says what the work takes."""
 
@@ -113,12 +108,6 @@ def open_plan(path: Path) -> dict:
 @click.option("--samples", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--store", type=click.Path(path_type=Path), help="Use this store, or make and keep it; else a temporary.")
-@click.option(
-    "--ladders",
-    default="+".join(DEFAULT_KINDS),
-    show_default=True,
-    help=f"Of the made-up refinement: some of {', '.join(KINDS)}, joined by +; ignored if the store has one.",
-)
 @click.option("--arguments", default="--target-density 0.3", show_default=True, help="For calibatt-compile.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="JSON file to write.")
 def main(
@@ -127,7 +116,6 @@ def main(
     samples: int,
     jobs: int,
     store: Path | None,
-    ladders: str,
     arguments: str,
     output: Path,
 ) -> None:
@@ -136,14 +124,11 @@ def main(
         if not stats.exists():
             steps = iter(track(range(layers * times), "writing statistics"))
             Synthetic(wan14b_manifest(layers, times)).write(stats, samples, lambda: next(steps, None))
-        if Store.open(stats).ladders is None:
-            refine(stats, tuple(ladders.split("+")))
         opened = Store.open(stats)
         shape = opened.manifest
         units = len(shape.times) * shape.model.layers
-        told = f"{len(opened.samples)} samples x {shape.model.layers} layers x {len(shape.times)} times x "
+        told = f"{len(opened.samplings)} samplings x {shape.model.layers} layers x {len(shape.times)} times x "
         told += f"{shape.model.heads} heads, {shape.q_blocks} x {shape.k_blocks} blocks"
-        assert opened.ladders is not None
         result = {
             "command": _command(store, output),
             "date": datetime.date.today().isoformat(),
@@ -152,7 +137,6 @@ def main(
             "numpy": np.__version__,
             "zstandard": version("zstandard"),
             "statistics": f"synthetic, {told}",
-            "refinement": f"made up, {opened.ladders.told(shape)}",
         }
         for name, passes in PASSES.items():
             result[name] = measure(stats, Path(folder), units, ["--passes", passes, *arguments.split()], jobs)

@@ -3,15 +3,14 @@
     python -m calibatt.tools.bench.synthetic STORE --layers 4 --times 50 --samples 8
 
 A head has one of the kinds that the literature describes. Its block error falls with a distance of that kind, in
-eighths of an octave, scaled by a reach that drifts over time; textures that belong to the head, to its place in time
-and to the sample are added. All is a pure function of the seed.
+eighths of an octave, scaled by a reach that drifts over time; textures that belong to the head and to its place in time
+are added. Effects are errors with the noise of few samplings. All is a pure function of the seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import click
@@ -20,27 +19,30 @@ import numpy.typing as npt
 from rich.progress import track
 
 from calibatt.compiler.stats import (
-    Ladders,
     Manifest,
-    Probe,
-    Store,
+    SamplingTables,
     StoreWriter,
-    UnitStatistics,
+    Unit,
+    code_values,
     default_windows,
     neighbours,
     window_keep,
 )
+from calibatt.compiler.stats.files import UNITS, unit_name
+from calibatt.compiler.stats.unit import write_unit
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
 
 Float = npt.NDArray[np.float32]
 
 KINDS = ("spatial", "temporal", "window", "sinks", "rows", "dense", "prompt")
 """Near frames; near rows in all frames, frames alike; both; some columns for all; all of near frames, rows alike; no
-structure; a window and places that only the prompt knows."""
+structure; a window whose places differ from prompt to prompt."""
 OCTAVE = 8
 """Codes of a factor of 2, as in statistics units."""
 FIELD_BLOCKS = 2048
-MENU_STRIDE = 8
+ROW_STRIDE = 8
+"""Every so-manieth query block is looked at for what masks cost."""
+VECTORS = 2
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,7 @@ class Mix:
         reach_drift: Relative change of a head's reach from time 0 to time 1, up to this.
         texture_octaves: Standard deviation of what belongs to the head.
         drift_octaves: Of what changes over time, one turn from time 0 to time 1.
-        sample_octaves: Of what belongs to the sample.
-        coherence: Measured error of a mask / sum of the block errors it drops, median.
+        coherence: Measured price of a mask / its blocks' errors added up as if all pointed one way, median.
     """
 
     shares: dict[str, float] = field(
@@ -70,8 +71,7 @@ class Mix:
     reach_drift: float = 0.5
     texture_octaves: float = 0.7
     drift_octaves: float = 0.3
-    sample_octaves: float = 0.5
-    coherence: float = 2.5
+    coherence: float = 0.3
 
 
 def wan14b_manifest(layers: int = 40, times: int = 50, shift: float = 5.0) -> Manifest:
@@ -95,7 +95,7 @@ class Synthetic:
     """Statistics of a model that does not exist.
 
     Args:
-        manifest: What is recorded; needs block error and no block mass.
+        manifest: What is recorded; without thresholds.
         mix: What heads there are.
         seed: Of everything.
     """
@@ -119,7 +119,6 @@ class Synthetic:
         smooth = np.kron(coarse, np.ones((8, 8), np.float32))
         fine = rng.standard_normal(smooth.shape, dtype=np.float32)
         self._texture = ((smooth + 0.5 * fine) / np.sqrt(1.25)).astype(np.float32)
-        self.mean = lru_cache(maxsize=1)(self._mean)
 
     def kinds(self, layer: int) -> list[str]:
         """Of the layer's heads."""
@@ -159,121 +158,70 @@ class Synthetic:
         code += np.float32(OCTAVE * (1 + 0.3 * rng.standard_normal(columns.size)))
         return np.asarray(code, np.float32)
 
-    def _mean(self, time_index: int, layer: int) -> tuple[Float, npt.NDArray[np.uint8], Float, Float]:
-        """Codes ``(H, Q, K)``, code that each plane keeps in each row ``(T, H, Q)``, menu errors, peaks ``(H,)``."""
-        manifest = self.manifest
-        time, kinds = manifest.times[time_index], self.kinds(layer)
-        rng, own = (np.random.default_rng([self.seed, 5, *key]) for key in ((time_index, layer), (layer,)))
-        heads = manifest.model.heads
-        codes = np.stack([self._head(kind, layer, head, time) for head, kind in enumerate(kinds)])
-        mass = np.exp2(-np.arange(256) / (2 * OCTAVE))
-        kept = np.empty((len(manifest.thresholds), heads, manifest.q_blocks), np.uint8)
-        size = own.normal(-2, 0.7, heads) + 0.3 * np.sin(2 * np.pi * (time + own.random(heads)))
-        peak = (10**size / (manifest.q_blocks * manifest.k_blocks)).astype(np.float32)
-        windows = [window_keep(each, manifest.grid, manifest.blocks)[::MENU_STRIDE] for each in manifest.windows]
-        menu = np.empty((len(manifest.menu), heads), np.float32)
-        base = np.arange(manifest.q_blocks)[:, None] * 256
-        for head in range(heads):
-            code = np.clip(codes[head], 0, 254).astype(np.uint8)
-            counted = np.bincount((base + code).reshape(-1), minlength=base.size * 256).reshape(-1, 256)
-            share = np.cumsum(counted * mass, 1)
-            share /= share[:, -1:]
-            for plane, threshold in enumerate(manifest.thresholds):
-                kept[plane, head] = (share < threshold).sum(1)
-            some = code[::MENU_STRIDE]
-            error = np.exp2(some / np.float32(-OCTAVE)) * peak[head]
-            masks = [some <= rows[::MENU_STRIDE, None] for rows in kept[:, head]] + windows
-            menu[:, head] = [error[~mask].sum() / len(some) for mask in masks]
-        noise = own.normal(0, 0.3, menu.shape) + rng.normal(0, 0.05, menu.shape)
-        menu *= self.mix.coherence * np.exp(noise)
-        return codes, kept, menu, peak
-
-    def unit(self, sample: int, time_index: int, layer: int) -> UnitStatistics:
-        """One unit; samples of one (time, layer) are cheap one after the other."""
+    def unit(self, time_index: int, layer: int, names: tuple[str, ...]) -> tuple[Unit, Float]:
+        """A unit of so many samplings, and what its windows and the masks of its ladder cost, float32 ``(W + C, H)``;
+        all relative to the level of the time."""
         manifest, kinds = self.manifest, self.kinds(layer)
-        codes, kept, menu, peak = self.mean(time_index, layer)
-        heads, k_blocks = manifest.model.heads, manifest.k_blocks
-        rng = np.random.default_rng([self.seed, 6, sample, time_index, layer])
-        own = np.random.default_rng([self.seed, 7, sample])
-        blobs = own.integers(0, k_blocks, 6)
-        error = np.empty(codes.shape, np.uint8)
-        planes = np.zeros((len(manifest.thresholds), *codes.shape[:2], -(-k_blocks // 8)), np.uint8)
+        heads, shape = manifest.model.heads, (manifest.q_blocks, manifest.k_blocks)
+        rng, own = (np.random.default_rng([self.seed, 5, *key]) for key in ((time_index, layer), (layer,)))
+        time = manifest.times[time_index]
+        size = own.normal(0, 1.5, heads) + 0.7 * np.sin(2 * np.pi * (time + own.random(heads)))
+        share = np.exp(size) / np.exp(size).sum() / manifest.model.layers
+        windows = [window_keep(each, manifest.grid, manifest.blocks)[::ROW_STRIDE] for each in manifest.windows]
+        noise = OCTAVE * np.log2(rng.chisquare(VECTORS * len(names), (64, 64)) / (VECTORS * len(names)))
+        noise = np.tile(noise, [-(-side // 64) for side in shape])[: shape[0], : shape[1]]
+        error, effect = np.empty((heads, *shape), np.uint8), np.empty((heads, *shape), np.uint8)
+        peaks = np.empty(heads, np.float32)
+        price = np.empty((len(windows) + len(manifest.shares), heads), np.float32)
         for head, kind in enumerate(kinds):
-            code = codes[head] + np.float32(OCTAVE * self.mix.sample_octaves) * self.texture(layer, head, 3, sample)
-            if kind == "prompt":
-                for at in blobs:
-                    code[:, at : at + k_blocks // 40 + 1] -= 3 * OCTAVE
-            np.clip(code, 0, 254, out=code)
-            error[head] = code
-            least = error[head].min(1)
-            for plane in range(len(planes)):
-                keep = error[head] <= np.maximum(kept[plane, head], least)[:, None]
-                planes[plane, head] = np.packbits(keep, axis=-1, bitorder="little")
-        row_error = _copy_error("rows", kinds, manifest.grid.height, manifest.row_radius)
-        frame_error = _copy_error("temporal", kinds, manifest.grid.frames, manifest.frame_radius)
-        size = np.full(heads, 1e-2, np.float32)
-        menu = menu * np.exp(own.normal(0, 0.2, menu.shape) + rng.normal(0, 0.05, menu.shape)).astype(np.float32)
-        return UnitStatistics(
-            planes=planes,
-            menu_error=menu / size,
-            menu_residual_error=menu,
-            output_size=size,
-            row_error=row_error,
-            row_residual_error=row_error * size[:, None, None],
-            frame_error=frame_error,
-            frame_residual_error=frame_error * size[:, None, None],
-            block_error=error,
-            block_error_peak=peak * np.exp(own.normal(0, 0.2) + rng.normal(0, 0.05)).astype(np.float32),
-        )
+            code = self._head(kind, layer, head, time)
+            error[head] = np.clip(code, 0, 254)
+            effect[head] = np.clip(code - noise + 2 * OCTAVE, 0, 254)
+            number = np.bincount(error[head].reshape(-1), minlength=256)
+            peaks[head] = share[head] / (number @ code_values(1.0))
+            some = error[head, ::ROW_STRIDE]
+            root = np.sqrt(code_values(float(peaks[head])))[some]
+            below = np.searchsorted(np.cumsum(number), np.array(manifest.shares) * code.size)
+            masks = [*windows, *(some <= last for last in below)]
+            price[:, head] = [((root * ~mask).sum(1) ** 2).sum() * len(code) / len(some) for mask in masks]
+        price *= self.mix.coherence * np.exp(own.normal(0, 0.3, price.shape)).astype(np.float32)
+        grid, rows, frames = manifest.grid, manifest.row_radius, manifest.frame_radius
+        row_effect = _copy_effect("rows", kinds, share, grid.height, rows)
+        frame_effect = _copy_effect("temporal", kinds, share, grid.frames, frames)
+        return Unit(names, effect, 4 * peaks, error, peaks, row_effect, frame_effect), price
 
     def write(self, path: Path, samples: int, done: Callable[[], None] = lambda: None) -> None:
-        """Writes a store: `samples` samples, and probes of a time weight that rises a hundredfold with noise."""
-        manifest = self.manifest
-        names = [f"s{index:02d}" for index in range(samples)]
+        """Writes a closed store of so many samplings, whose levels rise a hundredfold with noise."""
+        manifest, rng = self.manifest, np.random.default_rng([self.seed, 6])
+        model, times = manifest.model, len(manifest.times)
+        names = tuple(f"s{index:02d}" for index in range(samples))
+        windows = len(manifest.windows)
+        price = np.empty((times, model.layers, windows + len(manifest.shares), model.heads))
         with StoreWriter.open(path, manifest) as writer:
-            open_samples = [writer.begin(name) for name in names]
-            for layer in range(manifest.model.layers):
-                for time_index in range(len(manifest.times)):
-                    for index, sample in enumerate(open_samples):
-                        sample.write(time_index, layer, self.unit(index, time_index, layer))
+            for layer in range(model.layers):
+                for at in range(times):
+                    unit, price[at, layer] = self.unit(at, layer, names)
+                    write_unit(path / UNITS / unit_name(at, layer), unit, manifest, {"time_index": at, "layer": layer})
                     done()
-            for name, sample in zip(names, open_samples, strict=True):
-                sample.finish({"prompt": f"synthetic {name}", "seed": self.seed})
-            for time_index in {int(at) for at in np.linspace(0, len(manifest.times) - 1, 6).round()}:
-                for name in names[:2]:
-                    weight = 1e-5 * 100.0 ** manifest.times[time_index]
-                    writer.write_probe(Probe(name, time_index, weight, 1.0, weight, 0.0))
+            for index, name in enumerate(names):
+                level = 1e-5 * 100.0 ** np.array(manifest.times) * np.exp(rng.normal(0, 0.3))
+                signed = rng.normal(0, 1, (VECTORS, *price.shape)) * np.sqrt(price * level[:, None, None, None])
+                signed = signed.astype(np.float32)
+                ladder = signed[:, :, :, windows:] * np.float32(1 if index else np.nan)
+                share = np.ones((times, model.layers, model.heads), np.float32) / (model.layers * model.heads)
+                tables = SamplingTables(
+                    level, (share * level[:, None, None]).astype(np.float32), signed[:, :, :, :windows], ladder
+                )
+                writer.finish(name, tables, {"prompt": f"synthetic {name}", "seed": self.seed, "vectors": VECTORS})
 
 
-def _copy_error(repeating: str, kinds: Sequence[str], count: int, radius: int) -> npt.NDArray[np.float32]:
+def _copy_effect(
+    repeating: str, kinds: Sequence[str], share: npt.NDArray[np.float64], count: int, radius: int
+) -> npt.NDArray[np.float32]:
     """float32 ``(H, count, 2 radius)``: small in heads that repeat over rows, or frames; it grows with the distance."""
     offsets = np.array([*range(-radius, 0), *range(1, radius + 1)])
-    base = np.array([0.002 if kind == repeating else 0.3 for kind in kinds])[:, None, None]
+    base = (np.array([0.02 if kind == repeating else 3.0 for kind in kinds]) * share)[:, None, None]
     return np.where(neighbours(count, radius), base * np.abs(offsets), np.nan).astype(np.float32)
-
-
-def refine(path: Path, kinds: tuple[str, ...], seed: int = 0) -> None:
-    """Made-up errors of ladders and windows for every sample of a store: what a refined store costs, not its worth.
-
-    A head's error falls with a power of what a mask drops; its size drifts over time, one turn from time 0 to time 1.
-    """
-    store = Store.open(path)
-    of, ladders = store.manifest, Ladders(store.samples, kinds)
-    rng = np.random.default_rng([seed, 8])
-    layers, heads = of.model.layers, of.model.heads
-    windows = [window_keep(window, of.grid, of.blocks).mean() for window in of.windows]
-    dropped = 1 - np.array([*(ladders.shares * len(kinds)), *windows])
-    kind = rng.normal(0, 0.2, (layers, len(kinds) + len(windows), heads))
-    kind[:, len(kinds) :] += 0.5  # windows are the worse masks
-    kind = np.repeat(kind, [len(ladders.shares)] * len(kinds) + [1] * len(windows), 1)
-    power = rng.uniform(2, 8, (layers, 1, heads))
-    turn = 2 * np.pi * (np.array(of.times)[:, None, None, None] + rng.random((layers, 1, heads)))
-    size = 10 ** (rng.normal(-2, 0.7, (layers, 1, heads)) + 0.3 * np.sin(turn))
-    errors = size * dropped[:, None] ** power * np.exp(kind)
-    with StoreWriter.open(path, of) as writer:
-        for name in sorted(set(store.samples) - set(writer.refine(ladders))):
-            own = errors * np.exp(rng.normal(0, 0.2) + rng.normal(0, 0.05, (len(of.times), 1, 1, 1)))
-            writer.write_errors(name, own.astype(np.float32), ladders)
 
 
 @click.command(help=__doc__)

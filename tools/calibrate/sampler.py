@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from calibatt.plans import TokenGrid
-
-OnStep = Callable[[int, Tensor], None]
-"""Called with a step and the latents that enter it; only the demo model's sampler has it, for studies of ours."""
 
 
 class Sampler(Protocol):

@@ -4,7 +4,7 @@
 
 The trivial compiler is the paper's own method: it keeps the blocks that half of the samples agree on, and repeats rows
 that differ little (``vote{threshold=T},uniform,repeat,lower``), for every threshold of the store; record some with
-`calibatt-calibrate --counts`. Ours is the default pipeline at a list of densities. Every video is compared with the
+`calibatt-calibrate --thresholds`. Ours is the default pipeline at a list of densities. Every video is compared with the
 dense one of the same prompt and noise. Between measured points PSNR is linear in density.
 """
 

@@ -84,7 +84,7 @@ class Bench:
     held_out: Work
     calibration: Work
     batch: int = 32
-    dense: Tensor = field(init=False)
+    dense: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.device = next(self.sampler.transformer.parameters()).device
@@ -101,13 +101,13 @@ class Bench:
         return min(range(len(self.sampler.times)), key=lambda index: abs(self.sampler.times[index] - now))
 
     @torch.no_grad()
-    def latents(self, work: Work) -> Tensor:
-        """Final latents ``(n, ...)`` of prompts and seeds."""
+    def latents(self, work: Work) -> list[Tensor]:
+        """Final latents ``(n, ...)`` of prompts and seeds, batch by batch, as the sampler made them."""
         parts = []
         for start in range(0, len(work), self.batch):
             prompts, seeds = zip(*work[start : start + self.batch], strict=True)
             parts.append(self.sampler.run_batch(prompts, seeds))
-        return torch.cat(parts)
+        return parts
 
     def judge(self, rule: Rule) -> dict[str, Any]:
         """Generates every held-out prompt by a rule: each metric against dense attention, density, and the attention
@@ -117,9 +117,9 @@ class Bench:
             work = self.held_out[start : start + self.batch]
             timed = _Timed(rule, self.device)
             with attending(self.sampler.transformer, timed):
-                parts.append(self.latents(work))
+                parts += self.latents(work)
             spent.append(timed.total_ms() / len(work))
-        pairs = list(zip(parts, self.dense.split(self.batch), strict=True))
+        pairs = list(zip(parts, self.dense, strict=True))
         found = {LATENT.name: [value for pair in pairs for value in LATENT.measure(*pair).tolist()]}
         videos = [tuple(map(self.sampler.decode, pair)) for pair in pairs]
         found |= {m.name: [value for pair in videos for value in m.measure(*pair).tolist()] for m in ALWAYS}

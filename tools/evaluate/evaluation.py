@@ -27,6 +27,8 @@ from calibatt.tools.evaluate.pictures import side_by_side
 Work = Sequence[tuple[str, int]]
 """Prompts and their seeds."""
 SUSPECTS = 12
+LEAST_EFFECT = 1e-6
+"""A plan whose whole squared effect is less counts as if it were this (60 dB): kernels round more than that."""
 BROKEN_RATIO = 10.0
 """A head whose squared effect is so many times what calibration promised is broken, if that matters:"""
 BROKEN_SHARE = 0.02
@@ -223,7 +225,7 @@ def head_findings(sampler: Sampler, candidate: Candidate, work: Work, cells: Cel
     measured, worst = squared.mean((0, 1)), squared.mean(1).max(0)
     promise = effects.promised(file, sampler.times)
     promise = None if promise is None else promise[known]
-    total = max(float(measured.sum()), 1e-300)
+    total = max(float(measured.sum()), LEAST_EFFECT)
     share = (measured if promise is None else measured - promise) / total
     rows = []
     for place in np.argsort(-share, axis=None)[:SUSPECTS]:
@@ -253,7 +255,7 @@ def head_findings(sampler: Sampler, candidate: Candidate, work: Work, cells: Cel
     if len(times) == len(sampler.times):
         result["first_order_latent"] = _summary(effects.first_order_db(signed).tolist(), LATENT)
     if promise is not None:
-        told = max(float(promise.sum()), 1e-300)
+        told = max(float(promise.sum()), LEAST_EFFECT)
         result |= {"effect_promised": told, "ratio": total / told}
     return result
 

@@ -1,6 +1,6 @@
 """Quality against executed density and attention time: our plans, and what else could choose the blocks.
 
-    calibatt-calibrate --model demo --samples 8 --counts 0.8,0.9,0.95 -o stats/
+    calibatt-calibrate --model demo --samples 8 --thresholds 0.8,0.9,0.95 -o stats/
     python -m calibatt.tools.evaluate.pareto --stats stats/ -o docs/benchmarks/pareto.json \\
         --figure docs/pictures/pareto.png
 
@@ -124,7 +124,7 @@ class Study:
             ValueError: The store has no thresholds.
         """
         if not self.papers:
-            raise ValueError("the store must have thresholds (calibatt-calibrate --counts), got none")
+            raise ValueError("the store must have thresholds (calibatt-calibrate --thresholds), got none")
         return min(self.papers, key=lambda rule: abs(rule.density - density))
 
     # scores of static masks, (T, L, H, Q, K)
