@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
-from support import adjoint, batched, quantised, text_after, wan
+from support import adjoint, batched, families, quantised, text_after, wan
 
 from calibatt.compiler.stats import Manifest, SamplingTables
 from calibatt.tools.calibrate.chain import ChainError
@@ -65,6 +65,15 @@ FAMILIES = {
 def test_every_family(family: str, tmp_path: Path):
     sampler = FAMILIES[family]()
     adjoint.assert_effects_agree(sampler, adjoint.calibrated(sampler, tmp_path, vectors=2))
+
+
+@pytest.mark.filterwarnings("ignore:.timesteps. were passed without .sigmas.")
+@pytest.mark.parametrize("name", sorted(set(families.FAMILIES) - {"wan", "ltx", "cogvideox", "mochi", "hunyuan"}))
+def test_every_kind_of_pipeline(name: str, tmp_path: Path):
+    """Image to video, conditions, times for each token. Attention says little in these models: a longer step."""
+    pipe, prompt_arguments, arguments = families.pipeline(name)
+    sampler = PipelineSampler(pipe, prompt_arguments=prompt_arguments, **arguments)
+    adjoint.assert_effects_agree(sampler, adjoint.calibrated(sampler, tmp_path, vectors=2), step=0.8)
 
 
 @pytest.mark.parametrize("expert", ["transformer", "transformer_2"])

@@ -134,7 +134,7 @@ def predicted(manifest: Manifest, tables: SamplingTables, coefficient: Coefficie
     return found
 
 
-def assert_effects_agree(sampler: Any, store: Store, tolerance: float = 0.01) -> float:
+def assert_effects_agree(sampler: Any, store: Store, tolerance: float = 0.01, step: float = STEP) -> float:
     """Effects of calibration agree with differences: of random masks at all times together, and at each time alone.
 
     Returns:
@@ -145,7 +145,7 @@ def assert_effects_agree(sampler: Any, store: Store, tolerance: float = 0.01) ->
     worst = 0.0
     for only in (None, *manifest.times):
         coefficients = [random_coefficients(manifest, seed, only) for seed in range(2 if only is None else 1)]
-        true = np.stack([difference(sampler, manifest, each, drawn) for each in coefficients])
+        true = np.stack([difference(sampler, manifest, each, drawn, step) for each in coefficients])
         said = np.stack([predicted(manifest, tables, each) for each in coefficients])
         found = float(np.abs(true - said).max() / max(np.sqrt(np.square(true).mean()), LEAST_EFFECT))
         assert found <= tolerance, (only, true, said)
