@@ -187,7 +187,9 @@ def stopped(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, number: in
 
 def test_a_sampling_is_continued_as_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stopped(tmp_path / "vectors", monkeypatch, "pull", 3)
-    with pytest.raises(JournalError, match=r"continued with \{'vectors': 2\}, got \{'vectors': 3\}; remove it to begin"):
+    with pytest.raises(
+        JournalError, match=r"continued with \{'vectors': 2\}, got \{'vectors': 3\}; remove it to begin"
+    ):
         measure(tmp_path / "vectors", vectors=3)
     stopped(tmp_path / "guidance", monkeypatch, "forward", 5)
     weaker = adjoint.small_wan(guidance_scale=4.0)
@@ -283,7 +285,9 @@ def test_an_argument_that_is_changed_in_place_is_refused(tmp_path: Path):
 
     sampler.pipe.scheduler.step = doubled
     with StoreWriter.open(tmp_path, adjoint.manifest_of(sampler)) as writer:
-        with pytest.raises(ChainError, match=r"arguments of forward 5 must stay as they are .*, got one that was changed"):
+        with pytest.raises(
+            ChainError, match=r"arguments of forward 5 must stay as they are .*, got one that was changed"
+        ):
             Calibrator(sampler, writer).calibrate("a boat", 1)
 
 

@@ -49,7 +49,7 @@ def network(*inputs: Tensor) -> list[Tensor]:
 @settings(max_examples=30)
 @given(st.data())
 def test_any_chain_is_differentiated_as_a_whole(data: st.DataObject):
-    """Links take what any earlier links returned, as it is or after arithmetic, and sources; several vectors at once."""
+    """Links take what earlier links returned, as it is or after arithmetic, and sources; several vectors at once."""
     drawn = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     vectors = data.draw(st.integers(1, 3))
     sources = [torch.randn(4, generator=drawn, dtype=torch.float64).requires_grad_() for _ in range(2)]
@@ -59,7 +59,9 @@ def test_any_chain_is_differentiated_as_a_whole(data: st.DataObject):
         picked = data.draw(st.lists(st.integers(0, len(ours) - 1), min_size=1, max_size=3))
         picked.append(len(ours) - 1)  # so that nothing is left behind
         arithmetic = data.draw(st.booleans())
-        mine, whole = ([of[index] * 2 + of[0] if arithmetic else of[index] for index in picked] for of in (ours, theirs))
+        mine, whole = (
+            [of[index] * 2 + of[0] if arithmetic else of[index] for index in picked] for of in (ours, theirs)
+        )
         ours += linked(chain, str(number), network, mine, log)
         theirs += network(*whole)
     drawn_ends = [ours[-1] + ours[-2].exp(), ours[-1]]
@@ -157,7 +159,9 @@ def with_constants(x: Tensor) -> Tensor:
 
 def solved(x: Tensor) -> Tensor:
     """As UniPC does for its coefficients."""
-    return torch.einsum("ij,jk->ik", torch.linalg.solve(torch.eye(4) * 2, torch.ones(4, 4)), x) + torch.where(x > 0, x, -x)
+    return torch.einsum("ij,jk->ik", torch.linalg.solve(torch.eye(4) * 2, torch.ones(4, 4)), x) + torch.where(
+        x > 0, x, -x
+    )
 
 
 @pytest.mark.parametrize("arithmetic", [in_place, cut_and_joined, cast, into_a_buffer, with_constants, solved])

@@ -170,7 +170,9 @@ def test_a_metric_of_low_rank_is_one_too():
     flat = call.grads[0].clone()
     flat[:, :, 3:] = 0
     one = AttentionCall(0, call.q, call.k, call.v, call.out, None, [flat])
-    padded = [torch.cat([x, x.new_zeros(1, 60, 24)]) for x in (call.q[:1], call.k[:1], call.v[:1], call.out[:1], flat[:1])]
+    padded = [
+        torch.cat([x, x.new_zeros(1, 60, 24)]) for x in (call.q[:1], call.k[:1], call.v[:1], call.out[:1], flat[:1])
+    ]
     assert torch.isfinite(effects.block_errors(one, Blocks(16, 16))).all()
     silent = effects.block_errors(AttentionCall(0, *padded[:4], None, padded[4:]), Blocks(16, 16))
     assert torch.isfinite(silent).all()

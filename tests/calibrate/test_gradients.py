@@ -348,7 +348,7 @@ def test_half_precision_agrees_within_rounding(dtype: torch.dtype, most: float, 
 
 def test_an_overflow_in_half_precision_is_scaled_away(small: Any, monkeypatch: pytest.MonkeyPatch):
     """The scale begins far too high; every call is handed on once, by the first scale at which it is finite."""
-    arguments, drawn, truth = small
+    arguments, drawn, _ = small
     model = wan.transformer(1).to(torch.float16)
     halves = {key: x.half() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in arguments.items()}
     monkeypatch.setattr(gradients, "HALF_RANGE", (17, 6, 4))
@@ -364,7 +364,7 @@ def test_an_overflow_in_half_precision_is_scaled_away(small: Any, monkeypatch: p
 
 
 def test_a_scale_of_one_is_watched_too(small: Any, monkeypatch: pytest.MonkeyPatch):
-    arguments, drawn, truth = small
+    arguments, drawn, _ = small
     model = wan.transformer(1).to(torch.float16)
     halves = {key: x.half() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in arguments.items()}
     large = [[x * 2.0**15 / max(float(y.abs().max()) for y in some) for x in some] for some in drawn]

@@ -74,9 +74,7 @@ def _replace(blocks: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
 def _nf4(old: nn.Linear) -> nn.Module:
     import bitsandbytes
 
-    new = bitsandbytes.nn.Linear4bit(
-        old.in_features, old.out_features, compute_dtype=torch.float32, quant_type="nf4"
-    )
+    new = bitsandbytes.nn.Linear4bit(old.in_features, old.out_features, compute_dtype=torch.float32, quant_type="nf4")
     new.weight = bitsandbytes.nn.Params4bit(old.weight.clone(), requires_grad=False, quant_type="nf4")
     return new
 

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from calibatt.tools.calibrate.chain import Cotangents
 
-
 SAME = 2e-5
-"""Relative difference of sizes up to which arguments of a forward count as those that it had: its result is used again."""
+"""Relative difference of sizes up to which arguments of a forward count as those that it had."""
 
 
 class JournalError(ValueError):
@@ -47,7 +46,9 @@ class Journal:
         """
         path = None if self.folder is None else self.folder / "begun.json"
         if path is not None and path.exists() and (known := json.loads(path.read_text("utf-8"))) != dict(facts):
-            raise JournalError(f"{self.folder} must be continued with {known}, got {dict(facts)}; remove it to begin anew")
+            raise JournalError(
+                f"{self.folder} must be continued with {known}, got {dict(facts)}; remove it to begin anew"
+            )
         self._write("begun.json", json.dumps(dict(facts)).encode())
 
     def output(self, number: int, marks: Sequence[float]) -> tuple[Tensor, ...] | None:
