@@ -84,7 +84,7 @@ def test_each_expert_through_the_other_one(expert: str, tmp_path: Path):
 
 
 def test_a_denoiser_that_the_sampler_does_not_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Forwards before it would have a wrong gradient; those after it have the right one."""
+    """Where the final latent came through it, forwards before it would have a wrong gradient."""
     monkeypatch.setattr(PipelineSampler, "other_transformers", ())
     first, second = (
         adjoint.small_wan(wan.pipeline(experts=2), steps=8, transformer=name)

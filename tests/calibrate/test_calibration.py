@@ -23,6 +23,7 @@ from calibatt.tools.calibrate.calibration import CalibrationError, Calibrator, R
 from calibatt.tools.calibrate.chain import ChainError
 from calibatt.tools.calibrate.gradients import Transformer
 from calibatt.tools.calibrate.journal import Journal, JournalError
+from calibatt.tools.calibrate.recording import recording
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -214,13 +215,31 @@ def test_a_users_own_pipeline_call_is_recorded(reference: Store, tmp_path: Path)
     with StoreWriter.open(tmp_path, adjoint.manifest_of(sampler)) as writer:
         calibrator = Calibrator(sampler, writer, vectors=2)
         for prompt, seed in WORK:
-            with calibrator.recording(prompt, seed, steps=3) as recording:
+            with calibrator.recording(prompt, seed, steps=3) as found:
                 latents = pipe(
                     **wan.embedded(prompt), height=64, width=96, num_frames=9, num_inference_steps=3,
                     guidance_scale=5.0, generator=torch.Generator().manual_seed(seed), output_type="latent",
                 ).frames  # fmt: skip
-                recording.final = latents * 1.0  # arithmetic of the user's own
+                found.final = latents * 1.0  # arithmetic of the user's own
     assert_same(Store.open(tmp_path), reference)
+
+
+def test_a_video_that_is_decoded_while_it_is_recorded_is_the_stock_one(reference: Store, tmp_path: Path):
+    """Its VAE computes without the graph of the sampling; the final latent is what the last step returned."""
+    sampler = guided()
+    arguments = {**sampler.arguments, **wan.embedded("a boat"), "output_type": "np"}
+
+    def generate() -> np.ndarray:
+        return sampler.pipe(**arguments, generator=torch.Generator().manual_seed(1)).frames
+
+    shown = generate()
+    with recording(sampler, tmp_path, "a boat", 1, vectors=2, times=3, block_size=16):
+        found = generate()
+    np.testing.assert_array_equal(found, shown)
+    tables = Store.open(tmp_path).table().samplings[0]
+    head_effect = adjoint.tables_of(reference).head_effect
+    assert tables.head_effect.shape == head_effect.shape
+    np.testing.assert_array_equal(tables.head_effect > 0, head_effect > 0)
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")

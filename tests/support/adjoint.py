@@ -110,7 +110,7 @@ def difference(
 
 
 def random_coefficients(manifest: Manifest, seed: int, only: float | None = None) -> Coefficient:
-    """A window and a sign drawn for every time, layer and head; zero but at the time ``only``, if it is given."""
+    """A window and a sign drawn for every time, layer and head; if ``only`` is given, at that time alone."""
     rng, heads = np.random.default_rng(seed), manifest.model.heads
     drawn = np.zeros((len(manifest.times), manifest.model.layers, len(manifest.windows), heads))
     picked = rng.integers(len(manifest.windows), size=(*drawn.shape[:2], 1, heads))

@@ -17,7 +17,7 @@ from torch import Tensor
 from calibatt.tools.calibrate.chain import Cotangents
 
 SAME = 2e-5
-"""Relative difference of sizes up to which arguments of a forward count as those for which its result was kept."""
+"""Relative difference of sizes up to which arguments of a forward count as those that it had."""
 
 
 class JournalError(ValueError):
