@@ -182,7 +182,7 @@ def severed(run: Any, **arguments: Any) -> tuple[Tensor]:
 
 
 def test_a_gradient_that_is_not_finite_is_refused(small: Any):
-    arguments, drawn, _ = small
+    arguments, drawn, truth = small
     with pytest.raises(ChainError, match="gradient of self-attention 1 must be finite, got NaN or infinity"):
         by_block(wan.transformer(1), arguments, [[x * torch.nan for x in some] for some in drawn])
 
