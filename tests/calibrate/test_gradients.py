@@ -182,7 +182,7 @@ def severed(run: Any, **arguments: Any) -> tuple[Tensor]:
 
 
 def test_a_gradient_that_is_not_finite_is_refused(small: Any):
-    arguments, drawn, truth = small
+    arguments, drawn, _ = small
     with pytest.raises(ChainError, match="gradient of self-attention 1 must be finite, got NaN or infinity"):
         by_block(wan.transformer(1), arguments, [[x * torch.nan for x in some] for some in drawn])
 
@@ -348,7 +348,7 @@ def test_half_precision_agrees_within_rounding(dtype: torch.dtype, most: float, 
 
 def test_an_overflow_in_half_precision_is_scaled_away(small: Any, monkeypatch: pytest.MonkeyPatch):
     """The scale begins far too high; every call is handed on once, by the first scale at which it is finite."""
-    arguments, drawn, _ = small
+    arguments, drawn, truth = small
     model = wan.transformer(1).to(torch.float16)
     halves = {key: x.half() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in arguments.items()}
     monkeypatch.setattr(gradients, "HALF_RANGE", (17, 6, 4))
