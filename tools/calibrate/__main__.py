@@ -218,7 +218,12 @@ def main(
             large = sampler.grid.tokens > SMALL_TOKENS
             trial = estimate.trial(calibrator, *work[0]) if dry_run or (todo and large) else None
             shown = work if dry_run else todo
-            console.print(costs(calibrator, shown, forwards, len(sampler.times), trial), highlight=False, markup=False)
+            console.print(
+                costs(calibrator, shown, forwards, len(sampler.times), trial),
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
             if dry_run:
                 return
             total = len(todo) * forwards * (1 + BACKWARD_COST)
