@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from calibatt.compiler.errors import PassSyntaxError
 from calibatt.compiler.passes import PASSES, Pass
 
-DEFAULT_PASSES = "protect,select,anchors,select,schedule,lower"
+DEFAULT_PASSES = "select,anchors,select,schedule,lower"
 _PASS = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\{([^{}]*)\})?\s*")
 _TEXT = re.compile(r"[A-Za-z0-9_.+-]*")
 

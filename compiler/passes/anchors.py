@@ -21,7 +21,7 @@ class Anchors(Pass):
     """Gives heads whose output repeats anchors, rows or frames, where that is cheaper than computing every token.
 
     For each head, dynamic programming finds the partition of a frame's rows into groups, and an anchor in each, of
-    least copy error x `safety` + price of the computed rows (a row at its share of the head's predicted
+    least copy error + price of the computed rows (a row at its share of the head's predicted
     milliseconds); every frame has the same groups. Likewise the partition of the video's frames. The head adopts the
     better of the two, with the best mask of the last `select`'s menu beside it, if that is still cheaper when lowered:
     a packed tile keeps what any of its queries' blocks keeps, so packing rows apart can cost more than it saves.
@@ -33,7 +33,6 @@ class Anchors(Pass):
     Ensures: no head computes more blocks than before.
 
     Args:
-        safety: Factor on the copy error; 1: a copy costs what was measured (docs/ablations.md compares others).
         max_group_rows: Most rows of a group, its anchor included; 1: no anchor rows.
         max_group_frames: Most frames of a group; 1: no anchor frames.
 
@@ -42,12 +41,10 @@ class Anchors(Pass):
     """
 
     name: ClassVar[str] = "anchors"
-    safety: float = 1.0
     max_group_rows: int = 4
     max_group_frames: int = 8
 
     def __post_init__(self) -> None:
-        self.require(self.safety > 0, "safety", "be positive", self.safety)
         self.require(self.max_group_rows >= 1, "max-group-rows", "be at least 1", self.max_group_rows)
         self.require(self.max_group_frames >= 1, "max-group-frames", "be at least 1", self.max_group_frames)
 
@@ -55,14 +52,9 @@ class Anchors(Pass):
         multiplier = job.multiplier
         self.require(multiplier is not None and unit.menu is not None, "select", "come before", "no multiplier")
         assert multiplier is not None
-        assert unit.keep is not None
-        self.require(not unit.anchors, "anchors", "come once", unit.name)
-        unit.anchors, unit.copy_error = [None] * unit.heads, np.zeros(unit.heads)
-        keep, unit.error = unit.keep.copy(), unit.error.copy()
-        counts = {"heads_with_anchors": 0.0, "of_frames": 0.0, "heads": unit.heads, "dearer_when_lowered": 0.0}
-        found = counts | {"computed": 0.0}
-        if unit.force_dense:
-            return found
+        self.require(not unit.packed, "anchors", "come once", unit.name)
+        keep, unit.error, unit.copy_error = unit.keep.copy(), unit.error.copy(), np.zeros(unit.heads)
+        found: Findings = {"heads": unit.heads, "of_frames": 0.0, "computed": 0.0}
         best: dict[int, Offer] = {}
         market = Market(job, unit, multiplier)
         offered = set()
@@ -72,7 +64,6 @@ class Anchors(Pass):
         ):
             if errors is None or errors.shape[2] == 0 or most == 1:
                 continue
-            errors = errors * self.safety
             for head, groups in market.groups(axis, errors, most):
                 offered.add(head)
                 offer = market.offer(head, groups, copied(errors[head], groups))

@@ -42,7 +42,7 @@ def test_wan_takes_what_was_measured(backend: str) -> None:
 
 
 def test_tiles_and_stores_of_a_job_are_paid() -> None:
-    job, accounts = compiled("select{target-density=0.7},anchors{safety=1e-3},schedule,lower")
+    job, accounts = compiled("select{target-density=0.7},anchors,schedule,lower", copies=1e-3)
     tiles = sum(len(unit.lowered.tile_order) for unit in job.all)
     job.device = Device("toy", "made up", tflops=1e9, tile_us=1000.0, store_us=0.0)
     assert sum(job.unit_ms(*unit.computed()) for unit in job.all) == pytest.approx(tiles)
