@@ -73,7 +73,7 @@ def make_plan(
         "device": job.device.name,
         "device_source": job.device.source,
         "planned_ms": [[unit.predicted_ms for unit in units] for units in by_time],
-        "dense_ms": [[job.dense_unit_ms] * layers for _ in times],
+        "dense_ms": [[job.unit_dense_blocks * job.block_ms] * layers for _ in times],
         "density": done.accounts[-1].density,
         "latent_db": None if latent is None else asdict(latent),
         "head_price": [[unit.head_error.tolist() for unit in units] for units in by_time],

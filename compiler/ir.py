@@ -196,21 +196,10 @@ class Job:
         manifest = self.manifest
         return manifest.model.heads * manifest.q_blocks * manifest.k_blocks
 
-    def unit_ms(self, tiles: Int64, blocks: Int64) -> float:
-        """Predicted milliseconds of a unit's attention call, from what it has `computed`."""
-        return self._ms(int(tiles.sum()), int(blocks.sum()))
-
     @property
-    def dense_unit_ms(self) -> float:
-        """The same, were every head dense."""
-        manifest = self.manifest
-        tiles = manifest.model.heads * manifest.q_blocks
-        return self._ms(tiles, tiles * manifest.k_blocks)
-
-    def _ms(self, tiles: int, blocks: float) -> float:
-        manifest = self.manifest
-        stored = manifest.model.heads * manifest.grid.tokens
-        return self.device.predict_ms(tiles, blocks, stored, manifest.blocks, manifest.model.head_dim)
+    def block_ms(self) -> float:
+        """Predicted milliseconds of a computed block."""
+        return self.device.block_ms(self.manifest.blocks, self.manifest.model.head_dim)
 
 
 @lru_cache(maxsize=8)

@@ -82,7 +82,6 @@ class UnitAccount:
     blocks: int
     plan_bytes: int
     predicted_ms: float
-    error: float
     findings: Findings
     kinds: dict[str, int]
     head_error: Float64
@@ -226,8 +225,7 @@ def _account(job: Job, unit: UnitIR, seconds: float, findings: Findings) -> Unit
         seconds=seconds,
         blocks=int(blocks.sum()),
         plan_bytes=_bytes(unit, tiles, blocks),
-        predicted_ms=job.unit_ms(tiles, blocks),
-        error=float(unit.error.sum()),
+        predicted_ms=int(blocks.sum()) * job.block_ms,
         findings=findings,
         kinds=_kinds(unit, blocks),
         head_error=unit.error,
@@ -266,7 +264,7 @@ def _sum(job: Job, each: Pass | None, units: Iterable[UnitAccount]) -> Account:
         density=blocks / (job.units * job.unit_dense_blocks),
         plan_bytes=sum(unit.plan_bytes for unit in found),
         predicted_ms=float(sum(unit.predicted_ms for unit in found)),
-        error=float(sum(unit.error for unit in found)),
+        error=float(sum(unit.head_error.sum() for unit in found)),
         findings=dict(findings),
     )
 

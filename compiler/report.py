@@ -29,13 +29,14 @@ def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, An
     times, layers = range(len(plan.segments)), job.manifest.model.layers
     dense = job.manifest.model.heads * job.manifest.q_blocks * job.manifest.k_blocks
     rows = [run.units[index * layers : (index + 1) * layers] for index in times]
+    planned_ms, dense_ms = (sum(map(sum, plan.predicted[key])) for key in ("planned_ms", "dense_ms"))
     seconds = sum(account.seconds for account in run.accounts)
     return {
         "passes": plan.passes,
         "accounts": [asdict(each) for each in run.accounts],
         "density": plan.predicted["density"],
         "density_by_time_and_layer": [[unit.blocks / dense for unit in units] for units in rows],
-        "error_by_time_and_layer": [[unit.error for unit in units] for units in rows],
+        "error_by_time_and_layer": [[float(unit.head_error.sum()) for unit in units] for units in rows],
         "heads_by_time_and_layer": [[{k: unit.kinds[k] for k in KINDS} for unit in units] for units in rows],
         "times": list(job.manifest.times),
         "levels": job.levels.tolist(),
@@ -43,7 +44,7 @@ def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, An
         "predicted_snr": str(predicted_snr(job, run)),
         "planned_ms": [sum(plan.predicted["planned_ms"][index]) for index in times],
         "dense_ms": [sum(plan.predicted["dense_ms"][index]) for index in times],
-        "attention_speedup": _speedup(plan),
+        "attention_speedup": dense_ms / planned_ms,
         "device": {"name": job.device.name, "source": job.device.source},
         "heads_by_kind": dict(sorted(_kinds(run).items())),
         "provenance": dict(plan.provenance),
@@ -63,11 +64,6 @@ def _cost_told(cost: dict[str, Any]) -> str:
     return "{units} units (layer, time), {seconds_a_unit:.3g} s and {file_bytes_a_unit:.0f} bytes each".format(**cost)
 
 
-def _speedup(plan: PlanFile) -> float:
-    planned, dense = (sum(map(sum, plan.predicted[key])) for key in ("planned_ms", "dense_ms"))
-    return float(dense / planned)
-
-
 def show(console: Console, job: Job, plan: PlanFile, run: Run, file_bytes: int) -> None:
     """Prints the report."""
     value = as_json(job, plan, run, file_bytes)
@@ -76,13 +72,13 @@ def show(console: Console, job: Job, plan: PlanFile, run: Run, file_bytes: int) 
     console.print(_densities(job, value["density_by_time_and_layer"]))
     for name, findings in job.findings.items():
         console.print(f"{name}: {_findings(findings)}", markup=False, highlight=False)
-    planned, dense = (sum(map(sum, plan.predicted[key])) for key in ("planned_ms", "dense_ms"))
+    planned, dense = sum(value["planned_ms"]), sum(value["dense_ms"])
     lines = [
         f"heads: {', '.join(f'{kind} {number}' for kind, number in sorted(_kinds(run).items()))}",
         f"predicted latent SNR: {value['predicted_snr']}",
         f"provenance: {len(job.table.samplings)} samplings, manifest {job.manifest.digest}",
         f"device: {job.device.name} ({job.device.source})",
-        f"predicted attention: {planned:.4g} ms planned, {dense:.4g} ms dense, {dense / planned:.2f} times",
+        f"predicted attention: {planned:.4g} ms planned, {dense:.4g} ms dense, {value['attention_speedup']:.2f} times",
         f"density {plan.predicted['density']:.4f}, {file_bytes} bytes, plain CSR {value['plain_csr_bytes']}",
         f"cost: {_cost_told(value['cost'])}",
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -125,9 +124,8 @@ class Market:
 
     def __init__(self, job: Job, unit: UnitIR, multiplier: float) -> None:
         self.unit = unit
-        ms = partial(job.device.predict_ms, stored_tokens=0, blocks=unit.blocks, dim=job.manifest.model.head_dim)
-        self.tile_price, self.block_price = multiplier * ms(1, 0), multiplier * ms(0, 1)
-        self.tiles, self.blocks = unit.computed()
+        self.block_price = multiplier * job.block_ms
+        _, self.blocks = unit.computed()
         key, self.menu_blocks, self.menu_error = unit.menu
         self.menu = Menu(job, key)
 
@@ -141,12 +139,12 @@ class Market:
         """
         members = errors.shape[1]
         added = group_errors(errors, most)
-        found = best_groups(added, (self.tiles * self.tile_price + self.blocks * self.block_price) / members)
+        found = best_groups(added, self.blocks * self.block_price / members)
         share = np.array([len(starts) / members for starts, _ in found])
         cost = (share * self.block_price)[:, None] * self.menu_blocks + self.menu_error
         chosen = np.take_along_axis(self.menu_blocks, cost.argmin(1)[:, None], 1)[:, 0]
         blocks = np.where(share < 1, chosen, self.blocks)
-        found = best_groups(added, (self.tiles * self.tile_price + blocks * self.block_price) / members)
+        found = best_groups(added, blocks * self.block_price / members)
         for head, (starts, anchors) in enumerate(found):
             if len(starts) < members:
                 yield head, Groups(axis, starts, anchors)
@@ -154,14 +152,14 @@ class Market:
     def offer(self, head: int, groups: Groups, copied: float) -> Offer:
         """The best mask with these anchors, as lowered; where it computes more than the head does now, no gain."""
         unit = self.unit
-        before = self.tiles[head] * self.tile_price + self.blocks[head] * self.block_price + float(unit.error[head])
+        before = self.blocks[head] * self.block_price + float(unit.error[head])
         table = self.menu.packed_blocks(unit, head, groups)
         cost = table * self.block_price + self.menu_error[head]
         column = int(np.where(table <= self.blocks[head], cost, np.inf).argmin())
         choice, keep = self.menu.mask(unit, head, column)
         packed = packed_bits(keep, unit.grid, unit.blocks, groups)
         computed, error = int(count(packed, (0, 1))), float(self.menu_error[head, column]) + copied
-        after = len(packed) * self.tile_price + computed * self.block_price + error
+        after = computed * self.block_price + error
         gain = float(before - after) if computed <= self.blocks[head] else -1.0
         return Offer(gain, groups, copied, error, choice, keep, packed, table)
 

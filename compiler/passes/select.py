@@ -134,7 +134,6 @@ class Select(Pass):
     def _solve(
         self, job: Job, blocks: Float64, loss: Float64, predicted: Callable[[Int64], Prediction | str]
     ) -> Choice:
-        block_ms = job.device.block_ms(job.manifest.blocks, job.manifest.model.head_dim)
         dense = job.unit_dense_blocks * len(blocks) // job.manifest.model.heads
         least = float(np.where(np.isfinite(loss), blocks, np.inf).min(1).sum())
         if self.target_db is not None:
@@ -148,7 +147,7 @@ class Select(Pass):
             self.require(chosen is not None, "target-density", rule, self.target_density)
             assert chosen is not None
             found = chosen
-        job.multiplier = found.multiplier / block_ms
+        job.multiplier = found.multiplier / job.block_ms
         return found
 
     def _reach(self, loss: Float64, blocks: Float64, predicted: Callable[[Int64], Prediction | str]) -> Choice:

@@ -25,7 +25,6 @@ from support.jobs import (
 )
 
 from calibatt.compiler.bits import pack, unpack
-from calibatt.compiler.cost import Device
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.ir import Groups, packed_bits
 from calibatt.compiler.menu import Menu
@@ -148,7 +147,7 @@ def test_what_copies_cost_is_the_sum_over_what_is_copied() -> None:
             assert new.copy_error[head] == pytest.approx(added)
             assert np.isclose(old.menu[2][head], new.error[head] - added, rtol=1e-9, atol=1e-12).any()
             blocks = int(mask(old, head).sum()) - int(tiles(new, head).sum())
-            worth = before.multiplier * DEVICE.predict_ms(0, blocks, 0, old.blocks, 8)
+            worth = before.multiplier * blocks * DEVICE.block_ms(old.blocks, 8)
             assert new.error[head] - old.error[head] <= worth * (1 + 1e-9)
     assert 0 < len(taken) < 12
     assert set(taken) == {ROWS, FRAMES}
@@ -177,7 +176,6 @@ def test_anchors_that_would_compute_more_blocks_save_nothing() -> None:
     packed = packed_bits(pack(keep), unit.grid, unit.blocks, apart)
     assert unpack(packed, 5).shape == (4, 5)
     assert unpack(packed, 5).sum() == 20 > keep.sum()
-    job.device = Device("toy", "made up", tflops=1e9, tile_us=1.0, store_us=0.0)
     unit.keep, unit.error = np.repeat(pack(keep)[None], unit.heads, 0), np.zeros(unit.heads)
     unit.menu[2][:] = 1e9
     unit.menu[2][:, 0] = 0

@@ -17,7 +17,7 @@ from support import stats
 
 from calibatt.compiler.cli import command
 from calibatt.compiler.emit import segments
-from calibatt.compiler.language import _text, option_name
+from calibatt.compiler.language import option_name
 from calibatt.compiler.passes import PASSES
 from calibatt.compiler.stats import StoreWriter
 from calibatt.plans import PlanFile
@@ -194,7 +194,7 @@ def test_help_names_every_pass_and_option() -> None:
     for name, kind in PASSES.items():
         assert re.search(rf"^ +{name}\b", text, re.MULTILINE)
         for each in fields(kind()):
-            assert option_name(each.name) + ("" if each.default is None else f"={_text(each.default)}") in text
+            assert option_name(each.name) + ("" if each.default is None else f"={each.default}") in text
 
 
 def test_segments_cover_all_times() -> None:

@@ -212,6 +212,6 @@ def test_accounts_follow_the_masks() -> None:
     assert accounts[0].blocks == 2 * 2 * 3 * 25
     assert accounts[-1].blocks == kept
     assert accounts[-1].density == pytest.approx(np.mean([unit.lowered.density for unit in found.all]))
-    assert accounts[-1].predicted_ms == pytest.approx(found.device.predict_ms(0, kept, 0, found.manifest.blocks, 8))
+    assert accounts[-1].predicted_ms == pytest.approx(kept * found.device.block_ms(found.manifest.blocks, 8))
     assert accounts[-1].error == pytest.approx(sum(unit.error.sum() for unit in found.all))
     assert accounts[-1].passes == "lower"

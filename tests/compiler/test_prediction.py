@@ -36,7 +36,7 @@ def table(rng: np.random.Generator, samplings: int, vectors: int, signal: np.nda
         SamplingTables(np.full(T, 2.0), np.ones((T, L, H), np.float32), effects(index, W), effects(index, C))
         for index in range(samplings)
     ]
-    return Table(tuple(map(str, range(samplings))), ({},) * samplings, tuple(each))
+    return Table(tuple(each))
 
 
 def masks(kind: Any, density: float = 0.4, error: float = 1.0, own: float = 1.0, copied: float = 0.0) -> Masks:

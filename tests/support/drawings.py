@@ -52,7 +52,7 @@ class DrawnSource:
         times, heads, q_blocks, _ = self.keep.shape
         signature, grid = ModelSignature("Drawn", 1, heads, BLOCK), TokenGrid(1, 1, BLOCK * q_blocks)
         manifest = Manifest(signature, grid, Blocks(BLOCK, BLOCK), self.times)
-        return Job(manifest, device, np.ones(times), Table((), (), ()))
+        return Job(manifest, device, np.ones(times), Table(()))
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
         keep = pack(self.keep[time_index])

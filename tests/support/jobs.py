@@ -18,7 +18,7 @@ from calibatt.compiler.stats import Contribution, Manifest, SamplingTables, Tabl
 from calibatt.plans import TokenGrid
 from support import stats
 
-DEVICE = Device("test", "made up", tflops=1.0, tile_us=0.0, store_us=0.0)
+DEVICE = Device("test", "made up", tflops=1.0)
 
 
 class MemoryStore:
@@ -41,8 +41,7 @@ class MemoryStore:
         return combined([self.parts[name, time_index, layer] for name in self.samplings], self.samplings)
 
     def table(self) -> Table:
-        pairs = [(self.meta[name], self.tables[name]) for name in self.samplings]
-        return Table(self.samplings, *map(tuple, zip(*pairs, strict=True)))
+        return Table(tuple(self.tables[name] for name in self.samplings))
 
 
 def memory_store(of: Manifest, samples: int = 3, seed: int = 0, copies: float = 1.0) -> MemoryStore:
