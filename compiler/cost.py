@@ -1,4 +1,4 @@
-"""Predicted milliseconds of attention from what a schedule executes, on a named device."""
+"""Predicted milliseconds of attention from the blocks that it computes, on a named device."""
 
 from __future__ import annotations
 
@@ -16,34 +16,17 @@ class Device:
         name: What `--device` calls it.
         source: Where the coefficients come from.
         tflops: Floating-point throughput of computed blocks, 10^12 operations a second; a block of ``bq`` queries and
-            ``bk`` keys of ``d`` channels takes ``4 bq bk d`` operations.
-        tile_us: Microseconds that each tile adds; 0 where `tflops` was measured over whole calls and has it in it.
-        store_us: Microseconds that each output token of a head adds, computed or copied; 0 likewise.
+            ``bk`` keys of ``d`` channels takes ``4 bq bk d`` operations. Measured over whole calls, so that it has in
+            it what tiles and stores take.
     """
 
     name: str
     source: str
     tflops: float
-    tile_us: float
-    store_us: float
 
     def block_ms(self, blocks: Blocks, head_dim: int) -> float:
         """Milliseconds of one computed block."""
         return 4.0 * blocks.block_q * blocks.block_k * head_dim / (self.tflops * 1e9)
-
-    def predict_ms(self, tiles: float, computed_blocks: float, stored_tokens: float, blocks: Blocks, dim: int) -> float:
-        """Predicted milliseconds.
-
-        Args:
-            tiles: Query tiles executed.
-            computed_blocks: Blocks computed over all of them.
-            stored_tokens: Output tokens written: the computed ones and the copies.
-            blocks: Block sizes.
-            dim: Channels of a head.
-        """
-        return computed_blocks * self.block_ms(blocks, dim) + 1e-3 * (
-            tiles * self.tile_us + stored_tokens * self.store_us
-        )
 
 
 DEVICES = {
@@ -54,22 +37,16 @@ DEVICES = {
             source="660 TFLOP/s: whole calls at 720p, density 0.3, 128x128 blocks, 128 channels, 2026-11-26 "
             "(docs/benchmarks/kernels_h200.json)",
             tflops=660.0,
-            tile_us=0.0,
-            store_us=0.0,
         ),
         Device(
             name="h200-triton",
             source="437 TFLOP/s: as h200-hopper, by the triton backend",
             tflops=436.6,
-            tile_us=0.0,
-            store_us=0.0,
         ),
         Device(
             name="cpu-2core",
             source="provisional: 100 GFLOP/s assumed for two cores, nothing measured",
             tflops=0.1,
-            tile_us=0.0,
-            store_us=0.0,
         ),
     )
 }

@@ -43,8 +43,7 @@ def require_lowered(passes: Sequence[Pass]) -> None:
 
 def make_plan(
     job: Job,
-    provenance: dict[str, Any],
-    parts: tuple[Segment, ...],
+    store: Samplings,
     passes: Sequence[Pass],
     done: Run,
     shelf: Shelf,
@@ -55,8 +54,7 @@ def make_plan(
 
     Args:
         job: The job.
-        provenance: Where it comes from.
-        parts: The segments, one a recorded time.
+        store: Where it comes from.
         passes: What was run.
         done: What came of it.
         shelf: Where the units are.
@@ -75,7 +73,7 @@ def make_plan(
         "device": job.device.name,
         "device_source": job.device.source,
         "planned_ms": [[unit.predicted_ms for unit in units] for units in by_time],
-        "dense_ms": [[job.dense_unit_ms] * layers for _ in times],
+        "dense_ms": [[job.unit_dense_blocks * job.block_ms] * layers for _ in times],
         "density": done.accounts[-1].density,
         "latent_db": None if latent is None else asdict(latent),
         "head_price": [[unit.head_error.tolist() for unit in units] for units in by_time],
@@ -86,10 +84,10 @@ def make_plan(
         signature=manifest.model,
         grid=manifest.grid,
         blocks=manifest.blocks,
-        segments=parts,
+        segments=segments(manifest.times),
         schedules=StoredLayers("", manifest.grid, manifest.blocks, manifest.model.heads, bases, stored),
         passes=print_passes(passes),
-        provenance=provenance,
+        provenance=provenance(job, store),
         predicted=predicted,
         notes=notes,
     )
@@ -111,7 +109,7 @@ def compile_in_memory(store: Samplings, source: Source, passes: Sequence[Pass], 
     require_lowered(passes)
     job, shelf = StatisticsSource(store).make_job(device), MemoryShelf()
     found = run(source, job, passes, shelf, in_turn)
-    return make_plan(job, provenance(job, store), segments(job.manifest.times), passes, found, shelf, in_turn)
+    return make_plan(job, store, passes, found, shelf, in_turn)
 
 
 def _encode(shelf: Shelf, last: int, index: int, base: int) -> EncodedLayer:
@@ -130,15 +128,14 @@ def predicted_snr(job: Job, done: Run) -> Prediction | str:
         return np.stack([np.asarray(each) for each in values]).reshape(shape)
 
     copied = table(unit.copy_error for unit in done.units)
-    nothing = np.zeros((len(job.manifest.shares), job.manifest.model.heads))
-    own = np.stack([nothing if unit.share_error is None else unit.share_error for unit in done.units])
+    own = np.stack([unit.share_error for unit in done.units])
     known = {"dense": DENSE, **windows}
     masks = Masks(
         kind=table([known.get(choice, CUT) for choice in unit.choice] for unit in done.units),
         density=table(unit.density for unit in done.units),
         error=np.maximum(table(unit.head_error for unit in done.units) - copied, 0.0),
         copied=copied,
-        share_error=own.reshape(*shape[:2], *nothing.shape),
+        share_error=own.reshape(*shape[:2], *own.shape[1:]),
     )
     return predict(job.table, job.levels, job.manifest.shares, masks)
 
@@ -146,11 +143,11 @@ def predicted_snr(job: Job, done: Run) -> Prediction | str:
 def provenance(job: Job, store: Samplings) -> dict[str, Any]:
     """Where the plan comes from: plain values, nothing of the machine or the day."""
     found: dict[str, Any] = {
-        "samples": list(job.samplings),
+        "samples": list(store.samplings),
         "manifest": job.manifest.digest,
         "versions": {**job.manifest.versions, "calibatt-compile": version("calibatt")},
     }
-    prompts = [store.meta[name].get("prompt") for name in job.samplings]
+    prompts = [store.meta[name].get("prompt") for name in store.samplings]
     if all(isinstance(prompt, str) for prompt in prompts):
         text = json.dumps(prompts, ensure_ascii=True).encode()
         found["prompts_digest"] = blake2b(text, digest_size=16).hexdigest()

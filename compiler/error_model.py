@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from calibatt.compiler.bits import Bits, Bool, unpack
 from calibatt.compiler.ir import Float32, Float64, UnitIR
-from calibatt.compiler.passes.protect import protected
-from calibatt.compiler.stats import Manifest, Window, code_values, window_keep
+from calibatt.compiler.stats import Manifest, Window, code_values, text_keep, window_keep
 
 CODES = 256
 PRICED_ROWS = 64
@@ -44,7 +43,7 @@ class Bands:
     def __init__(self, manifest: Manifest) -> None:
         own = np.arange(manifest.q_blocks) * manifest.blocks.block_q // manifest.blocks.block_k
         self._band = ((own.max() - own)[:, None] + np.arange(manifest.k_blocks)).reshape(-1)
-        self._counts = ~protected(manifest.grid, manifest.blocks, False, False).reshape(-1)
+        self._counts = ~text_keep(manifest.grid, manifest.blocks).reshape(-1)
         self._number = np.maximum(np.bincount(self._band, self._counts), 1)
 
     def steady(self, values: Float32, count: float) -> Float32:
@@ -102,7 +101,7 @@ def code_counts(unit: UnitIR, head: int, classes: npt.NDArray[np.uint8]) -> tupl
     """How many blocks of each of two classes and each code there are, and how large they are.
 
     Args:
-        unit: With codes.
+        unit: Whose head.
         head: Which head.
         classes: uint8 ``(Q, K)``, 0 or 1.
 
@@ -110,8 +109,6 @@ def code_counts(unit: UnitIR, head: int, classes: npt.NDArray[np.uint8]) -> tupl
         Number of blocks, float64 ``(2, 256)``; and for `priced_rows` the sum of the roots of x, float64
         ``(rows, 2, 256)``: a mask that drops some of them costs `rows_scale` times ``(sums.sum(dropped) ** 2).sum()``.
     """
-    assert unit.means.error_code is not None
-    assert unit.means.error_peak is not None
     index = classes.astype(np.uint16) << 8 | unit.means.error_code[head]
     number = np.bincount(index.reshape(-1), minlength=2 * CODES).astype(np.float64)
     some = index[priced_rows(unit.q_blocks)]

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from calibatt.compiler.bits import pack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.error_model import block_prices
 from calibatt.compiler.ir import Job, UnitIR, UnitMeans, column_bits
-from calibatt.compiler.stats import Manifest, Table, Unit, dequantise, fast_codes
+from calibatt.compiler.stats import Manifest, Table, Unit, dequantise, fast_codes, text_keep
 
 
 class Samplings(Protocol):
@@ -50,7 +51,7 @@ class StatisticsSource:
             StoreError: A sampling's file is damaged.
         """
         table = _table(self.store)
-        return Job(self.store.manifest, self.store.samplings, device, table.time_level, table=table)
+        return Job(self.store.manifest, device, table.time_level, table)
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
         """One (time, layer).
@@ -74,14 +75,15 @@ class StatisticsSource:
             peaks[head] = prices.max()
             codes[head] = fast_codes(prices, peaks[head])
         means = UnitMeans(
-            error_code=codes if job.codes else None,
-            error_peak=peaks * np.float32(level) if job.codes else None,
+            error_code=codes,
+            error_peak=peaks * np.float32(level),
             window_error=windows * level,
             row_error=unit.row_effect * level,
             frame_error=None if unit.frame_effect is None else unit.frame_effect * level,
-            votes=unit.votes if job.votes else None,
+            votes=unit.votes,
             vote_samples=unit.vote_samples,
-            row_difference=unit.row_difference if job.votes else None,
+            row_difference=unit.row_difference,
         )
-        required = column_bits(codes.argmin(2), manifest.k_blocks)
-        return UnitIR(time_index, layer, manifest.grid, manifest.blocks, means, required)
+        required = column_bits(codes.argmin(2), manifest.k_blocks) | pack(text_keep(manifest.grid, manifest.blocks))
+        share_error = np.zeros((len(manifest.shares), shape[0]))
+        return UnitIR(time_index, layer, manifest.grid, manifest.blocks, means, required, share_error)

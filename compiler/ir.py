@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from calibatt.compiler.bits import Bits, Bool, count, pack, unpack
+from calibatt.compiler.bits import Bits, count, pack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.stats import Manifest, Table
 from calibatt.plans import ROWS, Blocks, PackedLayer, TokenGrid
@@ -52,23 +52,24 @@ class Groups(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class UnitMeans:
-    """What the samplings say of one (time, layer), averaged over them; None where no pass asks for it.
+    """What the samplings say of one (time, layer), averaged over them.
 
     Args:
         error_code: uint8 ``(H, Q, K)``, codes of each block's error as masks are priced by it; see `error_model`.
         error_peak: float32 ``(H,)``, what code 0 stands for.
         window_error: float64 ``(W, H)``, measured.
         row_error: float64 ``(H, Y, 2 R)``, what a row adds where it is a copy, NaN where the offset leaves the frame.
-        frame_error: float64 ``(H, F, 2 S)``, of frames.
-        votes: uint16 ``(T, H, Q, K)``, in how many samples a block is in a threshold's set; gone once they are counted.
+        frame_error: float64 ``(H, F, 2 S)``, of frames; None where S is 0.
+        votes: uint16 ``(T, H, Q, K)``, in how many samples a block is in a threshold's set; None in a store without
+            thresholds, and once a pass has decided over all units.
         vote_samples: Of how many samples the votes are.
-        row_difference: float32 ``(H, Y, 2 R)``, relative to the row; None where votes are.
+        row_difference: float32 ``(H, Y, 2 R)``, relative to the row; None in a store without thresholds.
     """
 
-    error_code: npt.NDArray[np.uint8] | None = None
-    error_peak: Float32 | None = None
-    window_error: Float64 | None = None
-    row_error: Float64 | None = None
+    error_code: npt.NDArray[np.uint8]
+    error_peak: Float32
+    window_error: Float64
+    row_error: Float64
     frame_error: Float64 | None = None
     votes: npt.NDArray[np.uint16] | None = None
     vote_samples: int = 0
@@ -77,7 +78,7 @@ class UnitMeans:
 
 @dataclass(eq=False)
 class UnitIR:
-    """One layer at one recorded time, from statistics to schedule.
+    """One layer at one recorded time, from statistics to schedule. Every head is dense until a pass decides otherwise.
 
     Args:
         time_index: Of the manifest's times.
@@ -85,16 +86,14 @@ class UnitIR:
         grid: The token sequence.
         blocks: Block sizes.
         means: The statistics.
-        required: Packed ``(H, Q, ceil(K / 8))``, blocks that every mask of the head keeps; at least one a row.
-        force_dense: Every head stays dense.
-        voted: Packed ``(H, Q, ceil(K / 8))``, what the samples agree on; set by `vote`.
-        keep: Packed ``(H, Q, ceil(K / 8))``, the chosen masks; set by `select`.
-        choice: What each head's mask is: ``dense``, ``plane 0.95``, ``rows(2)``, ``cut``.
+        required: Packed ``(H, Q, ceil(K / 8))``, blocks that every mask of the head keeps: text, and one a row.
+        share_error: float64 ``(C, H)``, error of the head's cut at each share of the ladder; see `prediction`.
+        keep: Packed ``(H, Q, ceil(K / 8))``, the masks.
+        choice: What each head's mask is: ``dense``, ``rows(2)``, ``cut``, ``voted``.
         error: float64 ``(H,)``, predicted error of each head.
         anchors: The anchor groups of each head, or None where every row is computed.
         packed: By head, where it has anchors: the packed mask ``(tiles, ceil(K / 8))`` of its tiles.
         copy_error: float64 ``(H,)``, the part of `error` that copies of the anchors make, as of the last `anchors`.
-        share_error: float64 ``(C, H)``, error of the head's cut at each share of the ladder; see `prediction`.
         menu: What `select` found that heads may choose from: key, blocks and errors; see `menu.Menu`.
         packed_menu: By head, where it has anchors: blocks of each mask of the menu with them.
         tile_order: int32, see `LayerSchedule`; set by `schedule`.
@@ -107,19 +106,22 @@ class UnitIR:
     blocks: Blocks
     means: UnitMeans
     required: Bits
-    force_dense: bool = False
-    voted: Bits | None = None
-    keep: Bits | None = None
-    choice: list[str] = field(default_factory=list)
-    error: Float64 = field(default_factory=lambda: np.zeros(0))
-    anchors: list[Groups | None] = field(default_factory=list)
+    share_error: Float64
+    keep: Bits = field(init=False)
+    choice: list[str] = field(init=False)
+    error: Float64 = field(init=False)
+    anchors: list[Groups | None] = field(init=False)
     packed: dict[int, Bits] = field(default_factory=dict)
-    copy_error: Float64 = field(default_factory=lambda: np.zeros(0))
-    share_error: Float64 | None = None
+    copy_error: Float64 = field(init=False)
     menu: Any = None
     packed_menu: dict[int, Int64] = field(default_factory=dict)
     tile_order: npt.NDArray[np.int32] | None = None
     lowered: PackedLayer | None = None
+
+    def __post_init__(self) -> None:
+        self.keep = np.repeat(full_bits(self.q_blocks, self.k_blocks)[None], self.heads, 0)
+        self.choice, self.anchors = ["dense"] * self.heads, [None] * self.heads
+        self.error, self.copy_error = np.zeros(self.heads), np.zeros(self.heads)
 
     @property
     def name(self) -> str:
@@ -143,29 +145,14 @@ class UnitIR:
         return self.q_blocks * self.k_blocks
 
     def tile_bits(self, head: int) -> Bits:
-        """Packed ``(tiles, ceil(K / 8))``: the head's mask over its tiles; all blocks before `select`."""
-        if head in self.packed:
-            return self.packed[head]
-        if self.keep is None:
-            return full_bits(self.q_blocks, self.k_blocks)
-        found: Bits = self.keep[head]
+        """Packed ``(tiles, ceil(K / 8))``: the head's mask over its tiles (those of its anchors, where it has any)."""
+        found: Bits = self.packed.get(head, self.keep[head])
         return found
-
-    def head_keep(self, head: int) -> Bool:
-        """bool ``(Q, K)``, the head's mask over the original query blocks; all of them before `select`."""
-        bits = full_bits(self.q_blocks, self.k_blocks) if self.keep is None else self.keep[head]
-        return unpack(bits, self.k_blocks)
-
-    def tile_keep(self, head: int) -> Bool:
-        """bool ``(tiles, K)``, the head's mask over its packed tiles (those of its anchors, where it has any)."""
-        return unpack(self.tile_bits(head), self.k_blocks)
 
     def computed(self) -> tuple[Int64, Int64]:
         """Tiles and computed blocks of each head, both int64 ``(H,)``."""
         tiles = np.full(self.heads, self.q_blocks, dtype=np.int64)
-        blocks = np.full(self.heads, self.dense_blocks, dtype=np.int64)
-        if self.keep is not None:
-            blocks = count(self.keep, (1, 2))
+        blocks = count(self.keep, (1, 2))
         for head, bits in self.packed.items():
             tiles[head], blocks[head] = len(bits), count(bits, (0, 1))
         return tiles, blocks
@@ -177,23 +164,17 @@ class Job:
 
     Args:
         manifest: Of the statistics.
-        samplings: Their names.
         device: What predicts milliseconds.
         levels: float64 ``(times,)``: the sum of squared effects of single blocks, a geometric mean over the samplings.
-        votes: Some pass asks for the counts of the paper's own method.
-        codes: Some pass asks for the blocks' errors.
-        table: What each sampling says; only in the process that decides. None for a plan from a plan.
+        table: What each sampling says; only in the process that decides.
         multiplier: The price of a millisecond in error (lambda), once `select` has found it.
         findings: What each pass has to report: plain values.
     """
 
     manifest: Manifest
-    samplings: tuple[str, ...]
     device: Device
     levels: Float64
-    votes: bool = True
-    codes: bool = True
-    table: Table | None = None
+    table: Table
     multiplier: float | None = None
     findings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -215,21 +196,10 @@ class Job:
         manifest = self.manifest
         return manifest.model.heads * manifest.q_blocks * manifest.k_blocks
 
-    def unit_ms(self, tiles: Int64, blocks: Int64) -> float:
-        """Predicted milliseconds of a unit's attention call, from what it has `computed`."""
-        return self._ms(int(tiles.sum()), int(blocks.sum()))
-
     @property
-    def dense_unit_ms(self) -> float:
-        """The same, were every head dense."""
-        manifest = self.manifest
-        tiles = manifest.model.heads * manifest.q_blocks
-        return self._ms(tiles, tiles * manifest.k_blocks)
-
-    def _ms(self, tiles: int, blocks: float) -> float:
-        manifest = self.manifest
-        stored = manifest.model.heads * manifest.grid.tokens
-        return self.device.predict_ms(tiles, blocks, stored, manifest.blocks, manifest.model.head_dim)
+    def block_ms(self) -> float:
+        """Predicted milliseconds of a computed block."""
+        return self.device.block_ms(self.manifest.blocks, self.manifest.model.head_dim)
 
 
 @lru_cache(maxsize=8)

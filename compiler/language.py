@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from calibatt.compiler.errors import PassSyntaxError
 from calibatt.compiler.passes import PASSES, Pass
 
-DEFAULT_PASSES = "protect,select,anchors,select,schedule,lower"
+DEFAULT_PASSES = "select,anchors,select,schedule,lower"
 _PASS = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\{([^{}]*)\})?\s*")
 _TEXT = re.compile(r"[A-Za-z0-9_.+-]*")
 
@@ -68,13 +68,9 @@ def _pass(name: str, options: str | None) -> Pass:
 
 
 def _value(where: str, hint: Any, text: str) -> Any:
-    """Text as a value of a field's type: bool, int, float, str, or one of these or None."""
+    """Text as a value of a field's type: int, float, str, or one of these or None."""
     if get_origin(hint) is UnionType:
         (hint,) = (part for part in get_args(hint) if part is not NoneType)
-    if hint is bool:
-        if text not in ("true", "false"):
-            raise PassSyntaxError(f"{where} must be true or false, got {text!r}")
-        return text == "true"
     if hint is str:
         if not _TEXT.fullmatch(text):
             raise PassSyntaxError(f"{where} must be of letters, digits, '_', '.', '+' and '-', got {text!r}")
@@ -91,9 +87,5 @@ def _value(where: str, hint: Any, text: str) -> Any:
 
 def _print(each: Pass) -> str:
     values = {option_name(field.name): getattr(each, field.name) for field in fields(each)}
-    shown = ",".join(f"{name}={_text(value)}" for name, value in values.items() if value is not None)
+    shown = ",".join(f"{name}={value}" for name, value in values.items() if value is not None)
     return each.name + (f"{{{shown}}}" if shown else "")
-
-
-def _text(value: object) -> str:
-    return ("false", "true")[value] if isinstance(value, bool) else str(value)

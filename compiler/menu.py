@@ -40,7 +40,6 @@ class Menu:
         required = [np.flatnonzero(unpack(bits, unit.k_blocks)) for bits in unit.required]
         places, starts = np.concatenate(required), np.cumsum([0, *map(len, required[:-1])])
         for column, window in enumerate(self.windows, 1):
-            assert unit.means.window_error is not None
             keep = window_keep(window, unit.grid, unit.blocks)
             outside = np.add.reduceat(~keep.reshape(-1).take(places), starts, dtype=np.int64)
             blocks[:, column] = np.count_nonzero(keep) + outside
@@ -63,7 +62,6 @@ class Menu:
             windows = packed_windows(self.windows, unit.grid, unit.blocks, groups)
             found[1 : self.first_cut] = count(windows | required, (1, 2))
         if len(self.cuts):
-            assert unit.means.error_code is not None
             least = over_sources(np.minimum, unit.means.error_code[head], sources).reshape(-1)
             others = np.bincount(least, minlength=CODES) - np.bincount(least[always], minlength=CODES)
             below = np.append(0, others.cumsum()) + len(always)
@@ -77,7 +75,6 @@ class Menu:
         if column < self.first_cut:
             bits = window_bits(self.windows, unit.grid, unit.blocks)[column - 1]
             return str(self.windows[column - 1]), bits | unit.required[head]
-        assert unit.means.error_code is not None
         below = self.cuts[column - self.first_cut]
         return "cut", pack(unit.means.error_code[head] < below) | unit.required[head]
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from calibatt.plans import ScheduleError
 
 
 class Source(Protocol):
-    """Statistics, or a plan."""
+    """What units are made of; a `StatisticsSource`, or what stands in for it."""
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
         """A unit before any pass."""
@@ -52,7 +52,6 @@ class Account:
         predicted_ms: Milliseconds of one attention call, summed over all times and layers.
         error: Predicted, summed over all.
         findings: What the pass reports.
-        units: One line a unit.
     """
 
     name: str
@@ -63,8 +62,7 @@ class Account:
     plan_bytes: int
     predicted_ms: float
     error: float
-    findings: dict[str, Any] = field(default_factory=dict)
-    units: tuple[str, ...] = ()
+    findings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,7 @@ class UnitAccount:
     """What a unit amounts to after a pass; see `Account`.
 
     Args:
-        kinds: Heads by kind, of the unit.
-        line: Of `Account.units`.
+        kinds: Heads by kind.
         head_error: Predicted error of each head, copies included.
         copy_error: That of copies.
         density: Of each head's mask, before copies.
@@ -85,15 +82,13 @@ class UnitAccount:
     blocks: int
     plan_bytes: int
     predicted_ms: float
-    error: float
     findings: Findings
     kinds: dict[str, int]
-    line: str
     head_error: Float64
     copy_error: Float64
     density: Float64
     choice: tuple[str, ...]
-    share_error: Float64 | None
+    share_error: Float64
 
 
 @dataclass(frozen=True)
@@ -131,22 +126,14 @@ def stages(passes: Sequence[Pass]) -> list[Stage]:
     """Cuts a list of passes before every one that decides."""
     parts: list[list[Pass]] = [[]]
     for each in passes:
-        if each.decides or each.by_layer:
+        if each.decides:
             parts.append([])
         parts[-1].append(each)
     after = [*(part[0] for part in parts[1:]), None]
     return [Stage(number, tuple(part), survey) for number, (part, survey) in enumerate(zip(parts, after, strict=True))]
 
 
-def run(
-    source: Source,
-    job: Job,
-    passes: Sequence[Pass],
-    shelf: Shelf,
-    over: Map,
-    after: Callable[[Account], None] = lambda _: None,
-    printing: bool = False,
-) -> Run:
+def run(source: Source, job: Job, passes: Sequence[Pass], shelf: Shelf, over: Map) -> Run:
     """Runs passes in order; verifies and accounts after each.
 
     Args:
@@ -155,8 +142,6 @@ def run(
         passes: What to run.
         shelf: Where the units are left, after stage ``len(stages(passes)) - 1``.
         over: How units are spread over processes; `in_turn`, or `processes`.
-        after: Called after each pass.
-        printing: Give `Account.units`.
 
     Returns:
         The accounts: of the job before any pass, then one a pass; and of every unit after the last.
@@ -167,11 +152,9 @@ def run(
         VerifyError: A pass left a broken unit.
     """
     accounts: list[Account] = []
-    job.votes = any(each.votes for each in passes)
-    job.codes = any(each.codes for each in passes)
     decisions: Sequence[Any] = [None] * job.units
     for stage in stages(passes):
-        work = partial(_work, source, job, stage, shelf, printing)
+        work = partial(_work, source, job, stage, shelf)
         found = dict(over(work, decisions))
         ordered = [found[index] for index in range(job.units)]
         if stage.number:
@@ -179,18 +162,8 @@ def run(
         names: list[Pass | None] = [None] if stage.number == 0 else []
         for position, each in enumerate([*names, *stage.passes]):
             accounts.append(_sum(job, each, [unit.accounts[position] for unit in ordered]))
-            after(accounts[-1])
-        if stage.survey is not None and stage.survey.by_layer:
-            layers = [None] * job.manifest.model.layers
-            by_layer = dict(over(partial(_decide_layer, job, stage, shelf), layers))
-            places = [job.place(index) for index in range(job.units)]
-            decisions = [by_layer[layer][time_index] for time_index, layer in places]
-        elif stage.survey is not None:
-            times = job.manifest.times
-            units = [index for index in range(job.units) if stage.survey.covers(times[job.place(index)[0]])]
-            decided = stage.survey.decide(job, units, [ordered[index].survey for index in units])
-            by_unit = dict(zip(units, decided, strict=True))
-            decisions = [by_unit.get(index) for index in range(job.units)]
+        if stage.survey is not None:
+            decisions = stage.survey.decide(job, [each.survey for each in ordered])
     return Run(accounts, [each.accounts[-1] for each in ordered])
 
 
@@ -220,7 +193,7 @@ def processes(jobs: int) -> Iterator[Map]:
         yield over
 
 
-def _work(source: Source, job: Job, stage: Stage, shelf: Shelf, printing: bool, index: int, decision: Any) -> Found:
+def _work(source: Source, job: Job, stage: Stage, shelf: Shelf, index: int, decision: Any) -> Found:
     """Takes one unit through a stage, unless that has been done before."""
     before = shelf.found(stage.number, index)
     if before is not None:
@@ -230,53 +203,35 @@ def _work(source: Source, job: Job, stage: Stage, shelf: Shelf, printing: bool, 
     start = time.perf_counter()
     if stage.number == 0:
         unit = source.unit(job, *job.place(index))
-        accounts.append(_account(job, unit, time.perf_counter() - start, {}, printing))
+        accounts.append(_account(job, unit, time.perf_counter() - start, {}))
     else:
         unit = shelf.unit(stage.number - 1, index)
     for each in stage.passes:
         start = time.perf_counter()
-        given = decision if each.decides else None
-        if each.by_layer:
-            given = (decision, partial(_unit_at, job, shelf, stage.number - 1, unit.layer))
-        covered = each.covers(job.manifest.times[unit.time_index])
-        findings = each.change(job, unit, given) if covered else {}
+        findings = each.change(job, unit, decision if each.decides else None)
         seconds = time.perf_counter() - start
         verify(unit, each.name)
-        accounts.append(_account(job, unit, seconds, findings, printing))
+        accounts.append(_account(job, unit, seconds, findings))
     if unit.means.votes is not None:
         unit.means = replace(unit.means, votes=None)
-    survey = None
-    if stage.survey is not None and stage.survey.covers(job.manifest.times[unit.time_index]):
-        survey = stage.survey.survey(job, unit)
-    found = Found(tuple(accounts), survey)
-    shelf.put(stage.number, index, unit, found, last=stage.survey is None)
+    found = Found(tuple(accounts), None if stage.survey is None else stage.survey.survey(job, unit))
+    shelf.put(stage.number, index, unit, found)
     return found
 
 
-def _unit_at(job: Job, shelf: Shelf, stage: int, layer: int, time_index: int) -> UnitIR:
-    return shelf.unit(stage, time_index * job.manifest.model.layers + layer)
-
-
-def _decide_layer(job: Job, stage: Stage, shelf: Shelf, layer: int, _: None) -> Sequence[Any]:
-    assert stage.survey is not None
-    return stage.survey.decide_layer(job, layer, partial(_unit_at, job, shelf, stage.number, layer))
-
-
-def _account(job: Job, unit: UnitIR, seconds: float, findings: Findings, printing: bool) -> UnitAccount:
+def _account(job: Job, unit: UnitIR, seconds: float, findings: Findings) -> UnitAccount:
     tiles, blocks = unit.computed()
     return UnitAccount(
         seconds=seconds,
         blocks=int(blocks.sum()),
         plan_bytes=_bytes(unit, tiles, blocks),
-        predicted_ms=job.unit_ms(tiles, blocks),
-        error=float(unit.error.sum()),
+        predicted_ms=int(blocks.sum()) * job.block_ms,
         findings=findings,
         kinds=_kinds(unit, blocks),
-        line=unit_line(unit) if printing else "",
-        head_error=unit.error if len(unit.error) else np.zeros(unit.heads),
-        copy_error=unit.copy_error if len(unit.copy_error) else np.zeros(unit.heads),
-        density=np.ones(unit.heads) if unit.keep is None else count(unit.keep, (1, 2)) / unit.dense_blocks,
-        choice=tuple(unit.choice) or ("dense",) * unit.heads,
+        head_error=unit.error,
+        copy_error=unit.copy_error,
+        density=count(unit.keep, (1, 2)) / unit.dense_blocks,
+        choice=tuple(unit.choice),
         share_error=unit.share_error,
     )
 
@@ -309,9 +264,8 @@ def _sum(job: Job, each: Pass | None, units: Iterable[UnitAccount]) -> Account:
         density=blocks / (job.units * job.unit_dense_blocks),
         plan_bytes=sum(unit.plan_bytes for unit in found),
         predicted_ms=float(sum(unit.predicted_ms for unit in found)),
-        error=float(sum(unit.error for unit in found)),
+        error=float(sum(unit.head_error.sum() for unit in found)),
         findings=dict(findings),
-        units=tuple(unit.line for unit in found if unit.line),
     )
 
 
@@ -320,18 +274,6 @@ def _bytes(unit: UnitIR, tiles: Any, blocks: Any) -> int:
         return 4 * len(unit.lowered.list_bits) + 2 * int(count(unit.lowered.list_bits, (0, 1)))
     listed = blocks < tiles * unit.k_blocks
     return int((2 * blocks + 4 * tiles)[listed].sum())
-
-
-def unit_line(unit: UnitIR) -> str:
-    """A unit in one line: what `--print-after-all` prints after each pass."""
-    _, blocks = unit.computed()
-    density = " ".join(f"{share:.3f}" for share in blocks / unit.dense_blocks)
-    anchors = sum(groups is not None for groups in unit.anchors)
-    parts = [f"{unit.name}: density {density}"]
-    parts += [f"masks {', '.join(unit.choice)}"] if unit.choice else []
-    parts += [f"{anchors} with anchors"] if anchors else []
-    parts += ["lowered"] if unit.lowered is not None else []
-    return "; ".join(parts)
 
 
 def verify(unit: UnitIR, after: str) -> None:
@@ -348,8 +290,6 @@ def verify(unit: UnitIR, after: str) -> None:
     shape = (unit.heads, unit.q_blocks, -(-unit.k_blocks // 8))
     spare = -unit.k_blocks % 8
     for what, bits in (("required", unit.required), ("keep", unit.keep)):
-        if bits is None:
-            continue
         found = (bits.dtype.name, bits.shape)
         require(found == ("uint8", shape), what, f"be uint8 {shape}", found)
         require(not spare or not (bits[..., -1] >> (8 - spare)).any(), what, "have zero padding bits", "ones")
@@ -357,11 +297,10 @@ def verify(unit: UnitIR, after: str) -> None:
         if dropped or bits is unit.required:  # what holds those has no empty row either
             require(bool(bits.any(-1).all()), what, "hold a block for every query block", "an empty row")
         require(not dropped, what, "hold every required block", "one dropped")
-    if unit.keep is not None:
-        require(len(unit.choice) == unit.heads, "choice", f"name {unit.heads} heads", len(unit.choice))
-        right = unit.error.shape == (unit.heads,) and bool((np.isfinite(unit.error) & (unit.error >= 0)).all())
-        require(right, "error", f"be {unit.heads} finite numbers, none negative", unit.error)
-    require(len(unit.anchors) in (0, unit.heads), "anchors", f"be given for {unit.heads} heads", len(unit.anchors))
+    require(len(unit.choice) == unit.heads, "choice", f"name {unit.heads} heads", len(unit.choice))
+    right = unit.error.shape == (unit.heads,) and bool((np.isfinite(unit.error) & (unit.error >= 0)).all())
+    require(right, "error", f"be {unit.heads} finite numbers, none negative", unit.error)
+    require(len(unit.anchors) == unit.heads, "anchors", f"be given for {unit.heads} heads", len(unit.anchors))
     anchored = {head for head, groups in enumerate(unit.anchors) if groups is not None}
     require(set(unit.packed) == anchored, "packed masks", f"be those of heads {anchored}", set(unit.packed))
     if unit.lowered is not None:

@@ -59,12 +59,7 @@ class Prediction:
         return f"{self.mean:.1f} dB (standard error {self.standard_error:.1f}, {self.samplings} samplings)"
 
 
-def usable(table: Table | None) -> list[SamplingTables]:
-    """The samplings whose ladder was measured everywhere."""
-    return [] if table is None else [each for each in table.samplings if each.has_ladder]
-
-
-def predict(table: Table | None, levels: Float64, shares: tuple[float, ...], masks: Masks) -> Prediction | str:
+def predict(table: Table, levels: Float64, shares: tuple[float, ...], masks: Masks) -> Prediction | str:
     """Predicts what a plan does; in words, why it cannot be said.
 
     Args:
@@ -73,7 +68,7 @@ def predict(table: Table | None, levels: Float64, shares: tuple[float, ...], mas
         shares: Densities of the ladder's masks.
         masks: Of the plan.
     """
-    samplings = usable(table)
+    samplings = [each for each in table.samplings if each.has_ladder]
     if len(samplings) < LEAST_SAMPLINGS:
         return f"needs {LEAST_SAMPLINGS} samplings with a measured ladder, got {len(samplings)}"
     found = np.array([_decibels(each, levels, shares, masks) for each in samplings])

@@ -24,23 +24,19 @@ KINDS = ("dense", "sparse", "anchored")
 SHADES = "·░▒▓█"
 
 
-Whole = tuple[int, int] | None
-"""Layers and times of the job that this one is a part of, if it is told."""
-
-
-def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int, whole: Whole = None) -> dict[str, Any]:
+def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, Any]:
     """The report as plain values; the same input gives the same report but for the seconds."""
     times, layers = range(len(plan.segments)), job.manifest.model.layers
     dense = job.manifest.model.heads * job.manifest.q_blocks * job.manifest.k_blocks
     rows = [run.units[index * layers : (index + 1) * layers] for index in times]
-    accounts = [{key: value for key, value in asdict(each).items() if key != "units"} for each in run.accounts]
-    full_layers = plan.signature.layers
+    planned_ms, dense_ms = (sum(map(sum, plan.predicted[key])) for key in ("planned_ms", "dense_ms"))
+    seconds = sum(account.seconds for account in run.accounts)
     return {
         "passes": plan.passes,
-        "accounts": accounts,
+        "accounts": [asdict(each) for each in run.accounts],
         "density": plan.predicted["density"],
         "density_by_time_and_layer": [[unit.blocks / dense for unit in units] for units in rows],
-        "error_by_time_and_layer": [[unit.error for unit in units] for units in rows],
+        "error_by_time_and_layer": [[float(unit.head_error.sum()) for unit in units] for units in rows],
         "heads_by_time_and_layer": [[{k: unit.kinds[k] for k in KINDS} for unit in units] for units in rows],
         "times": list(job.manifest.times),
         "levels": job.levels.tolist(),
@@ -48,65 +44,41 @@ def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int, whole: Whole = 
         "predicted_snr": str(predicted_snr(job, run)),
         "planned_ms": [sum(plan.predicted["planned_ms"][index]) for index in times],
         "dense_ms": [sum(plan.predicted["dense_ms"][index]) for index in times],
-        "attention_speedup": _speedup(plan),
+        "attention_speedup": dense_ms / planned_ms,
         "device": {"name": job.device.name, "source": job.device.source},
         "heads_by_kind": dict(sorted(_kinds(run).items())),
         "provenance": dict(plan.provenance),
         "section_bytes": plan.section_bytes(),
         "file_bytes": file_bytes,
-        "file_bytes_per_time_and_layer": file_bytes / (len(plan.segments) * full_layers),
         "plain_csr_bytes": run.accounts[-2].plan_bytes,
-        "cost": _cost(job, run, file_bytes, whole),
+        "cost": {
+            "units": job.units,
+            "seconds_a_unit": seconds / job.units,
+            "file_bytes_a_unit": file_bytes / job.units,
+        },
     }
 
 
-def _cost(job: Job, run: Run, file_bytes: int, whole: Whole) -> dict[str, Any]:
-    """What a unit, one layer at one time, took; and at that price a whole job."""
-    seconds = sum(account.seconds for account in run.accounts) / job.units
-    found: dict[str, Any] = {"units": job.units, "seconds_a_unit": seconds, "file_bytes_a_unit": file_bytes / job.units}
-    if whole is not None:
-        layers, times = whole
-        units = layers * times
-        found["whole"] = {
-            "layers": layers,
-            "times": times,
-            "units": units,
-            "minutes": units * seconds / 60,
-            "file_mb": units * file_bytes / job.units / 1e6,
-        }
-    return found
-
-
 def _cost_told(cost: dict[str, Any]) -> str:
-    told = f"{cost['units']} units (layer, time), {cost['seconds_a_unit']:.3g} s and "
-    told += f"{cost['file_bytes_a_unit']:.0f} bytes each"
-    if "whole" in cost:
-        told += "; {layers} layers x {times} times: {minutes:.3g} min in one process, {file_mb:.4g} MB".format(
-            **cost["whole"]
-        )
-    return told
+    """What a unit, one layer at one time, took; a whole job takes as much for each of its units."""
+    return "{units} units (layer, time), {seconds_a_unit:.3g} s and {file_bytes_a_unit:.0f} bytes each".format(**cost)
 
 
-def _speedup(plan: PlanFile) -> float:
-    planned, dense = (sum(map(sum, plan.predicted[key])) for key in ("planned_ms", "dense_ms"))
-    return float(dense / planned)
-
-
-def show(console: Console, job: Job, plan: PlanFile, run: Run, file_bytes: int, whole: Whole = None) -> None:
+def show(console: Console, job: Job, plan: PlanFile, run: Run, file_bytes: int) -> None:
     """Prints the report."""
-    value = as_json(job, plan, run, file_bytes, whole)
+    value = as_json(job, plan, run, file_bytes)
     console.print(_accounts(run.accounts))
     console.print(_times(job, plan, value["density_by_time_and_layer"], value["heads_by_time_and_layer"]))
     console.print(_densities(job, value["density_by_time_and_layer"]))
     for name, findings in job.findings.items():
         console.print(f"{name}: {_findings(findings)}", markup=False, highlight=False)
-    planned, dense = (sum(map(sum, plan.predicted[key])) for key in ("planned_ms", "dense_ms"))
+    planned, dense = sum(value["planned_ms"]), sum(value["dense_ms"])
     lines = [
         f"heads: {', '.join(f'{kind} {number}' for kind, number in sorted(_kinds(run).items()))}",
         f"predicted latent SNR: {value['predicted_snr']}",
-        f"provenance: {len(job.samplings)} samplings, manifest {job.manifest.digest}",
+        f"provenance: {len(job.table.samplings)} samplings, manifest {job.manifest.digest}",
         f"device: {job.device.name} ({job.device.source})",
-        f"predicted attention: {planned:.4g} ms planned, {dense:.4g} ms dense, {dense / planned:.2f} times",
+        f"predicted attention: {planned:.4g} ms planned, {dense:.4g} ms dense, {value['attention_speedup']:.2f} times",
         f"density {plan.predicted['density']:.4f}, {file_bytes} bytes, plain CSR {value['plain_csr_bytes']}",
         f"cost: {_cost_told(value['cost'])}",
     ]

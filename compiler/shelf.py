@@ -16,8 +16,6 @@ from calibatt.compiler.errors import CompileError
 from calibatt.compiler.ir import UnitIR
 
 KEY = "key"
-SOURCES = ("error_code", "voted")
-"""Large arrays that no pass changes once they are there: stored once, mapped afterwards."""
 
 
 class Shelf(Protocol):
@@ -29,9 +27,8 @@ class Shelf(Protocol):
     def unit(self, stage: int, index: int) -> UnitIR:
         """A unit as that stage left it."""
 
-    def put(self, stage: int, index: int, unit: UnitIR, found: Any, last: bool) -> None:
-        """Keeps a unit and what was found; who reads finds all of it or nothing. After the `last` stage only what was
-        lowered is asked for."""
+    def put(self, stage: int, index: int, unit: UnitIR, found: Any) -> None:
+        """Keeps a unit and what was found; who reads finds all of it or nothing."""
 
     def forget(self, stage: int) -> None:
         """Lets go of the units of a stage that no one will ask for again; what was found stays."""
@@ -55,7 +52,7 @@ class MemoryShelf:
         unit.packed_menu = dict(unit.packed_menu)
         return unit
 
-    def put(self, stage: int, index: int, unit: UnitIR, found: Any, last: bool) -> None:
+    def put(self, stage: int, index: int, unit: UnitIR, found: Any) -> None:
         self._units[stage, index] = self.units[index] = unit
         self._found[stage, index] = found
 
@@ -108,28 +105,16 @@ class DiskShelf:
     def unit(self, stage: int, index: int) -> UnitIR:
         with open(self._path(stage, index, "unit"), "rb") as file:
             unit: UnitIR = pickle.load(file)
-        for name in SOURCES:
-            path = self._source(index, name)
-            if path.exists():
-                array = np.load(path, mmap_mode="r")
-                if name == "voted":
-                    unit.voted = array
-                else:
-                    unit.means = replace(unit.means, **{name: array})
+        unit.means = replace(unit.means, error_code=np.load(self._codes(index), mmap_mode="r"))
         return unit
 
-    def put(self, stage: int, index: int, unit: UnitIR, found: Any, last: bool) -> None:
-        light = copy.copy(unit)
-        if last:
-            light.keep, light.menu, light.packed, light.packed_menu = None, None, {}, {}
-        for name in SOURCES:
-            array = unit.voted if name == "voted" else getattr(unit.means, name)
-            path = self._source(index, name)
-            if array is not None and not path.exists():
-                temporary = path.with_suffix(".tmp.npy")
-                np.save(temporary, array)
-                os.replace(temporary, path)
-        light.voted, light.means = None, replace(unit.means, error_code=None)
+    def put(self, stage: int, index: int, unit: UnitIR, found: Any) -> None:
+        codes, light = self._codes(index), copy.copy(unit)
+        if not codes.exists():
+            temporary = codes.with_suffix(".tmp.npy")
+            np.save(temporary, unit.means.error_code)
+            os.replace(temporary, codes)
+        light.means = replace(unit.means, error_code=np.zeros(0, np.uint8))
         self._dump(self._path(stage, index, "unit"), light)
         self._dump(self._path(stage, index, "found"), found)
 
@@ -140,8 +125,9 @@ class DiskShelf:
     def _path(self, stage: int, index: int, kind: str) -> Path:
         return self.folder / f"{index:05d}.{stage}.{kind}"
 
-    def _source(self, index: int, name: str) -> Path:
-        return self.folder / f"{index:05d}.{name}.npy"
+    def _codes(self, index: int) -> Path:
+        """Large, and changed by no pass: stored once, mapped afterwards."""
+        return self.folder / f"{index:05d}.npy"
 
     @staticmethod
     def _dump(path: Path, value: object) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +20,7 @@ class Anchors(Pass):
     """Gives heads whose output repeats anchors, rows or frames, where that is cheaper than computing every token.
 
     For each head, dynamic programming finds the partition of a frame's rows into groups, and an anchor in each, of
-    least copy error x `safety` + price of the computed rows (a row at its share of the head's predicted
+    least copy error + price of the computed rows (a row at its share of the head's predicted
     milliseconds); every frame has the same groups. Likewise the partition of the video's frames. The head adopts the
     better of the two, with the best mask of the last `select`'s menu beside it, if that is still cheaper when lowered:
     a packed tile keeps what any of its queries' blocks keeps, so packing rows apart can cost more than it saves.
@@ -33,7 +32,6 @@ class Anchors(Pass):
     Ensures: no head computes more blocks than before.
 
     Args:
-        safety: Factor on the copy error; 1: a copy costs what was measured (docs/ablations.md compares others).
         max_group_rows: Most rows of a group, its anchor included; 1: no anchor rows.
         max_group_frames: Most frames of a group; 1: no anchor frames.
 
@@ -42,12 +40,10 @@ class Anchors(Pass):
     """
 
     name: ClassVar[str] = "anchors"
-    safety: float = 1.0
     max_group_rows: int = 4
     max_group_frames: int = 8
 
     def __post_init__(self) -> None:
-        self.require(self.safety > 0, "safety", "be positive", self.safety)
         self.require(self.max_group_rows >= 1, "max-group-rows", "be at least 1", self.max_group_rows)
         self.require(self.max_group_frames >= 1, "max-group-frames", "be at least 1", self.max_group_frames)
 
@@ -55,14 +51,9 @@ class Anchors(Pass):
         multiplier = job.multiplier
         self.require(multiplier is not None and unit.menu is not None, "select", "come before", "no multiplier")
         assert multiplier is not None
-        assert unit.keep is not None
-        self.require(not unit.anchors, "anchors", "come once", unit.name)
-        unit.anchors, unit.copy_error = [None] * unit.heads, np.zeros(unit.heads)
-        keep, unit.error = unit.keep.copy(), unit.error.copy()
-        counts = {"heads_with_anchors": 0.0, "of_frames": 0.0, "heads": unit.heads, "dearer_when_lowered": 0.0}
-        found = counts | {"computed": 0.0}
-        if unit.force_dense:
-            return found
+        self.require(not unit.packed, "anchors", "come once", unit.name)
+        keep, unit.error, unit.copy_error = unit.keep.copy(), unit.error.copy(), np.zeros(unit.heads)
+        found: Findings = {"heads": unit.heads, "of_frames": 0.0, "computed": 0.0}
         best: dict[int, Offer] = {}
         market = Market(job, unit, multiplier)
         offered = set()
@@ -72,7 +63,6 @@ class Anchors(Pass):
         ):
             if errors is None or errors.shape[2] == 0 or most == 1:
                 continue
-            errors = errors * self.safety
             for head, groups in market.groups(axis, errors, most):
                 offered.add(head)
                 offer = market.offer(head, groups, copied(errors[head], groups))
@@ -134,9 +124,8 @@ class Market:
 
     def __init__(self, job: Job, unit: UnitIR, multiplier: float) -> None:
         self.unit = unit
-        ms = partial(job.device.predict_ms, stored_tokens=0, blocks=unit.blocks, dim=job.manifest.model.head_dim)
-        self.tile_price, self.block_price = multiplier * ms(1, 0), multiplier * ms(0, 1)
-        self.tiles, self.blocks = unit.computed()
+        self.block_price = multiplier * job.block_ms
+        _, self.blocks = unit.computed()
         key, self.menu_blocks, self.menu_error = unit.menu
         self.menu = Menu(job, key)
 
@@ -150,12 +139,12 @@ class Market:
         """
         members = errors.shape[1]
         added = group_errors(errors, most)
-        found = best_groups(added, (self.tiles * self.tile_price + self.blocks * self.block_price) / members)
+        found = best_groups(added, self.blocks * self.block_price / members)
         share = np.array([len(starts) / members for starts, _ in found])
         cost = (share * self.block_price)[:, None] * self.menu_blocks + self.menu_error
         chosen = np.take_along_axis(self.menu_blocks, cost.argmin(1)[:, None], 1)[:, 0]
         blocks = np.where(share < 1, chosen, self.blocks)
-        found = best_groups(added, (self.tiles * self.tile_price + blocks * self.block_price) / members)
+        found = best_groups(added, blocks * self.block_price / members)
         for head, (starts, anchors) in enumerate(found):
             if len(starts) < members:
                 yield head, Groups(axis, starts, anchors)
@@ -163,14 +152,14 @@ class Market:
     def offer(self, head: int, groups: Groups, copied: float) -> Offer:
         """The best mask with these anchors, as lowered; where it computes more than the head does now, no gain."""
         unit = self.unit
-        before = self.tiles[head] * self.tile_price + self.blocks[head] * self.block_price + float(unit.error[head])
+        before = self.blocks[head] * self.block_price + float(unit.error[head])
         table = self.menu.packed_blocks(unit, head, groups)
         cost = table * self.block_price + self.menu_error[head]
         column = int(np.where(table <= self.blocks[head], cost, np.inf).argmin())
         choice, keep = self.menu.mask(unit, head, column)
         packed = packed_bits(keep, unit.grid, unit.blocks, groups)
         computed, error = int(count(packed, (0, 1))), float(self.menu_error[head, column]) + copied
-        after = len(packed) * self.tile_price + computed * self.block_price + error
+        after = computed * self.block_price + error
         gain = float(before - after) if computed <= self.blocks[head] else -1.0
         return Offer(gain, groups, copied, error, choice, keep, packed, table)
 

@@ -36,7 +36,7 @@ def lowered(unit: UnitIR) -> PackedLayer:
     patterns: dict[Groups, int] = {}
     head_list, head_anchor, tiles, listed = [], [], 0, 0
     for head in range(unit.heads):
-        groups = unit.anchors[head] if unit.anchors else None
+        groups = unit.anchors[head]
         head_anchor.append(NO_ANCHORS if groups is None else patterns.setdefault(groups, len(patterns)))
         bits = unit.tile_bits(head)
         tiles += len(bits)

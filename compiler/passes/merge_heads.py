@@ -11,7 +11,7 @@ import numpy as np
 
 from calibatt.compiler.bits import count
 from calibatt.compiler.ir import Int64, Job, UnitIR
-from calibatt.compiler.passes import Findings, Pass, UnitAt
+from calibatt.compiler.passes import Findings, Pass
 
 
 @dataclass(frozen=True)
@@ -21,46 +21,48 @@ class MergeHeads(Pass):
     Heads that are alike at every time are the edges of a graph, weighted by the blocks whose storage is saved; a
     matching of most weight is taken. Lowered, such heads share their lists.
 
-    Requires: masks chosen. Heads with anchors at any time are left alone.
+    Heads with anchors at any time are left alone.
+
     Ensures: the kept set only grows, that of a pair over all times by at most `max_growth`.
 
     Args:
         max_growth: Most blocks added to a pair, relative to those both have over all times.
 
     Raises:
-        PassError: The option is out of range, or there are no masks, or tiles are ordered already.
+        PassError: The option is out of range, or tiles are ordered already.
     """
 
     name: ClassVar[str] = "merge-heads"
-    by_layer: ClassVar[bool] = True
+    decides: ClassVar[bool] = True
     max_growth: float = 0.01
 
     def __post_init__(self) -> None:
         self.require(self.max_growth >= 0, "max-growth", "not be negative", self.max_growth)
 
-    def decide_layer(self, job: Job, layer: int, unit_at: UnitAt) -> Sequence[Any]:
-        heads, times = job.manifest.model.heads, len(job.manifest.times)
-        size, union, free = np.zeros(heads, np.int64), np.zeros((heads, heads), np.int64), np.ones(heads, np.bool_)
-        for time in range(times):
-            unit = unit_at(time)
-            self.require(unit.keep is not None, "masks", "be chosen before", unit.name)
-            self.require(unit.tile_order is None, "schedule", "come after", unit.name)
-            assert unit.keep is not None
-            free[list(unit.packed)] = False
-            size += count(unit.keep, (1, 2))
-            for head in range(heads - 1):
-                union[head, head + 1 :] += count(unit.keep[head] | unit.keep[head + 1 :], (1, 2))
-        return [pairs(size, union, free, self.max_growth)] * times
+    def survey(self, job: Job, unit: UnitIR) -> Any:
+        """Blocks of the union of any two heads, on the diagonal of each alone; and which heads may share."""
+        self.require(unit.tile_order is None, "schedule", "come after", unit.name)
+        union, free = np.zeros((unit.heads, unit.heads), np.int64), np.ones(unit.heads, np.bool_)
+        free[list(unit.packed)] = False
+        for head in range(unit.heads):
+            union[head, head:] = count(unit.keep[head] | unit.keep[head:], (1, 2))
+        return union, free
+
+    def decide(self, job: Job, surveys: Sequence[Any]) -> Sequence[Any]:
+        layers, found = job.manifest.model.layers, []
+        for layer in range(layers):
+            unions, free = zip(*surveys[layer::layers], strict=True)
+            union = np.sum(unions, 0)
+            found.append(pairs(union.diagonal(), union, np.all(free, 0), self.max_growth))
+        return found * len(job.manifest.times)
 
     def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
-        found, _ = decision
-        assert unit.keep is not None
         keep = unit.keep.copy()
-        for one, other in found:
+        for one, other in decision:
             keep[one] = keep[other] = unit.keep[one] | unit.keep[other]
         added = int(count(keep, (0, 1, 2))) - int(count(unit.keep, (0, 1, 2)))
         unit.keep = keep
-        return {"pairs": len(found), "blocks_added": added}
+        return {"pairs": len(decision), "blocks_added": added}
 
 
 def pairs(size: Int64, union: Int64, free: np.ndarray[Any, np.dtype[np.bool_]], growth: float) -> list[tuple[int, int]]:

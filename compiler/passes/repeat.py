@@ -18,7 +18,7 @@ from calibatt.plans import ROWS
 class Repeat(Pass):
     """Gives heads whose rows differ little one anchor for every few rows, the middle one.
 
-    Requires: masks chosen, as by `uniform`; a store with thresholds.
+    Requires: masks chosen, as by `vote`; a store with thresholds.
     Ensures: no head computes more blocks than before.
 
     Args:
@@ -26,11 +26,10 @@ class Repeat(Pass):
         group: Rows of a group.
 
     Raises:
-        PassError: An option is out of range, no masks are chosen, or the store has no differences of rows so far apart.
+        PassError: An option is out of range, or the store has no differences of rows so far apart.
     """
 
     name: ClassVar[str] = "repeat"
-    votes: ClassVar[bool] = True
     max_difference: float = 0.1
     group: int = 3
 
@@ -42,18 +41,14 @@ class Repeat(Pass):
         difference, radius = unit.means.row_difference, job.manifest.row_radius
         self.require(difference is not None, "differences of rows", "have been recorded with thresholds", "none")
         self.require(self.group // 2 <= radius, "group", f"be at most {2 * radius + 1}, as measured", self.group)
-        self.require(unit.keep is not None or unit.force_dense, "masks", "be chosen before", unit.name)
-        self.require(not unit.anchors, "anchors", "come once", unit.name)
-        found: Findings = {"heads_with_anchors": 0, "heads": unit.heads}
-        if unit.keep is None:
-            return found
+        self.require(not unit.packed, "anchors", "come once", unit.name)
         assert difference is not None
-        assert unit.means.row_error is not None
+        found: Findings = {"heads_with_anchors": 0, "heads": unit.heads}
         height = unit.grid.height
         starts = range(0, height, self.group)
         anchors = tuple(start + (min(self.group, height - start) - 1) // 2 for start in starts)
         groups = Groups(ROWS, tuple(starts), anchors)
-        unit.anchors, unit.copy_error, unit.error = [None] * unit.heads, np.zeros(unit.heads), unit.error.copy()
+        unit.copy_error, unit.error = np.zeros(unit.heads), unit.error.copy()
         for head in range(unit.heads):
             packed = packed_bits(unit.keep[head], unit.grid, unit.blocks, groups)
             fewer = int(count(packed, (0, 1))) <= int(count(unit.keep[head], (0, 1)))

@@ -27,8 +27,6 @@ class Select(Pass):
     all heads and times at once; what it leaves of the budget is spent on single changes, and the distance to a proven
     bound is reported. Where a signal-to-noise of the final latent is the target instead, the budget is bisected.
 
-    With a range of times the budget is that of the range.
-
     A second `select` after `anchors` spends what those saved: all heads choose anew, those with anchors among all masks
     with them (cheaper, as only anchors are computed) and without.
 
@@ -63,10 +61,6 @@ class Select(Pass):
         known = set(parts) <= set(KINDS) and len(set(parts)) == len(parts)
         self.require(known, "menu", f"name some of {', '.join(KINDS)}, joined by +", self.menu)
 
-    @property
-    def codes(self) -> bool:
-        return "cuts" in self.menu
-
     def survey(self, job: Job, unit: UnitIR) -> Any:
         self.require(unit.tile_order is None, "schedule", "come after", unit.name)
         menu = Menu(job, self.menu)
@@ -82,17 +76,13 @@ class Select(Pass):
                 packed = unit.packed_menu.get(head)
                 blocks[head, columns:] = menu.packed_blocks(unit, head, groups) if packed is None else packed
                 error[head, columns:] = error[head, :columns]
-        if unit.force_dense:
-            error[:, 1:] = np.inf
-        return blocks, error, unit.copy_error if unit.anchors else np.zeros(unit.heads), unit.share_error
+        return blocks, error, unit.copy_error, unit.share_error
 
-    def decide(self, job: Job, units: Sequence[int], surveys: Sequence[Any]) -> Sequence[Any]:
-        self.require(bool(units), "from-time and to-time", "leave a recorded time", f"{self.from_time}, {self.to_time}")
+    def decide(self, job: Job, surveys: Sequence[Any]) -> Sequence[Any]:
         menu = Menu(job, self.menu)
-        blocks = np.concatenate([blocks for blocks, _, _, _ in surveys]).astype(np.float64)
-        error = np.concatenate([error for _, error, _, _ in surveys])
-        copied = np.concatenate([copied for _, _, copied, _ in surveys])
-        masks_of = _masks_of(job, units, menu, blocks, error.copy(), copied, [shares for _, _, _, shares in surveys])
+        blocks, error, copied = (np.concatenate([each[part] for each in surveys]) for part in range(3))
+        blocks = blocks.astype(np.float64)
+        masks_of = _masks_of(job, menu, blocks, error.copy(), copied, np.stack([each[3] for each in surveys]))
         error[:, menu.columns :] += copied[:, None]
 
         def predicted(pick: Int64) -> Prediction | str:
@@ -106,7 +96,7 @@ class Select(Pass):
             "lambda_per_ms": job.multiplier,
             "predicted_error": float(error[rows, choice.pick].sum()),
             "predicted_snr": str(predicted(choice.pick)),
-            "density": float(blocks[rows, choice.pick].sum() / (job.unit_dense_blocks * len(units))),
+            "density": float(blocks[rows, choice.pick].sum() / (job.unit_dense_blocks * job.units)),
             "duality_gap": choice.gap,
             "relative_gap": choice.gap / choice.loss if choice.loss else 0.0,
             "candidates": int(np.isfinite(error).sum()),
@@ -121,7 +111,7 @@ class Select(Pass):
         for head, column in enumerate(pick.tolist()):
             name, keep[head] = menu.mask(unit, head, column % menu.columns)
             names.append(name)
-            groups = unit.anchors[head] if unit.anchors else None
+            groups = unit.anchors[head]
             if column >= menu.columns and groups is not None:
                 unit.packed[head] = packed_bits(keep[head], unit.grid, unit.blocks, groups)
             elif groups is not None:
@@ -144,7 +134,6 @@ class Select(Pass):
     def _solve(
         self, job: Job, blocks: Float64, loss: Float64, predicted: Callable[[Int64], Prediction | str]
     ) -> Choice:
-        block_ms = job.device.block_ms(job.manifest.blocks, job.manifest.model.head_dim)
         dense = job.unit_dense_blocks * len(blocks) // job.manifest.model.heads
         least = float(np.where(np.isfinite(loss), blocks, np.inf).min(1).sum())
         if self.target_db is not None:
@@ -158,7 +147,7 @@ class Select(Pass):
             self.require(chosen is not None, "target-density", rule, self.target_density)
             assert chosen is not None
             found = chosen
-        job.multiplier = found.multiplier / block_ms
+        job.multiplier = found.multiplier / job.block_ms
         return found
 
     def _reach(self, loss: Float64, blocks: Float64, predicted: Callable[[Int64], Prediction | str]) -> Choice:
@@ -181,47 +170,32 @@ class Select(Pass):
 
 
 def _masks_of(
-    job: Job,
-    units: Sequence[int],
-    menu: Menu,
-    blocks: Float64,
-    error: Float64,
-    copied: Float64,
-    share_errors: Sequence[Float64 | None],
+    job: Job, menu: Menu, blocks: Float64, error: Float64, copied: Float64, share_error: Float64
 ) -> Callable[[Int64], Masks]:
-    """How picks are told to `predict`; what is outside of the range of times counts as dense.
+    """How picks are told to `predict`.
 
     Args:
         job: Whose units.
-        units: Those that choose.
-        menu: From which.
+        menu: From which they choose.
         blocks: ``(units x heads, 2 columns)``; the second half is with anchors.
         error: The same shape, without that of copies.
         copied: ``(units x heads,)``, error of copies.
-        share_errors: Of each unit, ``(C, H)``.
+        share_error: ``(units, C, H)``.
     """
-    model, shares = job.manifest.model, len(job.manifest.shares)
-    shape = (len(job.manifest.times), model.layers, model.heads)
+    model = job.manifest.model
+    shape = (len(job.manifest.times), model.layers, -1)
     kinds = np.concatenate([np.arange(-1, menu.first_cut - 1), np.full(len(menu.cuts), CUT)])
-    known = [np.zeros((shares, model.heads)) if each is None else each for each in share_errors]
-    share_error = np.zeros((job.units, shares, model.heads))
-    share_error[list(units)] = np.stack(known)
     per_head = blocks[:, : menu.columns] / (job.unit_dense_blocks / model.heads)
     rows = np.arange(len(error))
 
     def masks_of(pick: Int64) -> Masks:
-        def whole(values: Any, start: float) -> Any:
-            found = np.full((job.units, model.heads), start, values.dtype)
-            found[list(units)] = values.reshape(len(units), -1)
-            return found.reshape(shape)
-
         column = pick % menu.columns
         return Masks(
-            kind=whole(kinds[column], -1),
-            density=whole(per_head[rows, column], 1.0),
-            error=whole(error[rows, column], 0.0),
-            copied=whole(np.where(pick >= menu.columns, copied, 0.0), 0.0),
-            share_error=share_error.reshape(*shape[:2], shares, model.heads),
+            kind=kinds[column].reshape(shape),
+            density=per_head[rows, column].reshape(shape),
+            error=error[rows, column].reshape(shape),
+            copied=np.where(pick >= menu.columns, copied, 0.0).reshape(shape),
+            share_error=share_error.reshape(*shape[:2], *share_error.shape[1:]),
         )
 
     return masks_of

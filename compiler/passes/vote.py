@@ -1,21 +1,25 @@
-"""The blocks that the samples agree on: the paper's own method."""
+"""What the samples agree on, everywhere: the paper's own method, which measures no error."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from calibatt.compiler.bits import pack
+from calibatt.compiler.error_model import at_shares, cuts, mask_errors
 from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.passes import Findings, Pass
 
 
 @dataclass(frozen=True)
 class Vote(Pass):
-    """Marks the blocks that at least `agreement` of the samples need to reach the mass of a threshold.
+    """Gives every head at every time the blocks that `agreement` of the samples need to reach the mass of a threshold.
 
     Requires: a store with thresholds, which calibration records on request.
+    Ensures: every mask keeps the required blocks.
 
     Args:
         agreement: Share of the samples, in (0, 1]; at least one sample in any case.
@@ -26,7 +30,6 @@ class Vote(Pass):
     """
 
     name: ClassVar[str] = "vote"
-    votes: ClassVar[bool] = True
     agreement: float = 0.5
     threshold: float = 0.9
 
@@ -37,9 +40,12 @@ class Vote(Pass):
         thresholds = job.manifest.thresholds
         known = ", ".join(f"{each:g}" for each in thresholds) or "none"
         self.require(self.threshold in thresholds, "threshold", f"be one of the store's {known}", self.threshold)
-        self.require(unit.means.votes is not None, "vote", "come once, before select", unit.name)
+        self.require(unit.means.votes is not None, "vote", "come before select", unit.name)
         assert unit.means.votes is not None
         needed = max(1, math.ceil(self.agreement * unit.means.vote_samples - 1e-9))
-        unit.voted = pack(unit.means.votes[thresholds.index(self.threshold)] >= needed)
-        unit.means = replace(unit.means, votes=None)
+        unit.keep = pack(unit.means.votes[thresholds.index(self.threshold)] >= needed) | unit.required
+        unit.choice = ["voted"] * unit.heads
+        unit.error = mask_errors(unit, unit.keep)
+        shares, dense = job.manifest.shares, unit.dense_blocks
+        unit.share_error = np.stack([at_shares(*cuts(unit, head), shares, dense) for head in range(unit.heads)], 1)
         return {}

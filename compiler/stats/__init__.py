@@ -1,8 +1,6 @@
 """Raw statistics of attention: what a store holds, and the one way to write and read it."""
 
 from calibatt.compiler.stats.codes import (
-    STEPS_PER_OCTAVE,
-    ZERO_CODE,
     code_values,
     dequantise,
     fast_codes,
@@ -20,18 +18,14 @@ from calibatt.compiler.stats.errors import (
     StoreError,
     UnitError,
 )
-from calibatt.compiler.stats.manifest import DEFAULT_SHARES, DEFAULT_THRESHOLDS, Manifest
+from calibatt.compiler.stats.manifest import Manifest
 from calibatt.compiler.stats.sampling import SamplingTables
 from calibatt.compiler.stats.store import Store, Table
 from calibatt.compiler.stats.unit import Contribution, Unit, combined, neighbours, unit_shapes
-from calibatt.compiler.stats.windows import Window, default_windows, window_keep
+from calibatt.compiler.stats.windows import Window, default_windows, text_keep, window_keep
 from calibatt.compiler.stats.writer import StoreWriter
 
 __all__ = [
-    "DEFAULT_SHARES",
-    "DEFAULT_THRESHOLDS",
-    "STEPS_PER_OCTAVE",
-    "ZERO_CODE",
     "Contribution",
     "DuplicateSample",
     "Manifest",
@@ -57,6 +51,7 @@ __all__ = [
     "fast_codes",
     "neighbours",
     "quantise",
+    "text_keep",
     "unit_shapes",
     "window_keep",
 ]

@@ -18,8 +18,6 @@ from calibatt.plans.schema import Blocks, ModelSignature, TokenGrid
 
 SCHEMA_VERSION = 2
 DEFAULT_SHARES = (0.1, 0.2, 0.35, 0.5, 0.7)
-DEFAULT_THRESHOLDS = (0.80, 0.90, 0.95, 0.98)
-"""What is recorded where the counts of the paper's own method are asked for."""
 
 
 def _require(ok: bool, what: str, rule: str, value: object) -> None:

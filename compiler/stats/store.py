@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from calibatt.compiler.stats.errors import (
     DuplicateSample,
@@ -43,43 +42,19 @@ from calibatt.compiler.stats.writer import check_place
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """What all samplings say, P of them, in the order of their names.
+    """What all samplings say.
 
     Args:
-        names: Of the samplings.
-        meta: What was said of each when it was finished.
-        samplings: Their tables.
+        samplings: Their tables, in the order of their names.
     """
 
-    names: tuple[str, ...]
-    meta: tuple[dict[str, Any], ...]
     samplings: tuple[SamplingTables, ...]
-
-    @cached_property
-    def level(self) -> Float64:
-        """float64 (P, T)."""
-        return np.stack([each.level for each in self.samplings])
 
     @cached_property
     def time_level(self) -> Float64:
         """float64 (T,): the geometric mean over the samplings."""
-        found: Float64 = np.exp(np.log(self.level).mean(0))
+        found: Float64 = np.exp(np.mean([np.log(each.level) for each in self.samplings], 0))
         return found
-
-    @property
-    def head_effect(self) -> npt.NDArray[np.float32]:
-        """float32 (P, T, L, H)."""
-        return np.stack([each.head_effect for each in self.samplings])
-
-    @property
-    def window_effect(self) -> tuple[npt.NDArray[np.float32], ...]:
-        """Of each sampling, float32 (V, T, L, W, H); not stacked, as samplings may differ in V."""
-        return tuple(each.window_effect for each in self.samplings)
-
-    @property
-    def ladder_effect(self) -> tuple[npt.NDArray[np.float32], ...]:
-        """Of each sampling, float32 (V, T, L, C, H)."""
-        return tuple(each.ladder_effect for each in self.samplings)
 
     @cached_property
     def window_error(self) -> Float64:
@@ -203,8 +178,7 @@ class Store:
         owner = {name: folder for folder, names in self._folders.items() for name in names}
         paths = [owner[name] / SAMPLINGS / (name + SUFFIX) for name in self.samplings]
         pairs = zip(paths, self.samplings, strict=True)
-        tables = tuple(read_sampling(path, name, self.manifest) for path, name in pairs)
-        return Table(self.samplings, tuple(self.meta.values()), tables)
+        return Table(tuple(read_sampling(path, name, self.manifest) for path, name in pairs))
 
     def content(self) -> str:
         """Stands for every byte of all units and samplings, 32 hexadecimal digits; only headers are read.

@@ -86,7 +86,7 @@ def _window_keep(window: Window, grid: TokenGrid, blocks: Blocks) -> npt.NDArray
         edges += np.bincount(line + low, minlength=edges.size)
         edges -= np.bincount(line + high + 1, minlength=edges.size)
     keep: npt.NDArray[np.bool_] = edges.reshape(q_blocks, -1).cumsum(1)[:, :-1] > 0
-    keep |= _has_text(grid, blocks.block_q)[:, None] | _has_text(grid, blocks.block_k)[None, :]
+    keep |= text_keep(grid, blocks)
     return keep
 
 
@@ -110,8 +110,13 @@ def _row_parts(grid: TokenGrid, size: int) -> tuple[npt.NDArray[np.int64], ...]:
     return block[starts], row[starts], column[starts], column[stops]
 
 
-def _has_text(grid: TokenGrid, block: int) -> npt.NDArray[np.bool_]:
-    starts = np.arange(0, grid.tokens, block)
-    stops = np.minimum(starts + block, grid.tokens)
-    found: npt.NDArray[np.bool_] = (starts < grid.text_before) | (stops > grid.text_before + grid.video_tokens)
-    return found
+def text_keep(grid: TokenGrid, blocks: Blocks) -> npt.NDArray[np.bool_]:
+    """bool (Q, K): the blocks with a text query or a text key, which every mask keeps."""
+
+    def has_text(block: int) -> npt.NDArray[np.bool_]:
+        starts = np.arange(0, grid.tokens, block)
+        stops = np.minimum(starts + block, grid.tokens)
+        found: npt.NDArray[np.bool_] = (starts < grid.text_before) | (stops > grid.text_before + grid.video_tokens)
+        return found
+
+    return has_text(blocks.block_q)[:, None] | has_text(blocks.block_k)

@@ -18,19 +18,22 @@ from support.jobs import (
     check_packed_blocks,
     compile_store,
     compiled,
+    mask,
     memory_store,
     random_anchors,
+    tiles,
 )
 
 from calibatt.compiler.bits import pack, unpack
-from calibatt.compiler.cost import Device
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.ir import Groups, packed_bits
 from calibatt.compiler.menu import Menu
 from calibatt.compiler.passes.anchors import Market, best_groups, copied, group_errors
 from calibatt.plans import FRAMES, ROWS, Blocks, TokenGrid
 
-PASSES = "select{target-density=0.9},anchors{safety=1e-3},schedule,lower"
+PASSES = "select{target-density=0.9},anchors,schedule,lower"
+CHEAP = {"copies": 1e-3}
+"""Copies that cost so little that most heads take anchors."""
 
 
 def row_errors(seed: int, heads: int, height: int, radius: int) -> np.ndarray:
@@ -108,7 +111,7 @@ def test_a_group_reaches_no_further_than_was_measured() -> None:
 
 
 def test_heads_that_repeat_take_anchors_and_the_schedule_says_so() -> None:
-    job, accounts = compiled(PASSES)
+    job, accounts = compiled(PASSES, **CHEAP)
     taken = [(unit, head) for unit in job.all for head in range(unit.heads) if unit.anchors[head] is not None]
     assert taken
     assert job.findings["anchors"]["heads_with_anchors"] == len(taken)
@@ -122,13 +125,13 @@ def test_heads_that_repeat_take_anchors_and_the_schedule_says_so() -> None:
         first = np.arange(repeats)[:, None] * unit.grid.height
         assert starts.tolist() == (first + np.array(groups.starts)).reshape(-1).tolist()
         assert anchors.tolist() == (first + np.array(groups.anchors)).reshape(-1).tolist()
-        np.testing.assert_array_equal(schedule.tile_keep(head), unit.tile_keep(head))
+        np.testing.assert_array_equal(schedule.tile_keep(head), tiles(unit, head))
 
 
 def test_what_copies_cost_is_the_sum_over_what_is_copied() -> None:
     text = "select{target-density=0.7}"
-    before = compiled(text)[0]
-    after = compiled(f"{text},anchors{{safety=8}}")[0]
+    before = compiled(text, copies=8)[0]
+    after = compiled(f"{text},anchors", copies=8)[0]
     grid, taken = before.manifest.grid, []
     for old, new in zip(before.all, after.all, strict=True):
         for head, groups in enumerate(new.anchors):
@@ -140,11 +143,11 @@ def test_what_copies_cost_is_the_sum_over_what_is_copied() -> None:
             source = np.repeat(groups.anchors, np.diff([*groups.starts, members]))
             offset = source - np.arange(members)
             errors = (old.means.row_error if rows else old.means.frame_error)[head]
-            added = 8 * sum(errors[at, d + radius - (d > 0)] for at, d in enumerate(offset.tolist()) if d)
+            added = sum(errors[at, d + radius - (d > 0)] for at, d in enumerate(offset.tolist()) if d)
             assert new.copy_error[head] == pytest.approx(added)
             assert np.isclose(old.menu[2][head], new.error[head] - added, rtol=1e-9, atol=1e-12).any()
-            blocks = int(old.head_keep(head).sum()) - int(new.tile_keep(head).sum())
-            worth = before.multiplier * DEVICE.predict_ms(0, blocks, 0, old.blocks, 8)
+            blocks = int(mask(old, head).sum()) - int(tiles(new, head).sum())
+            worth = before.multiplier * blocks * DEVICE.block_ms(old.blocks, 8)
             assert new.error[head] - old.error[head] <= worth * (1 + 1e-9)
     assert 0 < len(taken) < 12
     assert set(taken) == {ROWS, FRAMES}
@@ -160,7 +163,7 @@ def test_what_each_mask_computes_with_anchors_is_counted_without_making_it(axis:
 
 @lru_cache(maxsize=1)
 def anything_chosen() -> Compiled:
-    return compiled("protect,select{target-density=0.9}")[0]
+    return compiled("select{target-density=0.9}")[0]
 
 
 def test_anchors_that_would_compute_more_blocks_save_nothing() -> None:
@@ -173,7 +176,6 @@ def test_anchors_that_would_compute_more_blocks_save_nothing() -> None:
     packed = packed_bits(pack(keep), unit.grid, unit.blocks, apart)
     assert unpack(packed, 5).shape == (4, 5)
     assert unpack(packed, 5).sum() == 20 > keep.sum()
-    job.device = Device("toy", "made up", tflops=1e9, tile_us=1.0, store_us=0.0)
     unit.keep, unit.error = np.repeat(pack(keep)[None], unit.heads, 0), np.zeros(unit.heads)
     unit.menu[2][:] = 1e9
     unit.menu[2][:, 0] = 0
@@ -183,14 +185,14 @@ def test_anchors_that_would_compute_more_blocks_save_nothing() -> None:
 
 
 def test_what_anchors_save_is_worth_their_error() -> None:
-    job, accounts = compiled(PASSES)
+    job, accounts = compiled(PASSES, **CHEAP)
     saved = accounts[1].predicted_ms - accounts[2].predicted_ms
     assert job.multiplier * saved >= accounts[2].error - accounts[1].error
 
 
 def test_a_second_select_spends_what_anchors_saved() -> None:
-    text = "select{target-density=0.7},anchors{safety=10},select{target-density=0.7},schedule,lower"
-    job, accounts = compiled(text)
+    text = "select{target-density=0.7},anchors,select{target-density=0.7},schedule,lower"
+    job, accounts = compiled(text, copies=10)
     first, anchors, second, last = (accounts[index] for index in (1, 2, 3, 5))
     taken = job.findings["anchors"]["heads_with_anchors"]
     assert 0 < taken < job.findings["anchors"]["heads"]
@@ -202,8 +204,8 @@ def test_a_second_select_spends_what_anchors_saved() -> None:
 
 
 def test_heads_keep_their_anchors_with_another_mask_or_lose_them() -> None:
-    text = "select{target-density=0.7},anchors{safety=3}"
-    before, after = compiled(text)[0], compiled(f"{text},select{{target-density=0.5}}")[0]
+    text = "select{target-density=0.7},anchors"
+    before, after = (compiled(each, copies=3)[0] for each in (text, f"{text},select{{target-density=0.35}}"))
     kept, changed = [], []
     for old, new in zip(before.all, after.all, strict=True):
         for head, groups in enumerate(new.anchors):
@@ -217,37 +219,36 @@ def test_heads_keep_their_anchors_with_another_mask_or_lose_them() -> None:
                 changed.append(not np.array_equal(new.keep[head], old.keep[head]))
     assert 0 < sum(kept) <= before.findings["anchors"]["heads_with_anchors"]
     assert any(changed)
-    free = compiled(f"{text},select{{target-density=1}}")[0]
+    free = compiled(f"{text},select{{target-density=1}}", copies=3)[0]
     assert {groups for unit in free.all for groups in unit.anchors} == {None}
 
 
 def test_no_anchors_where_they_cost_too_much_or_may_not_be() -> None:
-    assert compiled(PASSES.replace("1e-3", "1e9"))[0].findings["anchors"]["heads_with_anchors"] == 0
-    alone = PASSES.replace("1e-3", "1e-3,max-group-rows=1,max-group-frames=1")
-    assert compiled(alone)[0].findings["anchors"]["heads_with_anchors"] == 0
-    rows = compiled(PASSES.replace("1e-3", "1e-3,max-group-frames=1"))[0].findings["anchors"]
+    def found(options: str = "", **changes: float) -> dict[str, int]:
+        passes = PASSES.replace("anchors", f"anchors{{{options}}}")
+        return compiled(passes, **{**CHEAP, **changes})[0].findings["anchors"]
+
+    assert found(copies=1e9)["heads_with_anchors"] == 0
+    assert found("max-group-rows=1,max-group-frames=1")["heads_with_anchors"] == 0
+    rows, frames = found("max-group-frames=1"), found("max-group-rows=1")
     assert rows["heads_with_anchors"] > rows["of_frames"] == 0
-    frames = compiled(PASSES.replace("1e-3", "1e-3,max-group-rows=1"))[0].findings["anchors"]
     assert frames["heads_with_anchors"] == frames["of_frames"] > 0
     unmeasured = compiled(PASSES, stats.manifest(row_radius=0, frame_radius=0))[0]
     assert unmeasured.findings["anchors"]["heads_with_anchors"] == 0
-    dense = compiled(f"protect{{last-times=1}},{PASSES}")[0]
-    for unit in dense.all:
-        assert unit.time_index or unit.anchors == [None] * unit.heads
 
 
 @pytest.mark.parametrize(("axis", "groups"), [("row", Groups(ROWS, (0,), (2,))), ("frame", Groups(FRAMES, (0,), (0,)))])
 def test_rows_or_frames_that_are_equal_are_all_copied(axis: str, groups: Groups) -> None:
-    store = memory_store(of := stats.manifest())
+    store = memory_store(of := stats.manifest(), copies=1000)
     name = f"{axis}_effect"
     same = {key: replace(part, **{name: getattr(part, name) * 0}) for key, part in store.parts.items()}
-    text = "select{target-density=0.9},anchors{max-group-rows=5,safety=1000},schedule,lower"
+    text = "select{target-density=0.9},anchors{max-group-rows=5},schedule,lower"
     job, _ = compile_store(MemoryStore(of, same, store.tables), text)
     assert {found for unit in job.all for found in unit.anchors} == {groups}
 
 
 def test_anchors_need_a_price() -> None:
     with pytest.raises(PassError, match="anchors: select must come before, got no multiplier"):
-        compiled("protect,anchors")
+        compiled("anchors")
     with pytest.raises(PassError, match="anchors: anchors must come once, got time 0, layer 0"):
-        compiled("select,anchors,anchors")
+        compiled("select{target-density=0.9},anchors,anchors", **CHEAP)

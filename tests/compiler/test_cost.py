@@ -13,12 +13,13 @@ from calibatt.compiler.errors import CompileError
 from calibatt.plans import Blocks
 
 
-def test_milliseconds_are_the_sum_of_blocks_tiles_and_stores() -> None:
-    device = Device("toy", "made up", tflops=2.0, tile_us=3.0, store_us=0.5)
-    blocks = Blocks(64, 32)
-    block_ms = 4 * 64 * 32 * 16 / 2e12 * 1e3
-    assert device.block_ms(blocks, 16) == pytest.approx(block_ms)
-    assert device.predict_ms(10, 7, 100, blocks, 16) == pytest.approx(7 * block_ms + 10 * 3e-3 + 100 * 0.5e-3)
+def test_milliseconds_are_those_of_blocks() -> None:
+    device = Device("toy", "made up", tflops=2.0)
+    assert device.block_ms(Blocks(64, 32), 16) == pytest.approx(4 * 64 * 32 * 16 / 2e12 * 1e3)
+    job, accounts = compiled("select{target-density=0.7},anchors,schedule,lower", copies=1e-3)
+    computed = sum(unit.lowered.computed_blocks(head) for unit in job.all for head in range(unit.heads))
+    assert accounts[-1].predicted_ms == pytest.approx(computed * job.device.block_ms(job.manifest.blocks, 8))
+    assert accounts[0].predicted_ms == pytest.approx(accounts[-1].predicted_ms / accounts[-1].density)
 
 
 BENCH = Path(__file__).parents[2] / "docs" / "benchmarks" / "kernels_h200.json"
@@ -34,22 +35,10 @@ def test_wan_takes_what_was_measured(backend: str) -> None:
         if record["backend"] != backend or record["size"] not in ("480p", "720p"):
             continue
         size = sizes[record["size"]]
-        tiles = size["heads"] * -(-size["tokens"] // 128)
         blocks = record["density"] * size["heads"] * (size["tokens"] / 128) ** 2
-        found = device.predict_ms(tiles, blocks, size["heads"] * size["tokens"], Blocks(), size["head_dim"])
+        found = blocks * device.block_ms(Blocks(), size["head_dim"])
         exact = (record["size"], round(record["density"], 1)) == ("720p", 0.3)
         assert found == pytest.approx(record["median_ms"], rel=0.005 if exact else 0.17), record
-
-
-def test_tiles_and_stores_of_a_job_are_paid() -> None:
-    job, accounts = compiled("select{target-density=0.7},anchors{safety=1e-3},schedule,lower")
-    tiles = sum(len(unit.lowered.tile_order) for unit in job.all)
-    job.device = Device("toy", "made up", tflops=1e9, tile_us=1000.0, store_us=0.0)
-    assert sum(job.unit_ms(*unit.computed()) for unit in job.all) == pytest.approx(tiles)
-    job.device = Device("toy", "made up", tflops=1e9, tile_us=0.0, store_us=1000.0)
-    assert sum(job.unit_ms(*unit.computed()) for unit in job.all) == pytest.approx(2 * 2 * 3 * job.manifest.grid.tokens)
-    assert job.units * job.dense_unit_ms == pytest.approx(2 * 2 * 3 * job.manifest.grid.tokens)
-    assert accounts[-1].predicted_ms < accounts[0].predicted_ms
 
 
 def test_devices_say_where_they_come_from() -> None:

@@ -18,8 +18,8 @@ from calibatt.compiler.cli import command
 from calibatt.compiler.stats import StoreWriter
 
 ROOT = Path(__file__).parent.parent.parent
-PASSES = "protect,select{target-density=0.6},anchors{safety=0.1},select{target-density=0.6},merge-times,schedule,lower"
-PAPER = "vote,protect,uniform,repeat{max-difference=1},merge-times,schedule,lower"
+PASSES = "select{target-density=0.6},anchors,select{target-density=0.6},merge-heads,schedule,lower"
+PAPER = "vote,repeat{max-difference=1},merge-heads,schedule,lower"
 
 
 @pytest.fixture(scope="module", params=[PASSES, PAPER])

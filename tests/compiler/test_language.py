@@ -19,18 +19,14 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "threshold": st.floats(0, 1, exclude_min=True),
     "target_db": st.none(),
     "target_density": st.none() | st.floats(0, 1, exclude_min=True),
-    "from_time": st.none() | st.floats(0, 1),
-    "to_time": st.none() | st.floats(0, 1),
     "menu": st.sampled_from(["windows", "cuts+windows", "cuts"]),
     "max_difference": st.floats(0, 1),
     "group": st.integers(2, 9),
     "max_growth": st.floats(0, 1),
-    "max_times": st.integers(1, 50),
-    "safety": st.floats(1e-9, 1e9),
     "max_group_rows": st.integers(1, 99),
     "max_group_frames": st.integers(1, 99),
 }
-BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {bool: st.booleans(), int: st.integers(0, 1000)}
+BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {int: st.integers(0, 1000)}
 
 
 @st.composite
@@ -55,18 +51,17 @@ def test_the_registry_gives_frozen_dataclasses_of_that_name(name: str) -> None:
     assert is_dataclass(kind)
     assert issubclass(kind, Pass)
     assert kind.name == name
-    assert set(get_type_hints(kind)) - {each.name for each in fields(kind)} == {"name", "decides", "by_layer", "votes"}
+    assert set(get_type_hints(kind)) - {each.name for each in fields(kind)} == {"name", "decides"}
     for hint in (get_type_hints(kind)[each.name] for each in fields(kind)):
-        assert hint in (bool, int, float, str) or isinstance(hint, UnionType)
+        assert hint in (int, float, str) or isinstance(hint, UnionType)
     with pytest.raises(FrozenInstanceError):
         kind().name = "other"
 
 
 def test_the_default_passes_print_with_every_option_that_has_a_value() -> None:
     assert print_passes(parse_passes(DEFAULT_PASSES)) == (
-        "protect{sinks=false,diagonal=false,first-times=0,last-times=0,first-layers=0,last-layers=0},"
         "select{target-density=0.5,menu=windows+cuts},"
-        "anchors{safety=1.0,max-group-rows=4,max-group-frames=8},"
+        "anchors{max-group-rows=4,max-group-frames=8},"
         "select{target-density=0.5,menu=windows+cuts},schedule,lower"
     )
 
@@ -81,23 +76,16 @@ def test_the_default_passes_print_with_every_option_that_has_a_value() -> None:
         (
             "merge",
             PassSyntaxError,
-            "a pass must be one of vote, uniform, protect, select, anchors, repeat, fill-gaps, "
-            "merge-times, merge-heads, schedule, lower, got 'merge'",
+            "a pass must be one of vote, select, anchors, repeat, merge-heads, schedule, lower, got 'merge'",
         ),
-        (
-            "vote{agree=1}",
-            PassSyntaxError,
-            "vote: an option must be one of from-time, to-time, agreement, threshold, got",
-        ),
-        ("lower{x=1}", PassSyntaxError, "lower: an option must be one of from-time, to-time, got 'x'"),
+        ("vote{agree=1}", PassSyntaxError, "vote: an option must be one of agreement, threshold, got 'agree'"),
+        ("lower{x=1}", PassSyntaxError, "lower: an option must not be given (it has none), got 'x'"),
         ("vote{agreement}", PassSyntaxError, "vote: an option must read option=value, got 'agreement'"),
         ("vote{agreement=1,agreement=1}", PassSyntaxError, "vote: agreement must be given once, got it again"),
         ("vote{agreement=half}", PassSyntaxError, "vote: agreement must be a finite number, got 'half'"),
         ("vote{agreement=nan}", PassSyntaxError, "vote: agreement must be a finite number, got 'nan'"),
         ("vote{agreement=2}", PassError, "vote: agreement must be in (0, 1], got 2.0"),
-        ("protect{sinks=1}", PassSyntaxError, "protect: sinks must be true or false, got '1'"),
-        ("protect{first-times=0.5}", PassSyntaxError, "protect: first-times must be an integer, got '0.5'"),
-        ("protect{first-times=-1}", PassError, "protect: first-times must not be negative, got -1"),
+        ("repeat{group=0.5}", PassSyntaxError, "repeat: group must be an integer, got '0.5'"),
         (
             "select{menu=planes+pears}",
             PassError,
@@ -110,10 +98,9 @@ def test_the_default_passes_print_with_every_option_that_has_a_value() -> None:
             "target-density and target-db must not be given together, got 0.5, 30.0",
         ),
         ("select{target-density=0}", PassError, "select: target-density must be in (0, 1], got 0.0"),
-        ("select{max-error=1}", PassSyntaxError, "select: an option must be one of from-time, to-time, target-density"),
+        ("select{max-error=1}", PassSyntaxError, "select: an option must be one of target-density, target-db"),
         ("repeat{group=1}", PassError, "repeat: group must be at least 2, got 1"),
         ("repeat{max-difference=-1}", PassError, "repeat: max-difference must not be negative, got -1.0"),
-        ("anchors{safety=0}", PassError, "anchors: safety must be positive, got 0.0"),
         ("anchors{max-group-rows=0}", PassError, "anchors: max-group-rows must be at least 1, got 0"),
     ],
 )

@@ -1,112 +1,48 @@
-"""fill-gaps, merge-times and merge-heads: what is kept only grows, by no more than was allowed, and for the best."""
+"""merge-heads: what is kept only grows, by no more than was allowed, and for the best."""
 
 from __future__ import annotations
 
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import stats
-from support.jobs import Compiled, compiled
+from support.jobs import Compiled, compiled, mask
 
-from calibatt.compiler.bits import count, pack, unpack
+from calibatt.compiler.bits import count
 from calibatt.compiler.errors import PassError
-from calibatt.compiler.passes.fill_gaps import filled
 from calibatt.compiler.passes.merge_heads import pairs
-from calibatt.compiler.passes.merge_times import WORTHS, groups
 
-SELECT = "protect,select{target-density=0.6}"
-MERGES = ["fill-gaps{max-gap-blocks=2,max-growth=0.3}", "merge-times{max-growth=0.3}", "merge-heads{max-growth=0.3}"]
+SELECT = "select{target-density=0.6}"
+MERGE = "merge-heads{max-growth=0.3}"
 
 
 def kept(found: Compiled) -> list[np.ndarray]:
     return [unit.tile_bits(head) for unit in found.all for head in range(unit.heads)]
 
 
-@pytest.mark.parametrize("merge", MERGES)
 @given(seed=st.integers(0, 20))
-def test_the_kept_set_only_grows_and_time_stays_below_its_bound(merge: str, seed: int) -> None:
-    select = f"{SELECT},anchors{{safety=0.1}}"
-    before, start = compiled(select, seed=seed)
-    after, accounts = compiled(f"{select},{merge},schedule,lower", seed=seed)
+def test_the_kept_set_only_grows_and_time_stays_below_its_bound(seed: int) -> None:
+    select = f"{SELECT},anchors"
+    before, start = compiled(select, seed=seed, copies=0.1)
+    after, accounts = compiled(f"{select},{MERGE},schedule,lower", seed=seed, copies=0.1)
     for old, new in zip(kept(before), kept(after), strict=True):
         assert old.shape == new.shape
         assert not (old & ~new).any()
         assert count(new).all()
     assert accounts[-1].predicted_ms <= start[-1].predicted_ms * 1.3
-    name = merge.split("{")[0]
-    assert after.findings[name]["blocks_added"] == accounts[-1].blocks - start[-1].blocks
+    assert after.findings["merge-heads"]["blocks_added"] == accounts[-1].blocks - start[-1].blocks
 
 
-@pytest.mark.parametrize("merge", MERGES)
-def test_merging_pays_and_is_told(merge: str) -> None:
+def test_merging_pays_and_is_told() -> None:
     of = stats.manifest(times=(0.2, 0.4, 0.6, 0.8))
-    found = [compiled(f"{SELECT},{merge.replace('0.3', growth)},lower", of) for growth in ("0", "3")]
-    name = merge.split("{")[0]
-    assert found[0][0].findings[name]["blocks_added"] == 0
-    assert found[1][0].findings[name]["blocks_added"] > 0
+    found = [compiled(f"{SELECT},{MERGE.replace('0.3', growth)},lower", of) for growth in ("0", "3")]
+    assert found[0][0].findings["merge-heads"]["blocks_added"] == 0
+    assert found[1][0].findings["merge-heads"]["blocks_added"] > 0
     listed = [sum(len(unit.lowered.list_bits) for unit in each.all) for each, _ in found]
-    assert listed[1] < listed[0] or name != "merge-heads"
-
-
-@given(st.integers(0, 2**32), st.integers(0, 5), st.floats(0, 1))
-def test_short_gaps_are_filled_and_no_others(seed: int, most: int, density: float) -> None:
-    keep = np.random.default_rng(seed).random((4, 30)) < density
-    found = unpack(filled(pack(keep), 30, most), 30)
-    for row, out in zip(keep, found, strict=True):
-        expected = row.copy()
-        at = np.flatnonzero(row)
-        for left, right in pairwise(at):
-            if right - left - 1 <= most:
-                expected[left:right] = True
-        np.testing.assert_array_equal(out, expected)
-
-
-def partitions(times: int, most: int) -> list[list[tuple[int, int]]]:
-    found = []
-    for size in range(times):
-        for cuts in combinations(range(1, times), size):
-            edges = [0, *cuts, times]
-            parts = [(a, b - 1) for a, b in pairwise(edges)]
-            if all(last - first < most for first, last in parts):
-                found.append(parts)
-    return found
-
-
-@given(st.integers(0, 2**32), st.integers(1, 6), st.integers(1, 4), st.floats(0, 0.5), st.booleans())
-def test_times_are_merged_for_the_best(seed: int, times: int, most: int, growth: float, anchored: bool) -> None:
-    """Against every partition, for the worth that was taken."""
-    rng = np.random.default_rng(seed)
-    start = rng.random((5, 9)) < 0.5
-    keeps = [start ^ (rng.random((5, 9)) < 0.1 * time) for time in range(times)]
-    masks = [pack(keep) for keep in keeps]
-    free = [not (anchored and time == times // 2) for time in range(times)]
-    size = sum(int(keep.sum()) for keep in keeps)
-
-    def cost(parts: list[tuple[int, int]]) -> tuple[float, int]:
-        added = sum(
-            (last - first + 1) * int(np.any(keeps[first : last + 1], axis=0).sum())
-            - sum(int(keep.sum()) for keep in keeps[first : last + 1])
-            for first, last in parts
-        )
-        return added, sum(int((keeps[last] ^ keeps[last + 1]).sum()) for _, last in parts[:-1])
-
-    allowed = [
-        parts
-        for parts in partitions(times, most)
-        if all(first == last or all(free[first : last + 1]) for first, last in parts)
-    ]
-    found = groups(masks, free, growth, most)
-    assert found in allowed
-    added, ends = cost(found)
-    assert added <= growth * size
-    for worth in WORTHS:
-        best = min(worth * cost(parts)[0] + cost(parts)[1] for parts in allowed)
-        if worth * added + ends <= best + 1e-9:
-            return
-    assert added == 0  # no worth was enough: every time on its own
+    assert listed[1] < listed[0]
 
 
 def test_like_heads_are_paired_for_most_weight() -> None:
@@ -149,18 +85,24 @@ def test_pairs_are_a_matching_of_most_weight(seed: int, heads: int, growth: floa
     assert sum(weight[pair] for pair in found) == best
 
 
-@given(st.integers(0, 2**32), st.integers(0, 4))
-def test_filling_twice_is_filling_once(seed: int, most: int) -> None:
-    rng = np.random.default_rng(seed)
-    once = filled(pack(rng.random((5, 21)) < rng.random()), 21, most)
-    np.testing.assert_array_equal(filled(once, 21, most), once)
+def test_what_merging_requires() -> None:
+    with pytest.raises(PassError, match="merge-heads: schedule must come after, got time 0, layer 0"):
+        compiled(f"{SELECT},schedule,merge-heads,lower")
+    with pytest.raises(PassError, match=r"merge-heads: max-growth must not be negative, got -1\.0"):
+        compiled(f"{SELECT},merge-heads{{max-growth=-1}}")
 
 
-@pytest.mark.parametrize("name", ["merge-times", "merge-heads"])
-def test_what_merging_requires(name: str) -> None:
-    with pytest.raises(PassError, match=f"{name}: masks must be chosen before, got time 0, layer 0"):
-        compiled(f"{name},lower")
-    with pytest.raises(PassError, match=f"{name}: schedule must come after, got time 0, layer 0"):
-        compiled(f"{SELECT},schedule,{name},lower")
-    with pytest.raises(PassError, match=f"{name}: max-growth must not be negative, got -1.0"):
-        compiled(f"{SELECT},{name}{{max-growth=-1}}")
+def test_pairs_are_counted_over_all_times_of_a_layer() -> None:
+    """Against the masks themselves."""
+    growth = 0.3
+    before, _ = compiled(SELECT, seed=1)
+    after, _ = compiled(f"{SELECT},merge-heads{{max-growth={growth}}}", seed=1)
+    layers, heads = before.manifest.model.layers, before.manifest.model.heads
+    for layer in range(layers):
+        keeps = np.stack([[mask(unit, head) for head in range(heads)] for unit in before.all[layer::layers]])
+        size, union = keeps.sum((0, 2, 3)), (keeps[:, :, None] | keeps[:, None]).sum((0, 3, 4))
+        expected = keeps.copy()
+        for one, other in pairs(size, union, np.ones(heads, bool), growth):
+            expected[:, one] = expected[:, other] = keeps[:, one] | keeps[:, other]
+        found = np.stack([[mask(unit, head) for head in range(heads)] for unit in after.all[layer::layers]])
+        np.testing.assert_array_equal(found, expected)

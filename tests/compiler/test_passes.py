@@ -1,4 +1,4 @@
-"""vote, protect, schedule and lower; and what the pipeline refuses between passes."""
+"""Text, vote, repeat, schedule and lower; and what the pipeline refuses between passes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import stats
-from support.jobs import compiled, gathered, memory_store
+from support.jobs import compiled, gathered, memory_store, tiles
 
 from calibatt.compiler.bits import count, pack, unpack
 from calibatt.compiler.error_model import mask_errors
 from calibatt.compiler.errors import PassError, VerifyError
 from calibatt.compiler.ir import UnitIR
 from calibatt.compiler.passes.lower import lowered
-from calibatt.compiler.passes.protect import protected
 from calibatt.compiler.pipeline import verify
-from calibatt.compiler.stats import Manifest
+from calibatt.compiler.stats import Manifest, text_keep
 from calibatt.plans import DENSE, Blocks, TokenGrid
 
 
@@ -33,25 +32,16 @@ COUNTED = stats.manifest(thresholds=(0.8, 0.9))
 
 
 @pytest.mark.parametrize(("agreement", "needed"), [(1e-9, 1), (0.1, 1), (0.4, 4), (0.5, 5), (0.51, 6), (1.0, 10)])
-def test_a_voted_block_is_kept_by_enough_samples(agreement: float, needed: int) -> None:
+def test_blocks_are_kept_that_enough_samples_need(agreement: float, needed: int) -> None:
     store = memory_store(COUNTED, samples=5)  # of two branches each
     for index, threshold in enumerate((0.8, 0.9)):
-        found, _ = compiled(f"vote{{agreement={agreement},threshold={threshold}}}", COUNTED, samples=5)
+        text = f"vote{{agreement={agreement},threshold={threshold}}},schedule,lower"
+        found, _ = compiled(text, COUNTED, samples=5)
         for unit in found.all:
             votes = store.unit(unit.time_index, unit.layer).votes[index]
-            np.testing.assert_array_equal(unpack(unit.voted, COUNTED.k_blocks), votes >= needed)
-
-
-def test_uniform_keeps_what_was_voted_everywhere() -> None:
-    found, _ = compiled("vote,protect{last-times=1},uniform,schedule,lower", COUNTED)
-    for unit in found.all:
-        assert unit.voted is not None
-        if unit.time_index == 0:
-            assert (unit.lowered.head_list == DENSE).all()
-            continue
-        assert (unit.keep == unit.voted | unit.required).all()
-        assert unit.choice == ["voted"] * unit.heads
-        np.testing.assert_array_equal(unit.error, mask_errors(unit, unit.keep))
+            np.testing.assert_array_equal(unit.keep, pack(votes >= needed) | unit.required)
+            assert unit.choice == ["voted"] * unit.heads
+            np.testing.assert_array_equal(unit.error, mask_errors(unit, unit.keep))
 
 
 @pytest.mark.parametrize("group", [2, 3, 5])
@@ -62,7 +52,7 @@ def test_heads_whose_rows_differ_little_repeat(group: int) -> None:
     offset = source - np.arange(5)
     seen = set()
     for most in (0.0, 0.02, 1.0):
-        passes = f"vote,uniform,repeat{{max-difference={most},group={group}}},schedule,lower"
+        passes = f"vote,repeat{{max-difference={most},group={group}}},schedule,lower"
         found, _ = compiled(passes, COUNTED)
         for unit in found.all:
             raw = store.unit(unit.time_index, unit.layer)
@@ -90,12 +80,10 @@ def test_heads_whose_rows_differ_little_repeat(group: int) -> None:
     [
         ("vote", stats.manifest(), "vote: threshold must be one of the store's none, got 0.9"),
         ("vote{threshold=0.85}", COUNTED, "vote: threshold must be one of the store's 0.8, 0.9, got 0.85"),
-        ("vote,vote", COUNTED, "vote: vote must come once, before select, got time 0, layer 0"),
-        ("uniform,lower", COUNTED, r"uniform: masks must have been voted \(vote comes before uniform\), got time 0"),
+        ("select,vote", COUNTED, "vote: vote must come before select, got time 0, layer 0"),
         ("repeat", stats.manifest(), "differences of rows must have been recorded with thresholds, got none"),
-        ("repeat", COUNTED, "repeat: masks must be chosen before, got time 0, layer 0"),
-        ("vote,uniform,repeat{group=6}", COUNTED, "repeat: group must be at most 5, as measured, got 6"),
-        ("vote,uniform,repeat,repeat", COUNTED, "repeat: anchors must come once, got time 0, layer 0"),
+        ("vote,repeat{group=6}", COUNTED, "repeat: group must be at most 5, as measured, got 6"),
+        ("vote,repeat,repeat", COUNTED, "repeat: anchors must come once, got time 0, layer 0"),
     ],
 )
 def test_what_the_papers_method_requires(passes: str, of: Manifest, message: str) -> None:
@@ -103,45 +91,29 @@ def test_what_the_papers_method_requires(passes: str, of: Manifest, message: str
         compiled(passes, of)
 
 
-@given(
-    st.builds(TokenGrid, *(st.integers(1, 4),) * 3, text_before=st.integers(0, 20), text_after=st.integers(0, 20)),
-    st.booleans(),
-    st.booleans(),
-)
-def test_protected_blocks_hold_what_the_options_name(grid: TokenGrid, sinks: bool, diagonal: bool) -> None:
-    token = np.arange(grid.tokens)
+@given(st.builds(TokenGrid, *(st.integers(1, 4),) * 3, text_before=st.integers(0, 20), text_after=st.integers(0, 20)))
+def test_blocks_with_text_are_kept(grid: TokenGrid) -> None:
+    token, blocks = np.arange(grid.tokens), Blocks(16, 32)
     text = (token < grid.text_before) | (token >= grid.text_before + grid.video_tokens)
-    first = token < grid.text_before + grid.height * grid.width
-    pair = text[:, None] | text[None, :]
-    pair |= np.eye(grid.tokens, dtype=bool) & diagonal
-    pair |= first[None, :] & sinks
-    blocks = Blocks(16, 32)
     expected = np.zeros((blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens)), bool)
-    for query, key in np.argwhere(pair):
+    for query, key in np.argwhere(text[:, None] | text[None, :]):
         expected[query // 16, key // 32] = True
-    np.testing.assert_array_equal(protected(grid, blocks, sinks, diagonal), expected)
+    np.testing.assert_array_equal(text_keep(grid, blocks), expected)
 
 
-def test_protect_only_adds_and_makes_times_and_layers_dense() -> None:
-    before = [unit.required for unit in gathered()[1]]
-    found, _ = compiled("protect{sinks=true,first-times=1,last-layers=1}")
-    for unit, old in zip(found.all, before, strict=True):
-        assert not (old & ~unit.required).any()
-        assert unit.force_dense == (unit.time_index == 1 or unit.layer == 1)
-    assert found.findings["protect"]["dense_units"] == 3
-    done, _ = compiled("protect{sinks=true,first-times=1},select{target-density=0.95},lower")
-    for unit in done.all:
-        assert not (unit.required & ~unit.keep).any()
-        assert unit.time_index == 0 or (unit.lowered.head_list == DENSE).all()
-
-
-def test_protect_comes_before_select() -> None:
-    with pytest.raises(PassError, match="protect: masks must be chosen later"):
-        compiled("select,protect")
+def test_every_mask_keeps_text_and_a_block_a_row() -> None:
+    of = stats.manifest(grid=TokenGrid(2, 5, 7, text_before=20, text_after=3))
+    for unit in gathered(of)[1]:
+        least = np.zeros_like(unit.means.error_code, bool)
+        np.put_along_axis(least, unit.means.error_code.argmin(2)[..., None], True, 2)
+        np.testing.assert_array_equal(unit.required, pack(least | text_keep(of.grid, of.blocks)))
+    for text in ("select{target-density=0.8}", "select{target-density=0.8},anchors,select{target-density=0.8}"):
+        for unit in compiled(text, of)[0].all:
+            assert not (unit.required & ~unit.keep).any()
 
 
 def test_tiles_are_ordered_head_by_head_longest_first() -> None:
-    found, _ = compiled("select{target-density=0.8},anchors{safety=1e-3},schedule,lower")
+    found, _ = compiled("select{target-density=0.8},anchors,schedule,lower", copies=1e-3)
     for unit in found.all:
         schedule = unit.lowered.schedule()
         heads = np.searchsorted(schedule.head_tile_ptr, schedule.tile_order, side="right") - 1
@@ -156,8 +128,8 @@ def test_lowering_keeps_the_masks_and_shares_lists() -> None:
     found, _ = compiled("select{target-density=0.8},lower")
     for unit in found.all:
         for head in range(unit.heads):
-            np.testing.assert_array_equal(unit.lowered.schedule().tile_keep(head), unit.tile_keep(head))
-            assert (unit.lowered.head_list[head] == DENSE) == bool(unit.tile_keep(head).all())
+            np.testing.assert_array_equal(unit.lowered.schedule().tile_keep(head), tiles(unit, head))
+            assert (unit.lowered.head_list[head] == DENSE) == bool(tiles(unit, head).all())
     unit = found.all[0]
     unit.keep[:] = pack(np.eye(5, dtype=bool))
     unit.keep[2] = pack(np.tri(5, dtype=bool))
@@ -234,12 +206,12 @@ def test_the_pipeline_proves_every_unit(spoil: Callable[[UnitIR], None], message
 
 
 def test_accounts_follow_the_masks() -> None:
-    found, accounts = compiled("protect,select{target-density=0.6},schedule,lower")
-    assert [each.name for each in accounts] == ["dense", "protect", "select", "schedule", "lower"]
-    kept = sum(int(unit.tile_keep(head).sum()) for unit in found.all for head in range(unit.heads))
+    found, accounts = compiled("select{target-density=0.6},schedule,lower")
+    assert [each.name for each in accounts] == ["dense", "select", "schedule", "lower"]
+    kept = sum(int(tiles(unit, head).sum()) for unit in found.all for head in range(unit.heads))
     assert accounts[0].blocks == 2 * 2 * 3 * 25
     assert accounts[-1].blocks == kept
     assert accounts[-1].density == pytest.approx(np.mean([unit.lowered.density for unit in found.all]))
-    assert accounts[-1].predicted_ms == pytest.approx(found.device.predict_ms(0, kept, 0, found.manifest.blocks, 8))
+    assert accounts[-1].predicted_ms == pytest.approx(kept * found.device.block_ms(found.manifest.blocks, 8))
     assert accounts[-1].error == pytest.approx(sum(unit.error.sum() for unit in found.all))
     assert accounts[-1].passes == "lower"

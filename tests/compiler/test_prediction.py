@@ -36,7 +36,7 @@ def table(rng: np.random.Generator, samplings: int, vectors: int, signal: np.nda
         SamplingTables(np.full(T, 2.0), np.ones((T, L, H), np.float32), effects(index, W), effects(index, C))
         for index in range(samplings)
     ]
-    return Table(tuple(map(str, range(samplings))), ({},) * samplings, tuple(each))
+    return Table(tuple(each))
 
 
 def masks(kind: Any, density: float = 0.4, error: float = 1.0, own: float = 1.0, copied: float = 0.0) -> Masks:
@@ -117,12 +117,10 @@ def test_what_cannot_be_said_is_said() -> None:
     assert isinstance(found, Prediction)
     assert found.samplings == 2
     one = replace(of, samplings=(unmeasured, unmeasured, of.samplings[2]))
-    for each in (one, None):
-        wanted = f"needs 2 samplings with a measured ladder, got {0 if each is None else 1}"
-        assert predict(each, np.ones(T), SHARES, masks(0)) == wanted
+    assert predict(one, np.ones(T), SHARES, masks(0)) == "needs 2 samplings with a measured ladder, got 1"
 
 
-PASSES = "protect,select{BUDGET},anchors,select{BUDGET},schedule,lower"
+PASSES = "select{BUDGET},anchors,select{BUDGET},schedule,lower"
 
 
 def test_a_plan_tells_what_select_predicted() -> None:
@@ -160,7 +158,7 @@ def test_a_target_of_decibels_is_reached_with_few_blocks(target: float, seed: in
 
     density, decibels = plan(f"target-db={target}")
     assert decibels >= target
-    if density > 0.3:
+    if density > 0.5:
         assert plan(f"target-density={density - 0.03}")[1] < target
 
 
@@ -232,7 +230,7 @@ def test_the_prediction_is_right_on_samplings_that_were_never_seen(seed: int, ta
 
 def test_a_second_select_spends_what_anchors_bring() -> None:
     found, accounts = compile_store(memory_store(stats.manifest()), PASSES.replace("BUDGET", "target-db=15"))
-    assert accounts[4].blocks < accounts[2].blocks
+    assert accounts[3].blocks < accounts[1].blocks
     assert float(found.findings["select"]["predicted_snr"].split()[0]) >= 15
 
 

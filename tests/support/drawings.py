@@ -1,19 +1,19 @@
 """Passes on masks drawn as text, before and after: what a golden file of a pass holds.
 
     One line that says what the case is about.
-    passes: fill-gaps{max-gap-blocks=1,max-growth=0.5}
+    passes: merge-heads{max-growth=0.5}
 
     before
     time 0.25
-      #.#...  ######
-      .#.#..  ##....
+      #.#...  ###...
+      .#.#..  .#.#..
       ...
     after
     time 0.25
-      ###...  ######
+      ###...  ###...
       ...
-    lists 0 6
-    found {'blocks_added': 3, 'heads_filled': 1}
+    lists 0 0
+    found {'blocks_added': 1, 'pairs': 1}
 
 Query blocks go down, key blocks right, heads side by side. Instead of ``after`` and what follows, a case that must be
 refused has a line ``refused`` with the error. ``lists`` is there if the passes end with lower: each head's first list.
@@ -33,7 +33,7 @@ from calibatt.compiler.ir import Job, UnitIR, UnitMeans
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.pipeline import in_turn, run
 from calibatt.compiler.shelf import MemoryShelf
-from calibatt.compiler.stats import Manifest
+from calibatt.compiler.stats import Manifest, Table
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
 from support.jobs import DEVICE
 
@@ -52,14 +52,19 @@ class DrawnSource:
         times, heads, q_blocks, _ = self.keep.shape
         signature, grid = ModelSignature("Drawn", 1, heads, BLOCK), TokenGrid(1, 1, BLOCK * q_blocks)
         manifest = Manifest(signature, grid, Blocks(BLOCK, BLOCK), self.times)
-        return Job(manifest, (), device, np.ones(times))
+        return Job(manifest, device, np.ones(times), Table(()))
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
         keep = pack(self.keep[time_index])
         heads = len(keep)
         first = self.keep[time_index].argmax(-1)[..., None] == np.arange(self.keep.shape[-1])
-        unit = UnitIR(time_index, layer, job.manifest.grid, job.manifest.blocks, UnitMeans(), pack(first))
-        unit.keep, unit.choice, unit.error = keep, ["drawn"] * heads, np.zeros(heads)
+        means = UnitMeans(
+            np.zeros(first.shape, np.uint8), np.zeros(heads, np.float32), np.zeros((0, heads)), np.zeros((0, 0))
+        )
+        unit = UnitIR(
+            time_index, layer, job.manifest.grid, job.manifest.blocks, means, pack(first), np.zeros((0, heads))
+        )
+        unit.keep, unit.choice = keep, ["drawn"] * heads
         return unit
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from calibatt.compiler.bits import count
+from calibatt.compiler.bits import count, unpack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.ir import Groups, Job, UnitIR, packed_bits
@@ -18,7 +18,7 @@ from calibatt.compiler.stats import Contribution, Manifest, SamplingTables, Tabl
 from calibatt.plans import TokenGrid
 from support import stats
 
-DEVICE = Device("test", "made up", tflops=1.0, tile_us=0.0, store_us=0.0)
+DEVICE = Device("test", "made up", tflops=1.0)
 
 
 class MemoryStore:
@@ -41,15 +41,23 @@ class MemoryStore:
         return combined([self.parts[name, time_index, layer] for name in self.samplings], self.samplings)
 
     def table(self) -> Table:
-        pairs = [(self.meta[name], self.tables[name]) for name in self.samplings]
-        return Table(self.samplings, *map(tuple, zip(*pairs, strict=True)))
+        return Table(tuple(self.tables[name] for name in self.samplings))
 
 
-def memory_store(of: Manifest, samples: int = 3, seed: int = 0) -> MemoryStore:
-    """Random samplings s0, s1, ...: what `stats.write_store` writes, but for the first one's ladder."""
+def memory_store(of: Manifest, samples: int = 3, seed: int = 0, copies: float = 1.0) -> MemoryStore:
+    """Random samplings s0, s1, ...: what `stats.write_store` writes, but for the first one's ladder.
+
+    Args:
+        of: The manifest.
+        samples: How many.
+        seed: Of all numbers.
+        copies: Factor on what copies of rows and frames cost.
+    """
     names = [f"s{sample}" for sample in range(samples)]
     places = [(time, layer) for time in range(len(of.times)) for layer in range(of.model.layers)]
-    parts = {(name, *at): stats.contribution(of, stats.seed_of(seed, name, *at)) for name in names for at in places}
+    parts = {
+        (name, *at): stats.contribution(of, stats.seed_of(seed, name, *at), copies) for name in names for at in places
+    }
     return MemoryStore(of, parts, {name: stats.tables(of, stats.seed_of(seed, name)) for name in names})
 
 
@@ -84,6 +92,16 @@ def compile_store(store: Any, passes: str) -> tuple[Compiled, list[Account]]:
 def compiled(passes: str, of: Manifest | None = None, **options: Any) -> tuple[Compiled, list[Account]]:
     """The job of random statistics after some passes."""
     return compile_store(memory_store(of or stats.manifest(), **options), passes)
+
+
+def mask(unit: UnitIR, head: int) -> np.ndarray:
+    """bool ``(Q, K)``, the head's mask over the original query blocks."""
+    return unpack(unit.keep[head], unit.k_blocks)
+
+
+def tiles(unit: UnitIR, head: int) -> np.ndarray:
+    """bool ``(tiles, K)``, the head's mask over its packed tiles (those of its anchors, where it has any)."""
+    return unpack(unit.tile_bits(head), unit.k_blocks)
 
 
 def random_anchors(rng: np.random.Generator, axis: int, grid: TokenGrid) -> Groups:

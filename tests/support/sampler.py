@@ -109,7 +109,7 @@ def tiny_store(path: Path, work: Sequence[tuple[str, int]] = CALIBRATED) -> Stor
     return Store.open(path)
 
 
-PASSES = "protect,select{target-density=D},schedule,lower"
+PASSES = "select{target-density=D},schedule,lower"
 
 
 def tiny_plan(store: Store, density: float = 0.6, passes: str = PASSES) -> PlanFile:

@@ -36,8 +36,8 @@ def manifest(**changes: Any) -> Manifest:
     return Manifest(**{**values, **changes})
 
 
-def contribution(of: Manifest, seed: int = 0) -> Contribution:
-    """Random arrays of one sampling and (time, layer)."""
+def contribution(of: Manifest, seed: int = 0, copies: float = 1.0) -> Contribution:
+    """Random arrays of one sampling and (time, layer); `copies` is a factor on what copies of rows and frames cost."""
     rng = np.random.default_rng(seed)
     shape = (of.model.heads, of.q_blocks, of.k_blocks)
 
@@ -53,7 +53,7 @@ def contribution(of: Manifest, seed: int = 0) -> Contribution:
     blocks = of.model.layers * np.prod(shape)
     effect, error = ((rng.random(shape) ** 4 * 5 / blocks).astype(np.float32) for _ in range(2))
     effect[..., -1] *= 4  # text, which matters to many queries
-    rows, frames = rows_and_frames()
+    rows, frames = (each if each is None else each * np.float32(copies) for each in rows_and_frames())
     if not of.thresholds:
         return Contribution(effect, error, rows, frames)
     votes = np.sort(rng.integers(0, 3, (len(of.thresholds), *shape)), 0).astype(np.uint16)

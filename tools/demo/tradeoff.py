@@ -3,7 +3,7 @@
     python -m calibatt.tools.demo.tradeoff STATS -o docs/benchmarks/demo_tradeoff.json
 
 The trivial compiler is the paper's own method: it keeps the blocks that half of the samples agree on, and repeats rows
-that differ little (``vote{threshold=T},uniform,repeat,lower``), for every threshold of the store; record some with
+that differ little (``vote{threshold=T},repeat,lower``), for every threshold of the store; record some with
 `calibatt-calibrate --thresholds`. Ours is the default pipeline at a list of densities. Every video is compared with the
 dense one of the same prompt and noise. Between measured points PSNR is linear in density.
 """
@@ -35,7 +35,7 @@ FIRST_SEED = 5000
 DENSITIES = "0.15,0.2,0.25,0.3,0.35,0.4,0.5,0.6"
 AT_PSNR_DB = (25.0, 30.0, 35.0)
 AT_DENSITY = (0.35, 0.5)
-TRIVIAL = "vote{threshold=%g},uniform,repeat,lower"
+TRIVIAL = "vote{threshold=%g},repeat,lower"
 
 
 def compiled(stats: Path, target: Path, arguments: Iterable[str]) -> Plan:

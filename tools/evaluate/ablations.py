@@ -25,10 +25,9 @@ from calibatt.tools.calibrate.effects import ladder
 from calibatt.tools.calibrate.models import MODEL_HELP
 from calibatt.tools.evaluate.bench import Kept, Rule
 from calibatt.tools.evaluate.harness import about
-from calibatt.tools.evaluate.pareto import DEFAULTS, METHODS, SELECT, Study, make_study, mean_and_error
+from calibatt.tools.evaluate.pareto import DEFAULTS, METHODS, Study, make_study, mean_and_error
 
 DENSITIES = (0.2, 0.35, 0.5)
-SAFETIES = (0.25, 0.5, 2, 4, 16)
 BASE = "defaults"
 
 console = Console(stderr=True)
@@ -65,10 +64,6 @@ def variants(study: Study) -> dict[str, Callable[[float], Rule]]:
         "no anchors": method("compiled, no anchors"),
         "anchors, rows alone": method("compiled, anchor rows alone"),
         "anchors, frames alone": method("compiled, anchor frames alone"),
-        **{
-            f"anchors, safety {safety:g}": by(f"protect,{SELECT},anchors{{safety={safety:g}}},{SELECT},schedule,lower")
-            for safety in SAFETIES
-        },
         "no windows": by(DEFAULTS.replace("=D", "=D,menu=cuts")),
         "windows alone": by(DEFAULTS.replace("=D", "=D,menu=windows")),
         "no anchors, one density everywhere": one_density(study),

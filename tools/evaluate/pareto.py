@@ -61,10 +61,10 @@ class _Remembered:
 
     def __init__(self, source: StatisticsSource) -> None:
         self._source = source
-        self._units: dict[tuple[bool, bool, int, int], UnitIR] = {}
+        self._units: dict[tuple[int, int], UnitIR] = {}
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
-        key = job.votes, job.codes, time_index, layer
+        key = time_index, layer
         if key not in self._units:
             self._units[key] = self._source.unit(job, time_index, layer)
         return copy.deepcopy(self._units[key])
@@ -114,7 +114,7 @@ class Study:
     @cached_property
     def papers(self) -> list[Rule]:
         """Plans of the paper's own method: each threshold of the store with each of `AGREEMENTS`."""
-        passes = "vote{agreement=%g,threshold=%g},protect,uniform,repeat,schedule,lower"
+        passes = "vote{agreement=%g,threshold=%g},repeat,schedule,lower"
         return [self.compiled(1.0, passes % (a, t)) for t in self.store.manifest.thresholds for a in AGREEMENTS]
 
     def paper(self, density: float) -> Rule:
@@ -222,15 +222,15 @@ class Study:
 SELECT = "select{target-density=D}"
 METHODS: dict[str, Callable[[Study, float], Rule]] = {
     OURS: lambda study, d: study.compiled(d),
-    "compiled, no anchors": lambda study, d: study.compiled(d, f"protect,{SELECT},schedule,lower"),
+    "compiled, no anchors": lambda study, d: study.compiled(d, f"{SELECT},schedule,lower"),
     "compiled, anchor rows alone": lambda study, d: study.compiled(
-        d, f"protect,{SELECT},anchors{{max-group-frames=1}},{SELECT},schedule,lower"
+        d, f"{SELECT},anchors{{max-group-frames=1}},{SELECT},schedule,lower"
     ),
     "compiled, anchor frames alone": lambda study, d: study.compiled(
-        d, f"protect,{SELECT},anchors{{max-group-rows=1}},{SELECT},schedule,lower"
+        d, f"{SELECT},anchors{{max-group-rows=1}},{SELECT},schedule,lower"
     ),
     "compiled, windows alone": lambda study, d: study.compiled(
-        d, "protect,select{target-density=D,menu=windows},schedule,lower"
+        d, "select{target-density=D,menu=windows},schedule,lower"
     ),
     "the paper's own method": lambda study, d: study.paper(d),
     "budget: votes": lambda study, d: study.under_budget(("vote",), d),
