@@ -2,9 +2,14 @@
 
 A head's mask costs the sum over query blocks of (the sum over dropped blocks of sqrt(x))^2: effects of blocks dropped
 for the same queries point the same way, because whatever is kept is scaled up to make good for what is not. Of a block
-x = sqrt(S E R): S its mean squared effect on the final latent, which is unbiased but known from few samplings; E its
-mean error in the metric of the head's gradient, which is steadier; each is first drawn to the mean of all blocks at
-that distance from their queries. R is one factor a head, which puts E on the scale of the measured effects of windows.
+x = S^(w / 2) (E R)^(1 - w / 2): S its mean squared effect on the final latent, which is unbiased but known from few
+measurements; E its mean error in the metric of the head's gradient, which is steadier; each is first drawn to the mean
+of all blocks at that distance from their queries. R is one factor a head, which puts E on the scale of the measured
+effects of windows.
+
+With n measurements w = n / (n + `PRIOR`). Whoever picks the least of many noisy prices picks the luckiest, so what is
+measured of a head counts by w, and the rest is what is known from others: R is drawn to that of the layer's heads, a
+window to the price that its blocks say, a copy to the mean of all rows, or frames, at that offset.
 """
 
 from __future__ import annotations
@@ -19,6 +24,8 @@ from calibatt.compiler.ir import Float32, Float64, UnitIR
 from calibatt.compiler.stats import Manifest, Window, code_values, text_keep, window_keep
 
 CODES = 256
+PRIOR = 8.0
+"""So many measurements weigh as much as what is known without them."""
 PRICED_ROWS = 64
 """At least so many query blocks of a head are looked at to price its masks."""
 
@@ -72,28 +79,76 @@ def _dropped(manifest: Manifest) -> tuple[Float32, ...]:
     return tuple(map(one, manifest.windows))
 
 
-def block_prices(
-    effect: Float32, error: Float32, windows: Float64, counts: tuple[float, float], of: Manifest
-) -> Float32:
-    """x of each block of a head, in the unit of its arguments.
+def trust(measurements: float) -> float:
+    """w: how much what was measured counts beside what is known without it, from 0 to 1."""
+    return measurements / (measurements + PRIOR)
+
+
+class HeadPrices:
+    """Prices of the blocks and windows of all heads of a unit.
 
     Args:
-        effect: float32 ``(Q, K)``: mean squared effects.
-        error: float32 ``(Q, K)``: mean errors.
-        windows: float64 ``(W,)``: measured errors of the windows.
-        counts: How many measurements the means of effects and errors are of.
+        errors: float32 ``(Q, K)`` a head: mean errors of blocks.
+        windows: float64 ``(W, H)``: mean squared effects of windows.
+        samplings: How many the means are of.
+        measurements: Samplings times random vectors.
         of: The store's manifest.
     """
-    steady = bands(of).steady
-    error = steady(error, counts[1])
-    sizes = np.sqrt(error[priced_rows(of.q_blocks)])
-    sums = [np.einsum("qk,qk->q", sizes, drop).astype(np.float64) for drop in _dropped(of)]
-    prices = np.array([rows_scale(of.q_blocks) * (each @ each) for each in sums])
-    known = (prices > 0) & (windows > 0)
-    ratio = np.exp(np.log(windows[known] / prices[known]).mean()) if known.any() else 1.0
-    found: Float32 = np.sqrt(steady(effect, counts[0]))
-    found *= np.sqrt(error)
-    found *= np.float32(np.sqrt(ratio))
+
+    def __init__(
+        self, errors: list[Float32], windows: Float64, samplings: int, measurements: float, of: Manifest
+    ) -> None:
+        self._manifest, self._measured, self._measurements = of, windows, measurements
+        self._errors = [bands(of).steady(error, samplings) for error in errors]
+        ratios = np.array([self._ratio(head) for head in range(len(errors))])
+        w = trust(measurements)
+        self._factors = np.exp(w * ratios + (1 - w) * ratios.mean())
+
+    def _ratio(self, head: int) -> float:
+        """Logarithm of measured / estimated price, mean over windows; 0 where nothing is known."""
+        prices, windows = self._windows(self._errors[head]), self._measured[:, head]
+        known = (prices > 0) & (windows > 0)
+        return float(np.log(windows[known] / prices[known]).mean()) if known.any() else 0.0
+
+    def _windows(self, values: Float32) -> Float64:
+        """What each window costs by the values of its blocks, float64 ``(W,)``."""
+        rows = self._manifest.q_blocks
+        sizes = np.sqrt(values[priced_rows(rows)])
+        sums = [np.einsum("qk,qk->q", sizes, drop).astype(np.float64) for drop in _dropped(self._manifest)]
+        return np.array([rows_scale(rows) * (each @ each) for each in sums])
+
+    def of(self, head: int, effect: Float32) -> tuple[Float32, Float64]:
+        """Prices of a head's blocks and windows.
+
+        Args:
+            head: Which head.
+            effect: float32 ``(Q, K)``: mean squared effects of its blocks.
+
+        Returns:
+            x float32 ``(Q, K)``, and float64 ``(W,)``.
+        """
+        w = trust(self._measurements)
+        found: Float32 = bands(self._manifest).steady(effect, self._measurements) ** np.float32(w / 2)
+        found *= (self._errors[head] * np.float32(self._factors[head])) ** np.float32(1 - w / 2)
+        model, measured = self._windows(found), self._measured[:, head]
+        both = (model > 0) & (measured > 0)
+        windows: Float64 = np.where(
+            both, np.where(both, measured, 1.0) ** w * np.where(both, model, 1.0) ** (1 - w), measured
+        )
+        return found, windows
+
+
+def copy_prices(effect: Float64, measurements: float) -> Float64:
+    """Prices of copies, each drawn to the mean of all at its offset.
+
+    Args:
+        effect: float64 ``(H, members, 2 R)``: mean squared effects; NaN where there is no such member.
+        measurements: How many they are of.
+    """
+    there = ~np.isnan(effect)
+    mean = np.where(there, effect, 0).sum(1, keepdims=True) / np.maximum(there.sum(1, keepdims=True), 1)
+    w = trust(measurements)
+    found: Float64 = w * effect + (1 - w) * mean
     return found
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from calibatt.compiler.bits import pack
 from calibatt.compiler.cost import Device
-from calibatt.compiler.error_model import block_prices
+from calibatt.compiler.error_model import HeadPrices, copy_prices
 from calibatt.compiler.ir import Job, UnitIR, UnitMeans, column_bits
 from calibatt.compiler.stats import Manifest, Table, Unit, dequantise, fast_codes, text_keep
 
@@ -63,23 +63,22 @@ class StatisticsSource:
         unit, level = self.store.unit(time_index, layer), job.levels[time_index]
         windows = table.window_error[time_index, layer]
         known = sum(each.vectors for each in table.samplings) / len(table.samplings)
-        counts = (unit.n * known, float(unit.n))
+        measurements = unit.n * known
         shape = (manifest.model.heads, manifest.q_blocks, manifest.k_blocks)
         codes, peaks = np.empty(shape, np.uint8), np.zeros(shape[0], np.float32)
+        errors = [dequantise(unit.error[head], unit.error_peak[head]) for head in range(shape[0])]
+        heads, window_error = HeadPrices(errors, windows, unit.n, measurements, manifest), np.empty_like(windows)
         for head in range(shape[0]):
-            effect, error = (
-                dequantise(coded[head], peak[head])
-                for coded, peak in ((unit.effect, unit.effect_peak), (unit.error, unit.error_peak))
-            )
-            prices = block_prices(effect, error, windows[:, head], counts, manifest)
+            effect = dequantise(unit.effect[head], unit.effect_peak[head])
+            prices, window_error[:, head] = heads.of(head, effect)
             peaks[head] = prices.max()
             codes[head] = fast_codes(prices, peaks[head])
         means = UnitMeans(
             error_code=codes,
             error_peak=peaks * np.float32(level),
-            window_error=windows * level,
-            row_error=unit.row_effect * level,
-            frame_error=None if unit.frame_effect is None else unit.frame_effect * level,
+            window_error=window_error * level,
+            row_error=copy_prices(unit.row_effect * level, measurements),
+            frame_error=None if unit.frame_effect is None else copy_prices(unit.frame_effect * level, measurements),
             votes=unit.votes,
             vote_samples=unit.vote_samples,
             row_difference=unit.row_difference,

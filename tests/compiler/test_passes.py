@@ -12,7 +12,7 @@ from support import stats
 from support.jobs import compiled, gathered, memory_store, tiles
 
 from calibatt.compiler.bits import count, pack, unpack
-from calibatt.compiler.error_model import mask_errors
+from calibatt.compiler.error_model import copy_prices, mask_errors
 from calibatt.compiler.errors import PassError, VerifyError
 from calibatt.compiler.ir import UnitIR
 from calibatt.compiler.passes.lower import lowered
@@ -69,7 +69,8 @@ def test_heads_whose_rows_differ_little_repeat(group: int) -> None:
                 assert difference <= most
                 assert groups.anchors == anchors
                 level = found.levels[unit.time_index]
-                copied = sum(float(raw.row_effect[head][at]) * level for at in copies)
+                priced = copy_prices(raw.row_effect * level, len(store.samplings) * stats.VECTORS)
+                copied = sum(float(priced[head][at]) for at in copies)
                 assert unit.copy_error[head] == pytest.approx(copied, rel=1e-5)
                 seen.add("some")
     assert seen == {"none", "some"}

@@ -13,7 +13,16 @@ from support import stats
 from support.jobs import Compiled, MemoryStore, compile_store, compiled, gathered, mask, memory_store
 
 from calibatt.compiler.bits import pack, unpack
-from calibatt.compiler.error_model import Bands, at_shares, block_prices, cuts, mask_errors
+from calibatt.compiler.error_model import (
+    PRIOR,
+    Bands,
+    HeadPrices,
+    at_shares,
+    copy_prices,
+    cuts,
+    mask_errors,
+    trust,
+)
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.ir import UnitIR
 from calibatt.compiler.stats import dequantise, text_keep, window_keep
@@ -42,26 +51,48 @@ def drawn(values: np.ndarray, count: float, apart: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("grid", [TokenGrid(2, 5, 7, text_after=3), TokenGrid(1, 5, 7, text_before=20)])
-def test_a_block_costs_the_root_of_effect_error_and_ratio(grid: TokenGrid) -> None:
+def test_prices_blend_what_was_measured_with_what_is_known_without(grid: TokenGrid) -> None:
+    """By definition: effects and errors drawn along their bands, a factor for each head, windows, copies."""
     of = stats.manifest(grid=grid, frame_radius=0)
     store, (job, units) = memory_store(of), gathered(of)
     table, apart = store.table(), text_keep(grid, of.blocks)
+    w = 3 * stats.VECTORS / (3 * stats.VECTORS + PRIOR)
+    keeps = [window_keep(window, grid, of.blocks) for window in of.windows]
+
+    def of_windows(values: np.ndarray) -> np.ndarray:
+        return np.array([(np.where(keep, 0, np.sqrt(values)).sum(1) ** 2).sum() for keep in keeps])
+
     for unit in units:
-        at = (unit.time_index, unit.layer)
+        at, level = (unit.time_index, unit.layer), job.levels[unit.time_index]
         parts = [store.parts[(name, *at)] for name in store.samplings]
-        for head in range(unit.heads):
-            windows = table.window_error[(*at, slice(None), head)]
+        windows, heads = table.window_error[at], range(unit.heads)
+        errors = [drawn(np.mean([part.error[head] for part in parts], 0), 3, apart) for head in heads]
+        ratios = []
+        for head in heads:
+            price = of_windows(errors[head])
+            known = price > 0
+            ratios.append(np.log(windows[known, head] / price[known]).mean() if known.any() else 0.0)
+        for head in heads:
             effect = drawn(np.mean([part.effect[head] for part in parts], 0), 3 * stats.VECTORS, apart)
-            error = drawn(np.mean([part.error[head] for part in parts], 0), 3, apart)
-            keeps = [window_keep(window, grid, of.blocks) for window in of.windows]
-            price = [(np.where(keep, 0, np.sqrt(error)).sum(1) ** 2).sum() for keep in keeps]
-            known = [index for index, each in enumerate(price) if each > 0]
-            ratio = np.exp(np.mean([np.log(windows[index] / price[index]) for index in known])) if known else 1.0
-            expected = np.sqrt(effect * error * ratio) * job.levels[unit.time_index]
-            np.testing.assert_allclose(prices(unit)[head], expected, rtol=COARSE * 1.05)
-        level = job.levels[unit.time_index]
-        np.testing.assert_allclose(unit.means.window_error, table.window_error[at] * level)
-        np.testing.assert_allclose(unit.means.row_error, np.mean([part.row_effect for part in parts], 0) * level, 1e-5)
+            factor = np.exp(w * ratios[head] + (1 - w) * np.mean(ratios))
+            expected = effect ** (w / 2) * (errors[head] * factor) ** (1 - w / 2)
+            np.testing.assert_allclose(prices(unit)[head], expected * level, rtol=COARSE * 1.05)
+            model = of_windows(expected)
+            blend = np.where(model > 0, windows[:, head] ** w * np.maximum(model, 1e-300) ** (1 - w), windows[:, head])
+            np.testing.assert_allclose(unit.means.window_error[:, head], blend * level, rtol=1e-4)
+        rows = np.mean([part.row_effect for part in parts], 0)
+        expected = (w * rows + (1 - w) * np.nanmean(rows, 1, keepdims=True)) * level
+        np.testing.assert_allclose(unit.means.row_error, expected, rtol=1e-5)
+
+
+@given(st.floats(0.1, 1e6))
+def test_the_more_is_measured_the_less_is_borrowed(measurements: float) -> None:
+    effect = np.array([[[1.0, np.nan], [3.0, 5.0]]])
+    found = copy_prices(effect, measurements)
+    assert np.isnan(found[0, 0, 1])
+    assert found[0, :, 0].mean() == pytest.approx(2.0)
+    assert found[0, 1, 0] - found[0, 0, 0] == pytest.approx(2 * trust(measurements))
+    assert found[0, 1, 1] == pytest.approx(5.0)
 
 
 def test_levels_are_geometric_means() -> None:
@@ -78,14 +109,19 @@ def test_drawing_keeps_what_is_the_same_along_a_band(seed: int, count: float) ->
     np.testing.assert_allclose(Bands(of).steady(values, count), values, rtol=1e-5)
 
 
-def test_prices_are_scaled_by_measured_windows_alone() -> None:
-    """Twice the measured error of windows is the root of twice the price; nothing known is a ratio of 1."""
+def test_prices_follow_the_scale_of_measured_windows() -> None:
+    """Twice the measured price of windows makes blocks dearer, by less than twice; nothing known is a factor of 1."""
     of, rng = stats.manifest(), np.random.default_rng(0)
     effect, error = rng.random((2, 5, 5)).astype(np.float32)
-    one, two, none = (block_prices(effect, error, np.array(by), (6, 3), of) for by in ([1, 2], [2, 4], [0, 0]))
-    np.testing.assert_allclose(two, one * 2**0.5, rtol=1e-5)
+    w = trust(6)
+    made = [
+        HeadPrices([error], np.array(by, float)[:, None], 3, 6, of).of(0, effect)[0] for by in ([1, 2], [2, 4], [0, 0])
+    ]
+    np.testing.assert_allclose(made[1], made[0] * 2 ** (1 - w / 2), rtol=1e-5)
     bands = Bands(of)
-    np.testing.assert_allclose(none, np.sqrt(bands.steady(effect, 6) * bands.steady(error, 3)), rtol=1e-5)
+    np.testing.assert_allclose(
+        made[2], bands.steady(effect, 6) ** (w / 2) * bands.steady(error, 3) ** (1 - w / 2), rtol=1e-5
+    )
 
 
 def test_cuts_are_all_masks_by_level_and_masks_are_priced_alike() -> None:
