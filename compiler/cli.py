@@ -90,7 +90,11 @@ Exit codes: 0 the plan is written; 2 the call or the statistics are wrong, and n
     "--passes", "text", default=DEFAULT_PASSES, show_default=True, help="name{option=value,...},name,... as below."
 )
 @click.option("--target-density", type=float, help="Most of dense attention's blocks to compute. Default 0.5.")
-@click.option("--target-db", type=float, help="Least predicted signal-to-noise of the final latent, instead.")
+@click.option(
+    "--target-db",
+    type=float,
+    help="Least predicted signal-to-noise of the final latent, instead; see docs/evaluation.md.",
+)
 @click.option("--device", default="h200-hopper", show_default=True, help=f"Whose time: {', '.join(DEVICES)}.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes; the plan is the same.")
 @click.option("--resume", is_flag=True, help="Go on with what an interrupted run of this very job has left.")

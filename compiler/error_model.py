@@ -101,14 +101,14 @@ class HeadPrices:
         self._manifest, self._measured, self._measurements = of, windows, measurements
         self._errors = [bands(of).steady(error, samplings) for error in errors]
         ratios = np.array([self._ratio(head) for head in range(len(errors))])
-        w = trust(measurements)
-        self._factors = np.exp(w * ratios + (1 - w) * ratios.mean())
+        others, w = float(np.nanmean(ratios)) if np.isfinite(ratios).any() else 0.0, trust(measurements)
+        self._factors = np.exp(np.where(np.isnan(ratios), others, w * ratios + (1 - w) * others))
 
     def _ratio(self, head: int) -> float:
-        """Logarithm of measured / estimated price, mean over windows; 0 where nothing is known."""
+        """Logarithm of measured / estimated price, mean over windows; NaN where nothing is known."""
         prices, windows = self._windows(self._errors[head]), self._measured[:, head]
         known = (prices > 0) & (windows > 0)
-        return float(np.log(windows[known] / prices[known]).mean()) if known.any() else 0.0
+        return float(np.log(windows[known] / prices[known]).mean()) if known.any() else np.nan
 
     def _windows(self, values: Float32) -> Float64:
         """What each window costs by the values of its blocks, float64 ``(W,)``."""

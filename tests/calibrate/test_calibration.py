@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -372,3 +373,11 @@ def test_kills_lose_the_step_in_progress_alone(reference: Store, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 2
     assert_same(measure(tmp_path), reference)
+
+
+def test_a_step_that_is_not_measured_is_not_taken_for_its_neighbour():
+    """Steps less than a thousandth apart, as a large shift makes them."""
+    known = SimpleNamespace(
+        manifest=SimpleNamespace(times=(0.5, 1.0)), sampler=SimpleNamespace(times=[1.0, 0.9992, 0.5])
+    )
+    assert [Calibrator.moment(known, now) for now in (1.0, 0.99995, 0.9992, 0.5004, 0.7)] == [1, 1, None, 0, None]

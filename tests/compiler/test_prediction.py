@@ -158,7 +158,7 @@ def test_a_target_of_decibels_is_reached_with_few_blocks(target: float, seed: in
 
     density, decibels = plan(f"target-db={target}")
     assert decibels >= target
-    if density > 0.5:
+    if density > 0.55:  # well above the least that the menu can keep
         assert plan(f"target-density={density - 0.03}")[1] < target
 
 

@@ -21,10 +21,10 @@ def test_both_paths_are_measured(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     value = json.loads((tmp_path / "found.json").read_text())
     assert value["statistics"] == "synthetic, 3 samplings x 2 layers x 2 times x 3 heads, 5 x 5 blocks"
-    for path, passes in (("defaults", 6), ("no anchors", 4)):
+    for path, passes in (("defaults", 5), ("no anchors", 3)):
         of = value[path]
         assert len(of["passes"]) == 1 + passes
-        assert all(each["density"] <= 0.6 for each in of["passes"][2:])
+        assert all(each["density"] <= 0.6 for each in of["passes"][1:])
         assert of["compile"]["processor_seconds_per_unit"] > 0
         assert of["full_model"]["plan_mb"] > 0
 
@@ -39,5 +39,6 @@ def test_synthetic_statistics_are_those_of_a_store(tmp_path: Path) -> None:
     assert [each.has_ladder for each in table.samplings] == [False, True, True]
     total = sum(store.unit(0, layer).error_values().sum() for layer in range(2))
     assert abs(total - 1) < 0.05
-    ratio = table.level[:, 1] / table.level[:, 0]
+    level = np.stack([each.level for each in table.samplings])
+    ratio = level[:, 1] / level[:, 0]
     np.testing.assert_allclose(ratio, 10.0, rtol=1e-6)

@@ -76,7 +76,7 @@ def test_a_report_goes_on_where_it_stopped_and_says_the_same_again(tmp_path, pla
     assert "not available" in found["not_available"].get("lpips", "not available")
     assert plan["predicted_latent_db"]["samplings"] == len(CALIBRATED) - 1
     assert plan["metrics"]["latent"]["count"] == 4
-    assert plan["heads"]["first_order_latent"]["mean"] == pytest.approx(plan["metrics"]["latent"]["mean"], abs=6)
+    assert plan["heads"]["first_order_latent"]["mean"] == pytest.approx(plan["metrics"]["latent"]["mean"], abs=8)
     assert 0.3 < plan["heads"]["ratio"] < 3
     page = (tmp_path / "a" / "report.html").read_text()
     order = sorted(plan["by_prompt"], key=lambda row: row["latent"])
@@ -249,7 +249,7 @@ def test_effects_add_up_to_what_a_plan_does_to_the_latent(plan_path):
     with plan.attach(sampler.transformer):
         change = sampler.run("three", 1) - dense
     expected = [float((calibration._cotangent(dense, 1, vector, 0) * change).sum()) for vector in range(3)]
-    np.testing.assert_allclose(found[0].sum((1, 2, 3)), expected, rtol=0.2, atol=0.1 * np.abs(expected).max())
+    np.testing.assert_allclose(found[0].sum((1, 2, 3)), expected, rtol=0.2, atol=0.2 * np.abs(expected).max())
 
 
 def test_segments_that_few_steps_leave_out_are_promised_by_the_nearest(plan_path):

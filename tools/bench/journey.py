@@ -118,9 +118,8 @@ def run_command(command: Sequence[str], clock: Clock, layers: int) -> dict[str, 
 
 
 def latent_db(squares: Sequence[float]) -> float | None:
-    """Decibels of the mean of relative squared errors; None for no error at all, which JSON has no number for."""
-    mean = float(np.mean(squares))
-    return -10 * math.log10(mean) if mean else None
+    """Mean of the decibels of relative squared errors; None for no error at all, which JSON has no number for."""
+    return float(np.mean([-10 * math.log10(each) for each in squares])) if all(squares) else None
 
 
 def generate(

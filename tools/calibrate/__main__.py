@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,11 +14,11 @@ from rich.console import Console
 
 from calibatt.compiler.stats import Manifest, Store, StoreError, StoreWriter
 from calibatt.plans import BLOCK_SIZES, PlanError
-from calibatt.runtime.adapters import UnknownModelError, adapter_for
+from calibatt.runtime.adapters import UnknownModelError
 from calibatt.tools.calibrate import estimate
 from calibatt.tools.calibrate.calibration import BACKWARD_COST, CalibrationError, Calibrator, sampling_name
 from calibatt.tools.calibrate.chain import ChainError
-from calibatt.tools.calibrate.checks import CheckError, check_gradients, check_model
+from calibatt.tools.calibrate.checks import CheckError
 from calibatt.tools.calibrate.models import MODEL_HELP, make_sampler
 from calibatt.tools.calibrate.pipeline import PipelineError, with_images
 from calibatt.tools.calibrate.progress import steps as progress_of
@@ -28,6 +29,7 @@ from calibatt.tools.calibrate.work import (
     MOST_TIMES,
     SMALL_TOKENS,
     Work,
+    check_sampler,
     default_vectors,
     device_of,
     make_manifest,
@@ -48,6 +50,12 @@ ERRORS = (
     RankLostError,
     OSError,
     ValueError,
+)
+
+LEAST_WITH_LADDER = 2
+FEW = (
+    "few samplings: each is judged by masks that earlier ones ordered; with fewer than {} a plan predicts no "
+    "signal-to-noise"
 )
 
 EPILOG = """\b
@@ -88,6 +96,9 @@ def outstanding(writer: StoreWriter, work: Work, ranks: Ranks, console: Console)
     begun = sorted(path.name for path in (writer.path / "progress").iterdir())
     done, begun = ranks.from_first((writer.done(), begun))  # all must divide the same work
     todo = [each for each in work if sampling_name(*each) not in done]
+    for name in set(begun) & set(done) if ranks.is_first else ():
+        writer.drop_progress(name)  # a job that was killed after the last write
+    begun = [name for name in begun if name not in done]
     if len(todo) < len(work):
         console.print(f"{len(work) - len(todo)} of {len(work)} samplings are done: skipped")
     for name in begun:
@@ -97,10 +108,11 @@ def outstanding(writer: StoreWriter, work: Work, ranks: Ranks, console: Console)
     return ranks.share(todo)
 
 
-def costs(calibrator: Calibrator, work: Work, forwards: int, steps: int, trial: estimate.Trial | None) -> str:
-    """The table that is shown before any work."""
+def costs(
+    calibrator: Calibrator, samplings: int, ranks: int, forwards: int, steps: int, trial: estimate.Trial | None
+) -> str:
+    """The table that is shown before any work of so many samplings by so many ranks."""
     sampler, manifest = calibrator.sampler, calibrator.manifest
-    samplings = len(work)
     model, grid, device = manifest.model, manifest.grid, device_of(sampler)
     latent = grid.tokens * 256  # patches of 1 x 2 x 2 with 16 channels in float32
     disk = estimate.disk_bytes(manifest, samplings, forwards, calibrator.vectors, latent)
@@ -117,7 +129,7 @@ def costs(calibrator: Calibrator, work: Work, forwards: int, steps: int, trial: 
         ("disk", f"{disk.finished / estimate.GB:.2f} GB when finished, {disk.peak / estimate.GB:.2f} GB at most"),
     ]
     if trial is not None:
-        hours = trial.hours(forwards, samplings)
+        hours = trial.hours(forwards, -(-samplings // ranks))
         seconds = f"{trial.forward_seconds:.2f} s a forward, {trial.pull_seconds:.2f} s to differentiate it"
         rows.append(("time", f"{hours:.2f} hours ({seconds}; attention by {trial.kernels})"))
         if trial.peak_bytes:
@@ -178,9 +190,9 @@ def main(
     block of queries changes in the final latent, what every window and every copied row or frame does, for each layer,
     head and denoising time at once. Scheduler, guidance, LoRA, quantised weights and offloading are as in use.
 
-    A sampling takes about as long as five of it, whatever the number of layers and heads; --vectors V makes all but the
-    first of them V times as long. Step caches and torch.compile must be off, attention kernels are our own here. Disk
-    does not grow with the number of prompts.
+    A sampling takes about as long as five of it, whatever the number of layers and heads; with --vectors V the part
+    after the sampling itself takes V times as long. Step caches and torch.compile must be off; attention kernels are
+    our own here. Disk does not grow with the number of prompts.
 
     Run it again to continue where it stopped: finished samplings are skipped, and of one in progress at most the step
     in progress is lost. Stores made on several machines with one set of options are given to calibatt-compile together.
@@ -200,30 +212,30 @@ def main(
         manifest = make_manifest(
             sampler, block_size=size, times=times, every=every, thresholds=_numbers("--thresholds", thresholds)
         )
-        check_model(sampler.transformer)
-        check_gradients(sampler.transformer, adapter_for(sampler.transformer))
+        check_sampler(sampler)
         vectors = vectors or default_vectors(sampler.grid, device_of(sampler))
         begun = time.perf_counter()
+        if dry_run and not ranks.is_first:
+            return
         with (
             tempfile.TemporaryDirectory() as scratch,
-            ranks,
-            open_store(Path(scratch) if dry_run else output, manifest, ranks) as writer,
+            nullcontext() if dry_run else ranks,
+            open_store(Path(scratch), manifest, Ranks()) if dry_run else open_store(output, manifest, ranks) as writer,
         ):
-            todo = outstanding(writer, work, ranks, console)
+            todo = work if dry_run else outstanding(writer, work, ranks, console)
             calibrator = Calibrator(sampler, writer, vectors=vectors)
             forwards = _forwards(sampler)
-            calibrator.transformer.inputs_on_cpu = (
-                estimate.wants_cpu(calibrator) if inputs_on_cpu is None else inputs_on_cpu
-            )
+            for each in calibrator.models:
+                each.inputs_on_cpu = estimate.wants_cpu(calibrator) if inputs_on_cpu is None else inputs_on_cpu
             large = sampler.grid.tokens > SMALL_TOKENS
             trial = estimate.trial(calibrator, *work[0]) if dry_run or (todo and large) else None
-            shown = work if dry_run else todo
-            console.print(
-                costs(calibrator, shown, forwards, len(sampler.times), trial),
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            samplings = len(todo) if dry_run else ranks.total(len(todo))
+            told = costs(calibrator, samplings, ranks.count, forwards, len(sampler.times), trial)
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
+            if writer.done() == () and samplings < ranks.count + LEAST_WITH_LADDER:
+                console.print(
+                    FEW.format(ranks.count + LEAST_WITH_LADDER), highlight=False, markup=False, soft_wrap=True
+                )
             if dry_run:
                 return
             total = len(todo) * forwards * (1 + BACKWARD_COST)

@@ -122,7 +122,7 @@ class Calibrator:
         self.sampler, self.writer, self.vectors = sampler, writer, vectors
         self.manifest: Manifest = writer.manifest
         self.on_progress = on_progress
-        self.adapter = adapter or adapter_for(sampler.transformer)
+        self.adapter: Adapter = adapter or getattr(sampler, "adapter", None) or adapter_for(sampler.transformer)
         self.transformer = Transformer(sampler.transformer, self.adapter, inputs_on_cpu=inputs_on_cpu)
         others = [model for model in getattr(sampler, "other_transformers", ()) if model is not sampler.transformer]
         self._others = [Transformer(x, adapter_for(x), inputs_on_cpu=inputs_on_cpu) for x in others]
@@ -200,10 +200,12 @@ class Calibrator:
         return recording.rehearse()
 
     def moment(self, now: float) -> int | None:
-        """Index of the manifest's time that this is; None if it is none of them."""
+        """Index of the manifest's time that this is; None if it is none, or another step of the sampler is nearer."""
         times = self.manifest.times
         nearest = min(range(len(times)), key=lambda index: abs(times[index] - now))
-        return nearest if abs(times[nearest] - now) <= TIME_TOLERANCE else None
+        apart = abs(times[nearest] - now)
+        closer = any(abs(step - now) < apart for step in self.sampler.times)
+        return nearest if apart <= TIME_TOLERANCE and not closer else None
 
     def progress(self, work: float) -> None:
         self.on_progress(work)

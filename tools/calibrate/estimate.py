@@ -82,7 +82,8 @@ def wants_cpu(calibrator: Calibrator) -> bool:
         return False
     model, grid = calibrator.manifest.model, calibrator.manifest.grid
     inputs = model.layers * grid.tokens * model.heads * model.head_dim * 2
-    sums = 3 * 4 * model.layers * model.heads * calibrator.manifest.q_blocks * calibrator.manifest.k_blocks
+    planes = 2 + calibrator.vectors + len(calibrator.manifest.thresholds)
+    sums = 4 * planes * model.layers * model.heads * calibrator.manifest.q_blocks * calibrator.manifest.k_blocks
     free, total = torch.cuda.mem_get_info(device)
     return inputs + sums + 24 * inputs // model.layers > free - (1 - FREE_SHARE) * total
 

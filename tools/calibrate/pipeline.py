@@ -90,7 +90,7 @@ class PipelineSampler:
             raise PipelineError(f"the pipeline must have a {transformer}, got {self._name} without")
         self.pipe, self.transformer = pipe, model
         self.arguments, self._prompt_arguments = arguments, prompt_arguments
-        self._adapter = adapter or adapter_for(model)
+        self.adapter = adapter or adapter_for(model)
         self._set_images(images or {})
         self._made = WeakTensorKeyDictionary()
         """How each tensor that `run` and `run_batch` returned was made, as long as it lives: a list of `_Made`."""
@@ -241,8 +241,8 @@ class PipelineSampler:
         steps = _Steps()
 
         def seen(arguments: Arguments) -> None:
-            time = float(self._adapter.time(arguments))
-            grid = self._adapter.token_grid(self.transformer, arguments)
+            time = float(self.adapter.time(arguments))
+            grid = self.adapter.token_grid(self.transformer, arguments)
             forwards.append(_Forward(steps.count, time, grid, len(arguments["hidden_states"])))
 
         with self._standing_in(seen):
@@ -256,7 +256,7 @@ class PipelineSampler:
                 model = getattr(self.pipe, name, None)
                 if isinstance(model, nn.Module):
                     show = seen if model is self.transformer else lambda arguments: None
-                    forward = _cheap_forward(model, self._adapter.channel_axis, show)
+                    forward = _cheap_forward(model, self.adapter.channel_axis, show)
                     stack.enter_context(_replaced(model, forward=forward, _compiled_call_impl=None))
             yield
 

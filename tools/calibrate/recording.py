@@ -9,15 +9,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from calibatt.compiler.stats import StoreWriter
 from calibatt.runtime.adapters import Adapter
 from calibatt.tools.calibrate.calibration import Calibrator, Recording
 from calibatt.tools.calibrate.chain import Traced
-from calibatt.tools.calibrate.checks import check_model
 from calibatt.tools.calibrate.sampler import Sampler
-from calibatt.tools.calibrate.work import default_vectors, device_of, make_manifest
+from calibatt.tools.calibrate.work import check_sampler, default_vectors, device_of, make_manifest
 
 
 @contextmanager
@@ -39,8 +36,8 @@ def recording(
         with recording(sampler, "stats/", "a boat", seed=1, times=15, block_size=128):
             video = pipe("a boat", num_inference_steps=30, height=480, width=832, num_frames=81).frames
 
-    The final latent is what the last step of the pipeline's scheduler returns. Where there is no such scheduler, the
-    program puts it where it belongs: ``with recording(...) as found: ...; found.final = latent``.
+    The final latent is what the last step of the pipeline's scheduler returns. Where there is no such scheduler, or the
+    pipeline changes latents after it, the program says it: ``with recording(...) as found: ...; found.final = latent``.
 
     Args:
         sampler: Says the grid and the times of the generation, and which transformer is meant; it is not run.
@@ -56,7 +53,7 @@ def recording(
         ChainError: The generation cannot be differentiated.
         StoreError: The store has other options, has this sampling, or is in use.
     """
-    check_model(sampler.transformer)
+    check_sampler(sampler, adapter)
     manifest = make_manifest(sampler, adapter=adapter, **options)
     count = vectors or default_vectors(sampler.grid, device_of(sampler))
     with StoreWriter.open(Path(path), manifest) as writer:
@@ -73,17 +70,20 @@ def _last_step(scheduler: Any, found: Recording) -> Iterator[None]:
     if scheduler is None:
         yield
         return
-    step = scheduler.step
+    step, own = scheduler.step, scheduler.__dict__.get("step")
 
     @wraps(step)
     def told(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
         values = result if isinstance(result, tuple) else tuple(result.values())
-        found.final = next((x for x in values if isinstance(x, Traced) and isinstance(x, Tensor)), found.final)
+        found.final = next((x for x in values if isinstance(x, Traced)), found.final)
         return result
 
     scheduler.step = told
     try:
         yield
     finally:
-        del scheduler.step
+        if own is None:
+            del scheduler.step
+        else:
+            scheduler.step = own

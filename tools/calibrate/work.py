@@ -12,6 +12,7 @@ from calibatt.compiler.stats import Manifest, default_windows
 from calibatt.plans import Blocks, TokenGrid
 from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.tools.calibrate.calibration import CalibrationError
+from calibatt.tools.calibrate.checks import check_gradients, check_model
 from calibatt.tools.calibrate.models import PROMPTS, default_prompts
 from calibatt.tools.calibrate.sampler import Sampler
 
@@ -74,7 +75,7 @@ def make_manifest(
     transformer, grid = sampler.transformer, sampler.grid
     size = block_size or default_block_size(grid, device_of(sampler))
     return Manifest(
-        model=(adapter or adapter_for(transformer)).signature(transformer),
+        model=(adapter or adapter_of(sampler)).signature(transformer),
         grid=grid,
         blocks=Blocks(size, size),
         times=tuple(sorted(sampler.times[step] for step in chosen)),
@@ -88,6 +89,30 @@ def make_manifest(
             **sampler.versions,
         },
     )
+
+
+def adapter_of(sampler: Sampler) -> Adapter:
+    """The row of the sampler's model: its own, or the one of the model's class.
+
+    Raises:
+        UnknownModelError: No row fits the model.
+    """
+    found: Adapter = getattr(sampler, "adapter", None) or adapter_for(sampler.transformer)
+    return found
+
+
+def check_sampler(sampler: Sampler, adapter: Adapter | None = None) -> None:
+    """Refuses a sampler whose transformers cannot all be differentiated, before any work.
+
+    Raises:
+        CheckError: Names the model or layer and what to do.
+        UnknownModelError: No row fits a model.
+    """
+    others = [model for model in getattr(sampler, "other_transformers", ()) if model is not sampler.transformer]
+    for model in (sampler.transformer, *others):
+        check_model(model)
+        row = (adapter or adapter_of(sampler)) if model is sampler.transformer else adapter_for(model)
+        check_gradients(model, row)
 
 
 def device_of(sampler: Sampler) -> torch.device:
@@ -126,6 +151,8 @@ def read_images(path: Path, prompts: list[str]) -> dict[str, str]:
         OSError: The file cannot be read.
     """
     found = read_prompts(path)
+    if len(set(prompts)) < len(prompts):
+        raise ValueError("prompts with --images must differ, since each has one image, got one twice")
     if len(found) < len(prompts):
         raise ValueError(f"--images must name an image for each of {len(prompts)} prompts, got {len(found)} in {path}")
     return dict(zip(prompts, found, strict=False))

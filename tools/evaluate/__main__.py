@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -150,6 +151,10 @@ def main(
         ValueError,
     ) as e:
         _fail(e)
+    except torch.cuda.OutOfMemoryError:
+        _fail(
+            MemoryError("device memory must suffice, got too little; --head-prompts 0 takes less, so does offloading")
+        )
     if not all(plan["verdict"]["passed"] for plan in result["plans"]):
         sys.exit(1)
 

@@ -222,7 +222,11 @@ def head_findings(sampler: Sampler, candidate: Candidate, work: Work, cells: Cel
     file = candidate.plan.file
     known = effects.visited(file, times)
     squared = effects.by_segment(file, signed, times)[:, :, known] ** 2
-    measured, worst = squared.mean((0, 1)), squared.mean(1).max(0)
+    each = squared.mean(1)
+    totals = np.maximum(each.sum((1, 2, 3)), LEAST_EFFECT**2)
+    # Prompts differ up to 100-fold: as in the promise, each counts by its own level, and the level is the typical one.
+    measured = (each / totals[:, None, None, None]).mean(0) * np.exp(np.log(totals).mean())
+    worst = each.max(0)
     promise = effects.promised(file, sampler.times)
     promise = None if promise is None else promise[known]
     total = max(float(measured.sum()), LEAST_EFFECT)
