@@ -25,6 +25,7 @@ from calibatt.tools.calibrate.chain import ChainError
 from calibatt.tools.calibrate.gradients import Transformer
 from calibatt.tools.calibrate.journal import Journal, JournalError
 from calibatt.tools.calibrate.recording import recording
+from calibatt.tools.calibrate.work import make_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -381,3 +382,13 @@ def test_a_step_that_is_not_measured_is_not_taken_for_its_neighbour():
         manifest=SimpleNamespace(times=(0.5, 1.0)), sampler=SimpleNamespace(times=[1.0, 0.9992, 0.5])
     )
     assert [Calibrator.moment(known, now) for now in (1.0, 0.99995, 0.9992, 0.5004, 0.7)] == [1, 1, None, 0, None]
+
+
+def test_inputs_of_blocks_go_to_the_cpu_for_every_transformer(tmp_path: Path):
+    """Of two experts both are differentiated, whichever is measured."""
+    sampler = wan.sampler(8, pipe=wan.pipeline(experts=2))
+    with StoreWriter.open(tmp_path, make_manifest(sampler, block_size=32)) as writer:
+        calibrator = Calibrator(sampler, writer)
+        assert len(calibrator.models) == 2
+        calibrator.keep_inputs(on_cpu=True)
+        assert [each.inputs_on_cpu for each in calibrator.models] == [True, True]

@@ -225,8 +225,7 @@ def main(
             todo = work if dry_run else outstanding(writer, work, ranks, console)
             calibrator = Calibrator(sampler, writer, vectors=vectors)
             forwards = _forwards(sampler)
-            for each in calibrator.models:
-                each.inputs_on_cpu = estimate.wants_cpu(calibrator) if inputs_on_cpu is None else inputs_on_cpu
+            calibrator.keep_inputs(on_cpu=estimate.wants_cpu(calibrator) if inputs_on_cpu is None else inputs_on_cpu)
             large = sampler.grid.tokens > SMALL_TOKENS
             trial = estimate.trial(calibrator, *work[0]) if dry_run or (todo and large) else None
             samplings = len(todo) if dry_run else ranks.total(len(todo))

@@ -207,13 +207,15 @@ class Calibrator:
         closer = any(abs(step - now) < apart for step in self.sampler.times)
         return nearest if apart <= TIME_TOLERANCE and not closer else None
 
-    def progress(self, work: float) -> None:
-        self.on_progress(work)
-
     @property
     def models(self) -> list[Transformer]:
         """All transformers of the sampling, the measured one first."""
         return [self.transformer, *self._others]
+
+    def keep_inputs(self, *, on_cpu: bool) -> None:
+        """Says where what enters the blocks of a forward is kept, of whichever transformer."""
+        for each in self.models:
+            each.inputs_on_cpu = on_cpu
 
     def layer_sums(self, name: str, moment: int, layer: int, device: torch.device) -> LayerSums:
         """Empty sums, and the masks that are measured: all windows, and the ladder that earlier samplings made."""
@@ -224,7 +226,7 @@ class Calibrator:
         has_ladder = unit is not None and name not in unit.samplings
         if has_ladder:
             effect, error = (torch.from_numpy(x).to(device) for x in (unit.effect_values(), unit.error_values()))
-            rungs = effects.ladder((effect * error).sqrt(), manifest.shares)
+            rungs = effects.ladder(effect * error, manifest.shares)
             masks = torch.cat([masks.expand(-1, len(effect), -1, -1), rungs])
         heads, sizes, vectors = manifest.model.heads, (manifest.q_blocks, manifest.k_blocks), self.vectors
         return LayerSums(
@@ -349,7 +351,7 @@ class Recording:
             self.journal.keep_output(number, marks, found)
         else:
             found = tuple(x.to(device) for x in found)
-        self.calibrator.progress(1.0)
+        self.calibrator.on_progress(1.0)
         tensors = [x.detach() for x in floating(found)]
         leaves = self._chain.add(f"forward {number} (time {now:.3f})", inputs, tensors, partial(self._pull, forward))
         with torch.enable_grad():  # copies: a pipeline may change what it gets
@@ -415,7 +417,7 @@ class Recording:
 
     def _pull(self, forward: Forward, cotangents: Cotangents) -> Cotangents:
         moment = Moment([forward.number]) if forward.moment is None else self._moments[forward.moment]
-        self.calibrator.progress(BACKWARD_COST)
+        self.calibrator.on_progress(BACKWARD_COST)
         # Of a time, gradients are kept one forward after the other: they count when all are there.
         if all(map(self.journal.has_gradients, moment.numbers)):
             device = next(iter(floating(forward.given.flat))).device

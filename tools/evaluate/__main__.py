@@ -18,13 +18,12 @@ from rich.table import Table
 
 from calibatt.plans import PlanError, PlanFile
 from calibatt.runtime import Plan, UnknownModelError
-from calibatt.runtime.adapters import adapter_for
 from calibatt.tools.calibrate.calibration import CalibrationError
 from calibatt.tools.calibrate.chain import ChainError
-from calibatt.tools.calibrate.checks import CheckError, check_gradients, check_model
+from calibatt.tools.calibrate.checks import CheckError
 from calibatt.tools.calibrate.models import MODEL_HELP, make_sampler
 from calibatt.tools.calibrate.pipeline import PipelineError
-from calibatt.tools.calibrate.work import pick_device, read_prompts, spread
+from calibatt.tools.calibrate.work import check_sampler, pick_device, read_prompts, spread
 from calibatt.tools.evaluate import effects, evaluation, gate
 from calibatt.tools.evaluate.evaluation import Candidate, Cells, EvaluationError, Work
 from calibatt.tools.evaluate.harness import FIRST_SEED, about
@@ -113,8 +112,7 @@ def main(
         sampler = make_sampler(model, steps, pick_device(device))
         sampler.check(lines)
         if quick or head_prompts:
-            check_model(sampler.transformer)
-            check_gradients(sampler.transformer, adapter_for(sampler.transformer))
+            check_sampler(sampler)
         if quick:
             sys.exit(_quick(sampler, candidates, work[:QUICK_PROMPTS]))
         assert output is not None

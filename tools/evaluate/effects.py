@@ -84,7 +84,7 @@ def measure_plans(
     """
     manifest = Manifest(plans[0].signature, plans[0].grid, plans[0].blocks, tuple(times), shares=())
     calibrator = Calibrator(sampler, NoStore(manifest), vectors=vectors)  # type: ignore[arg-type]
-    calibrator.transformer.inputs_on_cpu = wants_cpu(calibrator)
+    calibrator.keep_inputs(on_cpu=wants_cpu(calibrator))
     recording = PlanRecording(calibrator, plans)
     with recording.listening():
         recording.final = sampler.run(prompt, seed)
