@@ -19,7 +19,7 @@ import torch
 from support import adjoint, wan
 
 from calibatt.compiler.stats import SampleExists, Store, StoreWriter
-from calibatt.tools.calibrate import effects
+from calibatt.tools.calibrate import effects, estimate
 from calibatt.tools.calibrate.calibration import CalibrationError, Calibrator, Recording, sampling_name
 from calibatt.tools.calibrate.chain import ChainError
 from calibatt.tools.calibrate.gradients import Transformer
@@ -159,8 +159,8 @@ STOPS = {
 def test_an_interrupted_sampling_is_continued(
     kind: str, reference: Store, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The second sampling is stopped at many places. No forward and no time that was finished is computed again, and
-    the store is the one of a run without interruption.
+    """The second sampling is stopped at many places. No forward (but the first, which proves the model) and no time
+    that was finished is computed again, and the store is the one of a run without interruption.
     """
     faults = Faults(monkeypatch)
     for number in STOPS[kind]:
@@ -171,9 +171,10 @@ def test_an_interrupted_sampling_is_continued(
         with pytest.raises(StoppedError):
             measure(folder, faults.sampler())
         times_done = len(list(folder.glob("progress/*/time*.table")))
+        begun = kind != "drop" and any(folder.glob("progress/*/forward0000.out"))
         before = faults.done["pull"]
         assert_same(measure(folder, faults.sampler()), reference)
-        assert faults.done["forward"] == FORWARDS
+        assert faults.done["forward"] == FORWARDS + begun
         assert 0 <= faults.done["pull"] - FORWARDS <= 2, (number, faults.done)
         assert faults.done["pull"] - before <= FORWARDS - 2 * max(0, times_done - 1)
 
@@ -209,6 +210,12 @@ def test_a_sampling_is_continued_as_it_was_begun(tmp_path: Path, monkeypatch: py
     without = adjoint.small_wan(guidance_scale=1.0)
     with pytest.raises(JournalError, match=r"forward 1 must be given what it was"):
         measure(tmp_path / "guidance", without)
+    stopped(tmp_path / "weights", monkeypatch, "pull", 3)
+    changed = guided()
+    with torch.no_grad():
+        changed.transformer.proj_out.weight.mul_(1.1)
+    with pytest.raises(JournalError, match=r"must be the one that .* was begun with \(weights, LoRA, precision\), got"):
+        measure(tmp_path / "weights", changed)
 
 
 def test_a_users_own_pipeline_call_is_recorded(reference: Store, tmp_path: Path):
@@ -382,6 +389,23 @@ def test_a_step_that_is_not_measured_is_not_taken_for_its_neighbour():
         manifest=SimpleNamespace(times=(0.5, 1.0)), sampler=SimpleNamespace(times=[1.0, 0.9992, 0.5])
     )
     assert [Calibrator.moment(known, now) for now in (1.0, 0.99995, 0.9992, 0.5004, 0.7)] == [1, 1, None, 0, None]
+
+
+@pytest.mark.parametrize("name", ["transformer", "transformer_2"])
+def test_forwards_before_the_first_measured_one_are_not_differentiated(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is asked of them: the noisy expert's, where the other one is measured."""
+    sampler = wan.sampler(8, pipe=wan.pipeline(experts=2), transformer=name)
+    done: list[int] = []
+    pull = Transformer.pull
+    monkeypatch.setattr(Transformer, "pull", lambda *args: done.append(1) or pull(*args))
+    with StoreWriter.open(tmp_path, make_manifest(sampler, block_size=32)) as writer:
+        calibrator = Calibrator(sampler, writer)
+        forwards, pulled = estimate.forwards_of(calibrator)
+        assert (forwards, pulled) == (8, 8 if name == "transformer" else len(sampler.times))
+        calibrator.calibrate("a boat", 1)
+    assert len(done) == pulled
 
 
 def test_inputs_of_blocks_go_to_the_cpu_for_every_transformer(tmp_path: Path):

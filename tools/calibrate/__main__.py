@@ -23,7 +23,6 @@ from calibatt.tools.calibrate.models import MODEL_HELP, make_sampler
 from calibatt.tools.calibrate.pipeline import PipelineError, with_images
 from calibatt.tools.calibrate.progress import steps as progress_of
 from calibatt.tools.calibrate.ranks import RankLostError, Ranks
-from calibatt.tools.calibrate.sampler import Sampler
 from calibatt.tools.calibrate.work import (
     DEFAULT_SAMPLES,
     MOST_TIMES,
@@ -108,12 +107,11 @@ def outstanding(writer: StoreWriter, work: Work, ranks: Ranks, console: Console)
     return ranks.share(todo)
 
 
-def costs(
-    calibrator: Calibrator, samplings: int, ranks: int, forwards: int, steps: int, trial: estimate.Trial | None
-) -> str:
+def costs(calibrator: Calibrator, samplings: int, ranks: int, trial: estimate.Trial | None) -> str:
     """The table that is shown before any work of so many samplings by so many ranks."""
     sampler, manifest = calibrator.sampler, calibrator.manifest
     model, grid, device = manifest.model, manifest.grid, device_of(sampler)
+    forwards, pulled = estimate.forwards_of(calibrator)
     latent = grid.tokens * 256  # patches of 1 x 2 x 2 with 16 channels in float32
     disk = estimate.disk_bytes(manifest, samplings, forwards, calibrator.vectors, latent)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -123,13 +121,16 @@ def costs(
             "tokens",
             f"{grid.tokens:,}: {grid.frames} x {grid.height} x {grid.width}, blocks of {manifest.blocks.block_q}",
         ),
-        ("samplings", f"{samplings} of {steps} steps, {forwards} forwards; {len(manifest.times)} times measured"),
-        ("differentiated", f"{samplings * forwards} forwards, {calibrator.vectors} random vectors each"),
+        (
+            "samplings",
+            f"{samplings} of {len(sampler.times)} steps, {forwards} forwards; {len(manifest.times)} times measured",
+        ),
+        ("differentiated", f"{samplings * pulled} forwards, {calibrator.vectors} random vectors each"),
         ("device", where),
         ("disk", f"{disk.finished / estimate.GB:.2f} GB when finished, {disk.peak / estimate.GB:.2f} GB at most"),
     ]
     if trial is not None:
-        hours = trial.hours(forwards, -(-samplings // ranks))
+        hours = trial.hours(forwards, pulled, -(-samplings // ranks))
         seconds = f"{trial.forward_seconds:.2f} s a forward, {trial.pull_seconds:.2f} s to differentiate it"
         rows.append(("time", f"{hours:.2f} hours ({seconds}; attention by {trial.kernels})"))
         if trial.peak_bytes:
@@ -190,7 +191,7 @@ def main(
     block of queries changes in the final latent, what every window and every copied row or frame does, for each layer,
     head and denoising time at once. Scheduler, guidance, LoRA, quantised weights and offloading are as in use.
 
-    A sampling takes about as long as five of it, whatever the number of layers and heads; with --vectors V the part
+    A sampling takes about as long as seven of it, whatever the number of layers and heads; with --vectors V the part
     after the sampling itself takes V times as long. Step caches and torch.compile must be off; attention kernels are
     our own here. Disk does not grow with the number of prompts.
 
@@ -224,12 +225,11 @@ def main(
         ):
             todo = work if dry_run else outstanding(writer, work, ranks, console)
             calibrator = Calibrator(sampler, writer, vectors=vectors)
-            forwards = _forwards(sampler)
             calibrator.keep_inputs(on_cpu=estimate.wants_cpu(calibrator) if inputs_on_cpu is None else inputs_on_cpu)
             large = sampler.grid.tokens > SMALL_TOKENS
             trial = estimate.trial(calibrator, *work[0]) if dry_run or (todo and large) else None
             samplings = len(todo) if dry_run else ranks.total(len(todo))
-            told = costs(calibrator, samplings, ranks.count, forwards, len(sampler.times), trial)
+            told = costs(calibrator, samplings, ranks.count, trial)
             console.print(told, highlight=False, markup=False, soft_wrap=True)
             if writer.done() == () and samplings < ranks.count + LEAST_WITH_LADDER:
                 console.print(
@@ -237,7 +237,8 @@ def main(
                 )
             if dry_run:
                 return
-            total = len(todo) * forwards * (1 + BACKWARD_COST)
+            forwards, pulled = estimate.forwards_of(calibrator)
+            total = len(todo) * (forwards + pulled * BACKWARD_COST)
             with progress_of(NAME, total, console, quiet=not ranks.is_first) as shown_progress:
                 calibrator.on_progress = shown_progress.advance
                 for prompt, number in todo:
@@ -257,11 +258,6 @@ def main(
         )
     except ERRORS as error:
         _fail(error, ranks)
-
-
-def _forwards(sampler: Sampler) -> int:
-    """Forwards of all transformers in a sampling."""
-    return len(getattr(sampler, "forwards", sampler.times))
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...]:

@@ -29,7 +29,7 @@ from calibatt.tools.calibrate.sampler import Sampler
 
 TIME_TOLERANCE = 1e-3
 """How far the time that a forward receives may be from the manifest's: timesteps are rounded to a thousandth."""
-BACKWARD_COST = 4.0
+BACKWARD_COST = 5.0
 """What the backward part of a forward takes, about, in forwards; only for what is shown while it runs."""
 
 OnProgress = Callable[[float], None]
@@ -342,15 +342,18 @@ class Recording:
         forward = Forward(number, transformer, given, versions, now, moment, autocast)
         self.forwards.append(forward)
         marks = [now, *(float(x.double().norm()) for x in floating(given.flat))]
-        found = self.journal.output(number, marks)
-        if found is None:
+        kept = self.journal.output(number, marks)
+        if kept is None or number == 0:  # the first one is computed again, to see that it is the same model
             begun = self._now()
             with torch.no_grad():
                 found = given.call(run)
             self._seconds = self._now() - begun
-            self.journal.keep_output(number, marks, found)
-        else:
-            found = tuple(x.to(device) for x in found)
+            if kept is None:
+                self.journal.keep_output(number, marks, found)
+            else:
+                self.journal.compare(kept, floating(found))
+        if kept is not None:
+            found = tuple(x.to(device) for x in kept)
         self.calibrator.on_progress(1.0)
         tensors = [x.detach() for x in floating(found)]
         leaves = self._chain.add(f"forward {number} (time {now:.3f})", inputs, tensors, partial(self._pull, forward))
@@ -388,7 +391,8 @@ class Recording:
             [_cotangent(x, seed, vector, index) for index, x in enumerate(ends)]
             for vector in range(self.calibrator.vectors)
         ]
-        self._chain.pull(ends, cotangents)
+        first = min(number for moment in self._moments.values() for number in moment.numbers)
+        self._chain.pull(ends, cotangents, first=first)
 
     def rehearse(self) -> tuple[tuple[float, float], str]:
         """Differentiates each forward by itself, for `Calibrator.rehearse`."""

@@ -140,13 +140,16 @@ class Chain:
         self.links.append(Link(name, direct, [weakref.ref(x) for x in leaves], like, pull))
         return leaves
 
-    def pull(self, ends: Sequence[Tensor], cotangents: Cotangents, sources: Sequence[Tensor] = ()) -> Cotangents:
+    def pull(
+        self, ends: Sequence[Tensor], cotangents: Cotangents, sources: Sequence[Tensor] = (), first: int = 0
+    ) -> Cotangents:
         """Gradients of what the chain began with; links are pulled last one first.
 
         Args:
             ends: What the chain ended with.
             cotangents: Gradients of the ends.
             sources: Leaves that the chain began with.
+            first: Link that is pulled last; 0 if gradients of the sources are wanted.
 
         Returns:
             Gradients of the sources, zeros where nothing depends on one.
@@ -189,7 +192,7 @@ class Chain:
             return torch.zeros(like[0], dtype=like[1], device=like[2]) if found is None else found
 
         spread([getattr(x, "_place", x) for x in ends], cotangents)
-        for number in reversed(range(len(self.links))):
+        for number in reversed(range(first, len(self.links))):
             link = self.links[number]
             places = [(number, index) for index in range(len(link.outputs))]
             if not any((0, place) in total for place in places):

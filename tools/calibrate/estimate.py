@@ -43,9 +43,16 @@ class Trial:
     peak_bytes: int
     kernels: str
 
-    def hours(self, forwards: int, samplings: int) -> float:
-        """Hours of so many samplings of so many forwards."""
-        return samplings * forwards * (self.forward_seconds + self.pull_seconds) / 3600
+    def hours(self, forwards: int, pulled: int, samplings: int) -> float:
+        """Hours of so many samplings of so many forwards, and differentiated ones."""
+        return samplings * (forwards * self.forward_seconds + pulled * self.pull_seconds) / 3600
+
+
+def forwards_of(calibrator: Calibrator) -> tuple[int, int]:
+    """Forwards of a sampling, and how many of them are differentiated: all from the first measured one on."""
+    order = getattr(calibrator.sampler, "forwards", calibrator.sampler.times)
+    measured = (index for index, now in enumerate(order) if now is not None and calibrator.moment(now) is not None)
+    return len(order), len(order) - next(measured, len(order))
 
 
 def disk_bytes(manifest: Manifest, samplings: int, forwards: int, vectors: int, latent_bytes: int) -> Disk:

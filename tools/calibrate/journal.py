@@ -20,6 +20,10 @@ SAME = 2e-5
 """Relative difference of sizes up to which arguments of a forward count as those that it had."""
 
 
+SAME_OUTPUT = 0.02
+"""Relative difference up to which outputs of a forward count as the same: other kernels round otherwise."""
+
+
 class JournalError(ValueError):
     """A sampling is continued in another way than it was begun."""
 
@@ -71,6 +75,20 @@ class Journal:
                 "scheduler), got arguments of another size or time; remove the folder to begin anew"
             )
         return tuple(found[str(index)] for index in range(len(found)))
+
+    def compare(self, kept: Sequence[Tensor], again: Sequence[Tensor]) -> None:
+        """Proves that a sampling goes on with the model that it was begun with, by what a forward returns.
+
+        Raises:
+            JournalError: It returns something else.
+        """
+        for before, now in zip(kept, again, strict=True):
+            apart = float((before.to(now) - now).float().norm() / now.float().norm())
+            if not apart <= SAME_OUTPUT:
+                raise JournalError(
+                    f"a model must be the one that {self.folder} was begun with (weights, LoRA, precision), got outputs"
+                    f" {apart:.2g} of their size away; remove the folder to begin anew"
+                )
 
     def keep_output(self, number: int, marks: Sequence[float], found: Any) -> None:
         """Keeps what a forward returned; only a plain tuple of tensors can be given back as it was."""

@@ -64,9 +64,9 @@ class PipelineSampler:
         arguments: What every call has: height, width, num_frames, num_inference_steps, guidance_scale...
 
     Attributes:
-        forwards: The denoising time of every forward of the transformer in a run, in order. Branches of guidance in
-            forwards of their own count each, a batch of both is one.
-        times: Each of these times once, falling.
+        forwards: The denoising time of every forward in a run, in order; None for one of another transformer. Branches
+            of guidance in forwards of their own count each, a batch of both is one.
+        times: Those of the transformer, each once, falling.
         branches: How many samples a step gives the transformer: 2 with guidance, in two forwards or in one.
 
     Raises:
@@ -99,14 +99,15 @@ class PipelineSampler:
             "pipeline": self._name,
             "scheduler": type(pipe.scheduler).__name__,
         }
-        found = self.prove_repeatable()
+        forwards = self.prove_repeatable()
+        found = [forward for forward in forwards if forward is not None]
         if not found:
             raise PipelineError(f"the pipeline must call its {transformer}, got a run of {self._name} without")
         if len(grids := {forward.grid for forward in found}) > 1:
             raise PipelineError(f"all forwards must have one token grid, got {', '.join(map(str, grids))}")
         self.grid = found[0].grid
-        self.forwards = tuple(forward.time for forward in found)
-        self.times = sorted(set(self.forwards), reverse=True)
+        self.forwards = tuple(forward and forward.time for forward in forwards)
+        self.times = sorted({forward.time for forward in found}, reverse=True)
         self.branches = sum(forward.samples for forward in found if forward.step == found[0].step)
 
     @property
@@ -128,11 +129,11 @@ class PipelineSampler:
             if self._images or _needs_image(self.pipe):
                 self._arguments_of(prompt)
 
-    def prove_repeatable(self) -> list[_Forward]:
+    def prove_repeatable(self) -> list[_Forward | None]:
         """Proves that one seed always gives the same latents, whatever the transformer computes.
 
         Returns:
-            The forwards of the transformer.
+            The forwards of a run, None for one of another transformer.
 
         Raises:
             PipelineError: Two runs differ.
@@ -235,9 +236,9 @@ class PipelineSampler:
             ).frames
         return found if isinstance(found, Tensor) else torch.stack(list(found))
 
-    def _rehearse(self) -> tuple[Tensor, list[_Forward]]:
-        """The latents of a run whose transformers compute next to nothing, and the forwards of this transformer."""
-        forwards: list[_Forward] = []
+    def _rehearse(self) -> tuple[Tensor, list[_Forward | None]]:
+        """The latents of a run whose transformers compute next to nothing, and its forwards."""
+        forwards: list[_Forward | None] = []
         steps = _Steps()
 
         def seen(arguments: Arguments) -> None:
@@ -245,17 +246,21 @@ class PipelineSampler:
             grid = self.adapter.token_grid(self.transformer, arguments)
             forwards.append(_Forward(steps.count, time, grid, len(arguments["hidden_states"])))
 
-        with self._standing_in(seen):
+        with self._standing_in(seen, lambda arguments: forwards.append(None)):
             return self._call(self._arguments_of(REHEARSAL), 0, steps), forwards
 
     @contextmanager
-    def _standing_in(self, seen: Callable[[Arguments], None] = lambda arguments: None) -> Iterator[None]:
-        """Replaces the forwards of all transformers; those of this sampler's show their arguments."""
+    def _standing_in(
+        self,
+        seen: Callable[[Arguments], None] = lambda arguments: None,
+        others: Callable[[Arguments], None] = lambda arguments: None,
+    ) -> Iterator[None]:
+        """Replaces the forwards of all transformers, which show their arguments: this sampler's, and the others'."""
         with ExitStack() as stack:
             for name in TRANSFORMERS:
                 model = getattr(self.pipe, name, None)
                 if isinstance(model, nn.Module):
-                    show = seen if model is self.transformer else lambda arguments: None
+                    show = seen if model is self.transformer else others
                     forward = _cheap_forward(model, self.adapter.channel_axis, show)
                     stack.enter_context(_replaced(model, forward=forward, _compiled_call_impl=None))
             yield

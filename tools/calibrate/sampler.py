@@ -13,7 +13,8 @@ from calibatt.plans import TokenGrid
 class Sampler(Protocol):
     """A model with its denoising loop; the same prompt and seed always give the same result, bit for bit.
 
-    A sampler may also have ``forwards``, the denoising time of every forward of a run, ``branches``, how many samples a
+    A sampler may also have ``forwards``, the denoising time of every forward of a run (None for another transformer's),
+    ``branches``, how many samples a
     step gives the transformer (1 if absent), and ``check_decode()``, which proves before any work that `decode` works.
 
     Attributes:
