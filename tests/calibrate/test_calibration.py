@@ -358,7 +358,7 @@ torch.set_num_threads(1)
 from test_calibration import guided, measure
 guided().run("a boat", 1)  # what is made at first use
 drawn, kills = random.Random(0), 0
-for _ in range(10):
+for _ in range(int(os.environ.get("KILLS", 10))):
     job = os.fork()
     if not job:
         measure(Path(sys.argv[1]))
@@ -371,7 +371,7 @@ print(kills)
 
 
 def test_kills_lose_the_step_in_progress_alone(reference: Store, tmp_path: Path):
-    """A job that is killed again and again, at any moment, ends with the store of one that was not."""
+    """A job that is killed ten times, or ``KILLS``, at any moment ends with the store of one that was not."""
     here = Path(__file__).parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
     done = subprocess.run(
