@@ -206,7 +206,7 @@ def child(path: Path) -> subprocess.Popen[str]:
 
 
 def test_killed_while_it_adds(tmp_path):
-    """At fifteen random moments, or ``KILLS``; every time the store opens, and in the end it holds all that it would."""
+    """At fifteen random moments, or ``KILLS``; every time the store opens, and in the end it holds all it should."""
     rng = random.Random(0)
     for _ in range(int(os.environ.get("KILLS", 15))):
         with child(tmp_path / "s") as process:
