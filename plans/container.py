@@ -43,7 +43,7 @@ Array = npt.NDArray[Any]
 FilePath = str | os.PathLike[str]
 
 ALIGNMENT_BYTES = 64
-MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 4 << 20
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 1 << 59
 """Product of a shape in which 0 counts as 1: no array library overflows on it."""
@@ -107,7 +107,7 @@ def write_container(
 
     Raises:
         HeaderError: `header` holds something else, is nested too deeply or has too many entries.
-        HeaderTooLarge: The header needs more than 16 MiB.
+        HeaderTooLarge: The header needs more than 4 MiB.
         SectionError: A name or an array that a section cannot hold.
         OSError: The file cannot be written; no temporary file is left behind.
     """
