@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from calibatt.plans.container import Container, FilePath, write_container
+from calibatt.plans.container import Container, write_container
 from calibatt.plans.errors import ScheduleError, SchemaError, SectionError, UnsupportedVersion
+from calibatt.plans.files import FilePath
 from calibatt.plans.packed import (
     MAX_BASES,
     EncodedLayer,
