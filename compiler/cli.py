@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from importlib.metadata import version
@@ -27,8 +27,13 @@ from calibatt.compiler.passes.select import Select
 from calibatt.compiler.pipeline import Map, Work, processes, run
 from calibatt.compiler.shelf import DiskShelf
 from calibatt.compiler.stats import Store, StoreError
-from calibatt.plans import PlanError, write_plan
+from calibatt.compiler.stats.files import is_store
+from calibatt.plans import write_plan
+from calibatt.plans.command import Incomplete, one_line, told
+from calibatt.plans.errors import legible
+from calibatt.plans.files import alone
 
+NAME = "calibatt-compile"
 BUDGETS = ("target_density", "target_db")
 
 
@@ -79,7 +84,8 @@ Examples:
   calibatt-compile stats/ -o plans/mine.plan --target-db 30
   calibatt-compile stats/ -o plans/mine.plan --passes "select{menu=windows},schedule,lower"
 
-Exit codes: 0 the plan is written; 2 the call or the statistics are wrong, and no plan is written.
+Exit codes: 0 the plan is written; 2 the call or the statistics are wrong, and no plan is written; 3 the plan is
+written, the report is not; 130 interrupted (--resume goes on).
 """
 
 
@@ -104,6 +110,7 @@ Exit codes: 0 the plan is written; 2 the call or the statistics are wrong, and n
 )
 @click.option("--notes", default="", help="Text stored in the plan.")
 @click.option("--force", is_flag=True, help="Replace OUT.plan and REPORT if they exist.")
+@one_line(NAME, CompileError, StoreError)
 def command(
     stats_dirs: tuple[Path, ...],
     output: Path,
@@ -124,14 +131,14 @@ def command(
     all of them: they go where an error would cost the final video most. The same statistics and options always give
     the same bytes; the passes are stored in the plan.
     """
-    try:
-        _check_targets([output, report_path], force)
-        passes = with_budget(text, dict(zip(BUDGETS, (target_density, target_db), strict=True)))
-        require_lowered(passes)
-        store = Store.open(stats_dirs)
-        source = StatisticsSource(store)
-        job = source.make_job(device_named(device))
-        folder = work or output.with_name(f"{output.name}.work")
+    folder = work or output.with_name(f"{output.name}.work")
+    _check_targets(output, report_path, folder, force)
+    passes = with_budget(text, dict(zip(BUDGETS, (target_density, target_db), strict=True)))
+    require_lowered(passes)
+    store = Store.open(stats_dirs)
+    source = StatisticsSource(store)
+    job = source.make_job(device_named(device))
+    with _alone(output), _alone(folder):
         shelf = DiskShelf.open(folder, _key([store.content(), print_passes(passes), device]), resume)
         try:
             with processes(jobs) as spread, _shown(spread, job.units) as over:
@@ -142,34 +149,48 @@ def command(
             shelf.remove()
             raise
         shelf.remove()
+    try:
         if report_path is not None:
-            value = report.as_json(job, plan, found, file_bytes)
-            report.write(report_path, value)
+            report.write(report_path, report.as_json(job, plan, found, file_bytes))
         console = Console()
+        with console.capture() as shown:  # which, asked to print, would end the program where nobody reads
+            report.show(console, job, plan, found, file_bytes)
         if waiting := ", ".join(store.unfinished):
-            console.print(f"samplings in progress, not counted: {waiting}", markup=False, highlight=False)
-        report.show(console, job, plan, found, file_bytes)
-    except (CompileError, StoreError, PlanError, OSError) as error:
-        click.echo(f"calibatt-compile: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
+            print(legible(f"samplings in progress, not counted: {waiting}"))
+        print(shown.get(), end="", flush=True)
+    except OSError as error:
+        raise Incomplete(f"{output} is written, but not all of what there is to say about it: {told(error)}") from None
 
 
 def main() -> None:
     """The console script."""
-    command.main(prog_name="calibatt-compile")
+    command.main(prog_name=NAME)
 
 
-def _check_targets(paths: list[Path | None], force: bool) -> None:
-    """Refuses before any work what could not be written after it."""
-    for path in paths:
-        if path is None:
-            continue
+def _alone(path: Path) -> AbstractContextManager[None]:
+    return alone(path, CompileError(f"{path} must be made by one process at a time, got another that is at it"))
+
+
+def _check_targets(output: Path, report_path: Path | None, work: Path, force: bool) -> None:
+    """Refuses before any work what could not be written after it, and what would destroy something else."""
+    files = [output] if report_path is None else [output, report_path]
+    for path in files:
         if not path.parent.is_dir():
             raise CompileError(f"{path} must be in a folder that exists, got no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise CompileError(f"{path} must be in a folder that can be written, got {path.parent}")
         if path.is_dir():
             raise CompileError(f"{path} must be a file, got a folder there")
         if path.exists() and not force:
             raise CompileError(f"{path} must not exist (--force replaces it), got a file there")
+        if work.resolve() in path.resolve().parents:
+            raise CompileError(f"{path} must not be in the work folder, got {work}")
+    for path in (*files, work):
+        for folder in path.resolve().parents:
+            if is_store(folder):
+                raise CompileError(f"{path} must not be in a store of statistics, got {folder}")
+    if report_path is not None and report_path.resolve() == output.resolve():
+        raise CompileError(f"--report must be another file than -o, got {report_path} for both")
 
 
 def _key(parts: Sequence[str]) -> str:

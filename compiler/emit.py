@@ -35,9 +35,9 @@ def require_lowered(passes: Sequence[Pass]) -> None:
     """Refuses passes that make no plan, before they are run.
 
     Raises:
-        PassError: The last one is not `lower`.
+        PassError: The last one is not `lower`, or not the only one.
     """
-    if passes[-1].name != "lower":
+    if [each.name == "lower" for each in passes] != [*[False] * (len(passes) - 1), True]:
         raise PassError(f"passes must end with lower, got {print_passes(passes)}")
 
 

@@ -6,6 +6,7 @@ next pass that decides over all units; so a unit is read, changed and put away o
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,6 +24,7 @@ from calibatt.compiler.ir import Float64, Job, UnitIR
 from calibatt.compiler.language import print_passes
 from calibatt.compiler.passes import Findings, Pass
 from calibatt.compiler.shelf import Shelf
+from calibatt.compiler.stored import storable
 from calibatt.plans import ScheduleError
 
 
@@ -65,6 +67,7 @@ class Account:
     findings: dict[str, Any]
 
 
+@storable
 @dataclass(frozen=True)
 class UnitAccount:
     """What a unit amounts to after a pass; see `Account`.
@@ -114,6 +117,7 @@ class Stage:
     survey: Pass | None
 
 
+@storable
 @dataclass(frozen=True)
 class Found:
     """What a stage says of one unit."""
@@ -151,6 +155,8 @@ def run(source: Source, job: Job, passes: Sequence[Pass], shelf: Shelf, over: Ma
         PassError: A pass lacks what it requires.
         VerifyError: A pass left a broken unit.
     """
+    for position, one in enumerate(passes):
+        one.check(job, passes[:position])
     accounts: list[Account] = []
     decisions: Sequence[Any] = [None] * job.units
     for stage in stages(passes):
@@ -173,13 +179,18 @@ def in_turn(work: Work, arguments: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         yield index, work(index, argument)
 
 
+def _leave_interrupts() -> None:
+    """To the process that waits for this one: Ctrl-C is for all of them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextmanager
 def processes(jobs: int) -> Iterator[Map]:
     """Spreads units over processes; 1 stays in this one."""
     if jobs == 1:
         yield in_turn
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_leave_interrupts) as pool:
 
         def over(work: Work, arguments: Sequence[Any]) -> Iterator[tuple[int, Any]]:
             waiting = {pool.submit(work, index, argument): index for index, argument in enumerate(arguments)}

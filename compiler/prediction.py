@@ -68,12 +68,18 @@ def predict(table: Table, levels: Float64, shares: tuple[float, ...], masks: Mas
         shares: Densities of the ladder's masks.
         masks: Of the plan.
     """
+    if why := cannot_predict(table):
+        return why
     samplings = [each for each in table.samplings if each.has_ladder]
-    if len(samplings) < LEAST_SAMPLINGS:
-        return f"needs {LEAST_SAMPLINGS} samplings with a measured ladder, got {len(samplings)}"
     found = np.array([_decibels(each, levels, shares, masks) for each in samplings])
     error = 0.0 if np.isinf(found).any() else found.std(ddof=1) / np.sqrt(len(found))
     return Prediction(float(found.mean()), float(error), len(found))
+
+
+def cannot_predict(table: Table) -> str:
+    """Why nothing can be predicted; empty if it can."""
+    count = sum(each.has_ladder for each in table.samplings)
+    return "" if count >= LEAST_SAMPLINGS else f"needs {LEAST_SAMPLINGS} samplings with a measured ladder, got {count}"
 
 
 def _decibels(sampling: SamplingTables, levels: Float64, shares: tuple[float, ...], masks: Masks) -> float:

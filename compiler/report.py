@@ -18,10 +18,11 @@ from calibatt.compiler.emit import predicted_snr
 from calibatt.compiler.ir import Job
 from calibatt.compiler.pipeline import Account, Run
 from calibatt.plans import PlanFile
+from calibatt.plans.files import write_text
 
 KINDS = ("dense", "sparse", "anchored")
 """Of heads, in every report."""
-SHADES = "·░▒▓█"
+SHADES, ASCII_SHADES = "·░▒▓█", ".:*%#"
 
 
 def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, Any]:
@@ -69,7 +70,8 @@ def show(console: Console, job: Job, plan: PlanFile, run: Run, file_bytes: int) 
     value = as_json(job, plan, run, file_bytes)
     console.print(_accounts(run.accounts))
     console.print(_times(job, plan, value["density_by_time_and_layer"], value["heads_by_time_and_layer"]))
-    console.print(_densities(job, value["density_by_time_and_layer"]))
+    shades = ASCII_SHADES if console.options.ascii_only else SHADES
+    console.print(_densities(job, value["density_by_time_and_layer"], shades))
     for name, findings in job.findings.items():
         console.print(f"{name}: {_findings(findings)}", markup=False, highlight=False)
     planned, dense = sum(value["planned_ms"]), sum(value["dense_ms"])
@@ -141,7 +143,7 @@ def as_html(value: dict[str, Any]) -> str:
 def write(path: Path, value: dict[str, Any]) -> None:
     """Writes the report: HTML where the name ends so, else JSON."""
     text = as_html(value) if path.suffix == ".html" else json.dumps(value, indent=1, sort_keys=True)
-    path.write_text(text + "\n", "utf-8")
+    write_text(path, text + "\n")
 
 
 def _findings(findings: dict[str, Any]) -> str:
@@ -176,16 +178,16 @@ def _times(
     return table
 
 
-def _densities(job: Job, densities: Sequence[Sequence[float]]) -> Table:
-    """A row a layer, a shade a time: `SHADES` from 0 to 1."""
-    table = Table(title=f"density by layer and time ({SHADES[0]} is 0, {SHADES[-1]} is 1)", title_justify="left")
+def _densities(job: Job, densities: Sequence[Sequence[float]], shades: str) -> Table:
+    """A row a layer, a shade a time, from 0 to 1."""
+    table = Table(title=f"density by layer and time ({shades[0]} is 0, {shades[-1]} is 1)", title_justify="left")
     table.add_column("layer", justify="right")
     table.add_column("mean", justify="right")
     table.add_column("times, ascending", no_wrap=True)
     for layer in range(job.manifest.model.layers):
         found = [layers[layer] for layers in densities]
-        shades = "".join(SHADES[min(int(share * len(SHADES)), len(SHADES) - 1)] for share in found)
-        table.add_row(str(layer), f"{sum(found) / len(found):.4f}", shades)
+        shown = "".join(shades[min(int(share * len(shades)), len(shades) - 1)] for share in found)
+        table.add_row(str(layer), f"{sum(found) / len(found):.4f}", shown)
     return table
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
-import pickle
-import shutil
+import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +13,15 @@ import numpy as np
 
 from calibatt.compiler.errors import CompileError
 from calibatt.compiler.ir import UnitIR
+from calibatt.compiler.stored import load, save
+from calibatt.plans.files import whole_file, write_text
 
-KEY = "key"
+KEY = "calibatt-compile.key"
+MARK = "work folder of calibatt-compile"
+"""The first line of the key: a folder without it is nobody's of ours."""
+_NAMES = rf"{re.escape(KEY)}|\d{{5}}\.npy|\d{{5}}\.\d+\.(unit|found)"
+OURS = re.compile(rf"{_NAMES}|\.({_NAMES})\.[0-9a-f]{{16}}\.tmp")
+"""Names of the files that a shelf makes."""
 
 
 class Shelf(Protocol):
@@ -71,7 +77,7 @@ class DiskShelf:
 
     @classmethod
     def open(cls, folder: Path, key: str, resume: bool) -> DiskShelf:
-        """Starts a shelf, or goes on with one.
+        """Starts a shelf, or goes on with one. Only files that a shelf has made are ever removed.
 
         Args:
             folder: Where; created.
@@ -81,42 +87,52 @@ class DiskShelf:
         Raises:
             CompileError: The folder is of another job, or of none of ours.
         """
+        shelf, mark = cls(folder), f"{MARK}\n{key}\n"
         if folder.exists():
-            if not (folder / KEY).is_file():
+            found = shelf._mark()
+            if not found.startswith(f"{MARK}\n"):
                 raise CompileError(f"{folder} must be a folder of an interrupted job, got something else")
-            if resume and (folder / KEY).read_text() != key:
+            if strange := [path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)]:
+                raise CompileError(f"{folder} must hold only what calibatt-compile left, got {strange[0]!r}")
+            if resume and found != mark:
                 raise CompileError(f"{folder} must be of this very job to be resumed, got other statistics or options")
             if not resume:
-                shutil.rmtree(folder)
+                shelf.remove()
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / KEY).write_text(key)
-        return cls(folder)
+        write_text(folder / KEY, mark)
+        return shelf
+
+    def _mark(self) -> str:
+        """How the folder's key begins; nothing where there is none."""
+        with suppress(OSError, UnicodeDecodeError), open(self.folder / KEY, encoding="utf-8") as file:
+            return file.read(100)
+        return ""
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes what a shelf has made; the mark last, so that an interrupted removal can be seen for what it is."""
+        ours = [path for path in self.folder.iterdir() if OURS.fullmatch(path.name)]
+        for path in sorted(ours, key=lambda path: path.name == KEY):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else's file is in it
+            self.folder.rmdir()
 
     def found(self, stage: int, index: int) -> Any | None:
         path = self._path(stage, index, "found")
-        if not path.exists():
-            return None
-        with open(path, "rb") as file:
-            return pickle.load(file)
+        return load(path, "Found") if path.exists() else None
 
     def unit(self, stage: int, index: int) -> UnitIR:
-        with open(self._path(stage, index, "unit"), "rb") as file:
-            unit: UnitIR = pickle.load(file)
-        unit.means = replace(unit.means, error_code=np.load(self._codes(index), mmap_mode="r"))
+        unit: UnitIR = load(self._path(stage, index, "unit"), "UnitIR")
+        unit.means = replace(unit.means, error_code=np.load(self._codes(index), mmap_mode="r", allow_pickle=False))
         return unit
 
     def put(self, stage: int, index: int, unit: UnitIR, found: Any) -> None:
         codes, light = self._codes(index), copy.copy(unit)
         if not codes.exists():
-            temporary = codes.with_suffix(".tmp.npy")
-            np.save(temporary, unit.means.error_code)
-            os.replace(temporary, codes)
+            with whole_file(codes, sync=False) as file:
+                np.save(file, unit.means.error_code)
         light.means = replace(unit.means, error_code=np.zeros(0, np.uint8))
-        self._dump(self._path(stage, index, "unit"), light)
-        self._dump(self._path(stage, index, "found"), found)
+        save(self._path(stage, index, "unit"), light)
+        save(self._path(stage, index, "found"), found)
 
     def forget(self, stage: int) -> None:
         for path in self.folder.glob(f"*.{stage}.unit"):
@@ -128,10 +144,3 @@ class DiskShelf:
     def _codes(self, index: int) -> Path:
         """Large, and changed by no pass: stored once, mapped afterwards."""
         return self.folder / f"{index:05d}.npy"
-
-    @staticmethod
-    def _dump(path: Path, value: object) -> None:
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            pickle.dump(value, file, protocol=5)
-        os.replace(temporary, path)

@@ -11,7 +11,6 @@ import hashlib
 import math
 import mmap
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Mapping
@@ -37,13 +36,13 @@ from calibatt.plans.errors import (
     UnknownCodec,
     UnsupportedVersion,
 )
+from calibatt.plans.files import FilePath, whole_file
 from calibatt.plans.header import pack_header, unpack_header
 
 Array = npt.NDArray[Any]
-FilePath = str | os.PathLike[str]
 
 ALIGNMENT_BYTES = 64
-MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 4 << 20
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 1 << 59
 """Product of a shape in which 0 counts as 1: no array library overflows on it."""
@@ -107,7 +106,7 @@ def write_container(
 
     Raises:
         HeaderError: `header` holds something else, is nested too deeply or has too many entries.
-        HeaderTooLarge: The header needs more than 16 MiB.
+        HeaderTooLarge: The header needs more than 4 MiB.
         SectionError: A name or an array that a section cannot hold.
         OSError: The file cannot be written; no temporary file is left behind.
     """
@@ -137,25 +136,17 @@ def write_container(
         raise HeaderTooLarge(f"{target}: the header must be at most {MAX_HEADER_BYTES} bytes, got {len(packed)}")
     start = struct.pack("<8sHHI", _checked_magic(magic), *version, len(packed))
     head = start + _digest(start, packed) + packed
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(head)
-            position = len(head)
-            for entry, array in zip(entries, arrays.values(), strict=True):
-                at = _align(len(head)) + entry["offset"]
-                file.write(bytes(at - position))
-                file.write(_bytes_of(array))
-                position = at + array.nbytes
-            if not entries:
-                file.write(bytes(_align(position) - position))
-                position = _align(position)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(target) as file:
+        file.write(head)
+        position = len(head)
+        for entry, array in zip(entries, arrays.values(), strict=True):
+            at = _align(len(head)) + entry["offset"]
+            file.write(bytes(at - position))
+            file.write(_bytes_of(array))
+            position = at + array.nbytes
+        if not entries:
+            file.write(bytes(_align(position) - position))
+            position = _align(position)
     return position
 
 

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+MAX_MESSAGE = 1000
+"""Characters."""
+
+
+def legible(text: str, most: int = MAX_MESSAGE) -> str:
+    """Text of a file or of a stranger, for a terminal: nothing in it acts on one, and it is not long.
+
+    Args:
+        text: Any; what does not print, escape sequences and marks of direction among it, is spelled out. Lines stay.
+        most: Characters; of a longer text the middle is left out.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)
+
 
 class PlanError(Exception):
-    """A plan, or a file in the plan container, breaks a promise of FORMAT.md."""
+    """A plan, or a file in the plan container, breaks a promise of FORMAT.md. Messages are `legible`."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(legible(message))
 
 
 class BadMagic(PlanError):
@@ -45,6 +63,10 @@ class PaddingError(PlanError):
 
 class ChecksumError(PlanError):
     """Bytes differ from those that were written."""
+
+
+class LimitError(PlanError):
+    """The file asks for more memory than this reader grants, or than there is."""
 
 
 class UnknownCodec(PlanError):

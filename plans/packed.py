@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from calibatt.plans.errors import MaskError, ScheduleError
+from calibatt.plans.errors import LimitError, MaskError, PlanError, ScheduleError
 from calibatt.plans.schedule import (
     DENSE,
     SMALL_ARRAYS,
@@ -28,7 +28,10 @@ from calibatt.plans.schedule import (
     LayerSchedule,
     UInt16,
     check_anchors,
+    check_heads,
     check_kept,
+    check_order,
+    check_total,
     check_types,
 )
 from calibatt.plans.schema import Blocks, TokenGrid
@@ -41,6 +44,14 @@ LEVEL, BASE_LEVEL = 6, 12
 """Effort of compression; a base is stored once and read for all of its group."""
 CACHE_BYTES = 1 << 27
 """The layers of a plan that were last used are kept, up to so many bytes in each of `StoredLayers`' three forms."""
+LAYER_BYTES, FILE_TIMES = 1 << 26, 64
+"""A layer of a file may need so many bytes, and so many times the file's, to be used; see `layer_bytes`."""
+LAYERS = 128
+"""All lists of a file may need as much as so many such layers: what proving it takes."""
+PROVE_BYTES = 1 << 30
+"""Threads that prove share so many bytes, as long as one has enough."""
+LIMIT_VARIABLE = "CALIBATT_PLAN_BYTES"
+"""Environment variable: what a layer may need instead."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +164,7 @@ class PackedLayer:
             raise ScheduleError(f"list_bits must have zero bits from key block {self.k_blocks} on, got ones")
         if len(self.lengths) and not self.lengths.all():
             raise ScheduleError(f"list_bits must hold a block in each list, got none in {int(self.lengths.argmin())}")
+        check_total(int(self.lengths.sum()))
 
     def schedule(self) -> LayerSchedule:
         """The lowered form, what kernels use; of a layer that keeps its promises."""
@@ -274,41 +286,83 @@ def encode(layer: PackedLayer, base: PackedLayer | None) -> EncodedLayer:
     return EncodedLayer(np.frombuffer(frame, np.uint8), len(layer.list_bits), small)
 
 
-def decode(stored: EncodedLayer, base: PackedLayer | None, grid: TokenGrid, blocks: Blocks) -> PackedLayer:
-    """The layer that was stored, proved.
+def layer_bytes(lists: int, k_blocks: int, tiles: int) -> int:
+    """Bytes that a layer needs at least, for so many lists and tiles: bits, and what is counted and ordered."""
+    return lists * (-(-k_blocks // 8) + 16) + tiles * 16
+
+
+def granted_bytes(file_bytes: int) -> int:
+    """Bytes that a layer of a file may need.
 
     Raises:
+        LimitError: The environment says otherwise, but no whole number above 0.
+    """
+    said = os.environ.get(LIMIT_VARIABLE)
+    if said is None:
+        return LAYER_BYTES + FILE_TIMES * file_bytes
+    if not said.isdecimal() or int(said) == 0:
+        raise LimitError(f"{LIMIT_VARIABLE} must be a whole number of bytes above 0, got {said!r}")
+    return int(said)
+
+
+def decode(
+    stored: EncodedLayer, base: PackedLayer | None, grid: TokenGrid, blocks: Blocks, granted: int | None = None
+) -> PackedLayer:
+    """The layer that was stored, proved.
+
+    Args:
+        stored: What a file holds.
+        base: The layer that it is the difference from; None: from nothing.
+        grid: The token sequence.
+        blocks: Block sizes.
+        granted: Most `layer_bytes`; None: any.
+
+    Raises:
+        LimitError: It needs more than is granted.
         MaskError: The frame is none, or not of so many lists.
         ScheduleError: A promise of `LayerSchedule` is broken.
     """
-    return _finish(_unpack(stored, base, grid, blocks), len(stored.small["tile_order"]) == 0)
+    return _finish(_unpack(stored, base, grid, blocks, granted), len(stored.small["tile_order"]) == 0)
 
 
-def _unpack(stored: EncodedLayer, base: PackedLayer | None, grid: TokenGrid, blocks: Blocks) -> PackedLayer:
-    """The layer, all proved but its bits; tiles in order of their ids if the file says nothing. Enough for a base."""
+def _unpack(
+    stored: EncodedLayer, base: PackedLayer | None, grid: TokenGrid, blocks: Blocks, granted: int | None
+) -> PackedLayer:
+    """The layer, all proved but its bits; without an order of tiles if the file has none. Enough for a base."""
     width = -(-blocks.k_blocks(grid.tokens) // 8)
     size = stored.lists * width
     outline = PackedLayer(grid=grid, blocks=blocks, list_bits=np.zeros((0, width), np.uint8), **stored.small)
-    tiles = _tiles_in_order(outline)
+    shell = outline._shell
+    check_types(shell)
+    check_anchors(shell)
+    tiles = int(shell.head_tile_ptr[-1])
     if stored.lists > tiles:
         raise MaskError(f"masks must have at most a list for each of {tiles} tiles, got {stored.lists} lists")
+    check_heads(shell, stored.lists)
+    if len(stored.small["tile_order"]):  # else it is the natural one
+        check_order(shell)
+    needed = layer_bytes(stored.lists, outline.k_blocks, tiles)
+    if granted is not None and needed > granted:
+        rule = f"need at most {granted} bytes for its lists and tiles ({LIMIT_VARIABLE} grants more)"
+        raise LimitError(f"the layer must {rule}, got {needed}")
     try:
         if zstandard.frame_content_size(stored.masks.data) != size:
             rule = f"hold {size} bytes for {stored.lists} lists"
             raise MaskError(f"masks must {rule}, got {zstandard.frame_content_size(stored.masks.data)}")
         unpacker = zstandard.ZstdDecompressor()
         data = unpacker.decompress(stored.masks.data, max_output_size=size, allow_extra_data=False)
+        if size == 0:  # decompress does not look at what follows a frame of nothing
+            empty = unpacker.decompressobj()
+            empty.decompress(stored.masks.data)
+            if not empty.eof or empty.unused_data or not stored.masks.data[:4] == zstandard.FRAME_HEADER:
+                raise MaskError("masks must be one zstd frame, got bytes beside one of nothing")
     except zstandard.ZstdError as error:
         raise MaskError(f"masks must be one zstd frame, got {error}") from None
-    bits = np.frombuffer(data, np.uint8).reshape(stored.lists, width)
-    natural = len(stored.small["tile_order"]) == 0
-    order = np.arange(tiles, dtype=np.int32) if natural else stored.small["tile_order"]
-    layer = replace(outline, list_bits=bits, tile_order=order)
-    layer._shell.check()
+    layer = replace(outline, list_bits=np.frombuffer(data, np.uint8).reshape(stored.lists, width))
     if base is None:
         return layer
     predicted = _prediction(layer, base)
-    return replace(layer, list_bits=np.bitwise_xor(predicted, bits, out=predicted))
+    return replace(layer, list_bits=np.bitwise_xor(predicted, layer.list_bits, out=predicted))
 
 
 def _finish(layer: PackedLayer, natural: bool) -> PackedLayer:
@@ -319,16 +373,6 @@ def _finish(layer: PackedLayer, natural: bool) -> PackedLayer:
     found = replace(layer, tile_order=layer.natural_order)
     found.__dict__["lengths"] = layer.lengths  # counted already, and of the same bits
     return found
-
-
-def _tiles_in_order(layer: PackedLayer) -> int:
-    """Tiles of all heads; proves first what that takes."""
-    check_types(layer._shell)
-    check_anchors(layer._shell)
-    patterns = len(layer.anchor_ptr) - 1
-    if ((layer.head_anchor < -1) | (layer.head_anchor >= patterns)).any():
-        raise ScheduleError(f"head_anchor must be -1 or below {patterns} patterns, got {layer.head_anchor.tolist()}")
-    return int(layer._shell.head_tile_ptr[-1])
 
 
 def _prediction(layer: PackedLayer, base: PackedLayer) -> UInt8:
@@ -379,6 +423,10 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
         heads: Of every layer.
         bases: The base of each segment; `check_bases` holds.
         layers: ``[segment][layer]``.
+        granted: Most `layer_bytes` of a layer, and of the lists of all `LAYERS` times as many; None: any.
+
+    Raises:
+        LimitError: All lists need more than is granted.
     """
 
     def __init__(
@@ -389,9 +437,16 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
         heads: int,
         bases: Sequence[int],
         layers: Sequence[Sequence[EncodedLayer]],
+        granted: int | None = None,
     ) -> None:
         self.where, self.grid, self.blocks, self.heads = where, grid, blocks, heads
-        self.bases, self.layers = tuple(bases), layers
+        self.bases, self.layers, self.granted = tuple(bases), layers, granted
+        k_blocks = blocks.k_blocks(grid.tokens)
+        needed = [layer_bytes(layer.lists, k_blocks, 0) for each in layers for layer in each]
+        if granted is not None and sum(needed) > LAYERS * granted:
+            rule = f"need at most {LAYERS * granted} bytes for its lists ({LIMIT_VARIABLE} grants more)"
+            raise LimitError(f"{where}the plan must {rule}, got {sum(needed)}")
+        self._most_bytes = max(needed, default=0)
         mask_blocks = heads * blocks.q_blocks(grid.tokens) * blocks.k_blocks(grid.tokens)
         packed, lowered = (max(4, int(CACHE_BYTES / (mask_blocks * size))) for size in (1 / 8, 2))
         self._unpacked = lru_cache(maxsize=packed)(self._unpack)
@@ -405,7 +460,7 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
 
     def _unpack_from(self, base: PackedLayer | None, segment: int, layer: int) -> PackedLayer:
         with self._named(segment, layer):
-            found = _unpack(self.layers[segment][layer], base, self.grid, self.blocks)
+            found = _unpack(self.layers[segment][layer], base, self.grid, self.blocks, self.granted)
             if found.heads != self.heads:
                 raise ScheduleError(f"head_list must have {self.heads} heads, got {found.heads}")
         return found
@@ -419,8 +474,12 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
         """Errors say where they are."""
         try:
             yield
-        except (MaskError, ScheduleError) as error:
+        except PlanError as error:
             raise type(error)(f"{self.where}segment {segment}, layer {layer}: {error}") from None
+        except MemoryError:
+            raise LimitError(
+                f"{self.where}segment {segment}, layer {layer}: must fit in memory, got too little"
+            ) from None
 
     def _packed(self, segment: int, layer: int) -> PackedLayer:
         """A layer's packed form, proved.
@@ -449,12 +508,13 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
                 yield segment, layer, self._finish(unpacked, segment, layer)
 
     def prove(self) -> None:
-        """Decodes every layer and keeps none, on all cores.
+        """Decodes every layer and keeps none, on all cores; threads hold `MAX_BASES` + 4 layers each, about.
 
         Raises:
             MaskError, ScheduleError: The first broken promise of the first layer that breaks one.
         """
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        at_once = PROVE_BYTES // ((MAX_BASES + 4) * self._most_bytes + 1)
+        with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, at_once))) as pool:
             for _ in pool.map(self._prove, self._every_layer()):
                 pass
 

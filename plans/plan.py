@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from calibatt.plans.container import Container, FilePath, write_container
+from calibatt.plans.container import Container, write_container
 from calibatt.plans.errors import ScheduleError, SchemaError, SectionError, UnsupportedVersion
+from calibatt.plans.files import FilePath
 from calibatt.plans.packed import (
     MAX_BASES,
     EncodedLayer,
@@ -20,6 +21,7 @@ from calibatt.plans.packed import (
     base_segments,
     check_bases,
     encode,
+    granted_bytes,
 )
 from calibatt.plans.schedule import ROWS, SMALL_ARRAYS, Int64, LayerSchedule
 from calibatt.plans.schema import Blocks, ModelSignature, Segment, TokenGrid
@@ -272,7 +274,8 @@ def _parse(container: Container) -> PlanFile:
     else:
         bases = _bases(header["bases"], len(segments))
         encoded = [[EncodedLayer(arrays.pop("masks"), lists, arrays) for lists, arrays in layers] for layers in parts]
-        schedules = StoredLayers(f"{container.path}: ", grid, blocks, signature.heads, bases, encoded)
+        granted = granted_bytes(container.size_bytes)
+        schedules = StoredLayers(f"{container.path}: ", grid, blocks, signature.heads, bases, encoded, granted)
     return PlanFile(
         signature=signature,
         grid=grid,

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calibatt.plans.errors import ScheduleError
-from calibatt.plans.schema import MAX_BLOCKS, Blocks, TokenGrid
+from calibatt.plans.schema import BLOCK_SIZES, INT32_END, MAX_BLOCKS, Blocks, TokenGrid
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -30,6 +30,11 @@ ROWS, FRAMES = 0, 1
 SMALL_ARRAYS = ("head_list", "head_anchor", "anchor_ptr", "anchor_axis", "group_start", "group_anchor", "tile_order")
 """Of a `LayerSchedule`: all int32, and all but the lists."""
 ARRAYS = ("row_ptr", "col_idx", *SMALL_ARRAYS)
+
+MAX_QUERIES = 1 << 28
+"""Of all heads of a layer, and once more those of one, so that kernels index up to eight int32 of each."""
+MAX_KEPT = INT32_END - 2 * MAX_BLOCKS
+"""Key blocks in the lists of a layer: kernels have all key blocks before them and read a little beyond their end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +274,8 @@ class LayerSchedule:
         check_types(self)
         _check_lists(self)
         check_anchors(self)
-        _check_heads(self)
+        check_heads(self, len(self.row_ptr) - 1)
+        check_order(self)
 
 
 def _starts(counts: npt.NDArray[np.integer]) -> Int32:
@@ -305,12 +311,17 @@ def check_types(s: LayerSchedule) -> None:
         _fail("col_idx", "be a one-dimensional uint16 array", f"{s.col_idx.dtype} of shape {s.col_idx.shape}")
     if s.heads == 0 or len(s.head_anchor) != s.heads:
         _fail("head_anchor", f"have one entry for each of {s.heads} heads (at least 1)", len(s.head_anchor))
+    queries = (s.heads + 1) * max(BLOCK_SIZES) * -(-s.grid.tokens // max(BLOCK_SIZES))
+    if queries > MAX_QUERIES:
+        rule = f"have at most {MAX_QUERIES} tokens, padded to whole blocks, over {s.heads} heads and one more"
+        _fail("grid", rule, queries)
 
 
 def _check_lists(s: LayerSchedule) -> None:
     ptr, col = s.row_ptr, s.col_idx
     if len(ptr) == 0 or ptr[0] != 0 or ptr[-1] != len(col):
         _fail("row_ptr", f"start at 0 and end at {len(col)}", ptr[[0, -1]].tolist() if len(ptr) else "nothing")
+    check_total(len(col))
     short = np.flatnonzero(ptr[1:] <= ptr[:-1])  # a difference could wrap
     if len(short):
         at = int(short[0])
@@ -324,8 +335,14 @@ def _check_lists(s: LayerSchedule) -> None:
         _fail("col_idx", "rise strictly within a list", f"{col[at]}, {col[at + 1]} at position {at}")
 
 
+def check_total(kept: int) -> None:
+    """The part of `LayerSchedule.check` that is about how long all lists are together."""
+    if kept > MAX_KEPT:
+        _fail("lists", f"hold at most {MAX_KEPT} key blocks", kept)
+
+
 def check_anchors(s: LayerSchedule) -> None:
-    """The part of `LayerSchedule.check` that is about anchor patterns."""
+    """The part of `LayerSchedule.check` that is about anchor patterns, and which head has which."""
     ptr, start, anchor = s.anchor_ptr, s.group_start, s.group_anchor
     if len(ptr) == 0 or ptr[0] != 0 or ptr[-1] != len(start) or (ptr[1:] <= ptr[:-1]).any():
         _fail("anchor_ptr", f"rise from 0 to {len(start)} groups", ptr[:8].tolist())
@@ -357,12 +374,17 @@ def check_anchors(s: LayerSchedule) -> None:
         at = int(bad[0])
         _fail("group_anchor", f"lie in its group {start[at]}..{stop[at] - 1}", int(anchor[at]))
 
-
-def _check_heads(s: LayerSchedule) -> None:
-    patterns, lists = len(s.anchor_ptr) - 1, len(s.row_ptr) - 1
+    patterns = len(s.anchor_axis)
     bad = np.flatnonzero((s.head_anchor < NO_ANCHORS) | (s.head_anchor >= patterns))
     if len(bad):
         _fail("head_anchor", f"be -1 or below {patterns} patterns", f"{s.head_anchor[bad[0]]} for head {bad[0]}")
+    unused = np.setdiff1d(np.arange(patterns), s.head_anchor)
+    if len(unused):  # so that they are at most as many as heads
+        _fail("head_anchor", f"name each of {patterns} patterns", f"none of pattern {unused[0]}")
+
+
+def check_heads(s: LayerSchedule, lists: int) -> None:
+    """The part of `LayerSchedule.check` that is about which lists a head has, of so many."""
     tiles = np.diff(s.head_tile_ptr)
     last = s.head_list.astype(np.int64) + tiles
     bad = np.flatnonzero((s.head_list != DENSE) & ((s.head_list < 0) | (last > lists)))
@@ -370,6 +392,10 @@ def _check_heads(s: LayerSchedule) -> None:
         at = int(bad[0])
         rule = f"leave {tiles[at]} lists of {lists} for the head's tiles"
         _fail("head_list", rule, f"{s.head_list[at]} for head {at}")
+
+
+def check_order(s: LayerSchedule) -> None:
+    """The part of `LayerSchedule.check` that is about the tile order."""
     total, order = int(s.head_tile_ptr[-1]), s.tile_order
     if len(order) != total:
         _fail("tile_order", f"have one entry for each of {total} tiles", len(order))

@@ -12,6 +12,8 @@ from calibatt.plans.errors import SchemaError
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 MAX_BLOCKS = 1 << 16
 """Block columns are stored as uint16."""
+INT32_END = 1 << 31
+"""Kernels count in int32: whatever they count stays below."""
 
 
 def _require(ok: bool, what: str, rule: str, value: object) -> None:
@@ -51,6 +53,8 @@ class TokenGrid:
         for name in ("text_before", "text_after"):
             value = getattr(self, name)
             _require(_is_int(value, 0), f"grid.{name}", "a non-negative integer", value)
+
+        _require(self.tokens < INT32_END, "grid", f"of fewer than {INT32_END} tokens", self.tokens)
 
     @property
     def rows(self) -> int:

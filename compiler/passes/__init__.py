@@ -31,6 +31,23 @@ class Pass(ABC):
     """In pass strings; kebab-case."""
     decides: ClassVar[bool] = False
 
+    def check(self, job: Job, before: Sequence[Pass]) -> None:
+        """Refuses what cannot work, before any unit is read.
+
+        Args:
+            job: Nothing has been decided yet.
+            before: The passes that will have been run.
+
+        Raises:
+            PassError: An option that the statistics rule out, or a place among the passes.
+        """
+        return None
+
+    def refuse_after(self, before: Sequence[Pass], *names: str) -> None:
+        """Raises a `PassError` in one form if one of some passes, this one perhaps, will have been run."""
+        for each in before:
+            self.require(each.name not in names, self.name, f"come before {each.name}", "it after")
+
     def survey(self, job: Job, unit: UnitIR) -> Any:
         """What `decide` needs to know of a unit: small, and able to travel between processes.
 

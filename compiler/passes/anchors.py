@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -47,11 +47,13 @@ class Anchors(Pass):
         self.require(self.max_group_rows >= 1, "max-group-rows", "be at least 1", self.max_group_rows)
         self.require(self.max_group_frames >= 1, "max-group-frames", "be at least 1", self.max_group_frames)
 
+    def check(self, job: Job, before: Sequence[Pass]) -> None:
+        self.require(any(each.name == "select" for each in before), "select", "come before", "none")
+        self.refuse_after(before, "anchors", "repeat", "schedule")
+
     def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
         multiplier = job.multiplier
-        self.require(multiplier is not None and unit.menu is not None, "select", "come before", "no multiplier")
         assert multiplier is not None
-        self.require(not unit.packed, "anchors", "come once", unit.name)
         keep, unit.error, unit.copy_error = unit.keep.copy(), unit.error.copy(), np.zeros(unit.heads)
         found: Findings = {"heads": unit.heads, "of_frames": 0.0, "computed": 0.0}
         best: dict[int, Offer] = {}

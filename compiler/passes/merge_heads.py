@@ -39,9 +39,11 @@ class MergeHeads(Pass):
     def __post_init__(self) -> None:
         self.require(self.max_growth >= 0, "max-growth", "not be negative", self.max_growth)
 
+    def check(self, job: Job, before: Sequence[Pass]) -> None:
+        self.refuse_after(before, "schedule")
+
     def survey(self, job: Job, unit: UnitIR) -> Any:
         """Blocks of the union of any two heads, on the diagonal of each alone; and which heads may share."""
-        self.require(unit.tile_order is None, "schedule", "come after", unit.name)
         union, free = np.zeros((unit.heads, unit.heads), np.int64), np.ones(unit.heads, np.bool_)
         free[list(unit.packed)] = False
         for head in range(unit.heads):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,11 +38,14 @@ class Repeat(Pass):
         self.require(self.max_difference >= 0, "max-difference", "not be negative", self.max_difference)
         self.require(self.group >= 2, "group", "be at least 2", self.group)
 
+    def check(self, job: Job, before: Sequence[Pass]) -> None:
+        most = 2 * job.manifest.row_radius + 1
+        self.require(bool(job.manifest.thresholds), "differences of rows", "have been recorded with thresholds", "none")
+        self.require(self.group <= most, "group", f"be at most {most}, as measured", self.group)
+        self.refuse_after(before, "anchors", "repeat", "schedule")
+
     def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
-        difference, radius = unit.means.row_difference, job.manifest.row_radius
-        self.require(difference is not None, "differences of rows", "have been recorded with thresholds", "none")
-        self.require(self.group // 2 <= radius, "group", f"be at most {2 * radius + 1}, as measured", self.group)
-        self.require(not unit.packed, "anchors", "come once", unit.name)
+        difference = unit.means.row_difference
         assert difference is not None
         found: Findings = {"heads_with_anchors": 0, "heads": unit.heads}
         height = unit.grid.height

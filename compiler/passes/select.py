@@ -12,7 +12,7 @@ from calibatt.compiler.budget import Choice, choose, reach
 from calibatt.compiler.ir import Float64, Int64, Job, UnitIR, packed_bits
 from calibatt.compiler.menu import Menu
 from calibatt.compiler.passes import Findings, Pass
-from calibatt.compiler.prediction import CUT, Masks, Prediction, predict
+from calibatt.compiler.prediction import CUT, Masks, Prediction, cannot_predict, predict
 
 KINDS = ("windows", "cuts")
 DEFAULT_DENSITY = 0.5
@@ -61,8 +61,12 @@ class Select(Pass):
         known = set(parts) <= set(KINDS) and len(set(parts)) == len(parts)
         self.require(known, "menu", f"name some of {', '.join(KINDS)}, joined by +", self.menu)
 
+    def check(self, job: Job, before: Sequence[Pass]) -> None:
+        self.refuse_after(before, "schedule")
+        if self.target_db is not None and (why := cannot_predict(job.table)):
+            self.require(False, "target-db", "have a prediction to go by", f"{self.target_db}: it {why}")
+
     def survey(self, job: Job, unit: UnitIR) -> Any:
-        self.require(unit.tile_order is None, "schedule", "come after", unit.name)
         menu = Menu(job, self.menu)
         if unit.menu is None or unit.menu[0] != menu.key:
             unit.menu = (menu.key, *menu.table(unit))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,11 +37,14 @@ class Vote(Pass):
     def __post_init__(self) -> None:
         self.require(0 < self.agreement <= 1, "agreement", "be in (0, 1]", self.agreement)
 
+    def check(self, job: Job, before: Sequence[Pass]) -> None:
+        known = ", ".join(f"{each:g}" for each in job.manifest.thresholds) or "none"
+        right = self.threshold in job.manifest.thresholds
+        self.require(right, "threshold", f"be one of the store's {known}", self.threshold)
+        self.refuse_after(before, *(each.name for each in before if each.decides), "anchors", "repeat", "schedule")
+
     def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
         thresholds = job.manifest.thresholds
-        known = ", ".join(f"{each:g}" for each in thresholds) or "none"
-        self.require(self.threshold in thresholds, "threshold", f"be one of the store's {known}", self.threshold)
-        self.require(unit.means.votes is not None, "vote", "come before select", unit.name)
         assert unit.means.votes is not None
         needed = max(1, math.ceil(self.agreement * unit.means.vote_samples - 1e-9))
         unit.keep = pack(unit.means.votes[thresholds.index(self.threshold)] >= needed) | unit.required

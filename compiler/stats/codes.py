@@ -20,6 +20,10 @@ STEPS_PER_OCTAVE = 8
 FINE_STEPS = 2048
 """Of uint16 codes: 32 octaves, at most 2 ** (1 / 4096) - 1 = 0.017 % from the value."""
 ZERO_CODE = 255
+MOST = 1e18
+"""Of squared effects, levels and differences; 1 / level too, and the square of a signed effect: sums and ratios of them
+stay in float32.
+"""
 _ROUNDING = 1e-3
 _TOP_BITS = 15
 

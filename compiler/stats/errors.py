@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from calibatt.plans.errors import legible
+
 
 class StoreError(ValueError):
-    """Base of all errors of `calibatt.compiler.stats`."""
+    """Base of all errors of `calibatt.compiler.stats`. Messages are `legible`."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(legible(message))
 
 
 class ManifestError(StoreError):

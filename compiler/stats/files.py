@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 import shutil
 from pathlib import Path
 
 from calibatt.compiler.stats.errors import ManifestError, SampleError
 from calibatt.compiler.stats.manifest import Manifest
+from calibatt.plans.files import sync_folder, write_text
 
 MANIFEST, UNITS, SAMPLINGS, PROGRESS = "manifest.json", "units", "samplings", "progress"
 SUFFIX = ".sampling"
+MAX_MANIFEST_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -37,6 +37,11 @@ def places(manifest: Manifest) -> list[tuple[int, int]]:
     return [(time, layer) for time in range(len(manifest.times)) for layer in range(manifest.model.layers)]
 
 
+def is_store(folder: Path) -> bool:
+    """Whether a folder looks like a store of statistics."""
+    return (folder / MANIFEST).is_file() and (folder / UNITS).is_dir()
+
+
 def entries(folder: Path) -> list[Path]:
     """What a folder holds, by name, without hidden files; empty where there is no folder."""
     return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
@@ -55,7 +60,11 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        text = path.read_text("utf-8")
+        with open(path, "rb") as file:
+            found = file.read(MAX_MANIFEST_BYTES + 1)
+        if len(found) > MAX_MANIFEST_BYTES:
+            raise ManifestError(f"{path}: the manifest must have at most {MAX_MANIFEST_BYTES} bytes, got more")
+        text = found.decode()
     except (FileNotFoundError, NotADirectoryError):
         raise ManifestError(f"{folder} must be a store of statistics, got no {MANIFEST} in it") from None
     except UnicodeDecodeError as error:
@@ -72,25 +81,8 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, text)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sweep(folder: Path) -> None:

@@ -17,6 +17,8 @@ from calibatt.plans.errors import SchemaError
 from calibatt.plans.schema import Blocks, ModelSignature, TokenGrid
 
 SCHEMA_VERSION = 2
+MAX_UNITS, MAX_TIMES = 1 << 16, 1000
+"""So many files in a folder; three digits of a name."""
 DEFAULT_SHARES = (0.1, 0.2, 0.35, 0.5, 0.7)
 
 
@@ -72,6 +74,9 @@ class Manifest:
         for name, kind in (("model", ModelSignature), ("grid", TokenGrid), ("blocks", Blocks)):
             _require(isinstance(getattr(self, name), kind), name, f"a {kind.__name__}", getattr(self, name))
         _require(_ascending(self.times, 0.0, 1.0), "times", "ascending floats in [0, 1]", self.times)
+        units = len(self.times) * self.model.layers
+        _require(len(self.times) <= MAX_TIMES, "times", f"at most {MAX_TIMES}", len(self.times))
+        _require(units <= MAX_UNITS, "model.layers", f"at most {MAX_UNITS} in all times together", units)
         levels = self.thresholds == () or _ascending(self.thresholds, math.ulp(0.0), 1.0)
         _require(levels, "thresholds", "ascending floats in (0, 1]", self.thresholds)
         shares = self.shares == () or _ascending(self.shares, math.ulp(0.0), 1.0 - math.ulp(0.5))

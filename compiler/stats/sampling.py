@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from calibatt.compiler.stats.codes import Float
+from calibatt.compiler.stats.codes import MOST, Float
 from calibatt.compiler.stats.errors import SampleError
 from calibatt.compiler.stats.manifest import Manifest
 from calibatt.plans.container import Container, write_container
@@ -70,17 +71,17 @@ class SamplingTables:
                 raise SampleError(f"{name} must be {dtype} {shape}, got {array.dtype.name} {array.shape}")
         missing = np.isnan(self.ladder_effect)
         whole = missing.all((0, 3, 4), keepdims=True)
-        if (missing != whole).any() or np.isinf(self.ladder_effect).any():
-            raise SampleError("ladder_effect must be finite, or NaN in all of a (time, layer), got others")
-        if not np.isfinite(self.window_effect).all():
-            raise SampleError("window_effect must be finite, got others")
-        for name, array, least in (
-            ("level", self.level, np.nextafter(0, 1)),
-            ("head_effect", self.head_effect, 0.0),
+        if (missing != whole).any():
+            raise SampleError("ladder_effect must be numbers, or NaN in all of a (time, layer), got others")
+        signed = math.sqrt(MOST)
+        for name, array, least, most in (
+            ("level", self.level, 1 / MOST, MOST),
+            ("head_effect", self.head_effect, 0.0, MOST),
+            ("window_effect", self.window_effect, -signed, signed),
+            ("ladder_effect", self.ladder_effect[~missing], -signed, signed),
         ):
-            if not (np.isfinite(array) & (array >= least)).all():
-                wrong = array[~(np.isfinite(array) & (array >= least))][0]
-                raise SampleError(f"{name} must be finite and {'positive' if least else 'not negative'}, got {wrong}")
+            if not (right := (array >= least) & (array <= most)).all():
+                raise SampleError(f"{name} must be from {least:g} to {most:g}, got {array[~right][0]}")
 
 
 def write_sampling(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from calibatt.compiler.stats.codes import Codes, Float, dequantise, quantise
+from calibatt.compiler.stats.codes import MOST, Codes, Float, dequantise, quantise
 from calibatt.compiler.stats.errors import DuplicateSample, SampleError, UnitError
 from calibatt.compiler.stats.files import check_name
 from calibatt.compiler.stats.manifest import Manifest
@@ -305,9 +305,9 @@ def _check(each: Unit | Contribution, manifest: Manifest, dtypes: Mapping[str, t
                 value = array[:, ~inside][~np.isnan(array[:, ~inside])][0]
                 raise UnitError(f"{name} must be NaN where there is no such {axis}, got {value}")
             array = array[:, inside]
-        if array.size and not (array.min() >= 0 and np.isfinite(array.max())):  # NaN fails the first
-            wrong = ~(np.isfinite(array) & (array >= 0))
-            raise UnitError(f"{name} must be finite and not negative, got {array[wrong][0]}")
+        if array.size and not (array.min() >= 0 and array.max() <= MOST):  # NaN fails the first
+            wrong = ~((array >= 0) & (array <= MOST))
+            raise UnitError(f"{name} must be from 0 to {MOST:g}, got {array[wrong][0]}")
     count = each.vote_samples
     if type(count) is not int or (count > 0) != bool(manifest.thresholds) or count < 0:
         rule = "be a positive integer" if manifest.thresholds else "be 0 without thresholds"

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from calibatt.compiler.stats.files import (
     places,
     read_manifest,
     sweep,
-    sync_folder,
     unit_name,
     write_whole,
 )
 from calibatt.compiler.stats.manifest import Manifest
 from calibatt.compiler.stats.sampling import SamplingTables, write_sampling
 from calibatt.compiler.stats.unit import Contribution, Unit, combined, read_samplings, read_unit, reclosed, write_unit
+from calibatt.plans.files import sync_folder
 
 
 class StoreWriter:
@@ -62,13 +62,15 @@ class StoreWriter:
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
+        if entries(folder):  # before anything of ours is in it
+            _check_same(folder, manifest, "continued")
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StoreBusy(f"{folder} must have one writer, got another that has it open") from None
-            if (folder / MANIFEST).exists() or entries(folder):
+            if entries(folder):
                 _check_same(folder, manifest, "continued")
             else:
                 write_whole(folder / MANIFEST, manifest.to_json())
@@ -94,12 +96,13 @@ class StoreWriter:
         """
         folder = Path(path)
         _check_same(folder, manifest, "joined")
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return cls(folder, manifest, lock)
-        os.close(lock)
+        with suppress(FileNotFoundError):
+            lock = os.open(folder / ".lock", os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return cls(folder, manifest, lock)
+            os.close(lock)
         raise StoreBusy(f"{folder} must be open in another process of this job, got nobody")
 
     def close(self) -> None:

@@ -248,7 +248,7 @@ def test_rows_or_frames_that_are_equal_are_all_copied(axis: str, groups: Groups)
 
 
 def test_anchors_need_a_price() -> None:
-    with pytest.raises(PassError, match="anchors: select must come before, got no multiplier"):
+    with pytest.raises(PassError, match="anchors: select must come before, got none"):
         compiled("anchors")
-    with pytest.raises(PassError, match="anchors: anchors must come once, got time 0, layer 0"):
+    with pytest.raises(PassError, match="anchors: anchors must come before anchors, got it after"):
         compiled("select{target-density=0.9},anchors,anchors", **CHEAP)

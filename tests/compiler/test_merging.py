@@ -86,7 +86,7 @@ def test_pairs_are_a_matching_of_most_weight(seed: int, heads: int, growth: floa
 
 
 def test_what_merging_requires() -> None:
-    with pytest.raises(PassError, match="merge-heads: schedule must come after, got time 0, layer 0"):
+    with pytest.raises(PassError, match="merge-heads: merge-heads must come before schedule, got it after"):
         compiled(f"{SELECT},schedule,merge-heads,lower")
     with pytest.raises(PassError, match=r"merge-heads: max-growth must not be negative, got -1\.0"):
         compiled(f"{SELECT},merge-heads{{max-growth=-1}}")

@@ -81,10 +81,10 @@ def test_heads_whose_rows_differ_little_repeat(group: int) -> None:
     [
         ("vote", stats.manifest(), "vote: threshold must be one of the store's none, got 0.9"),
         ("vote{threshold=0.85}", COUNTED, "vote: threshold must be one of the store's 0.8, 0.9, got 0.85"),
-        ("select,vote", COUNTED, "vote: vote must come before select, got time 0, layer 0"),
+        ("select,vote", COUNTED, "vote: vote must come before select, got it after"),
         ("repeat", stats.manifest(), "differences of rows must have been recorded with thresholds, got none"),
         ("vote,repeat{group=6}", COUNTED, "repeat: group must be at most 5, as measured, got 6"),
-        ("vote,repeat,repeat", COUNTED, "repeat: anchors must come once, got time 0, layer 0"),
+        ("vote,repeat,repeat", COUNTED, "repeat: repeat must come before repeat, got it after"),
     ],
 )
 def test_what_the_papers_method_requires(passes: str, of: Manifest, message: str) -> None:

@@ -229,7 +229,7 @@ def test_as_good_as_every_combination_within_the_gap(seed: int) -> None:
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
-        ("select,schedule,select", "select: schedule must come after, got time 0, layer 0"),
+        ("select,schedule,select", "select: select must come before schedule, got it after"),
         ("select{target-density=0.1}", "leave room for the least that the menu can keep, density 0.4"),
     ],
 )

@@ -180,7 +180,7 @@ def test_writer_rejects_a_section(tmp_path: Path, name: str, value: Any) -> None
 
 
 def test_writer_rejects_a_large_header(tmp_path: Path) -> None:
-    with pytest.raises(errors.HeaderTooLarge, match="at most 16777216"):
+    with pytest.raises(errors.HeaderTooLarge, match="at most 4194304"):
         write(tmp_path / "file", {}, {"x": b"0" * (16 << 20)})
 
 

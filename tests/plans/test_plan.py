@@ -231,7 +231,7 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], obj
     "hint a number": (set_header("scheduler_hint", 3), errors.SchemaError, "scheduler_hint must be of type mapping"),
     "2**60 layers": (set_header("model/layers", 2**60), errors.SectionError, "must be int64 of shape"),
     "2**60 heads": (set_header("model/heads", 2**60), errors.ScheduleError, "must have 1152921504606846976 heads"),
-    "2**60 frames": (set_header("grid/frames", 2**60), errors.ScheduleError, "at most 65536 key blocks"),
+    "2**60 frames": (set_header("grid/frames", 2**60), errors.SchemaError, "grid must be of fewer than 2147483648"),
     "missing section": (lambda _, sections: sections.pop("1/col_idx"), errors.MissingSection, "'1/col_idx'"),
     "missing table": (lambda _, sections: sections.pop("0/layers"), errors.MissingSection, "'0/layers'"),
     "unknown section": (set_section("2/row_ptr", INT32), errors.SectionError, "got '2/row_ptr'"),
@@ -287,7 +287,7 @@ BAD_SECOND: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], ob
         errors.SchemaError,
         "its own base in at most 4 steps, got [1, 0]",
     ),
-    "2**60 frames": (set_header("grid/frames", 2**60), errors.ScheduleError, "at most 65536 key blocks"),
+    "2**60 frames": (set_header("grid/frames", 2**60), errors.SchemaError, "grid must be of fewer than 2147483648"),
     "2**60 heads": (set_header("model/heads", 2**60), errors.ScheduleError, "must have 1152921504606846976 heads"),
     "2**31 groups": (
         set_section("0/anchor_ptr", np.array([0, 2**31 - 1, 0, 1], np.int32)),
@@ -296,6 +296,11 @@ BAD_SECOND: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], ob
     ),
     "2**40 lists": (
         set_lists(2**40),
+        errors.LimitError,
+        "the plan must need at most",
+    ),
+    "2**20 lists": (
+        set_lists(2**20),
         errors.MaskError,
         "segment 0, layer 1: masks must have at most a list for each of 19 tiles, got",
     ),

@@ -87,7 +87,7 @@ REJECTED = {
     "header of 4 GiB": (
         MAGIC + struct.pack("<HHI", 1, 0, 2**32 - 1) + bytes(64),
         errors.HeaderTooLarge,
-        "at most 16777216 bytes, got 4294967295",
+        "at most 4194304 bytes, got 4294967295",
     ),
     "header cut": (GOOD[:64], errors.Truncated, "hold a header of"),
     "header not msgpack": (build(b"\xc1"), errors.HeaderError, "must be msgpack"),

@@ -218,6 +218,7 @@ BROKEN = {
     "anchor outside": (lambda: changed("group_anchor", _0=3), "group_anchor must lie in its group 0..2, got 3"),
     "anchor negative": (lambda: changed("group_anchor", _0=-1), "group_anchor must lie in its group 0..2, got -1"),
     "pattern beyond": (lambda: changed("head_anchor", _0=1), "head_anchor must be -1 or below 1 patterns"),
+    "pattern unused": (lambda: changed("head_anchor", _3=-1), "name each of 1 patterns, got none of pattern 0"),
     "pattern negative": (lambda: changed("head_anchor", _3=-2), "got -2 for head 3"),
     "list beyond": (lambda: changed("head_list", _0=3), "head_list must leave 5 lists of 7"),
     "list negative": (lambda: changed("head_list", _0=-2), "got -2 for head 0"),
@@ -226,7 +227,7 @@ BROKEN = {
     "tile beyond": (lambda: changed("tile_order", _0=17), "hold tile ids below 17, got 17"),
     "tile negative": (lambda: changed("tile_order", _0=-1), "hold tile ids below 17, got -1"),
     "grid too long": (
-        lambda: replace(example(), grid=TokenGrid(2**20, 2**20, 2**20)),
+        lambda: replace(example(), grid=TokenGrid(2**10, 2**10, 2**10)),
         "grid must have at most 65536 key blocks",
     ),
 }

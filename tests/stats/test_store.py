@@ -314,7 +314,7 @@ def test_writer_refuses(tmp_path):
             writer.add(*place, "b", contribution(M))
         with pytest.raises(SampleError, match=r"b.sampling: .*object"):
             writer.finish("b", tables(M), {"x": object()})
-        with pytest.raises(SampleError, match=r"b.sampling: level must be finite and positive"):
+        with pytest.raises(SampleError, match=r"b.sampling: level must be from 1e-18 to"):
             writer.finish("b", dataclasses.replace(tables(M), level=np.zeros(2)), {})
     for act in (lambda: writer.add(0, 0, "c", contribution(M)), lambda: writer.finish("b", tables(M), {})):
         with pytest.raises(StoreBusy, match="must be open"):
@@ -383,7 +383,16 @@ def flip(path):
         (lambda s: (s / "samplings/more").write_text(""), SampleError, r"hold only files \*.sampling, got 'more'"),
         (lambda s: (s / "notes.txt").write_text(""), StoreError, "only manifest.json, units, samplings, progress, got"),
         (lambda s: (s / "manifest.json").write_text("{"), ManifestError, "manifest.json: the manifest must be JSON"),
-        (lambda s: grow(s / "manifest.json"), SampleError, "manifest must be '.*', got '"),
+        (
+            lambda s: grow(s / "manifest.json"),
+            ManifestError,
+            "model.layers must be at most 65536 in all times",
+        ),
+        (
+            lambda s: os.truncate(s / "manifest.json", 1 << 33),
+            ManifestError,
+            "at most 1048576 bytes, got more",
+        ),
         (lambda s: (s / "manifest.json").write_text("[" * 100_000), ManifestError, "must be JSON"),
         (lambda s: (s / "manifest.json").write_text('{"schema_version": 1}'), ManifestError, "calibrate again"),
     ],

@@ -1,0 +1,87 @@
+"""What all commands share: how they fail. One line on stderr, and an exit code that says which kind of failure."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec, TypeVar
+
+from calibatt.plans.errors import PlanError, legible
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FAILED, WRONG, INCOMPLETE, INTERRUPTED = 1, 2, 3, 130
+"""A requirement does not hold; the call or its input is wrong; the result is there, not all of the rest; Ctrl-C."""
+EXTRAS = {
+    "runtime": ("torch", "triton"),
+    "tools": ("matplotlib", "PIL", "safetensors"),
+    "models": ("diffusers", "transformers", "ftfy"),
+}
+"""What each extra of the package brings, by the names that are imported."""
+
+
+class Incomplete(Exception):
+    """The result is written; what should have followed is not. The message says both."""
+
+
+def told(error: BaseException) -> str:
+    """An error as one line that does nothing to a terminal."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, ModuleNotFoundError):
+        extra = next((name for name, brings in EXTRAS.items() if (error.name or "").split(".")[0] in brings), None)
+        text = f"{error.name} must be installed: pip install '{f'calibatt[{extra}]' if extra else error.name}'"
+    return legible(" ".join((text or type(error).__name__).split()))
+
+
+def fail(name: str, reason: str, code: int = WRONG) -> NoReturn:
+    """Says why on stderr, and ends with an exit code."""
+    print(f"{name}: {reason}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def one_line(name: str, *errors: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates the function of a command: what is expected to go wrong ends in one line and an exit code.
+
+    Args:
+        name: Of the command.
+        errors: What else is expected, besides plans and files that are wrong, missing modules and too little memory.
+    """
+    expected: tuple[type[Exception], ...] = (PlanError, OSError, MemoryError, ModuleNotFoundError, *errors)
+
+    def decorate(call: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(call)
+        def framed(*args: P.args, **kwargs: P.kwargs) -> R:
+            for stream in (sys.stdout, sys.stderr):  # a terminal that knows ASCII alone shows ? for the rest
+                if hasattr(stream, "reconfigure"):
+                    stream.reconfigure(errors="replace")
+            try:
+                found = call(*args, **kwargs)
+                sys.stdout.flush()
+                return found
+            except KeyboardInterrupt:
+                fail(name, "interrupted", INTERRUPTED)
+            except Incomplete as error:
+                _quiet_stdout()
+                fail(name, told(error), INCOMPLETE)
+            except BrokenPipeError:
+                _quiet_stdout()
+                fail(name, "nobody reads the output any more", INCOMPLETE)
+            except expected as error:
+                fail(name, told(error))
+
+        return framed
+
+    return decorate
+
+
+def _quiet_stdout() -> None:
+    """Python flushes at exit, and would complain once more of what cannot be written."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
