@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
-from hashlib import blake2b
-from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -21,7 +21,7 @@ from calibatt.compiler.cost import DEVICES, device_named
 from calibatt.compiler.emit import make_plan, require_lowered
 from calibatt.compiler.errors import CompileError, PassSyntaxError
 from calibatt.compiler.gather import StatisticsSource
-from calibatt.compiler.language import DEFAULT_PASSES, parse_passes, print_passes
+from calibatt.compiler.language import DEFAULT_PASSES, parse_passes
 from calibatt.compiler.passes import Pass
 from calibatt.compiler.passes.select import Select
 from calibatt.compiler.pipeline import Map, Work, processes, run
@@ -85,7 +85,7 @@ Examples:
   calibatt-compile stats/ -o plans/mine.plan --passes "select{menu=windows},schedule,lower"
 
 Exit codes: 0 the plan is written; 2 the call or the statistics are wrong, and no plan is written; 3 the plan is
-written, the report is not; 130 interrupted (--resume goes on).
+written, the report is not; 130 interrupted.
 """
 
 
@@ -103,8 +103,6 @@ written, the report is not; 130 interrupted (--resume goes on).
 )
 @click.option("--device", default="h200-hopper", show_default=True, help=f"Whose time: {', '.join(DEVICES)}.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes; the plan is the same.")
-@click.option("--resume", is_flag=True, help="Go on with what an interrupted run of this very job has left.")
-@click.option("--work", type=click.Path(path_type=Path), help="Folder for units in progress [OUT.plan.work].")
 @click.option(
     "--report", "report_path", metavar="REPORT", type=click.Path(path_type=Path), help="Report as .html, or JSON."
 )
@@ -119,8 +117,6 @@ def command(
     target_db: float | None,
     device: str,
     jobs: int,
-    resume: bool,
-    work: Path | None,
     report_path: Path | None,
     notes: str,
     force: bool,
@@ -131,24 +127,17 @@ def command(
     all of them: they go where an error would cost the final video most. The same statistics and options always give
     the same bytes; the passes are stored in the plan.
     """
-    folder = work or output.with_name(f"{output.name}.work")
-    _check_targets(output, report_path, folder, force)
+    _check_targets(output, report_path, force)
     passes = with_budget(text, dict(zip(BUDGETS, (target_density, target_db), strict=True)))
     require_lowered(passes)
     store = Store.open(stats_dirs)
     source = StatisticsSource(store)
     job = source.make_job(device_named(device))
-    with _alone(output), _alone(folder):
-        shelf = DiskShelf.open(folder, _key([store.content(), print_passes(passes), device]), resume)
-        try:
-            with processes(jobs) as spread, _shown(spread, job.units) as over:
-                found = run(source, job, passes, shelf, over)
-                plan = make_plan(job, store, passes, found, shelf, over, notes)
-            file_bytes = write_plan(output, plan)
-        except Exception:
-            shelf.remove()
-            raise
-        shelf.remove()
+    with _work_folder(output) as folder, processes(jobs) as spread, _shown(spread, job.units) as over:
+        shelf = DiskShelf(folder)
+        found = run(source, job, passes, shelf, over)
+        plan = make_plan(job, store, passes, found, shelf, over, notes)
+        file_bytes = write_plan(output, plan)
     try:
         if report_path is not None:
             report.write(report_path, report.as_json(job, plan, found, file_bytes))
@@ -167,11 +156,19 @@ def main() -> None:
     command.main(prog_name=NAME)
 
 
-def _alone(path: Path) -> AbstractContextManager[None]:
-    return alone(path, CompileError(f"{path} must be made by one process at a time, got another that is at it"))
+@contextmanager
+def _work_folder(output: Path) -> Iterator[Path]:
+    """A folder beside the plan for units in progress, while nobody else makes it; what a killed job left is removed."""
+    busy = CompileError(f"{output} must be made by one process at a time, got another that is at it")
+    with alone(output, busy):
+        for left in output.parent.iterdir():
+            if re.fullmatch(rf"\.{re.escape(output.name)}\.\w{{8}}\.work", left.name):
+                shutil.rmtree(left)
+        with TemporaryDirectory(prefix=f".{output.name}.", suffix=".work", dir=output.parent) as folder:
+            yield Path(folder)
 
 
-def _check_targets(output: Path, report_path: Path | None, work: Path, force: bool) -> None:
+def _check_targets(output: Path, report_path: Path | None, force: bool) -> None:
     """Refuses before any work what could not be written after it, and what would destroy something else."""
     files = [output] if report_path is None else [output, report_path]
     for path in files:
@@ -183,19 +180,11 @@ def _check_targets(output: Path, report_path: Path | None, work: Path, force: bo
             raise CompileError(f"{path} must be a file, got a folder there")
         if path.exists() and not force:
             raise CompileError(f"{path} must not exist (--force replaces it), got a file there")
-        if work.resolve() in path.resolve().parents:
-            raise CompileError(f"{path} must not be in the work folder, got {work}")
-    for path in (*files, work):
         for folder in path.resolve().parents:
             if is_store(folder):
                 raise CompileError(f"{path} must not be in a store of statistics, got {folder}")
     if report_path is not None and report_path.resolve() == output.resolve():
         raise CompileError(f"--report must be another file than -o, got {report_path} for both")
-
-
-def _key(parts: Sequence[str]) -> str:
-    """Stands for everything that decides what the units of a job become."""
-    return blake2b(json.dumps([*parts, version("calibatt")]).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager

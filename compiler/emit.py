@@ -19,7 +19,7 @@ from calibatt.compiler.gather import Samplings, StatisticsSource
 from calibatt.compiler.ir import Job
 from calibatt.compiler.language import print_passes
 from calibatt.compiler.passes import Pass
-from calibatt.compiler.pipeline import Map, Run, Source, in_turn, run, stages
+from calibatt.compiler.pipeline import Map, Run, Source, in_turn, run
 from calibatt.compiler.prediction import CUT, DENSE, Masks, Prediction, predict
 from calibatt.compiler.shelf import MemoryShelf, Shelf
 from calibatt.plans import EncodedLayer, PlanFile, Segment, StoredLayers, base_segments, encode
@@ -63,9 +63,8 @@ def make_plan(
     """
     layers, times = job.manifest.model.layers, range(len(job.manifest.times))
     bases = base_segments(len(times))
-    last = len(stages(passes)) - 1
     base_of = [bases[job.place(index)[0]] * layers + job.place(index)[1] for index in range(job.units)]
-    encoded = dict(over(partial(_encode, shelf, last), base_of))
+    encoded = dict(over(partial(_encode, shelf), base_of))
     by_time = [done.units[index * layers : (index + 1) * layers] for index in times]
     told = predicted_snr(job, done)
     latent = told if isinstance(told, Prediction) and np.isfinite(told.mean) else None
@@ -112,9 +111,9 @@ def compile_in_memory(store: Samplings, source: Source, passes: Sequence[Pass], 
     return make_plan(job, store, passes, found, shelf, in_turn)
 
 
-def _encode(shelf: Shelf, last: int, index: int, base: int) -> EncodedLayer:
-    above = None if base == index else shelf.unit(last, base).lowered
-    layer = shelf.unit(last, index).lowered
+def _encode(shelf: Shelf, index: int, base: int) -> EncodedLayer:
+    above = None if base == index else shelf.unit(base).lowered
+    layer = shelf.unit(index).lowered
     assert layer is not None
     return encode(layer, above)
 

@@ -24,7 +24,6 @@ from calibatt.compiler.ir import Float64, Job, UnitIR
 from calibatt.compiler.language import print_passes
 from calibatt.compiler.passes import Findings, Pass
 from calibatt.compiler.shelf import Shelf
-from calibatt.compiler.stored import storable
 from calibatt.plans import ScheduleError
 
 
@@ -67,7 +66,6 @@ class Account:
     findings: dict[str, Any]
 
 
-@storable
 @dataclass(frozen=True)
 class UnitAccount:
     """What a unit amounts to after a pass; see `Account`.
@@ -117,7 +115,6 @@ class Stage:
     survey: Pass | None
 
 
-@storable
 @dataclass(frozen=True)
 class Found:
     """What a stage says of one unit."""
@@ -144,7 +141,7 @@ def run(source: Source, job: Job, passes: Sequence[Pass], shelf: Shelf, over: Ma
         source: What units are made of.
         job: Of the source; what passes decide is written into it.
         passes: What to run.
-        shelf: Where the units are left, after stage ``len(stages(passes)) - 1``.
+        shelf: Where the units are left.
         over: How units are spread over processes; `in_turn`, or `processes`.
 
     Returns:
@@ -163,8 +160,6 @@ def run(source: Source, job: Job, passes: Sequence[Pass], shelf: Shelf, over: Ma
         work = partial(_work, source, job, stage, shelf)
         found = dict(over(work, decisions))
         ordered = [found[index] for index in range(job.units)]
-        if stage.number:
-            shelf.forget(stage.number - 1)
         names: list[Pass | None] = [None] if stage.number == 0 else []
         for position, each in enumerate([*names, *stage.passes]):
             accounts.append(_sum(job, each, [unit.accounts[position] for unit in ordered]))
@@ -205,18 +200,14 @@ def processes(jobs: int) -> Iterator[Map]:
 
 
 def _work(source: Source, job: Job, stage: Stage, shelf: Shelf, index: int, decision: Any) -> Found:
-    """Takes one unit through a stage, unless that has been done before."""
-    before = shelf.found(stage.number, index)
-    if before is not None:
-        known: Found = before
-        return known
+    """Takes one unit through a stage."""
     accounts: list[UnitAccount] = []
     start = time.perf_counter()
     if stage.number == 0:
         unit = source.unit(job, *job.place(index))
         accounts.append(_account(job, unit, time.perf_counter() - start, {}))
     else:
-        unit = shelf.unit(stage.number - 1, index)
+        unit = shelf.unit(index)
     for each in stage.passes:
         start = time.perf_counter()
         findings = each.change(job, unit, decision if each.decides else None)
@@ -226,7 +217,7 @@ def _work(source: Source, job: Job, stage: Stage, shelf: Shelf, index: int, deci
     if unit.means.votes is not None:
         unit.means = replace(unit.means, votes=None)
     found = Found(tuple(accounts), None if stage.survey is None else stage.survey.survey(job, unit))
-    shelf.put(stage.number, index, unit, found)
+    shelf.put(index, unit)
     return found
 
 

@@ -1,9 +1,8 @@
-"""The same bytes with any number of processes, after a kill, and one clear message for every broken store."""
+"""The same bytes with any number of processes, nothing left after a kill, one clear message for a broken store."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -61,35 +60,18 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("units", [3, 6, 9])
-def test_a_killed_job_goes_on(store: Path, tmp_path: Path, units: int) -> None:
-    whole, plan = tmp_path / "whole.plan", tmp_path / "p.plan"
-    assert invoke(store, "-o", whole, "--passes", PASSES).exit_code == 0
-    arguments = [str(store), "-o", str(plan), "--passes", PASSES]
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(units), *arguments], cwd=ROOT, check=False)
+def test_what_a_killed_job_left_goes_with_the_next_one(store: Path, tmp_path: Path) -> None:
+    arguments = [str(store), "-o", str(tmp_path / "p.plan"), "--passes", PASSES]
+    killed = subprocess.run([sys.executable, "-c", KILLED, "6", *arguments], cwd=ROOT, check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert not plan.exists()
-    work = tmp_path / "p.plan.work"
-    stages = sorted(path.name for path in work.glob("*.0.found"))
-    assert len(stages) == min(units, 4)
-    other = invoke(store, "-o", plan, "--resume", "--target-density", 0.4)
-    assert other.exit_code == 2
-    assert "must be of this very job to be resumed, got other statistics or options" in other.stderr
-    times = {path: os.stat(path).st_mtime_ns for path in work.glob("*.npy")}
-    assert times
-    resumed = invoke(*arguments, "--resume")
-    assert resumed.exit_code == 0, resumed.output
-    assert plan.read_bytes() == whole.read_bytes()
-    assert not work.exists()
-
-
-def test_a_folder_of_something_else_is_left_alone(store: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    found = invoke(store, "-o", tmp_path / "p.plan", "--work", tmp_path / "mine")
-    assert found.exit_code == 2
-    assert "mine must be a folder of an interrupted job, got something else" in found.stderr
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
+    (left,) = tmp_path.glob(".p.plan.*.work")
+    assert len(list(left.glob("*.unit"))) == 4
+    assert left.stat().st_mode & 0o777 == 0o700
+    (tmp_path / ".p.plan.mine.work").mkdir()
+    (tmp_path / ".q.plan.abcdefgh.work").mkdir()
+    assert invoke(*arguments).exit_code == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names - {".p.plan.lock"} == {"p.plan", ".p.plan.mine.work", ".q.plan.abcdefgh.work"}
 
 
 def flip(path: Path) -> None:
@@ -169,16 +151,3 @@ def test_an_impossible_target_names_the_best(
     if best:
         assert f"leave room for the least that the menu can keep, {best}" in found.stderr
         assert list(tmp_path.iterdir()) == []
-
-
-def test_a_changed_store_is_not_resumed(store: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(store, tmp_path / "store")
-    arguments = [str(copy), "-o", str(tmp_path / "p.plan"), "--passes", PASSES]
-    killed = subprocess.run([sys.executable, "-c", KILLED, "3", *arguments], cwd=ROOT, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    of = stats.manifest(thresholds=(0.8, 0.9))
-    with StoreWriter.open(copy, of) as writer:
-        writer.add(0, 0, "s9", stats.contribution(of))
-    resumed = invoke(*arguments, "--resume")
-    assert resumed.exit_code == 2
-    assert "must be of this very job to be resumed, got other statistics or options" in resumed.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import resource
 import shutil
@@ -19,7 +18,6 @@ from support import stats
 
 from calibatt.compiler import cli, gather, pipeline
 from calibatt.compiler.cli import command
-from calibatt.compiler.shelf import KEY, MARK
 from calibatt.compiler.stats import Store
 from calibatt.plans import PlanFile, files
 
@@ -48,53 +46,13 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", ["key", KEY])
-@pytest.mark.parametrize("text", ["", "secret", f"not the {MARK}"])
-@pytest.mark.parametrize("options", [[], ["--resume"], ["--force"]])
-def test_a_folder_is_ours_only_if_we_marked_it(
-    store: Path, tmp_path: Path, name: str, text: str, options: list[str]
-) -> None:
-    (mine := tmp_path / "mine").mkdir()
-    (mine / name).write_text(text)
-    (mine / "00000.npy").write_text("precious, whatever its name")
-    before = content(tmp_path)
-    result = invoke(store, "-o", tmp_path / "p.plan", "--work", mine, *options)
-    refused(result, "mine must be a folder of an interrupted job, got something else")
-    assert content(tmp_path) == before
-
-
-@pytest.mark.parametrize("options", [[], ["--resume"]])
-def test_what_others_put_into_a_work_folder_stays(store: Path, tmp_path: Path, options: list[str]) -> None:
-    (work := tmp_path / "work").mkdir()
-    (work / KEY).write_text(f"{MARK}\nabc\n")
-    (work / "thesis.tex").write_text("precious")
-    before = content(tmp_path)
-    result = invoke(store, "-o", tmp_path / "p.plan", "--work", work, *options)
-    refused(result, "work must hold only what calibatt-compile left, got 'thesis.tex'")
-    assert content(tmp_path) == before
-
-
-def test_what_comes_into_a_work_folder_meanwhile_stays(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write(*arguments: Any) -> int:
-        (tmp_path / "p.plan.work" / "notes.txt").write_text("precious")
-        return files_written(*arguments)
-
-    files_written = cli.write_plan
-    monkeypatch.setattr(cli, "write_plan", write)
-    assert invoke(store, "-o", tmp_path / "p.plan").exit_code == 0
-    assert sorted(content(tmp_path)) == ["p.plan", "p.plan.work/notes.txt"]
-
-
-@pytest.mark.parametrize("busy", ["p.plan", "w"])
-def test_a_second_compilation_says_so(store: Path, tmp_path: Path, busy: str) -> None:
-    with files.alone(tmp_path / busy, AssertionError()):
+def test_a_second_compilation_says_so(store: Path, tmp_path: Path) -> None:
+    with files.alone(tmp_path / "p.plan", AssertionError()):
         before = content(tmp_path)
-        result = invoke(store, "-o", tmp_path / "p.plan", "--work", tmp_path / "w")
-        refused(result, f"{busy} must be made by one process at a time, got another that is at it")
+        result = invoke(store, "-o", tmp_path / "p.plan")
+        refused(result, "p.plan must be made by one process at a time, got another that is at it")
         assert content(tmp_path) == before
-    assert invoke(store, "-o", tmp_path / "p.plan", "--work", tmp_path / "w").exit_code == 0
+    assert invoke(store, "-o", tmp_path / "p.plan").exit_code == 0
     assert sorted(content(tmp_path)) == ["p.plan"]
 
 
@@ -119,7 +77,7 @@ def test_no_output_is_in_a_store(store: Path, tmp_path: Path, place: str, other:
     mine = shutil.copytree(store, tmp_path / "mine")
     read, into = (mine if each else store for each in (not other, True))
     before = content(mine)
-    for option in ("-o", "--report", "--work"):
+    for option in ("-o", "--report"):
         arguments = [option, into / place] if option == "-o" else ["-o", tmp_path / "p.plan", option, into / place]
         refused(invoke(read, *arguments, "--force"), f"must not be in a store of statistics, got {into.resolve()}")
     (tmp_path / "link").symlink_to(into)
@@ -132,8 +90,6 @@ def test_outputs_do_not_replace_each_other(store: Path, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for other in (tmp_path / "p.plan", tmp_path / "sub" / ".." / "p.plan"):
         refused(invoke(store, "-o", tmp_path / "p.plan", "--report", other), "--report must be another file than -o")
-    inside = invoke(store, "-o", tmp_path / "sub" / "p.plan", "--work", tmp_path / "sub")
-    refused(inside, "p.plan must not be in the work folder")
     assert content(tmp_path) == {}
 
 
@@ -179,43 +135,11 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, store: Path, plan: Path, after:
         return invoke(store, "-o", plan)
 
 
-def test_an_interruption_has_a_code_of_its_own_and_can_be_resumed(
+def test_an_interruption_has_a_code_of_its_own_and_leaves_nothing(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert invoke(store, "-o", tmp_path / "whole.plan").exit_code == 0
     refused(interrupted(monkeypatch, store, tmp_path / "p.plan", 6), "calibatt-compile: interrupted", 130)
-    assert (tmp_path / "p.plan.work" / KEY).read_text().startswith(f"{MARK}\n")
-    assert invoke(store, "-o", tmp_path / "p.plan", "--resume").exit_code == 0
-    assert (tmp_path / "p.plan").read_bytes() == (tmp_path / "whole.plan").read_bytes()
-    assert sorted(content(tmp_path)) == ["p.plan", "whole.plan"]
-
-
-class Bomb:
-    """Leaves a file where it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("kind", ["unit", "found"])
-@pytest.mark.parametrize("damage", ["pickle", "empty", "cut", "junk", "other"])
-def test_a_work_folder_runs_nothing(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, damage: str
-) -> None:
-    interrupted(monkeypatch, store, tmp_path / "p.plan", 6)
-    work = tmp_path / "p.plan.work"
-    for path in work.glob(f"*.{kind}"):
-        data = path.read_bytes()
-        other = next(iter(work.glob(f"*.{'found' if kind == 'unit' else 'unit'}"))).read_bytes()
-        bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
-        made = {"pickle": bomb, "empty": b"", "cut": data[:-30], "junk": b"PK" + data[9:], "other": other}
-        path.write_bytes(made[damage])
-    result = invoke(store, "-o", tmp_path / "p.plan", "--resume")
-    assert not (tmp_path / "exploded").exists()
-    refused(result, f".{kind} must be what an interrupted job left, got")
+    assert list(tmp_path.iterdir()) == []
 
 
 def limited() -> None:
@@ -228,7 +152,7 @@ def test_a_full_disk_is_told_with_the_file(store: Path, tmp_path: Path) -> None:
     line = [*COMMAND, str(store), "-o", str(tmp_path / "p.plan")]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, preexec_fn=limited, check=False)
     assert done.returncode == 2
-    assert re.fullmatch(r"calibatt-compile: \S+/p\.plan\S*: File too large\n", done.stderr)
+    assert re.fullmatch(r"calibatt-compile: \S+/\.p\.plan\S*: File too large\n", done.stderr)
     assert content(tmp_path) == {}
 
 
