@@ -87,6 +87,7 @@ def show(console: Console, value: dict[str, Any]) -> None:
         console.print(each, highlight=False)
     findings = {each["name"]: _findings(each["findings"]) for each in value["accounts"] if each["findings"]}
     sizes = value["file_bytes"] / 1e6, value["plain_csr_bytes"] / 1e6
+    console.print()
     facts = {
         **findings,
         "heads": ", ".join(f"{number} {kind}" for kind, number in value["heads_by_kind"].items()),
@@ -127,7 +128,7 @@ def _shaded(density: float) -> Text:
     """Percent, on a ground that is the darker the denser."""
     red, green, blue = (round(a + (b - a) * density) for a, b in zip(PAPER, INK, strict=True))
     ground = f"on rgb({red},{green},{blue})"
-    return Text(f"{100 * density:4.0f} ", Style.parse(f"{'white' if density > 0.5 else 'black'} {ground}"))
+    return Text(f"{100 * density:4.0f} ", Style.parse(f"{'rgb(255,255,255)' if density > 0.5 else 'rgb(0,0,0)'} {ground}"))
 
 
 def _findings(findings: dict[str, Any]) -> str:
