@@ -27,7 +27,7 @@ from calibatt.compiler.passes.select import Select
 from calibatt.compiler.pipeline import Map, Work, processes, run
 from calibatt.compiler.shelf import DiskShelf
 from calibatt.compiler.stats import Store, StoreError
-from calibatt.compiler.stats.files import is_store
+from calibatt.compiler.stats.files import require_outside
 from calibatt.plans import write_plan
 from calibatt.plans.command import Incomplete, one_line, told
 from calibatt.plans.errors import legible
@@ -181,9 +181,7 @@ def _check_targets(output: Path, report_path: Path | None, force: bool) -> None:
             raise CompileError(f"{path} must be a file, got a folder there")
         if path.exists() and not force:
             raise CompileError(f"{path} must not exist (--force replaces it), got a file there")
-        for folder in path.resolve().parents:
-            if is_store(folder):
-                raise CompileError(f"{path} must not be in a store of statistics, got {folder}")
+        require_outside(path)
     if report_path is not None and report_path.resolve() == output.resolve():
         raise CompileError(f"--report must be another file than -o, got {report_path} for both")
 

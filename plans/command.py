@@ -21,6 +21,7 @@ EXTRAS = {
     "models": ("diffusers", "transformers", "ftfy"),
 }
 """What each extra of the package brings, by the names that are imported."""
+NOBODY_READS = "not all could be said: nobody reads the output any more"
 
 
 class Incomplete(Exception):
@@ -44,11 +45,11 @@ def fail(name: str, reason: str, code: int = WRONG) -> NoReturn:
     raise SystemExit(code)
 
 
-def one_line(name: str, *errors: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def one_line(name: str | Callable[[], str], *errors: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates the function of a command: what is expected to go wrong ends in one line and an exit code.
 
     Args:
-        name: Of the command.
+        name: Of the command, or what says it.
         errors: What else is expected, besides plans and files that are wrong, missing modules and too little memory.
     """
     expected: tuple[type[Exception], ...] = (PlanError, OSError, MemoryError, ModuleNotFoundError, *errors)
@@ -59,20 +60,25 @@ def one_line(name: str, *errors: type[Exception]) -> Callable[[Callable[P, R]], 
             for stream in (sys.stdout, sys.stderr):  # a terminal that knows ASCII alone shows ? for the rest
                 if hasattr(stream, "reconfigure"):
                     stream.reconfigure(errors="replace")
+            who = name if isinstance(name, str) else name()
             try:
                 found = call(*args, **kwargs)
                 sys.stdout.flush()
                 return found
             except KeyboardInterrupt:
-                fail(name, "interrupted", INTERRUPTED)
+                fail(who, "interrupted", INTERRUPTED)
             except Incomplete as error:
                 _quiet_stdout()
-                fail(name, told(error), INCOMPLETE)
+                fail(who, told(error), INCOMPLETE)
             except BrokenPipeError:
                 _quiet_stdout()
-                fail(name, "nobody reads the output any more", INCOMPLETE)
+                fail(who, NOBODY_READS, INCOMPLETE)
+            except SystemExit as ended:
+                if isinstance(ended.__context__, BrokenPipeError):  # so rich ends a program
+                    fail(who, NOBODY_READS, INCOMPLETE)
+                raise
             except expected as error:
-                fail(name, told(error))
+                fail(who, told(error))
 
         return framed
 

@@ -427,6 +427,7 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
 
     Raises:
         LimitError: All lists need more than is granted.
+        ScheduleError: A layer has another number of heads.
     """
 
     def __init__(
@@ -447,6 +448,12 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
             rule = f"need at most {LAYERS * granted} bytes for its lists ({LIMIT_VARIABLE} grants more)"
             raise LimitError(f"{where}the plan must {rule}, got {sum(needed)}")
         self._most_bytes = max(needed, default=0)
+        for segment, each in enumerate(layers):
+            for at, layer in enumerate(each):
+                if (found := len(layer.small["head_list"])) != heads:
+                    raise ScheduleError(
+                        f"segment {segment}, layer {at}: head_list must have {heads} heads, got {found}"
+                    )
         mask_blocks = heads * blocks.q_blocks(grid.tokens) * blocks.k_blocks(grid.tokens)
         packed, lowered = (max(4, int(CACHE_BYTES / (mask_blocks * size))) for size in (1 / 8, 2))
         self._unpacked = lru_cache(maxsize=packed)(self._unpack)
@@ -460,10 +467,7 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
 
     def _unpack_from(self, base: PackedLayer | None, segment: int, layer: int) -> PackedLayer:
         with self._named(segment, layer):
-            found = _unpack(self.layers[segment][layer], base, self.grid, self.blocks, self.granted)
-            if found.heads != self.heads:
-                raise ScheduleError(f"head_list must have {self.heads} heads, got {found.heads}")
-        return found
+            return _unpack(self.layers[segment][layer], base, self.grid, self.blocks, self.granted)
 
     def _finish(self, unpacked: PackedLayer, segment: int, layer: int) -> PackedLayer:
         with self._named(segment, layer):

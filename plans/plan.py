@@ -24,7 +24,7 @@ from calibatt.plans.packed import (
     granted_bytes,
 )
 from calibatt.plans.schedule import ROWS, SMALL_ARRAYS, Int64, LayerSchedule
-from calibatt.plans.schema import Blocks, ModelSignature, Segment, TokenGrid
+from calibatt.plans.schema import Blocks, ModelSignature, Segment, TokenGrid, check_predicted
 
 MAGIC = b"CALIBPLN"
 VERSION = (3, 0)
@@ -54,7 +54,7 @@ class PlanFile:
         scheduler_hint: What is known of the sampler it was calibrated with, or None.
         provenance: Where it comes from: samples, digest of the prompts, versions of the tools; plain values.
         predicted: Predicted cost; plain values. ``planned_ms`` and ``dense_ms``, where present, are lists over the
-            segments of lists over the layers: milliseconds of one attention call.
+            segments of lists over the layers: milliseconds of one attention call. See `check_predicted`.
         license: License of the plan.
         notes: Anything else a reader should know.
         digest: Of the file it was read from, 32 hexadecimal digits; empty for a plan that was not read.
@@ -85,6 +85,7 @@ class PlanFile:
         if self.scheduler_hint is not None:
             _require_kind("scheduler_hint", self.scheduler_hint, Mapping)
         _check_segments(self.segments)
+        check_predicted(self.predicted, len(self.segments), self.signature.layers, self.signature.heads)
         if len(self.schedules) != len(self.segments):
             raise SchemaError(f"schedules must be {len(self.segments)}, one a segment, got {len(self.schedules)}")
         for index, layers in enumerate(self.schedules):

@@ -5,7 +5,10 @@ Everything here is a small frozen value that checks itself when it is made, so w
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from calibatt.plans.errors import SchemaError
 
@@ -146,3 +149,34 @@ class Segment:
         _require(ordered, "segment", "0 <= start < stop <= 1", (self.start, self.stop))
         inside = self.start <= self.time <= self.stop
         _require(inside, "segment.time", "inside its segment", (self.start, self.time, self.stop))
+
+
+def check_predicted(predicted: Mapping[str, Any], segments: int, layers: int, heads: int) -> None:
+    """Proves the shapes of what a plan may predict, so that whoever finds it there may use it.
+
+    Raises:
+        SchemaError: ``planned_ms``, ``dense_ms``, ``head_price`` or ``latent_db`` is there and of another kind.
+    """
+    for name, shape in (
+        ("planned_ms", (segments, layers)),
+        ("dense_ms", (segments, layers)),
+        ("head_price", (segments, layers, heads)),
+    ):
+        right = name not in predicted or _is_table(predicted[name], shape)
+        rule = f"lists of lists of finite numbers, none negative, {shape}"
+        _require(right, f"predicted.{name}", rule, None if right else str(predicted[name])[:80])
+    found = predicted.get("latent_db")
+    names = ("mean", "standard_error", "samplings")
+    right = found is None or (isinstance(found, Mapping) and all(_is_number(found.get(name)) for name in names))
+    _require(right, "predicted.latent_db", f"nil or a map of finite numbers {', '.join(names)}", found)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _is_table(value: object, shape: tuple[int, ...]) -> bool:
+    if not shape:
+        return _is_number(value) and value >= 0  # type: ignore[operator]
+    right = isinstance(value, list | tuple) and len(value) == shape[0]
+    return right and all(_is_table(each, shape[1:]) for each in value)  # type: ignore[attr-defined]

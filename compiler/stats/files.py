@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from calibatt.compiler.stats.errors import ManifestError, SampleError
+from calibatt.compiler.stats.errors import ManifestError, SampleError, StoreError
 from calibatt.compiler.stats.manifest import Manifest
 from calibatt.plans.files import sync_folder, write_text
 
@@ -40,6 +40,17 @@ def places(manifest: Manifest) -> list[tuple[int, int]]:
 def is_store(folder: Path) -> bool:
     """Whether a folder looks like a store of statistics."""
     return (folder / MANIFEST).is_file() and (folder / UNITS).is_dir()
+
+
+def require_outside(path: Path) -> None:
+    """Refuses to write what would make a store unreadable, or destroy it.
+
+    Raises:
+        StoreError: `path` is in a store.
+    """
+    for folder in path.resolve().parents:
+        if is_store(folder):
+            raise StoreError(f"{path} must not be in a store of statistics, got {folder}")
 
 
 def entries(folder: Path) -> list[Path]:

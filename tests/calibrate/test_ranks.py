@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from support.ranks import Torchrun, run_commands, run_ranks
 
 from calibatt.compiler.stats import Store, StoreBusy, StoreWriter
-from calibatt.tools.calibrate import __main__ as command
+from calibatt.tools.calibrate import __main__, command
 from calibatt.tools.calibrate.calibration import sampling_name
 from calibatt.tools.calibrate.ranks import RankLostError, Ranks
 
@@ -52,7 +52,7 @@ def alone(tmp_path: Path, one_thread: None) -> Path:
 
 
 def calibrate(options: list[Any], path: Path) -> str:
-    result = CliRunner().invoke(command.main, [str(option) for option in (*options, path)])
+    result = CliRunner().invoke(__main__.main, [str(option) for option in (*options, path)])
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -142,7 +142,7 @@ def test_ranks_of_an_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for name, value in zip(names, "371", strict=True):
         monkeypatch.setenv(name, value)
     assert Ranks.of_environment() == Ranks(3, 7, 1)
-    result = CliRunner().invoke(command.main, ["--model", "none", "-o", str(tmp_path / "s")])
+    result = CliRunner().invoke(__main__.main, ["--model", "none", "-o", str(tmp_path / "s")])
     assert result.exit_code == 2
     assert result.output.startswith("calibatt-calibrate: rank 3: --model must be one of demo")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

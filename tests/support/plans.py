@@ -45,7 +45,10 @@ def tiny_schedule(variant: int, frames: bool = False) -> LayerSchedule:
 
 
 def tiny_plan(**changes: Any) -> PlanFile:
-    """Two segments and two layers of `tiny_schedule`, every header value set; `changes` replace fields."""
+    """Two segments and two layers of `tiny_schedule`, every header value set.
+
+    `changes` replace fields; with another signature or other segments nothing is predicted unless they say so.
+    """
     values: dict[str, Any] = {
         "signature": ModelSignature("TinyTransformer", layers=2, heads=4, head_dim=8, weights_digest="00ff"),
         "grid": GRID,
@@ -63,6 +66,8 @@ def tiny_plan(**changes: Any) -> PlanFile:
         "license": "CC0-1.0",
         "notes": "Lists out of thin air: no model will like it.",
     }
+    if {"signature", "segments"} & set(changes):  # of other shapes
+        del values["predicted"]
     return PlanFile(**(values | changes))
 
 

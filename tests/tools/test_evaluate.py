@@ -25,7 +25,7 @@ from calibatt.tools.calibrate.effects import block_effects, mask_words
 from calibatt.tools.calibrate.gradients import AttentionCall
 from calibatt.tools.calibrate.pipeline import PipelineError
 from calibatt.tools.evaluate import __main__ as command
-from calibatt.tools.evaluate import effects, gate, masks, metrics
+from calibatt.tools.evaluate import effects, masks, metrics
 from calibatt.tools.evaluate.masks import schedule_of
 from calibatt.tools.inspect_plan.__main__ import main as inspect
 
@@ -174,10 +174,38 @@ def test_a_wrong_call_is_one_line(tmp_path, plan_path, sampler, options, prompts
     assert sampler.runs == 0
 
 
-def test_what_was_not_measured_cannot_be_required():
-    (requirement,) = gate.parse_requirements("vmaf>=90")
-    with pytest.raises(gate.RequirementError, match=r"must name what was measured \(psnr, broken\), got 'vmaf'"):
-        requirement.value({"psnr": {}}, {"broken": []})
+@pytest.mark.parametrize(("require", "options"), [("vmaf>=90", ()), ("broken<=0", ("--head-prompts", 0))])
+def test_what_will_not_be_measured_cannot_be_required(tmp_path, plan_path, sampler, require, options):
+    """And is refused before anything is measured."""
+    found = evaluate(tmp_path, "--plan", plan_path, "-o", tmp_path / "a", "--require", require, *options)
+    assert found.exit_code == 2
+    assert "--require must name what is measured (latent, psnr, ssim, flicker" in found.output
+    assert sampler.runs == 0
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"latent": "high"}', '{"latent": NaN}', "[" * 100_000])
+@pytest.mark.parametrize("which", ["", ".heads", "floor"])
+def test_a_damaged_cell_is_one_line(tmp_path, plan_path, sampler, which, text):
+    options = ("--plan", plan_path, "-o", tmp_path / "a")
+    assert evaluate(tmp_path, *options).exit_code == 0
+    cells = [path for path in (tmp_path / "a" / "cells").rglob("*.json") if path.name != "settings.json"]
+    kind = {"": lambda p: p.parent.name != "floor" and ".heads" not in p.name, ".heads": lambda p: ".heads" in p.name}
+    cell = next(filter(kind.get(which, lambda path: path.parent.name == which), cells))
+    cell.write_text(text)
+    found = evaluate(tmp_path, *options)
+    assert found.exit_code == 2, found.exception
+    assert found.output.startswith(f"calibatt-evaluate: {cell} must")
+    assert "remove the file, and it is measured again" in found.output
+    assert found.output.count("\n") == 1
+    cell.unlink()
+    assert evaluate(tmp_path, *options).exit_code == 0
+
+
+@pytest.mark.parametrize("samples", [3, "abc", {"a": 1}, [1, None, {}], None])
+def test_provenance_is_anybodys(tmp_path, plan_path, sampler, samples):
+    plan = PlanFile.read(plan_path)
+    write_plan(tmp_path / "p.plan", replace(plan, provenance={"samples": samples}))
+    assert evaluate(tmp_path, "--plan", tmp_path / "p.plan", "--quick").exit_code == 0
 
 
 def test_a_plan_that_promises_nothing_is_judged_by_its_error_alone(tmp_path, plan_path, sampler):

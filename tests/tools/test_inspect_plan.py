@@ -107,13 +107,13 @@ def test_the_heat_map_is_coloured_and_fits_a_narrow_terminal(tmp_path: Path) -> 
     plan = tiny_plan(
         segments=tuple(Segment(edges[index], edges[index + 1], edges[index]) for index in range(30)),
         schedules=((tiny_schedule(1), tiny_schedule(2)),) * 30,
-        predicted={"planned_ms": "soon"},
+        predicted={"told": "soon"},
     )
     write_plan(tmp_path / "plan", plan)
     narrow = shown(plan, tmp_path / "plan", 60)
     assert "layer 0  " + "▒" * 30 in narrow
     assert max(len(line) for line in narrow.splitlines()) <= 60
-    assert "planned_ms: soon" in narrow
+    assert "told: soon" in narrow
     red, green, blue = summary.colour(plan.density(0, 0))
     assert f"48;2;{red};{green};{blue}m" in shown(plan, tmp_path / "plan", 200, colours=True)
 
@@ -169,6 +169,10 @@ def test_the_title_of_a_mask_has_its_density() -> None:
         (("--png", "x.png", "--layer", 2, "--head", 0), "--layer must be 0 to 1 in this plan, got 2"),
         (("--png", "x.png", "--layer", 0, "--head", 4), "--head must be 0 to 3 in this plan, got 4"),
         (("--png", "x.png", "--layer", 0, "--head", 0, "--time", 1.5), "--time"),
+        (("--png", "x.png", "--layer", 0, "--head", 0, "--time", "nan"), "--time must be from 0 to 1, got nan"),
+        (("--png", GOLDEN, "--layer", 0, "--head", 0), "--png and --overview-png must name files of their own"),
+        (("--overview-png", GOLDEN), "--png and --overview-png must name files of their own"),
+        (("--overview-png", "x", "--png", "./x", "--layer", 0, "--head", 0), "must name files of their own"),
         (("--png", "none/x.png", "--layer", 0, "--head", 0), "none/x.png: No such file or directory"),
     ],
 )
@@ -221,7 +225,7 @@ def test_a_missing_matplotlib_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = inspect(GOLDEN, "--overview-png", tmp_path / "x.png")
     assert result.exit_code == 2
-    assert "a picture needs matplotlib: pip install 'calibatt[tools]'" in result.output
+    assert "matplotlib must be installed: pip install 'calibatt[tools]'" in result.output
 
 
 def test_two_plans_are_compared(tmp_path: Path) -> None:

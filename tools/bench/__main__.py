@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import click
 
-from calibatt.tools.bench import compiler, energy, journey, kernel, model
+from calibatt.plans.command import one_line
+
+NAME = "calibatt-bench"
+PARTS = {
+    "kernel": "Kernels of block-sparse attention, beside dense ones and peers.",
+    "energy": "Power, clocks and energy of the kernels.",
+    "model": "Whole models, dense and on plans.",
+    "compiler": "The compiler, at the size of Wan 14B.",
+    "journey": "From nothing to a judged plan, at full size.",
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Parts(click.Group):
+    """Loads a part when it is asked for: help is shown where torch is missing."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(PARTS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return import_module(f"calibatt.tools.bench.{cmd_name}").main if cmd_name in PARTS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(PARTS.items()))
+
+    @one_line(NAME)
+    def invoke(self, ctx: click.Context) -> Any:
+        return super().invoke(ctx)
+
+
+@click.group(cls=Parts, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Measures kernels, whole models and the compiler; results are JSON files that say what made them."""
 
 
-main.add_command(kernel.main, "kernel")
-main.add_command(energy.main, "energy")
-main.add_command(model.main, "model")
-main.add_command(compiler.main, "compiler")
-main.add_command(journey.main, "journey")
-
 if __name__ == "__main__":
-    main(prog_name="calibatt-bench")
+    main(prog_name=NAME)

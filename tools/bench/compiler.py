@@ -28,6 +28,7 @@ from rich.progress import track
 from calibatt.compiler.language import DEFAULT_PASSES
 from calibatt.compiler.stats import Store
 from calibatt.plans import PlanFile, StoredLayers
+from calibatt.plans.files import write_text
 from calibatt.tools.bench.synthetic import Synthetic, wan14b_manifest
 
 FULL_LAYERS, FULL_TIMES = 40, 50
@@ -140,7 +141,7 @@ def main(
         for name, passes in PASSES.items():
             result[name] = measure(stats, Path(folder), units, ["--passes", passes, *arguments.split()], jobs)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(output, json.dumps(result, indent=1) + "\n")
     parts = ("compile", "times_smaller", "open", "lowering", "full_model")
     click.echo(json.dumps({name: {key: result[name][key] for key in parts} for name in PASSES}, indent=1))
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from calibatt.plans import Blocks
+from calibatt.plans.files import write_text
 from calibatt.runtime.ops import attend, supports
 from calibatt.tools.bench.kernel import GPU_SIZES, Size, state, structured_schedule, versions
 from calibatt.tools.bench.model import choose
@@ -242,7 +243,7 @@ def main(sizes: str, kernels: str, values: str, rounds: int, seconds: float, dev
         report["compared"] = compared(report["measurements"])
         report["states"].append({"size": name, **state(where)})
         if output is not None:
-            output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+            write_text(output, json.dumps(report, indent=1) + "\n")
     for row in report["compared"]:
         click.echo(
             "{size:>8} {kernel:>24} {density:.3f}: {time:.3f} x hopper's time, {energy:.3f} x its energy".format(**row)

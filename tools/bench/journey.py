@@ -39,6 +39,7 @@ from click.core import ParameterSource
 
 from calibatt.compiler.stats import Contribution, StoreWriter, neighbours, unit_shapes
 from calibatt.plans import PlanFile
+from calibatt.plans.files import write_text
 from calibatt.runtime import load_plan
 from calibatt.tools.bench.model import OUT_OF_TIME, Clock, allocated_bytes, choose, header, peak_bytes, reset_peak
 from calibatt.tools.bench.structured import SETTINGS, Setting
@@ -299,7 +300,7 @@ def main(
 
     def save() -> None:
         if output is not None:
-            output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+            write_text(output, json.dumps(report, indent=1) + "\n")
 
     if measure:
         for record in _measured(setting, count, options, where, clock):
@@ -311,7 +312,7 @@ def main(
         folder = work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         prompts = [f"held-out prompt {index}" for index in range(options["held_out"])]
-        (folder / HELD_OUT).write_text("\n".join(prompts) + "\n", "utf-8")
+        write_text(folder / HELD_OUT, "\n".join(prompts) + "\n")
         typed = commands(name, where, folder, options)
         report["stages"] = []
         for stage in (stage for stage in STAGES if stage in chosen):

@@ -29,6 +29,7 @@ import torch
 
 from calibatt.plans import FRAMES, ROWS, Blocks, TokenGrid
 from calibatt.plans import LayerSchedule as CoreSchedule
+from calibatt.plans.files import whole_file, write_text
 from calibatt.runtime.backends import load_backend
 from calibatt.runtime.ops import attend, supports
 from calibatt.runtime.schedule import LayerSchedule
@@ -369,7 +370,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     told = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
     figure.suptitle(f"{report['device']}, {report['date'][:10]}; {told}", fontsize=9)
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=130, facecolor="white")
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=130, facecolor="white", format="png")
 
 
 @click.command(help=__doc__)
@@ -440,14 +442,14 @@ def main(
                 )
             report["states"].append({"size": size.name, "density": density, **state(where)})
             if output is not None:
-                output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+                write_text(output, json.dumps(report, indent=1) + "\n")
     if sweep and on_gpu:
         report["ranking"] = [
             line for size in (known[name] for name in names) for line in ranking(report["measurements"], size, where)
         ]
         click.echo("\n".join(report["ranking"]))
         if output is not None:
-            output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+            write_text(output, json.dumps(report, indent=1) + "\n")
     for name, reason in missing.items():
         click.echo(f"not measured: {name}: {reason}")
     if figure is not None:

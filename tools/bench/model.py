@@ -41,6 +41,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from calibatt.plans import Blocks, write_plan
+from calibatt.plans.files import write_text
 from calibatt.runtime import Plan, load_plan
 from calibatt.runtime.adapters import adapter_for
 from calibatt.tools.bench.kernel import milliseconds, state, versions
@@ -530,7 +531,7 @@ def main(
     def save() -> None:
         report["derived"] = derived(report["forwards"])
         if output is not None:
-            output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+            write_text(output, json.dumps(report, indent=1) + "\n")
 
     def measure(size: str, folder: Path) -> None:
         """Everything at one size; its plans are let go of at the end."""

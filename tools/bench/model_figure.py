@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from calibatt.plans.files import whole_file
+
 COPY = "copy"
 OTHER_COLOUR, DENSE_COLOUR, PLAN_COLOUR, BOUND_COLOUR = "#b9bdc4", "#e4a03a", "#1b3d78", "#c24f7a"
 
@@ -48,7 +50,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     what = f"{report['model']}, {layers}, random weights, synthetic masks"
     figure.suptitle(f"{what}\n{report['device']}, {report['date'][:10]}; {told}", fontsize=9)
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=130, facecolor="white")
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=130, facecolor="white", format="png")
 
 
 def _rows(report: dict[str, Any], size: str, mode: str) -> list[dict[str, Any]]:

@@ -2,61 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
-from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
 
 import click
-import torch
-from rich.console import Console
 
-from calibatt.compiler.stats import Manifest, Store, StoreError, StoreWriter
-from calibatt.plans import BLOCK_SIZES, PlanError
-from calibatt.runtime.adapters import UnknownModelError
-from calibatt.tools.calibrate import estimate
-from calibatt.tools.calibrate.calibration import BACKWARD_COST, CalibrationError, Calibrator, sampling_name
-from calibatt.tools.calibrate.chain import ChainError
-from calibatt.tools.calibrate.checks import CheckError
-from calibatt.tools.calibrate.models import MODEL_HELP, make_sampler
-from calibatt.tools.calibrate.pipeline import PipelineError, with_images
-from calibatt.tools.calibrate.progress import steps as progress_of
-from calibatt.tools.calibrate.ranks import RankLostError, Ranks
-from calibatt.tools.calibrate.work import (
-    DEFAULT_SAMPLES,
-    MOST_TIMES,
-    SMALL_TOKENS,
-    Work,
-    check_sampler,
-    default_vectors,
-    device_of,
-    make_manifest,
-    pick_device,
-    plan_work,
-    read_images,
-)
+from calibatt.plans import BLOCK_SIZES
+from calibatt.plans.command import one_line
+from calibatt.tools.calibrate.models import DEFAULT_SAMPLES, MODEL_HELP, MOST_TIMES, SMALL_TOKENS
 
 NAME = "calibatt-calibrate"
-ERRORS = (
-    StoreError,
-    PlanError,
-    UnknownModelError,
-    CalibrationError,
-    ChainError,
-    CheckError,
-    PipelineError,
-    RankLostError,
-    OSError,
-    ValueError,
-)
-
-LEAST_WITH_LADDER = 2
-FEW = (
-    "few samplings: each is judged by masks that earlier ones ordered; with fewer than {} a plan predicts no "
-    "signal-to-noise"
-)
-
 EPILOG = """\b
 Examples:
   calibatt-calibrate -o stats/
@@ -70,74 +24,9 @@ Examples:
 How to get cheaper: fewer --samples (8 are good, 4 are usable), fewer --steps than you will sample with later (a plan
 is keyed by denoising time, so a schedule of 15 steps serves one of 50), fewer --times.
 
-Exit codes: 0 all is measured; 1 stopped, run it again to continue; 2 the call, the model or the store is wrong.
+Exit codes: 0 all is measured; 2 the call, the model or the store is wrong, or a rank failed; 3 all is measured, not
+all could be shown; 130 interrupted, run it again to continue.
 """
-
-
-def open_store(path: Path, manifest: Manifest, ranks: Ranks) -> StoreWriter:
-    """The one store that all ranks write, each its own samplings.
-
-    Raises:
-        StoreError: It cannot be continued with this manifest, or another job has it open.
-        RankLostError: A rank has failed.
-    """
-    writer = StoreWriter.open(path, manifest) if ranks.is_first else None
-    ranks.wait()
-    return writer or StoreWriter.join(path, manifest)
-
-
-def outstanding(writer: StoreWriter, work: Work, ranks: Ranks, console: Console) -> Work:
-    """What this rank measures: its part of the samplings that are not finished.
-
-    Raises:
-        RankLostError: A rank has failed.
-    """
-    begun = sorted(path.name for path in (writer.path / "progress").iterdir())
-    done, begun = ranks.from_first((writer.done(), begun))  # all must divide the same work
-    todo = [each for each in work if sampling_name(*each) not in done]
-    for name in set(begun) & set(done) if ranks.is_first else ():
-        writer.drop_progress(name)  # a job that was killed after the last write
-    begun = [name for name in begun if name not in done]
-    if len(todo) < len(work):
-        console.print(f"{len(work) - len(todo)} of {len(work)} samplings are done: skipped")
-    for name in begun:
-        again = any(sampling_name(*each) == name for each in todo)
-        fate = "goes on where it stopped" if again else "left aside: not among these prompts"
-        console.print(f"sampling {name} was interrupted: {fate}")
-    return ranks.share(todo)
-
-
-def costs(calibrator: Calibrator, samplings: int, ranks: int, trial: estimate.Trial | None) -> str:
-    """The table that is shown before any work of so many samplings by so many ranks."""
-    sampler, manifest = calibrator.sampler, calibrator.manifest
-    model, grid, device = manifest.model, manifest.grid, device_of(sampler)
-    forwards, pulled = estimate.forwards_of(calibrator)
-    latent = grid.tokens * 256  # patches of 1 x 2 x 2 with 16 channels in float32
-    disk = estimate.disk_bytes(manifest, samplings, forwards, calibrator.vectors, latent)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    rows = [
-        ("model", f"{model.architecture}, {model.layers} layers x {model.heads} heads x {model.head_dim}"),
-        (
-            "tokens",
-            f"{grid.tokens:,}: {grid.frames} x {grid.height} x {grid.width}, blocks of {manifest.blocks.block_q}",
-        ),
-        (
-            "samplings",
-            f"{samplings} of {len(sampler.times)} steps, {forwards} forwards; {len(manifest.times)} times measured",
-        ),
-        ("differentiated", f"{samplings * pulled} forwards, {calibrator.vectors} random vectors each"),
-        ("device", where),
-        ("disk", f"{disk.finished / estimate.GB:.2f} GB when finished, {disk.peak / estimate.GB:.2f} GB at most"),
-    ]
-    if trial is not None:
-        hours = trial.hours(forwards, pulled, -(-samplings // ranks))
-        seconds = f"{trial.forward_seconds:.2f} s a forward, {trial.pull_seconds:.2f} s to differentiate it"
-        rows.append(("time", f"{hours:.2f} hours ({seconds}; attention by {trial.kernels})"))
-        if trial.peak_bytes:
-            kept = "the CPU" if calibrator.transformer.inputs_on_cpu else "the device"
-            rows.append(("device memory", f"{trial.peak_bytes / estimate.GB:.1f} GB, inputs of blocks on {kept}"))
-    rows.append(("to get cheaper", "fewer --samples, --steps or --times; --help says what that costs"))
-    return estimate.table(rows)
 
 
 @click.command(name=NAME, epilog=EPILOG)
@@ -168,6 +57,7 @@ def costs(calibrator: Calibrator, samplings: int, ranks: int, trial: estimate.Tr
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one.")
 @click.option("--dry-run", is_flag=True, help="Time two steps, say what all will cost, and stop.")
+@one_line(NAME)
 def main(
     model: str,
     prompts: Path | None,
@@ -201,93 +91,25 @@ def main(
     Started by torchrun, every process has a GPU and samples its part of the prompts; all write one store, and where one
     fails all end.
     """
-    ranks = Ranks.of_environment()
-    console = Console(stderr=True, quiet=not ranks.is_first)
-    try:
-        work = plan_work(model, prompts, samples, seed)
-        sampler = make_sampler(model, steps, ranks.own_device(pick_device(device)))
-        if images is not None:
-            with_images(sampler, read_images(images, [prompt for prompt, _ in work]))
-        sampler.check([prompt for prompt, _ in work])
-        size = None if block_size is None else int(block_size)
-        manifest = make_manifest(
-            sampler, block_size=size, times=times, every=every, thresholds=_numbers("--thresholds", thresholds)
-        )
-        check_sampler(sampler)
-        vectors = vectors or default_vectors(sampler.grid, device_of(sampler))
-        begun = time.perf_counter()
-        if dry_run and not ranks.is_first:
-            return
-        with (
-            tempfile.TemporaryDirectory() as scratch,
-            nullcontext() if dry_run else ranks,
-            open_store(Path(scratch), manifest, Ranks()) if dry_run else open_store(output, manifest, ranks) as writer,
-        ):
-            todo = work if dry_run else outstanding(writer, work, ranks, console)
-            calibrator = Calibrator(sampler, writer, vectors=vectors)
-            calibrator.keep_inputs(on_cpu=estimate.wants_cpu(calibrator) if inputs_on_cpu is None else inputs_on_cpu)
-            large = sampler.grid.tokens > SMALL_TOKENS
-            trial = estimate.trial(calibrator, *work[0]) if dry_run or (todo and large) else None
-            samplings = len(todo) if dry_run else ranks.total(len(todo))
-            told = costs(calibrator, samplings, ranks.count, trial)
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
-            if writer.done() == () and samplings < ranks.count + LEAST_WITH_LADDER:
-                console.print(
-                    FEW.format(ranks.count + LEAST_WITH_LADDER), highlight=False, markup=False, soft_wrap=True
-                )
-            if dry_run:
-                return
-            forwards, pulled = estimate.forwards_of(calibrator)
-            total = len(todo) * (forwards + pulled * BACKWARD_COST)
-            with progress_of(NAME, total, console, quiet=not ranks.is_first) as shown_progress:
-                calibrator.on_progress = shown_progress.advance
-                for prompt, number in todo:
-                    calibrator.calibrate(prompt, number, steps=len(sampler.times))
-            measured = ranks.total(len(todo))
-            if ranks.is_first:
-                writer.close_units()
-        if ranks.is_first:
-            click.echo(_summary(output, measured, time.perf_counter() - begun, device_of(sampler)))
-    except torch.cuda.OutOfMemoryError:
-        _fail(
-            MemoryError(
-                "device memory must suffice, got too little; --inputs-on-cpu takes less, so does offloading "
-                "(enable_model_cpu_offload, group offloading) or a smaller video"
-            ),
-            ranks,
-        )
-    except ERRORS as error:
-        _fail(error, ranks)
+    from calibatt.tools.calibrate.command import run  # torch, which --help does without
 
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...]:
-    if text is None:
-        return ()
-    try:
-        return tuple(sorted(map(float, text.split(","))))
-    except ValueError:
-        raise ValueError(f"{option} must be numbers joined by commas, got {text!r}") from None
-
-
-def _summary(path: Path, measured: int, seconds: float, device: torch.device) -> str:
-    store = Store.open(path)
-    size = store.size_bytes / 2**20
-    lines = [f"{path}: {len(store.samplings)} samplings, {size:.1f} MiB; {measured} measured now, {seconds:.1f} s"]
-    if device.type == "cuda":
-        lines.append(f"peak device memory {torch.cuda.max_memory_allocated(device) / estimate.GB:.1f} GB")
-    levels = store.table().time_level
-    lines.append(
-        "squared effects of single blocks, from clean to noise: " + " ".join(f"{value:.2g}" for value in levels)
+    run(
+        model=model,
+        prompts=prompts,
+        images=images,
+        output=output,
+        samples=samples,
+        seed=seed,
+        steps=steps,
+        times=times,
+        every=every,
+        vectors=vectors,
+        block_size=block_size,
+        thresholds=thresholds,
+        inputs_on_cpu=inputs_on_cpu,
+        device=device,
+        dry_run=dry_run,
     )
-    return "\n".join(lines)
-
-
-def _fail(error: Exception, ranks: Ranks) -> NoReturn:
-    """One line for the user, exit code 2."""
-    told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    who = f"{NAME}: rank {ranks.rank}" if ranks.count > 1 else NAME
-    click.echo(f"{who}: {' '.join(told.split())}", err=True)
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":

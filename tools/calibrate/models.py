@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from calibatt.tools.calibrate.sampler import Sampler
+if TYPE_CHECKING:  # help texts are shown where there is no torch
+    from calibatt.tools.calibrate.sampler import Sampler
 
+DEFAULT_SAMPLES = 8
+MOST_TIMES = 15
+"""Steps that are measured by default; plans are keyed by time, so a finer schedule may follow them."""
+SMALL_TOKENS = 8192
+"""Up to here blocks of 64 tokens pay, and several random vectors for each sampling cost little on a GPU."""
+FIRST_SEED = 5000
+"""Of the first held-out video; one more for each."""
 PROMPTS_FILE = Path(__file__).with_name("prompts.txt")
 """Prompts to calibrate on where the user has none: people, animals, places, motion of things and of the camera."""
 MODEL_HELP = "demo, or MODULE:FUNCTION; FUNCTION(steps, device) returns a Sampler, for example a PipelineSampler."
@@ -52,13 +62,22 @@ def make_sampler(model: str, steps: int | None, device: str) -> Sampler:
         sys.path.insert(0, "")
     try:
         function = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--model {model} must be a function that can be imported, got {error}") from error
-    sampler = function(steps, device)
+    except Exception as error:
+        raise ValueError(f"--model {model} must be a function that can be imported, got {_where(error)}") from error
+    try:
+        sampler = function(steps, device)
+    except Exception as error:
+        raise ValueError(f"--model {model} must return a Sampler, got {_where(error)}") from error
     if lacking := [part for part in ("transformer", "grid", "times", "versions", "run") if not hasattr(sampler, part)]:
         kind = type(sampler).__name__
         raise ValueError(f"--model {model} must return a Sampler, got {kind} without {', '.join(lacking)}")
     return sampler
+
+
+def _where(error: Exception) -> str:
+    """An error of code that is not ours, and where it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {error} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
 def default_prompts() -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +12,19 @@ import torch
 
 from calibatt.compiler.stats import Manifest, default_windows
 from calibatt.plans import Blocks, TokenGrid
-from calibatt.runtime.adapters import Adapter, adapter_for
+from calibatt.runtime.adapters import Adapter, UnknownModelError, adapter_for
 from calibatt.tools.calibrate.calibration import CalibrationError
-from calibatt.tools.calibrate.checks import check_gradients, check_model
-from calibatt.tools.calibrate.models import PROMPTS, default_prompts
+from calibatt.tools.calibrate.chain import ChainError
+from calibatt.tools.calibrate.checks import CheckError, check_gradients, check_model
+from calibatt.tools.calibrate.models import DEFAULT_SAMPLES, MOST_TIMES, PROMPTS, SMALL_TOKENS, default_prompts
+from calibatt.tools.calibrate.pipeline import PipelineError
 from calibatt.tools.calibrate.sampler import Sampler
 
-DEFAULT_SAMPLES = 8
-MOST_TIMES = 15
-"""Steps that are measured by default; plans are keyed by time, so a finer schedule may follow them."""
-SMALL_TOKENS = 8192
-"""Up to here blocks of 64 tokens pay, and several random vectors for each sampling cost little on a GPU."""
 SMALL_VECTORS = 8
 ROW_RADIUS, FRAME_RADIUS = 3, 4
+
+MODEL_ERRORS = (UnknownModelError, CalibrationError, ChainError, CheckError, PipelineError, ValueError)
+"""What a user's model or call may be wrong about."""
 
 Work = list[tuple[str, int]]
 """Prompts and their seeds."""
@@ -113,6 +115,15 @@ def check_sampler(sampler: Sampler, adapter: Adapter | None = None) -> None:
         check_model(model)
         row = (adapter or adapter_of(sampler)) if model is sampler.transformer else adapter_for(model)
         check_gradients(model, row)
+
+
+@contextmanager
+def device_memory(hint: str) -> Iterator[None]:
+    """Also a decorator: says in one line that the device has too little memory, and what takes less."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise MemoryError(f"device memory must suffice, got too little; {hint}") from None
 
 
 def device_of(sampler: Sampler) -> torch.device:

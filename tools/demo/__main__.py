@@ -9,16 +9,14 @@ import sys
 from pathlib import Path
 
 import click
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from calibatt.plans import PlanFile
-from calibatt.runtime import load_plan
-from calibatt.tools.demo import measure, report
-from calibatt.tools.demo.model import DemoModel, times
-from calibatt.tools.evaluate.harness import FIRST_SEED, executed_density
+from calibatt.plans.command import one_line
+from calibatt.tools.calibrate.models import FIRST_SEED
 
+NAME = "calibatt-demo"
 console = Console()
 
 
@@ -42,6 +40,7 @@ def _run(module: str, name: str, arguments: list[str]) -> None:
 @click.option("--calibration-prompts", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--held-out-prompts", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one.")
+@one_line(NAME)
 def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: str) -> None:
     """Calibrates a small video model, compiles a plan, attaches it and shows the difference.
 
@@ -52,6 +51,13 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: 
     3. prompts that were never calibrated on are generated dense and on the plan, from the same noise;
     4. everything is shown in OUTPUT/report.html, one file that needs nothing else.
     """
+    import torch  # which --help does without
+
+    from calibatt.runtime import load_plan
+    from calibatt.tools.demo import measure, report
+    from calibatt.tools.demo.model import DemoModel, times
+    from calibatt.tools.evaluate.harness import executed_density
+
     output.mkdir(parents=True, exist_ok=True)
     stats, path = output / "stats", output / "demo.plan"
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -93,4 +99,4 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: 
 
 
 if __name__ == "__main__":
-    main(prog_name="calibatt-demo")
+    main(prog_name=NAME)

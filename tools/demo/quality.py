@@ -20,11 +20,13 @@ from rich.progress import track
 from torch import Tensor
 
 from calibatt.plans import Blocks, PlanError
+from calibatt.plans.files import write_text
 from calibatt.runtime import Plan, load_plan
 from calibatt.tools.calibrate.effects import block_statistics, keep_planes
+from calibatt.tools.calibrate.models import FIRST_SEED
 from calibatt.tools.demo import measure, world
 from calibatt.tools.demo.model import STEPS, DemoModel, generate, times
-from calibatt.tools.evaluate.harness import FIRST_SEED, attending, executed_density, typed, written_out
+from calibatt.tools.evaluate.harness import attending, executed_density, typed, written_out
 from calibatt.tools.evaluate.metrics import psnr_db, summarise
 
 FLOOR_PROMPTS = 8
@@ -121,7 +123,7 @@ def main(plan: Path, prompts: int, device: str, output: Path) -> None:
     }
     found = judge(model, found_plan, prompts)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({**about, **found}, indent=1) + "\n")
+    write_text(output, json.dumps({**about, **found}, indent=1) + "\n")
     click.echo(f"density {found['executed_density']}, {found['psnr_db']} dB, floor {found['floor_db']} dB: {output}")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from calibatt.plans import PlanFile
+from calibatt.plans.files import write_text
 from calibatt.tools.demo.measure import Pair
 from calibatt.tools.evaluate.pictures import DIFFERENCE_GAIN, drawn, embedded, side_by_side
 from calibatt.tools.inspect_plan.drawing import mask_figure, overview_figure
@@ -73,4 +74,4 @@ def write_report(path: Path, plan: PlanFile, plan_name: str, pairs: list[Pair], 
         command=html.escape(facts["command"]),
         date=html.escape(facts["date"]),
     )
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)

@@ -26,6 +26,7 @@ import torch
 from rich.progress import track
 
 from calibatt.compiler.stats import Store
+from calibatt.plans.files import write_text
 from calibatt.runtime import Plan, load_plan
 from calibatt.tools.demo import measure
 from calibatt.tools.demo.model import DemoModel, generate, times
@@ -129,7 +130,7 @@ def main(
         "ours": ours,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(output, json.dumps(result, indent=1) + "\n")
     click.echo(json.dumps(result["compared"], indent=1))
 
 

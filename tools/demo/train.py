@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from calibatt.plans.files import whole_file, write_text
 from calibatt.tools.demo import world
 from calibatt.tools.demo.model import DemoModel, generate
 
@@ -94,7 +95,8 @@ def draw_loss(record: dict, path: Path) -> None:
     axes.set_title(f"Training of the demo model: {record['seconds']:.0f} s on one {record['device']}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120, facecolor="white", format="png")
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=120, facecolor="white", format="png")
 
 
 def check(model: DemoModel, count: int, steps: int) -> dict[str, float]:
@@ -187,12 +189,12 @@ def main(seconds: float, part_seconds: float, checkpoint: Path | None, output: P
     record = {"seed": seed, "seconds": seconds, "steps": step, "videos": seen, "device": name}
     record |= {"torch": torch.__version__, "checks": checks, "loss": curve}
     record["loss_columns"] = ["seconds", "step", "frames", "mean velocity error"]
-    (output / "train.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_text(output / "train.json", json.dumps(record, indent=1) + "\n")
     draw_loss(record, output / "loss.png")
     scenes = world.scenes(8, torch.Generator().manual_seed(78), test=True)
     prompts = [world.sentence(scene) for scene in scenes]
     sheet(generate(final, prompts, list(range(100, 108))), output / "samples.png")
-    (output / "samples.txt").write_text("\n".join(prompts) + "\n")
+    write_text(output / "samples.txt", "\n".join(prompts) + "\n")
 
 
 if __name__ == "__main__":

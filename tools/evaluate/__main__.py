@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
-import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 import click
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from calibatt.plans import PlanError, PlanFile
-from calibatt.runtime import Plan, UnknownModelError
-from calibatt.tools.calibrate.calibration import CalibrationError
-from calibatt.tools.calibrate.chain import ChainError
-from calibatt.tools.calibrate.checks import CheckError
-from calibatt.tools.calibrate.models import MODEL_HELP, make_sampler
-from calibatt.tools.calibrate.pipeline import PipelineError
-from calibatt.tools.calibrate.work import check_sampler, pick_device, read_prompts, spread
-from calibatt.tools.evaluate import effects, evaluation, gate
-from calibatt.tools.evaluate.evaluation import Candidate, Cells, EvaluationError, Work
-from calibatt.tools.evaluate.harness import FIRST_SEED, about
-from calibatt.tools.evaluate.metrics import ALWAYS, LATENT, LPIPS, Metric, lpips_metric
-from calibatt.tools.evaluate.report import number, predicted, write_page
+from calibatt.plans.command import one_line
+from calibatt.tools.calibrate.models import FIRST_SEED, MODEL_HELP
 
-VECTORS = 4
-"""Random vectors of the final latent, on which heads are measured."""
-QUICK_PROMPTS = 2
-QUICK_TIMES = 4
-DRIFT_RATIO = 3.0
-"""`--quick`: from this many times the promised squared effect on, a plan does not fit its model any more."""
-
-console = Console(stderr=True)
+NAME = "calibatt-evaluate"
 
 
 @click.command(
-    epilog="Exit codes: 0 all is well; 1 a requirement does not hold, or a plan has drifted; 2 a wrong call."
+    epilog="Exit codes: 0 all is well; 1 a requirement does not hold, or a plan has drifted; 2 the call, a plan or the "
+    "model is wrong; 3 not all could be shown; 130 interrupted, run it again to continue."
 )
 @click.option("--model", default="demo", show_default=True, help=MODEL_HELP)
 @click.option("--plan", "paths", type=click.Path(path_type=Path), multiple=True, required=True, help="May be repeated.")
@@ -66,6 +39,7 @@ console = Console(stderr=True)
     is_flag=True,
     help="Only: does a plan still fit the model? A few times of one or two samplings.",
 )
+@one_line(NAME)
 def main(
     model: str,
     paths: tuple[Path, ...],
@@ -97,206 +71,24 @@ def main(
     *broken* if that is ten times what calibration promised, and what is beyond that at least 2 % of the whole plan's.
     --quick measures the same on few times: a LoRA or a distilled model may need a plan of its own.
     """
-    try:
-        if not quick and output is None:
-            raise EvaluationError("-o must name the folder of the report (only --quick does without), got none")
-        if quick and (require or stamp):
-            raise EvaluationError(
-                "--quick must come without --require and --stamp: it measures too little for a verdict"
-            )
-        requirements = gate.parse_requirements(require) if require else ()
-        candidates = [Candidate(str(path), Plan(PlanFile.read(path))) for path in paths]
-        lines = read_prompts(prompts)
-        work = [(p, first_seed + i) for i, p in enumerate(p for p in lines for _ in range(seeds))]
-        evaluation.check_held_out(candidates, work)
-        sampler = make_sampler(model, steps, pick_device(device))
-        sampler.check(lines)
-        if quick or head_prompts:
-            check_sampler(sampler)
-        if quick:
-            sys.exit(_quick(sampler, candidates, work[:QUICK_PROMPTS]))
-        assert output is not None
-        metrics, absent = _metrics(sampler)
-        cells = Cells(output / "cells", evaluation.settings_of(sampler, metrics))
-        heads_work = work[:head_prompts]
-        with _progress() as progress:
-            task = progress.add_task("videos", total=len(work))
-            evaluation.measure_videos(
-                sampler, candidates, work, metrics, floor_prompts, cells, lambda: progress.advance(task)
-            )
-            task_heads = progress.add_task("heads", total=len(heads_work))
-            done, times = lambda: progress.advance(task_heads), sorted(sampler.times)
-            evaluation.measure_heads(sampler, candidates, heads_work, cells, done, vectors=VECTORS, times=times)
-        result = _result(sampler, candidates, work, heads_work, metrics, absent, cells, requirements, floor_prompts)
-        (output / "report.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-        animations = {(c.key, p, s): cells.path(c.key, p, s, "png") for c in candidates for p, s in work}
-        write_page(output / "report.html", result, metrics, animations)
-        _show(result, metrics)
-        if stamp:
-            for candidate, path, found in zip(candidates, paths, result["plans"], strict=True):
-                gate.stamp(path, candidate.plan.file, _stamped(result, found))
-        click.echo(f"{output / 'report.html'}")
-    except (
-        EvaluationError,
-        gate.RequirementError,
-        PlanError,
-        UnknownModelError,
-        CalibrationError,
-        ChainError,
-        CheckError,
-        PipelineError,
-        OSError,
-        ValueError,
-    ) as e:
-        _fail(e)
-    except torch.cuda.OutOfMemoryError:
-        _fail(
-            MemoryError("device memory must suffice, got too little; --head-prompts 0 takes less, so does offloading")
-        )
-    if not all(plan["verdict"]["passed"] for plan in result["plans"]):
-        sys.exit(1)
+    from calibatt.tools.evaluate.command import run  # torch, which --help does without
 
-
-def _metrics(sampler: Any) -> tuple[tuple[Metric, ...], dict[str, str]]:
-    """The metrics there are, and why others are not available."""
-    try:
-        getattr(sampler, "check_decode", lambda: None)()
-    except PipelineError as error:
-        return (LATENT,), {"videos": f"judged on final latents alone: {error}"}
-    perceptual = lpips_metric()
-    found = (LATENT, *ALWAYS)
-    return ((*found, perceptual), {}) if isinstance(perceptual, Metric) else (found, {LPIPS: perceptual})
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
-
-
-def _result(
-    sampler: Any,
-    candidates: Sequence[Candidate],
-    work: Work,
-    heads_work: Work,
-    metrics: Sequence[Metric],
-    absent: dict[str, str],
-    cells: Cells,
-    requirements: Sequence[gate.Requirement],
-    floor_prompts: int,
-) -> dict[str, Any]:
-    """What ``report.json`` holds: all but `about` is the same for the same call."""
-    plans = []
-    for candidate in candidates:
-        found = evaluation.plan_findings(sampler, candidate, work, metrics, cells)
-        heads = evaluation.head_findings(sampler, candidate, heads_work, cells) if heads_work else {}
-        found["heads"] = heads
-        found["verdict"] = gate.verdict(requirements, found["metrics"], heads)
-        if plans:
-            found["difference_from_first"] = {m.name: evaluation.paired(plans[0], found, m) for m in metrics}
-        plans.append(found)
-    settings = json.loads((cells.folder / "settings.json").read_text("utf-8"))
-    return {
-        "about": about("calibatt-evaluate", sampler),
-        "settings": settings,
-        "floor": evaluation.floor_findings(work[:floor_prompts], metrics, cells),
-        "not_available": absent,
-        "plans": plans,
-    }
-
-
-def _stamped(result: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
-    """The verdict with its provenance, as `gate.stamp` writes it."""
-    metrics = {
-        name: {key: round(found[key], 4) for key in ("mean", "standard_error", "worst")}
-        for name, found in plan["metrics"].items()
-    }
-    checks = [f"{check['requirement']} ({number(check['value'])})" for check in plan["verdict"]["checks"]]
-    passed = ("passed" if plan["verdict"]["passed"] else "FAILED") if checks else "nothing was required"
-    about = result["about"]
-    return {
-        "verdict": f"{passed}: {', '.join(checks)}" if checks else passed,
-        "metrics": metrics,
-        "videos": len(plan["by_prompt"]),
-        "executes": plan["executes"],
-        "on": f"{about['device']}, {about['versions']}, {about['date']}",
-        "weights": result["settings"]["versions"].get("weights", "not digested"),
-    }
-
-
-def _show(result: dict[str, Any], metrics: Sequence[Metric]) -> None:
-    table = Table()
-    table.add_column("plan", overflow="fold")
-    columns = (*(m.name for m in metrics), "worst " + metrics[0].name, "effect / promised", "verdict")
-    for name in ("density", "predicted latent", *columns):
-        table.add_column(name, justify="right")
-    for plan in result["plans"]:
-        cells = [
-            f"{number(plan['metrics'][m.name]['mean'])} ± {number(plan['metrics'][m.name]['standard_error'])}"
-            for m in metrics
-        ]
-        ratio = plan["heads"].get("ratio")
-        verdict = ("passed" if plan["verdict"]["passed"] else "FAILED") if plan["verdict"]["checks"] else ""
-        worst = number(plan["metrics"][metrics[0].name]["worst"])
-        start = plan["plan"], f"{plan['density']:.3f}", predicted(plan)
-        table.add_row(*start, *cells, worst, number(ratio) if ratio else "", verdict)
-    if result["floor"]:
-        cells = [number(result["floor"][m.name]["mean"]) for m in metrics]
-        table.add_row(
-            "floor: two exact kernels", "1", "", *cells, number(result["floor"][metrics[0].name]["worst"]), "", ""
-        )
-    out = Console(width=None if console.is_terminal else 160)
-    out.print(table)
-    for name, why in result["not_available"].items():
-        click.echo(f"{name}: {why}")
-    for plan in result["plans"]:
-        for row in plan["heads"].get("broken", ()):
-            click.echo(f"{plan['plan']}: {_named(row)}")
-
-
-def _named(row: dict[str, Any]) -> str:
-    return (
-        f"broken: layer {row['layer']}, head {row['head']} at time {row['time']:.3f}: squared effect "
-        f"{row['effect']:.2e}, {row['ratio']:.0f} times the promised {row['promised']:.2e}"
+    run(
+        model=model,
+        paths=paths,
+        prompts=prompts,
+        seeds=seeds,
+        first_seed=first_seed,
+        steps=steps,
+        head_prompts=head_prompts,
+        floor_prompts=floor_prompts,
+        device=device,
+        output=output,
+        require=require,
+        stamp=stamp,
+        quick=quick,
     )
 
 
-def _quick(sampler: Any, candidates: Sequence[Candidate], work: Work) -> int:
-    """The drift check; 1 if a plan does not fit."""
-    drifted = 0
-    with tempfile.TemporaryDirectory() as folder:
-        cells = Cells(Path(folder), {})
-        for candidate in candidates:
-            file = candidate.plan.file
-            segments = effects.visited(file, sampler.times)
-            some = {segments[index] for index in spread(len(segments), QUICK_TIMES)}
-            times = sorted(now for now in sampler.times if file.segment_index(now) in some)
-            evaluation.measure_heads(sampler, [candidate], work, cells, lambda: None, vectors=VECTORS, times=times)
-            found = evaluation.head_findings(sampler, candidate, work, cells)
-            if "ratio" not in found:
-                raise EvaluationError(
-                    f"{candidate.name} must state what calibration promised (predicted.head_price), got nothing: "
-                    "compile it again"
-                )
-            fits = found["ratio"] <= DRIFT_RATIO
-            drifted += not fits
-            promise = file.predicted.get("latent_db")
-            told = ""
-            if promise:
-                now = promise["mean"] - 10 * math.log10(found["ratio"])
-                told = f"predicted latent SNR {now:.1f} dB on this model, {promise['mean']:.1f} dB promised; "
-            click.echo(
-                f"{candidate.name}: {'fits' if fits else 'HAS DRIFTED'}: {told}squared effect {found['ratio']:.2f} "
-                f"times what was promised (at most {DRIFT_RATIO:g}); {found['heads_measured']} heads at {len(times)} "
-                f"of {len(sampler.times)} times, {len(work)} prompts"
-            )
-    return int(drifted > 0)
-
-
-def _fail(error: Exception) -> NoReturn:
-    """One line for the user, exit code 2."""
-    click.echo(f"calibatt-evaluate: {' '.join(str(error).split())}", err=True)
-    raise SystemExit(2)
-
-
 if __name__ == "__main__":
-    main(prog_name="calibatt-evaluate")
+    main(prog_name=NAME)

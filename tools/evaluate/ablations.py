@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 
 from calibatt.compiler.stats import Store
+from calibatt.plans.files import write_text
 from calibatt.tools.calibrate.effects import ladder
 from calibatt.tools.calibrate.models import MODEL_HELP
 from calibatt.tools.evaluate.bench import Kept, Rule
@@ -164,7 +165,7 @@ def main(
             quality = mean_and_error(row["psnr"])
             seconds_now = time.perf_counter() - began
             console.print(f"{seconds_now:6.1f} s  {name} @{target:g}: {quality['mean']:.2f} dB", markup=False)
-            output.write_text(json.dumps(result) + "\n", "utf-8")
+            write_text(output, json.dumps(result) + "\n")
 
     output.parent.mkdir(parents=True, exist_ok=True)
     for index, path in enumerate(stores):
@@ -180,9 +181,9 @@ def main(
                     judge(study, name, make)
         else:
             judge(study, difference(Store.open(stores[0]), study.store), study.compiled)
-    output.write_text(json.dumps(result) + "\n", "utf-8")
+    write_text(output, json.dumps(result) + "\n")
     if markdown is not None:
-        markdown.write_text(table(result), "utf-8")
+        write_text(markdown, table(result))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from calibatt.plans import PlanFile
+from calibatt.plans.files import whole_file, write_text
 from calibatt.plans.schedule import ARRAYS
 from calibatt.runtime import Plan
 from calibatt.runtime.adapters import adapter_for
@@ -84,7 +84,7 @@ class Cells:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "settings.json"
         if path.exists():
-            found = json.loads(path.read_text("utf-8"))
+            found = _read(path)
             wrong = sorted(name for name in {*found, *settings} if found.get(name) != settings.get(name))
             if wrong:
                 name = wrong[0]
@@ -93,25 +93,51 @@ class Cells:
                     f"{found.get(name)!r}: give another folder"
                 )
         else:
-            _write(path, json.dumps(settings, indent=1).encode())
+            write_text(path, json.dumps(settings, indent=1))
 
     def path(self, key: str, prompt: str, seed: int, ending: str = "json") -> Path:
         return self.folder / key / f"{sampling_name(prompt, seed)}.{ending}"
 
-    def get(self, path: Path) -> dict[str, Any] | None:
-        """What a cell says, or None where nothing has been measured."""
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
+    def get(self, path: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, Any] | None:
+        """What a cell says, or None where nothing has been measured.
+
+        Args:
+            path: The cell.
+            shapes: What it holds: finite numbers by name, () for one, else lists of lists of so many; None: any number.
+
+        Raises:
+            EvaluationError: It holds something else.
+        """
+        if not path.exists():
+            return None
+        found = _read(path)
+        for name, shape in shapes.items():
+            try:
+                array = np.array(found[name], np.float64)
+            except (KeyError, TypeError, ValueError):
+                array = np.array(np.nan)
+            right = array.ndim == len(shape) and np.isfinite(array).all()
+            if not right or any(want not in (None, size) for want, size in zip(shape, array.shape, strict=True)):
+                raise EvaluationError(f"{path} must hold {name} as it was measured, got something else: {REMOVE}")
+        return found
 
     def put(self, path: Path, value: dict[str, Any]) -> None:
-        _write(path, json.dumps(value).encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(value))
 
 
-def _write(path: Path, data: bytes) -> None:
-    """A whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+REMOVE = "remove the file, and it is measured again"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A map that was written as JSON."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError(f"{path} must be JSON, got {error}: {REMOVE}") from None
+    if not isinstance(found, dict):
+        raise EvaluationError(f"{path} must hold a map, got {type(found).__name__}: {REMOVE}")
+    return found
 
 
 def settings_of(sampler: Sampler, metrics: Sequence[Metric]) -> dict[str, Any]:
@@ -135,7 +161,8 @@ def check_held_out(candidates: Sequence[Candidate], work: Work) -> None:
         EvaluationError: One was; names plan and prompt.
     """
     for candidate in candidates:
-        calibrated = {str(name).split("-")[0] for name in candidate.plan.file.provenance.get("samples", ())}
+        samples = candidate.plan.file.provenance.get("samples")
+        calibrated = {str(name).split("-")[0] for name in samples} if isinstance(samples, list) else set()
         for prompt, seed in work:
             if sampling_name(prompt, seed).split("-")[0] in calibrated:
                 raise EvaluationError(
@@ -176,7 +203,10 @@ def measure_videos(
                 video = sampler.decode(latent)
                 found |= {metric.name: float(metric.measure(video, shown)[0]) for metric in videos}
                 if candidate:
-                    _write(cells.path(key, prompt, seed, "png"), side_by_side(shown[0], video[0]))
+                    picture = cells.path(key, prompt, seed, "png")
+                    picture.parent.mkdir(parents=True, exist_ok=True)
+                    with whole_file(picture) as file:
+                        file.write(side_by_side(shown[0], video[0]))
             cells.put(cells.path(key, prompt, seed), found)
         done()
 
@@ -217,7 +247,9 @@ def head_findings(sampler: Sampler, candidate: Candidate, work: Work, cells: Cel
     A head's *share* is the part of the plan's whole squared effect that is this head's beyond its promise. With no
     promise in the plan, heads are ranked by their effect alone, and none is called broken.
     """
-    cell = [cells.get(_heads_path(cells, candidate, prompt, seed)) or {} for prompt, seed in work]
+    model = candidate.plan.signature
+    shapes = {"times": (None,), "effects": (None, None, model.layers, model.heads)}
+    cell = [cells.get(_heads_path(cells, candidate, prompt, seed), shapes) or {} for prompt, seed in work]
     times, signed = cell[0]["times"], np.array([each["effects"] for each in cell])
     file = candidate.plan.file
     known = effects.visited(file, times)
@@ -268,7 +300,8 @@ def plan_findings(
     sampler: Sampler, candidate: Candidate, work: Work, metrics: Sequence[Metric], cells: Cells
 ) -> dict[str, Any]:
     """What was measured of a plan's videos: plain values."""
-    by_prompt = [{"prompt": p, "seed": s, **(cells.get(cells.path(candidate.key, p, s)) or {})} for p, s in work]
+    of = {metric.name: () for metric in metrics}
+    by_prompt = [{"prompt": p, "seed": s, **(cells.get(cells.path(candidate.key, p, s), of) or {})} for p, s in work]
     return {
         "plan": candidate.name,
         "digest": candidate.plan.file.digest,
@@ -283,7 +316,8 @@ def plan_findings(
 
 def floor_findings(work: Work, metrics: Sequence[Metric], cells: Cells) -> dict[str, Any]:
     """What was measured between two exact kernels: plain values; empty if nothing was."""
-    found = [cell for p, s in work if (cell := cells.get(cells.path("floor", p, s)))]
+    of = {metric.name: () for metric in metrics}
+    found = [cell for p, s in work if (cell := cells.get(cells.path("floor", p, s), of))]
     return {m.name: _summary([cell[m.name] for cell in found], m) for m in metrics} if found else {}
 
 

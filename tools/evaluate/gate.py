@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from calibatt.plans import PlanFile, write_plan
+from calibatt.tools.evaluate.evaluation import Candidate
+from calibatt.tools.evaluate.metrics import Metric
 from calibatt.tools.inspect_plan.summary import EVALUATION
 
 _REQUIREMENT = re.compile(r"\s*([a-z]+)(?:\.([a-z]+))?\s*(>=|<=)\s*([-+0-9.eE]+)\s*")
@@ -37,18 +39,11 @@ class Requirement:
         return f"{self.name}{statistic}{self.relation}{self.limit:g}"
 
     def value(self, metrics: Mapping[str, Any], heads: Mapping[str, Any]) -> float:
-        """The number that it is about.
-
-        Raises:
-            RequirementError: It was not measured.
-        """
+        """The number that it is about; see `check_names`."""
         if self.name == "broken" and "broken" in heads:
             return float(len(heads["broken"]))
         if self.name in HEADS and self.name in heads:
             return float(heads[self.name])
-        if self.name not in metrics:
-            known = ", ".join([*metrics, *(name for name in HEADS if name in heads)])
-            raise RequirementError(f"--require must name what was measured ({known}), got {self.name!r}")
         return float(metrics[self.name][self.statistic])
 
     def holds(self, value: float) -> bool:
@@ -75,14 +70,33 @@ def parse_requirements(text: str) -> tuple[Requirement, ...]:
     return tuple(found)
 
 
+def check_names(
+    requirements: Sequence[Requirement], metrics: Sequence[Metric], candidates: Sequence[Candidate], heads: bool
+) -> None:
+    """Refuses, before anything is measured, requirements of what will not be.
+
+    Args:
+        requirements: What must hold.
+        metrics: What is measured of videos.
+        candidates: The plans.
+        heads: Heads are measured.
+
+    Raises:
+        RequirementError: Names what there will be.
+    """
+    known = [metric.name for metric in metrics]
+    if heads:
+        promised = all("head_price" in each.plan.file.predicted for each in candidates)
+        known += ["broken", "ratio"] if promised else ["broken"]
+    for each in requirements:
+        if each.name not in known:
+            raise RequirementError(f"--require must name what is measured ({', '.join(known)}), got {each.name!r}")
+
+
 def verdict(
     requirements: Sequence[Requirement], metrics: Mapping[str, Any], heads: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Whether each requirement holds: plain values; ``passed`` is True where nothing is required.
-
-    Raises:
-        RequirementError: Something required was not measured.
-    """
+    """Whether each requirement holds: plain values; ``passed`` is True where nothing is required."""
     checks = []
     for each in requirements:
         value = each.value(metrics, heads)

@@ -27,10 +27,6 @@ CHUNK_SCORES = 1 << 24
 """Scores held at a time where attention is written out: 64 MiB in fp32."""
 
 
-FIRST_SEED = 5000
-"""Of the first held-out video; one more for each."""
-
-
 def typed(command: str) -> str:
     """The command with the arguments of this process; of absolute paths just the names, since folders are private."""
     return " ".join([command, *(Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:])])

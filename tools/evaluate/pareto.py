@@ -34,12 +34,13 @@ from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import DEFAULT_PASSES, parse_passes
 from calibatt.compiler.stats import Store, window_keep
+from calibatt.plans.files import whole_file, write_text
 from calibatt.runtime import Plan
-from calibatt.tools.calibrate.models import MODEL_HELP, make_sampler
+from calibatt.tools.calibrate.models import FIRST_SEED, MODEL_HELP, make_sampler
 from calibatt.tools.calibrate.work import pick_device, plan_work, read_prompts
 from calibatt.tools.evaluate import baselines, bench
 from calibatt.tools.evaluate.bench import Bench, BestOf, Exact, Kept, Measured, Moment, PerInput, Planned, Rule
-from calibatt.tools.evaluate.harness import FIRST_SEED, about
+from calibatt.tools.evaluate.harness import about
 from calibatt.tools.evaluate.masks import with_top
 
 DENSITIES = (0.2, 0.35, 0.5, 0.65)
@@ -326,7 +327,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         f"{result['prompts']} held-out prompts; {told['device']}, {told['versions']}, {told['date']}", fontsize=9
     )
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=150, facecolor="white")
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=150, facecolor="white", format="png")
 
 
 @click.command(help=__doc__)
@@ -392,7 +394,7 @@ def main(
             markup=False,
         )
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result) + "\n", "utf-8")
+        write_text(output, json.dumps(result) + "\n")
 
     judge("dense: block-sparse kernel", 1.0, lambda: study.uniform("random", 1.0))
     judge("dense: PyTorch", 1.0, Exact)
@@ -400,7 +402,7 @@ def main(
         for density in map(float, densities.split(",")):
             judge(name, density, lambda name=name, density=density: METHODS[name](study, density))
     result["difference_from_ours_db"] = summary(result["rows"])
-    output.write_text(json.dumps(result) + "\n", "utf-8")
+    write_text(output, json.dumps(result) + "\n")
     if figure is not None:
         draw(result, figure)
     console.print(f"{time.perf_counter() - began:.1f} s: {output}")

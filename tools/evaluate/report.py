@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calibatt.plans.files import write_text
 from calibatt.tools.evaluate.metrics import Metric
 from calibatt.tools.evaluate.pictures import DIFFERENCE_GAIN, embedded
 
@@ -39,7 +40,7 @@ def write_page(
         versions=html.escape(about["versions"]),
         date=html.escape(about["date"]),
     )
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:

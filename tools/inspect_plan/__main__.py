@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
 
 import click
 
-from calibatt.plans import PlanError, PlanFile
+from calibatt.plans import PlanFile
+from calibatt.plans.command import one_line
 from calibatt.tools.inspect_plan import compare, summary
 
 NAME = "calibatt-inspect"
 
 
-@click.command(name=NAME, epilog="Exit codes: 0 all is well; 2 the file is no good plan, or the call is wrong.")
+@click.command(
+    name=NAME,
+    epilog="Exit codes: 0 all is well; 2 the file is no good plan, or the call is wrong; 3 not all could be shown; "
+    "130 interrupted.",
+)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON instead.")
 @click.option("--layer", type=click.IntRange(0), help="Layer of the mask to draw, from 0.")
@@ -33,6 +36,7 @@ NAME = "calibatt-inspect"
     type=click.Path(path_type=Path),
     help="Draw the density of every head, layer and time into this file.",
 )
+@one_line(NAME)
 def main(
     file: Path,
     as_json: bool,
@@ -67,46 +71,39 @@ def main(
         raise click.UsageError("--layer, --head and --time say what --png draws, and there is no --png")
     if png is not None and (layer is None or head is None):
         raise click.UsageError("--png draws one mask and needs --layer and --head")
-    try:
-        plan = PlanFile.read(file)
-    except (PlanError, OSError) as error:
-        _fail(error)
+    time = 0.5 if time is None else time
+    if not 0 <= time <= 1:  # which click does not know of nan
+        raise click.UsageError(f"--time must be from 0 to 1, got {time}")
+    drawn = [path.resolve() for path in (png, overview_png) if path is not None]
+    read = [path.resolve() for path in (file, other) if path is not None]
+    if len(set(drawn)) < len(drawn) or set(drawn) & set(read):
+        raise click.UsageError("--png and --overview-png must name files of their own")
+    drawing = _drawing() if png is not None or overview_png is not None else None
+    plan = PlanFile.read(file)
     for option, value, count in (("--layer", layer, plan.signature.layers), ("--head", head, plan.signature.heads)):
         if value is not None and value >= count:
             raise click.UsageError(f"{option} must be 0 to {count - 1} in this plan, got {value}")
-    try:
-        if other is not None:
-            found = compare.compare(plan, PlanFile.read(other))
-            if as_json:
-                click.echo(json.dumps(found, indent=2))
-            else:
-                compare.show(found)
-        elif as_json:
-            click.echo(json.dumps(summary.summarise(plan, file), indent=2, default=bytes.hex))
-        elif png is None and overview_png is None:
-            summary.show(plan, file)
-        if png is not None and layer is not None and head is not None:
-            _drawing().draw_mask(plan, layer, head, 0.5 if time is None else time, file.name, png)
-        if overview_png is not None:
-            _drawing().draw_overview(plan, file.name, overview_png)
-    except (PlanError, OSError) as error:
-        _fail(error)
+    if other is not None:
+        found = compare.compare(plan, PlanFile.read(other))
+        if as_json:
+            print(json.dumps(found, indent=2))
+        else:
+            compare.show(found)
+    elif as_json:
+        print(json.dumps(summary.summarise(plan, file), indent=2, default=bytes.hex))
+    elif drawing is None:
+        summary.show(plan, file)
+    if drawing is not None and png is not None:
+        drawing.draw_mask(plan, layer, head, time, file.name, png)
+    if drawing is not None and overview_png is not None:
+        drawing.draw_overview(plan, file.name, overview_png)
 
 
 def _drawing() -> ModuleType:
     """The drawing module, which needs matplotlib: loaded only where a picture is wanted."""
-    try:
-        from calibatt.tools.inspect_plan import drawing
-    except ModuleNotFoundError as error:
-        _fail(f"a picture needs {error.name}: pip install 'calibatt[tools]'")
+    from calibatt.tools.inspect_plan import drawing
+
     return drawing
-
-
-def _fail(reason: Exception | str) -> NoReturn:
-    if isinstance(reason, OSError) and reason.filename:
-        reason = f"{reason.filename}: {reason.strerror}"
-    click.echo(f"{NAME}: {summary.printable(str(reason))}", err=True)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calibatt.plans import NO_ANCHORS, PackedLayer, PlanFile
-from calibatt.tools.inspect_plan.summary import printable
+from calibatt.plans.errors import legible
 
 HEADER = ("signature", "grid", "blocks", "passes", "scheduler_hint", "provenance", "license", "notes")
 
@@ -90,7 +90,7 @@ def show(value: dict[str, Any], console: Console | None = None) -> None:
         return
     for name, texts in value["header"].items():
         for sign, text in zip("-+", texts, strict=True):
-            console.print(f"{sign} {name}: {printable(text)}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{sign} {name}: {legible(text)}", markup=False, highlight=False, soft_wrap=True)
     if value["segments"] is None:
         console.print("their masks cannot be compared: other layers, heads, tokens or blocks")
         return

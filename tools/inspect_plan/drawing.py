@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from calibatt.plans import DENSE, FRAMES, NO_ANCHORS, LayerSchedule, PlanFile, TokenGrid
+from calibatt.plans.files import whole_file
 from calibatt.tools.inspect_plan.summary import GRADIENT, heads_of
 
 Floats = npt.NDArray[np.float64]
@@ -53,7 +54,8 @@ def draw_overview(plan: PlanFile, name: str, path: Path) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=200, facecolor="white", format="png")
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=200, facecolor="white", format="png")
 
 
 def mask_figure(plan: PlanFile, layer: int, head: int, time: float, name: str) -> Figure:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from calibatt.plans import DENSE, FRAMES, NO_ANCHORS, ROWS, PlanFile
+from calibatt.plans.errors import legible
 
 EVALUATION = "evaluation"
 """Where the provenance of a plan holds the verdict that `calibatt-evaluate --stamp` writes."""
@@ -99,25 +100,16 @@ def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
 
 def predicted_forward_ms(plan: PlanFile) -> dict[str, float] | None:
     """Attention of one forward, all layers, mean over segments: ``planned`` and ``dense``; None where not predicted."""
-    found = {}
-    for kind in ("planned", "dense"):
-        try:
-            values = np.array(plan.predicted.get(f"{kind}_ms"), dtype=np.float64)
-        except (TypeError, ValueError):
-            return None
-        if values.shape != (len(plan.segments), plan.signature.layers):
-            return None
-        found[kind] = float(values.sum(axis=1).mean())
-    return found
+    if not {"planned_ms", "dense_ms"} <= set(plan.predicted):
+        return None
+    return {kind: float(np.sum(plan.predicted[f"{kind}_ms"], axis=1).mean()) for kind in ("planned", "dense")}
 
 
 def predicted_snr(plan: PlanFile) -> str | None:
     """The predicted signal-to-noise of the final latent, in words; None where it is not stated."""
-    found = plan.predicted.get("latent_db")
-    try:
-        return f"{found['mean']:.1f} dB (standard error {found['standard_error']:.1f}, {found['samplings']} samplings)"
-    except (TypeError, KeyError, ValueError):
+    if not (found := plan.predicted.get("latent_db")):
         return None
+    return f"{found['mean']:.1f} dB (standard error {found['standard_error']:.1f}, {found['samplings']} samplings)"
 
 
 def _count(kinds: npt.NDArray[np.str_]) -> dict[str, int]:
@@ -137,13 +129,8 @@ def _facts(plan: PlanFile, values: Mapping[str, Any]) -> Table:
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in _fact_lines(plan, values):
-        table.add_row(name, Text(printable(text)))
+        table.add_row(name, Text(legible(text)))
     return table
-
-
-def printable(text: str) -> str:
-    """One line of text that cannot command a terminal: a plan's strings are anyone's."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, str]]:

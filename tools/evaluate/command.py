@@ -1,0 +1,240 @@
+"""`calibatt-evaluate`: what plans lose on prompts that were not calibrated on, and where."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from calibatt.compiler.stats.files import require_outside
+from calibatt.plans import PlanFile
+from calibatt.plans.command import FAILED, one_line
+from calibatt.plans.files import write_text
+from calibatt.runtime import Plan
+from calibatt.tools.calibrate.models import make_sampler
+from calibatt.tools.calibrate.pipeline import PipelineError
+from calibatt.tools.calibrate.work import MODEL_ERRORS, check_sampler, device_memory, pick_device, read_prompts, spread
+from calibatt.tools.evaluate import effects, evaluation, gate
+from calibatt.tools.evaluate.evaluation import Candidate, Cells, EvaluationError, Work
+from calibatt.tools.evaluate.harness import about
+from calibatt.tools.evaluate.metrics import ALWAYS, LATENT, LPIPS, Metric, lpips_metric
+from calibatt.tools.evaluate.report import number, predicted, write_page
+
+NAME = "calibatt-evaluate"
+VECTORS = 4
+"""Random vectors of the final latent, on which heads are measured."""
+QUICK_PROMPTS = 2
+QUICK_TIMES = 4
+DRIFT_RATIO = 3.0
+"""`--quick`: from this many times the promised squared effect on, a plan does not fit its model any more."""
+
+console = Console(stderr=True)
+
+
+@one_line(NAME, *MODEL_ERRORS)
+@device_memory("--head-prompts 0 takes less, so does offloading")
+def run(
+    model: str,
+    paths: tuple[Path, ...],
+    prompts: Path,
+    seeds: int,
+    first_seed: int,
+    steps: int | None,
+    head_prompts: int,
+    floor_prompts: int,
+    device: str,
+    output: Path | None,
+    require: str,
+    stamp: bool,
+    quick: bool,
+) -> None:
+    """Does what the options of `calibatt-evaluate` say; one line and an exit code for what goes wrong."""
+    if not quick and output is None:
+        raise EvaluationError("-o must name the folder of the report (only --quick does without), got none")
+    if quick and (require or stamp):
+        raise EvaluationError("--quick must come without --require and --stamp: it measures too little for a verdict")
+    requirements = gate.parse_requirements(require) if require else ()
+    if output is not None:
+        require_outside(output / "report.html")
+    for path in paths if stamp else ():
+        if not os.access(path.parent, os.W_OK):
+            raise EvaluationError(f"--stamp must be able to replace {path}, got a folder that cannot be written")
+    candidates = [Candidate(str(path), Plan(PlanFile.read(path))) for path in paths]
+    lines = read_prompts(prompts)
+    work = [(p, first_seed + i) for i, p in enumerate(p for p in lines for _ in range(seeds))]
+    evaluation.check_held_out(candidates, work)
+    sampler = make_sampler(model, steps, pick_device(device))
+    sampler.check(lines)
+    if quick or head_prompts:
+        check_sampler(sampler)
+    if quick:
+        sys.exit(_quick(sampler, candidates, work[:QUICK_PROMPTS]))
+    assert output is not None
+    metrics, absent = _metrics(sampler)
+    gate.check_names(requirements, metrics, candidates, bool(head_prompts))
+    cells = Cells(output / "cells", evaluation.settings_of(sampler, metrics))
+    heads_work = work[:head_prompts]
+    with _progress() as progress:
+        task = progress.add_task("videos", total=len(work))
+        evaluation.measure_videos(
+            sampler, candidates, work, metrics, floor_prompts, cells, lambda: progress.advance(task)
+        )
+        task_heads = progress.add_task("heads", total=len(heads_work))
+        done, times = lambda: progress.advance(task_heads), sorted(sampler.times)
+        evaluation.measure_heads(sampler, candidates, heads_work, cells, done, vectors=VECTORS, times=times)
+    result = _result(sampler, candidates, work, heads_work, metrics, absent, cells, requirements, floor_prompts)
+    write_text(output / "report.json", json.dumps(result, indent=1) + "\n")
+    animations = {(c.key, p, s): cells.path(c.key, p, s, "png") for c in candidates for p, s in work}
+    write_page(output / "report.html", result, metrics, animations)
+    _show(result, metrics)
+    if stamp:
+        for candidate, path, found in zip(candidates, paths, result["plans"], strict=True):
+            gate.stamp(path, candidate.plan.file, _stamped(result, found))
+    click.echo(f"{output / 'report.html'}")
+    if not all(plan["verdict"]["passed"] for plan in result["plans"]):
+        sys.exit(FAILED)
+
+
+def _metrics(sampler: Any) -> tuple[tuple[Metric, ...], dict[str, str]]:
+    """The metrics there are, and why others are not available."""
+    try:
+        getattr(sampler, "check_decode", lambda: None)()
+    except PipelineError as error:
+        return (LATENT,), {"videos": f"judged on final latents alone: {error}"}
+    perceptual = lpips_metric()
+    found = (LATENT, *ALWAYS)
+    return ((*found, perceptual), {}) if isinstance(perceptual, Metric) else (found, {LPIPS: perceptual})
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _result(
+    sampler: Any,
+    candidates: Sequence[Candidate],
+    work: Work,
+    heads_work: Work,
+    metrics: Sequence[Metric],
+    absent: dict[str, str],
+    cells: Cells,
+    requirements: Sequence[gate.Requirement],
+    floor_prompts: int,
+) -> dict[str, Any]:
+    """What ``report.json`` holds: all but `about` is the same for the same call."""
+    plans = []
+    for candidate in candidates:
+        found = evaluation.plan_findings(sampler, candidate, work, metrics, cells)
+        heads = evaluation.head_findings(sampler, candidate, heads_work, cells) if heads_work else {}
+        found["heads"] = heads
+        found["verdict"] = gate.verdict(requirements, found["metrics"], heads)
+        if plans:
+            found["difference_from_first"] = {m.name: evaluation.paired(plans[0], found, m) for m in metrics}
+        plans.append(found)
+    settings = json.loads((cells.folder / "settings.json").read_text("utf-8"))
+    return {
+        "about": about("calibatt-evaluate", sampler),
+        "settings": settings,
+        "floor": evaluation.floor_findings(work[:floor_prompts], metrics, cells),
+        "not_available": absent,
+        "plans": plans,
+    }
+
+
+def _stamped(result: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """The verdict with its provenance, as `gate.stamp` writes it."""
+    metrics = {
+        name: {key: round(found[key], 4) for key in ("mean", "standard_error", "worst")}
+        for name, found in plan["metrics"].items()
+    }
+    checks = [f"{check['requirement']} ({number(check['value'])})" for check in plan["verdict"]["checks"]]
+    passed = ("passed" if plan["verdict"]["passed"] else "FAILED") if checks else "nothing was required"
+    about = result["about"]
+    return {
+        "verdict": f"{passed}: {', '.join(checks)}" if checks else passed,
+        "metrics": metrics,
+        "videos": len(plan["by_prompt"]),
+        "executes": plan["executes"],
+        "on": f"{about['device']}, {about['versions']}, {about['date']}",
+        "weights": result["settings"]["versions"].get("weights", "not digested"),
+    }
+
+
+def _show(result: dict[str, Any], metrics: Sequence[Metric]) -> None:
+    table = Table()
+    table.add_column("plan", overflow="fold")
+    columns = (*(m.name for m in metrics), "worst " + metrics[0].name, "effect / promised", "verdict")
+    for name in ("density", "predicted latent", *columns):
+        table.add_column(name, justify="right")
+    for plan in result["plans"]:
+        cells = [
+            f"{number(plan['metrics'][m.name]['mean'])} ± {number(plan['metrics'][m.name]['standard_error'])}"
+            for m in metrics
+        ]
+        ratio = plan["heads"].get("ratio")
+        verdict = ("passed" if plan["verdict"]["passed"] else "FAILED") if plan["verdict"]["checks"] else ""
+        worst = number(plan["metrics"][metrics[0].name]["worst"])
+        start = plan["plan"], f"{plan['density']:.3f}", predicted(plan)
+        table.add_row(*start, *cells, worst, number(ratio) if ratio else "", verdict)
+    if result["floor"]:
+        cells = [number(result["floor"][m.name]["mean"]) for m in metrics]
+        table.add_row(
+            "floor: two exact kernels", "1", "", *cells, number(result["floor"][metrics[0].name]["worst"]), "", ""
+        )
+    out = Console(width=None if console.is_terminal else 160)
+    out.print(table)
+    for name, why in result["not_available"].items():
+        click.echo(f"{name}: {why}")
+    for plan in result["plans"]:
+        for row in plan["heads"].get("broken", ()):
+            click.echo(f"{plan['plan']}: {_named(row)}")
+
+
+def _named(row: dict[str, Any]) -> str:
+    return (
+        f"broken: layer {row['layer']}, head {row['head']} at time {row['time']:.3f}: squared effect "
+        f"{row['effect']:.2e}, {row['ratio']:.0f} times the promised {row['promised']:.2e}"
+    )
+
+
+def _quick(sampler: Any, candidates: Sequence[Candidate], work: Work) -> int:
+    """The drift check; 1 if a plan does not fit."""
+    drifted = 0
+    with tempfile.TemporaryDirectory() as folder:
+        cells = Cells(Path(folder), {})
+        for candidate in candidates:
+            file = candidate.plan.file
+            segments = effects.visited(file, sampler.times)
+            some = {segments[index] for index in spread(len(segments), QUICK_TIMES)}
+            times = sorted(now for now in sampler.times if file.segment_index(now) in some)
+            evaluation.measure_heads(sampler, [candidate], work, cells, lambda: None, vectors=VECTORS, times=times)
+            found = evaluation.head_findings(sampler, candidate, work, cells)
+            if "ratio" not in found:
+                raise EvaluationError(
+                    f"{candidate.name} must state what calibration promised (predicted.head_price), got nothing: "
+                    "compile it again"
+                )
+            fits = found["ratio"] <= DRIFT_RATIO
+            drifted += not fits
+            promise = file.predicted.get("latent_db")
+            told = ""
+            if promise:
+                now = promise["mean"] - 10 * math.log10(found["ratio"])
+                told = f"predicted latent SNR {now:.1f} dB on this model, {promise['mean']:.1f} dB promised; "
+            click.echo(
+                f"{candidate.name}: {'fits' if fits else 'HAS DRIFTED'}: {told}squared effect {found['ratio']:.2f} "
+                f"times what was promised (at most {DRIFT_RATIO:g}); {found['heads_measured']} heads at {len(times)} "
+                f"of {len(sampler.times)} times, {len(work)} prompts"
+            )
+    return int(drifted > 0)
