@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console
-from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -127,8 +126,8 @@ def _table(title: str, first: str, *names: str) -> Table:
 def _shaded(density: float) -> Text:
     """Percent, on a ground that is the darker the denser."""
     red, green, blue = (round(a + (b - a) * density) for a, b in zip(PAPER, INK, strict=True))
-    ground = f"on rgb({red},{green},{blue})"
-    return Text(f"{100 * density:4.0f} ", Style.parse(f"{'rgb(255,255,255)' if density > 0.5 else 'rgb(0,0,0)'} {ground}"))
+    ink = "rgb(255,255,255)" if density > 0.5 else "rgb(0,0,0)"
+    return Text(f"{100 * density:4.0f} ", f"{ink} on rgb({red},{green},{blue})")
 
 
 def _findings(findings: dict[str, Any]) -> str:

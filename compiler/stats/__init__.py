@@ -21,12 +21,11 @@ from calibatt.compiler.stats.errors import (
 from calibatt.compiler.stats.manifest import Manifest
 from calibatt.compiler.stats.sampling import SamplingTables
 from calibatt.compiler.stats.store import Store, Table
-from calibatt.compiler.stats.unit import Contribution, Unit, combined, neighbours, unit_shapes
+from calibatt.compiler.stats.unit import Unit, combined, neighbours, unit_shapes
 from calibatt.compiler.stats.windows import Window, default_windows, text_keep, window_keep
 from calibatt.compiler.stats.writer import StoreWriter
 
 __all__ = [
-    "Contribution",
     "DuplicateSample",
     "Manifest",
     "ManifestError",

@@ -29,14 +29,12 @@ class SamplingTables:
     Args:
         level: float64 (T,), positive: sum over layers, heads and blocks of the squared effects of single blocks, mean
             over the vectors.
-        head_effect: float32 (T, L, H): the same sum of one head.
         window_effect: float32 (V, T, L, W, H): signed effect of each window.
         ladder_effect: float32 (V, T, L, C, H): signed effect of each mask of the ladder; NaN in all of a (time, layer)
             in which no earlier sampling had been.
     """
 
     level: Float64
-    head_effect: Float
     window_effect: Float
     ladder_effect: Float
 
@@ -61,7 +59,6 @@ class SamplingTables:
             raise SampleError("window_effect must be of at least one vector, got none")
         shapes: dict[str, tuple[str, tuple[int, ...]]] = {
             "level": ("float64", (times,)),
-            "head_effect": ("float32", (times, layers, heads)),
             "window_effect": ("float32", (vectors, times, layers, len(manifest.windows), heads)),
             "ladder_effect": ("float32", (vectors, times, layers, len(manifest.shares), heads)),
         }
@@ -76,7 +73,6 @@ class SamplingTables:
         signed = math.sqrt(MOST)
         for name, array, least, most in (
             ("level", self.level, 1 / MOST, MOST),
-            ("head_effect", self.head_effect, 0.0, MOST),
             ("window_effect", self.window_effect, -signed, signed),
             ("ladder_effect", self.ladder_effect[~missing], -signed, signed),
         ):

@@ -21,63 +21,30 @@ MAGIC = b"CALIBSTA"
 VERSION = (2, 0)
 CODED = ("effect", "error")
 """Arrays stored as codes, with a peak for each head."""
-SMALL = ("row_effect", "frame_effect", "row_difference", "frame_difference")
+SMALL = ("row_effect", "frame_effect", "row_difference")
 """Arrays stored as they are; NaN where there is no such row or frame."""
 
 
 @dataclass(frozen=True, eq=False)
-class Contribution:
-    """What one sampling adds to one (time, layer); effects and errors already divided by the sampling's level.
+class Unit:
+    """Means over samplings of what was measured at one (time, layer), each first divided by its sampling's level.
 
     H heads, Q and K query and key blocks, Y rows of a frame, R row radius, F frames, S frame radius, T thresholds.
 
     Args:
-        effect: float32 (H, Q, K): mean over the vectors of the squared effect of each block / level.
-        error: float32 (H, Q, K): error of each block / level.
-        row_effect: float32 (H, Y, 2 R), offsets -R..-1, 1..R, NaN just where there is no such row: mean squared effect
-            of replacing a row by that neighbour / level.
+        samplings: Names of the samplings it holds, in order of arrival.
+        effect: Codes (H, Q, K) of squared effects, uint16 while samplings are being added, uint8 once closed; see
+            `stats.codes`.
+        effect_peak: float32 (H,): what code 0 stands for.
+        error: Codes of the errors of blocks, likewise.
+        error_peak: float32 (H,).
+        row_effect: float32 (H, Y, 2 R), offsets -R..-1, 1..R, NaN just where there is no such row: squared effect of
+            replacing a row by that neighbour.
         frame_effect: float32 (H, F, 2 S), of frames, likewise; None where S is 0.
-        votes: uint16 (T, H, Q, K): in how many samples (branches count singly) the block is in the smallest set that
-            holds the mass; None without thresholds.
+        votes: uint16 (T, H, Q, K), a sum: in how many samples (branches count singly) the block is in the smallest set
+            that holds the mass; None without thresholds.
         vote_samples: Of how many samples the votes are; 0 without thresholds.
         row_difference: float32 (H, Y, 2 R): mean ||O[r] - O[r + d]||^2 / ||O[r]||^2; None without thresholds.
-        frame_difference: float32 (H, F, 2 S), of frames, likewise.
-    """
-
-    effect: Float
-    error: Float
-    row_effect: Float
-    frame_effect: Float | None = None
-    votes: npt.NDArray[np.uint16] | None = None
-    vote_samples: int = 0
-    row_difference: Float | None = None
-    frame_difference: Float | None = None
-
-    def check(self, manifest: Manifest) -> None:
-        """Proves the arrays against the manifest.
-
-        Raises:
-            UnitError: An array is missing, not announced, of another shape or dtype, or breaks its rule.
-        """
-        _check(self, manifest, dict.fromkeys(CODED, ("float32",)))
-
-
-@dataclass(frozen=True, eq=False)
-class Unit:
-    """Means over the samplings of what they contributed to one (time, layer); see `Contribution` for shapes.
-
-    Args:
-        samplings: Names of the samplings it holds, in order of arrival.
-        effect: Codes (H, Q, K), uint16 while samplings are being added, uint8 once closed; see `stats.codes`.
-        effect_peak: float32 (H,): what code 0 stands for.
-        error: Codes, likewise.
-        error_peak: float32 (H,).
-        row_effect: float32 (H, Y, 2 R).
-        frame_effect: float32 (H, F, 2 S), or None.
-        votes: uint16 (T, H, Q, K), a sum over the samplings, or None.
-        vote_samples: A sum likewise.
-        row_difference: float32 (H, Y, 2 R), or None.
-        frame_difference: float32 (H, F, 2 S), or None.
     """
 
     samplings: tuple[str, ...]
@@ -90,7 +57,22 @@ class Unit:
     votes: npt.NDArray[np.uint16] | None = None
     vote_samples: int = 0
     row_difference: Float | None = None
-    frame_difference: Float | None = None
+
+    @classmethod
+    def of(cls, sampling: str, effect: Float, error: Float, row_effect: Float, **more: Any) -> Unit:
+        """What one sampling measured: effects and errors are float32 ``(H, Q, K)``, mean over vectors / level.
+
+        Raises:
+            UnitError: An effect or error is negative or not finite.
+        """
+        arrays: dict[str, Any] = {}
+        for name, value in (("effect", effect), ("error", error)):
+            peak = value.max((1, 2))
+            try:
+                arrays |= {name: quantise(value, peak[:, None, None], fine=True), f"{name}_peak": peak}
+            except UnitError as wrong:
+                raise UnitError(f"{name}: {wrong}") from None
+        return cls((sampling,), **arrays, row_effect=row_effect, **more)
 
     @property
     def n(self) -> int:
@@ -117,29 +99,57 @@ class Unit:
         """
         if not self.samplings or len(set(self.samplings)) != self.n:
             raise UnitError(f"samplings must be at least one, all different, got {self.samplings}")
+        shapes = unit_shapes(manifest)
+        axes = {
+            "row": neighbours(manifest.grid.height, manifest.row_radius),
+            "frame": neighbours(manifest.grid.frames, manifest.frame_radius),
+        }
+        for name in (*CODED, *(f"{name}_peak" for name in CODED), "votes", *SMALL):
+            array = getattr(self, name)
+            if (array is None) != (name not in shapes):
+                rule = "be there" if array is None else "be absent"
+                raise UnitError(f"{name} must {rule} as the manifest says, got {_kind(array)}")
+            if array is None:
+                continue
+            allowed = ("uint8", "uint16") if name in CODED else ("uint16",) if name == "votes" else ("float32",)
+            if _kind(array) not in [f"{dtype} {shapes[name]}" for dtype in allowed]:
+                raise UnitError(f"{name} must be {' or '.join(allowed)} {shapes[name]}, got {_kind(array)}")
+            if array.dtype.kind == "u":
+                continue
+            if (axis := name.split("_")[0]) in axes:
+                inside = axes[axis]
+                if not np.isnan(array[:, ~inside]).all():
+                    value = array[:, ~inside][~np.isnan(array[:, ~inside])][0]
+                    raise UnitError(f"{name} must be NaN where there is no such {axis}, got {value}")
+                array = array[:, inside]
+            if array.size and not (array.min() >= 0 and array.max() <= MOST):  # NaN fails the first
+                wrong = ~((array >= 0) & (array <= MOST))
+                raise UnitError(f"{name} must be from 0 to {MOST:g}, got {array[wrong][0]}")
         if self.effect.dtype != self.error.dtype:
             raise UnitError(f"error must be of effect's dtype {self.effect.dtype}, got {self.error.dtype}")
-        _check(self, manifest, dict.fromkeys(CODED, ("uint8", "uint16")))
+        count = self.vote_samples
+        if type(count) is not int or (count > 0) != bool(manifest.thresholds) or count < 0:
+            rule = "be a positive integer" if manifest.thresholds else "be 0 without thresholds"
+            raise UnitError(f"vote_samples must {rule}, got {count}")
+        if self.votes is not None and self.votes.max() > count:
+            raise UnitError(f"votes must be at most vote_samples {count}, got {self.votes.max()}")
 
 
-def combined(parts: Sequence[Unit | Contribution], names: Sequence[str] = (), closed: bool = False) -> Unit:
-    """The mean of several parts, each weighted by the samplings it holds; votes are added.
+def combined(parts: Sequence[Unit], closed: bool = False) -> Unit:
+    """The mean of several units, each weighted by the samplings it holds; votes are added.
 
     Args:
-        parts: Units, and contributions of one sampling each, in order.
-        names: Of the contributions' samplings, in order.
+        parts: In order.
         closed: uint8 codes instead of uint16.
 
     Raises:
-        DuplicateSample: Two parts hold one sampling.
+        DuplicateSample: Two hold one sampling.
     """
-    rest = iter(names)
-    held = [part.samplings if isinstance(part, Unit) else (next(rest),) for part in parts]
-    samplings = tuple(name for each in held for name in each)
+    samplings = tuple(name for part in parts for name in part.samplings)
     if len(set(samplings)) != len(samplings):
         twice = sorted({name for name in samplings if samplings.count(name) > 1})
         raise DuplicateSample(f"a sampling must be in one store, got {', '.join(map(repr, twice))} in several")
-    weights = [np.float32(len(each) / len(samplings)) for each in held]
+    weights = [np.float32(part.n / len(samplings)) for part in parts]
     arrays: dict[str, Any] = {}
     first = parts[0]
     for name in CODED:
@@ -148,9 +158,7 @@ def combined(parts: Sequence[Unit | Contribution], names: Sequence[str] = (), cl
         for head in range(len(codes)):
             total: Any = None
             for part, weight in zip(parts, weights, strict=True):
-                value = getattr(part, name)[head]
-                scale = weight * getattr(part, f"{name}_peak")[head] if isinstance(part, Unit) else None
-                value = value * weight if scale is None else dequantise(value, scale)
+                value = dequantise(getattr(part, name)[head], weight * getattr(part, f"{name}_peak")[head])
                 total = value if total is None else np.add(total, value, out=total)
             peaks[head] = total.max()
             codes[head] = quantise(total, peaks[head], fine=not closed)
@@ -178,18 +186,17 @@ def neighbours(count: int, radius: int) -> npt.NDArray[np.bool_]:
 
 
 def unit_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """Shape of every array of a contribution of this manifest; a unit has also a peak for each of `CODED`."""
+    """Shape of every array of a unit of this manifest."""
     heads, thresholds = manifest.model.heads, len(manifest.thresholds)
     blocks = (heads, manifest.q_blocks, manifest.k_blocks)
     rows = (heads, manifest.grid.height, 2 * manifest.row_radius)
     frames = (heads, manifest.grid.frames, 2 * manifest.frame_radius)
-    shapes: dict[str, tuple[int, ...]] = {"effect": blocks, "error": blocks, "row_effect": rows}
+    shapes: dict[str, tuple[int, ...]] = {name: blocks for name in CODED} | {f"{name}_peak": (heads,) for name in CODED}
+    shapes["row_effect"] = rows
     if manifest.frame_radius:
         shapes["frame_effect"] = frames
     if thresholds:
         shapes |= {"votes": (thresholds, *blocks), "row_difference": rows}
-        if manifest.frame_radius:
-            shapes["frame_difference"] = frames
     return shapes
 
 
@@ -213,7 +220,7 @@ def write_unit(path: str | PathLike[str], unit: Unit, manifest: Manifest, place:
         unit.check(manifest)
     except UnitError as error:
         raise UnitError(f"{path}: {error}") from None
-    sections = {name: getattr(unit, name) for name in _sections(manifest)}
+    sections = {name: getattr(unit, name) for name in unit_shapes(manifest)}
     header = {**place, "manifest": manifest.digest, "samplings": list(unit.samplings)}
     header["vote_samples"] = unit.vote_samples
     return write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections, crc=True)
@@ -244,8 +251,8 @@ def read_unit(path: str | PathLike[str], manifest: Manifest, place: Mapping[str,
         arrays = {name: file.section(name) for name in file.names}
     except PlanError as error:
         raise UnitError(str(error)) from None
-    if set(file.names) != set(_sections(manifest)):
-        raise UnitError(f"{path}: the sections must be {sorted(_sections(manifest))}, got {sorted(file.names)}")
+    if set(file.names) != set(unit_shapes(manifest)):
+        raise UnitError(f"{path}: the sections must be {sorted(unit_shapes(manifest))}, got {sorted(file.names)}")
     unit = Unit(samplings, **arrays, vote_samples=file.header["vote_samples"])
     try:
         unit.check(manifest)
@@ -273,47 +280,6 @@ def _open(
         return file, tuple(check_name(name) for name in names)
     except SampleError as error:
         raise UnitError(f"{path}: samplings must be names, and vote_samples an integer, got {error}") from None
-
-
-def _sections(manifest: Manifest) -> tuple[str, ...]:
-    return (*unit_shapes(manifest), *(f"{name}_peak" for name in CODED))
-
-
-def _check(each: Unit | Contribution, manifest: Manifest, dtypes: Mapping[str, tuple[str, ...]]) -> None:
-    shapes = unit_shapes(manifest)
-    if isinstance(each, Unit):
-        shapes |= {f"{name}_peak": (manifest.model.heads,) for name in CODED}
-    axes = {
-        "row": neighbours(manifest.grid.height, manifest.row_radius),
-        "frame": neighbours(manifest.grid.frames, manifest.frame_radius),
-    }
-    for name in (*CODED, *(f"{name}_peak" for name in CODED), "votes", *SMALL):
-        array = getattr(each, name, None)
-        if (array is None) != (name not in shapes):
-            rule = "be there" if array is None else "be absent"
-            raise UnitError(f"{name} must {rule} as the manifest says, got {_kind(array)}")
-        if array is None:
-            continue
-        allowed = dtypes.get(name, ("uint16",) if name == "votes" else ("float32",))
-        if _kind(array) not in [f"{dtype} {shapes[name]}" for dtype in allowed]:
-            raise UnitError(f"{name} must be {' or '.join(allowed)} {shapes[name]}, got {_kind(array)}")
-        if array.dtype.kind == "u":
-            continue
-        if (axis := name.split("_")[0]) in axes:
-            inside = axes[axis]
-            if not np.isnan(array[:, ~inside]).all():
-                value = array[:, ~inside][~np.isnan(array[:, ~inside])][0]
-                raise UnitError(f"{name} must be NaN where there is no such {axis}, got {value}")
-            array = array[:, inside]
-        if array.size and not (array.min() >= 0 and array.max() <= MOST):  # NaN fails the first
-            wrong = ~((array >= 0) & (array <= MOST))
-            raise UnitError(f"{name} must be from 0 to {MOST:g}, got {array[wrong][0]}")
-    count = each.vote_samples
-    if type(count) is not int or (count > 0) != bool(manifest.thresholds) or count < 0:
-        rule = "be a positive integer" if manifest.thresholds else "be 0 without thresholds"
-        raise UnitError(f"vote_samples must {rule}, got {count}")
-    if isinstance(each, Contribution) and each.votes is not None and each.votes.max() > count:
-        raise UnitError(f"votes must be at most vote_samples {count}, got {each.votes.max()}")
 
 
 def _kind(array: object) -> str:

@@ -33,7 +33,7 @@ from calibatt.compiler.stats.files import (
 )
 from calibatt.compiler.stats.manifest import Manifest
 from calibatt.compiler.stats.sampling import SamplingTables, write_sampling
-from calibatt.compiler.stats.unit import Contribution, Unit, combined, read_samplings, read_unit, reclosed, write_unit
+from calibatt.compiler.stats.unit import Unit, combined, read_samplings, read_unit, reclosed, write_unit
 from calibatt.plans.files import sync_folder
 
 
@@ -139,8 +139,8 @@ class StoreWriter:
         path = self._unit_path(time_index, layer)
         return read_unit(path, self.manifest, _place(time_index, layer)) if path.exists() else None
 
-    def add(self, time_index: int, layer: int, name: str, contribution: Contribution) -> None:
-        """Adds what a sampling measured to a unit; does nothing if the unit holds the sampling already.
+    def add(self, time_index: int, layer: int, measured: Unit) -> None:
+        """Adds what one sampling measured (`Unit.of`) to a unit; does nothing if the unit holds the sampling already.
 
         The file is read, changed and replaced by one rename, alone among the processes of the job.
 
@@ -151,17 +151,17 @@ class StoreWriter:
             OSError: It cannot be written.
         """
         self._check_open()
-        check_name(name)
+        check_name(name := measured.samplings[0])
         path = self._unit_path(time_index, layer)
         try:
-            contribution.check(self.manifest)
+            measured.check(self.manifest)
         except UnitError as error:
             raise UnitError(f"{path}: {error}") from None
         with self._alone(path):
             before = self.read_unit(time_index, layer)
             if before is not None and name in before.samplings:
                 return
-            unit = combined([contribution] if before is None else [before, contribution], names=[name])
+            unit = measured if before is None else combined([before, measured])
             self._write(path, unit, _place(time_index, layer))
 
     def finish(self, name: str, tables: SamplingTables, meta: Mapping[str, Any]) -> Path:

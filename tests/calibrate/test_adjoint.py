@@ -141,7 +141,6 @@ def test_half_precision(dtype: torch.dtype, most: float, guided: SamplingTables,
     change = np.square(found.window_effect - guided.window_effect).mean() / np.square(guided.window_effect).mean()
     assert change < most**2
     np.testing.assert_allclose(found.level, guided.level, rtol=most)
-    np.testing.assert_allclose(found.head_effect, guided.head_effect, rtol=2 * most)
 
 
 def sequential(model: torch.nn.Module, folder: Path) -> None:

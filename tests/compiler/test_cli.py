@@ -171,7 +171,7 @@ def test_samplings_in_progress_are_told(store: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(store, tmp_path / "store")
     with StoreWriter.open(copy, stats.manifest()) as writer:
         writer.progress_folder("s9")
-        writer.add(0, 0, "s9", stats.contribution(stats.manifest()))
+        writer.add(0, 0, stats.unit(stats.manifest(), "s9"))
     result = invoke(copy, "-o", tmp_path / "p.plan")
     assert result.exit_code == 0
     assert "samplings in progress, not counted: s9" in result.stdout

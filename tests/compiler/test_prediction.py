@@ -18,7 +18,7 @@ from calibatt.compiler.errors import PassError
 from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.prediction import CUT, DENSE, Masks, Prediction, predict
-from calibatt.compiler.stats import SamplingTables, Table, window_keep
+from calibatt.compiler.stats import SamplingTables, Table, Unit, window_keep
 from calibatt.plans import TokenGrid
 
 T, L, H, C, W = 3, 2, 4, 3, 2
@@ -32,10 +32,7 @@ def table(rng: np.random.Generator, samplings: int, vectors: int, signal: np.nda
         scale = np.sqrt(signal[index] / (T * L * H))
         return (rng.normal(size=(vectors, T, L, masks, H)) * scale).astype(np.float32)
 
-    each = [
-        SamplingTables(np.full(T, 2.0), np.ones((T, L, H), np.float32), effects(index, W), effects(index, C))
-        for index in range(samplings)
-    ]
+    each = [SamplingTables(np.full(T, 2.0), effects(index, W), effects(index, C)) for index in range(samplings)]
     return Table(tuple(each))
 
 
@@ -197,19 +194,14 @@ class World:
             ladder = [self.effect(noise, rank < share * 400) for share in of.shares]
             tables[name] = SamplingTables(
                 level,
-                block.mean(0).sum((-1, -2)).astype(np.float32),
                 np.stack([self.effect(noise, keep) for keep in windows], 3).astype(np.float32),
                 np.stack(ladder, 3).astype(np.float32),
             )
             for time, layer in np.ndindex(self.size.shape[:2]):
-                part = stats.contribution(of)
-                parts[name, time, layer] = replace(
-                    part,
-                    effect=(block[:, time, layer].mean(0) / level[time]).astype(np.float32),
-                    error=(self.size[time, layer] ** 2 * 3).astype(np.float32),
-                    row_effect=part.row_effect * 1e9,
-                    frame_effect=part.frame_effect * 1e9,
-                )
+                copies = stats.measured(of, copies=1e9)
+                effect, error = block[:, time, layer].mean(0) / level[time], self.size[time, layer] ** 2 * 3
+                arrays = {"effect": effect.astype(np.float32), "error": error.astype(np.float32)}
+                parts[name, time, layer] = Unit.of(name, **{**copies, **arrays})
         return MemoryStore(of, parts, tables)
 
 
@@ -240,7 +232,7 @@ def test_a_target_that_cannot_be_reached_names_the_best() -> None:
         compile_store(store, "select{target-db=20}")
     store = memory_store(stats.manifest())
     tables = {name: replace(each, window_effect=each.window_effect) for name, each in store.tables.items()}
-    blank = {key: replace(part, effect=part.effect * 0) for key, part in store.parts.items()}
+    blank = {key: replace(part, effect_peak=part.effect_peak * 0) for key, part in store.parts.items()}
     silent = MemoryStore(store.manifest, blank, tables)
     found, accounts = compile_store(silent, "select{target-db=100}")
     assert found.findings["select"]["predicted_snr"] == "infinite: nothing changes"

@@ -66,14 +66,14 @@ def test_prices_blend_what_was_measured_with_what_is_known_without(grid: TokenGr
         at, level = (unit.time_index, unit.layer), job.levels[unit.time_index]
         parts = [store.parts[(name, *at)] for name in store.samplings]
         windows, heads = table.window_error[at], range(unit.heads)
-        errors = [drawn(np.mean([part.error[head] for part in parts], 0), 3, apart) for head in heads]
+        errors = [drawn(np.mean([part.error_values()[head] for part in parts], 0), 3, apart) for head in heads]
         ratios = []
         for head in heads:
             price = of_windows(errors[head])
             known = price > 0
             ratios.append(np.log(windows[known, head] / price[known]).mean() if known.any() else 0.0)
         for head in heads:
-            effect = drawn(np.mean([part.effect[head] for part in parts], 0), 3 * stats.VECTORS, apart)
+            effect = drawn(np.mean([part.effect_values()[head] for part in parts], 0), 3 * stats.VECTORS, apart)
             factor = np.exp(w * ratios[head] + (1 - w) * np.mean(ratios))
             expected = effect ** (w / 2) * (errors[head] * factor) ** (1 - w / 2)
             np.testing.assert_allclose(prices(unit)[head], expected * level, rtol=COARSE * 1.05)
@@ -240,7 +240,7 @@ def test_what_select_requires(passes: str, message: str) -> None:
 
 def test_blocks_without_effect_cost_nothing_to_drop() -> None:
     store = memory_store(stats.manifest())
-    blank = {key: replace(part, effect=part.effect * 0) for key, part in store.parts.items()}
+    blank = {key: replace(part, effect_peak=part.effect_peak * 0) for key, part in store.parts.items()}
     _, accounts = compile_store(MemoryStore(store.manifest, blank, store.tables), "select{target-density=0.55},lower")
     assert accounts[-1].error == 0
     assert accounts[-1].density <= 0.55

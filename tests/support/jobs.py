@@ -14,7 +14,7 @@ from calibatt.compiler.language import parse_passes
 from calibatt.compiler.menu import Menu
 from calibatt.compiler.pipeline import Account, in_turn, run
 from calibatt.compiler.shelf import MemoryShelf
-from calibatt.compiler.stats import Contribution, Manifest, SamplingTables, Table, Unit, combined
+from calibatt.compiler.stats import Manifest, SamplingTables, Table, Unit, combined
 from calibatt.plans import TokenGrid
 from support import stats
 
@@ -26,19 +26,19 @@ class MemoryStore:
 
     Args:
         of: The manifest.
-        parts: Contributions by sampling, time and layer.
+        parts: Units of one sampling each, by sampling, time and layer.
         tables: Of each sampling, by name.
     """
 
     def __init__(
-        self, of: Manifest, parts: dict[tuple[str, int, int], Contribution], tables: dict[str, SamplingTables]
+        self, of: Manifest, parts: dict[tuple[str, int, int], Unit], tables: dict[str, SamplingTables]
     ) -> None:
         self.manifest, self.parts, self.tables = of, parts, tables
         self.samplings = tuple(sorted(tables))
         self.meta: dict[str, dict[str, Any]] = {name: {"prompt": name} for name in self.samplings}
 
     def unit(self, time_index: int, layer: int) -> Unit:
-        return combined([self.parts[name, time_index, layer] for name in self.samplings], self.samplings)
+        return combined([self.parts[name, time_index, layer] for name in self.samplings])
 
     def table(self) -> Table:
         return Table(tuple(self.tables[name] for name in self.samplings))
@@ -56,7 +56,7 @@ def memory_store(of: Manifest, samples: int = 3, seed: int = 0, copies: float = 
     names = [f"s{sample}" for sample in range(samples)]
     places = [(time, layer) for time in range(len(of.times)) for layer in range(of.model.layers)]
     parts = {
-        (name, *at): stats.contribution(of, stats.seed_of(seed, name, *at), copies) for name in names for at in places
+        (name, *at): stats.unit(of, name, stats.seed_of(seed, name, *at), copies) for name in names for at in places
     }
     return MemoryStore(of, parts, {name: stats.tables(of, stats.seed_of(seed, name)) for name in names})
 

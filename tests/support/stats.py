@@ -1,7 +1,8 @@
 """Small manifests, and random statistics that keep every rule: in memory, or as a store on disk.
 
 of = manifest()                                     # thresholds=(0.8, 0.9) for votes
-contribution(of, seed), tables(of, seed)            # what one sampling adds to a unit, what is kept of it alone
+measured(of, seed), unit(of, "s0", seed)            # what one sampling measures at one place: arrays, and as a unit
+tables(of, seed)                                    # what is kept of a sampling alone
 write_store(path, of, names=("s0", "s1"))           # a store with finished samplings; equal seeds, equal numbers
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from calibatt.compiler.stats import Contribution, Manifest, SamplingTables, StoreWriter, Window, neighbours
+from calibatt.compiler.stats import Manifest, SamplingTables, StoreWriter, Unit, Window, neighbours
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
 
 VECTORS = 2
@@ -36,7 +37,7 @@ def manifest(**changes: Any) -> Manifest:
     return Manifest(**{**values, **changes})
 
 
-def contribution(of: Manifest, seed: int = 0, copies: float = 1.0) -> Contribution:
+def measured(of: Manifest, seed: int = 0, copies: float = 1.0) -> dict[str, Any]:
     """Random arrays of one sampling and (time, layer); `copies` is a factor on what copies of rows and frames cost."""
     rng = np.random.default_rng(seed)
     shape = (of.model.heads, of.q_blocks, of.k_blocks)
@@ -46,18 +47,21 @@ def contribution(of: Manifest, seed: int = 0, copies: float = 1.0) -> Contributi
         values = rng.random((of.model.heads, *inside.shape)) ** 3 / (count * of.model.layers * of.model.heads)
         return np.where(inside, values, np.nan).astype(np.float32)
 
-    def rows_and_frames() -> list[np.ndarray | None]:
-        rows = near(of.grid.height, of.row_radius)
-        return [rows, near(of.grid.frames, of.frame_radius) if of.frame_radius else None]
-
     blocks = of.model.layers * np.prod(shape)
     effect, error = ((rng.random(shape) ** 4 * 5 / blocks).astype(np.float32) for _ in range(2))
     effect[..., -1] *= 4  # text, which matters to many queries
-    rows, frames = (each if each is None else each * np.float32(copies) for each in rows_and_frames())
-    if not of.thresholds:
-        return Contribution(effect, error, rows, frames)
-    votes = np.sort(rng.integers(0, 3, (len(of.thresholds), *shape)), 0).astype(np.uint16)
-    return Contribution(effect, error, rows, frames, votes, 2, *rows_and_frames())
+    found = {"effect": effect, "error": error, "row_effect": near(of.grid.height, of.row_radius) * np.float32(copies)}
+    if of.frame_radius:
+        found["frame_effect"] = near(of.grid.frames, of.frame_radius) * np.float32(copies)
+    if of.thresholds:
+        votes = np.sort(rng.integers(0, 3, (len(of.thresholds), *shape)), 0).astype(np.uint16)
+        found |= {"votes": votes, "vote_samples": 2, "row_difference": near(of.grid.height, of.row_radius)}
+    return found
+
+
+def unit(of: Manifest, name: str, seed: int = 0, copies: float = 1.0) -> Unit:
+    """`measured` as the unit of one sampling."""
+    return Unit.of(name, **measured(of, seed, copies))
 
 
 def tables(of: Manifest, seed: int = 0, ladder: bool = True, vectors: int = VECTORS) -> SamplingTables:
@@ -68,9 +72,9 @@ def tables(of: Manifest, seed: int = 0, ladder: bool = True, vectors: int = VECT
     def effects(masks: int) -> np.ndarray:
         return rng.normal(0, 0.01, (vectors, times, layers, masks, heads)).astype(np.float32)
 
-    head = rng.random((times, layers, heads)).astype(np.float32) * np.float32(1e-3)
+    level = rng.random((times, layers, heads)).sum((1, 2)) * 1e-3
     ladder_effect = effects(len(of.shares)) * (1 if ladder else np.float32(np.nan))
-    return SamplingTables(head.sum((1, 2), dtype=np.float64), head, effects(len(of.windows)), ladder_effect)
+    return SamplingTables(level, effects(len(of.windows)), ladder_effect)
 
 
 def seed_of(*parts: object) -> int:
@@ -82,7 +86,7 @@ def add_sampling(writer: StoreWriter, name: str, seed: int = 0, ladder: bool = T
     of = writer.manifest
     for time in range(len(of.times)):
         for layer in range(of.model.layers):
-            writer.add(time, layer, name, contribution(of, seed_of(seed, name, time, layer)))
+            writer.add(time, layer, unit(of, name, seed_of(seed, name, time, layer)))
     meta = {"prompt": f"prompt of {name}", "seed": 1, "vectors": VECTORS, **meta}
     writer.finish(name, tables(of, seed_of(seed, name), ladder), meta)
 

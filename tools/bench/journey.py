@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from click.core import ParameterSource
 
-from calibatt.compiler.stats import Contribution, StoreWriter, neighbours, unit_shapes
+from calibatt.compiler.stats import StoreWriter, Unit, neighbours, unit_shapes
 from calibatt.plans import PlanFile
 from calibatt.plans.files import write_text
 from calibatt.runtime import load_plan
@@ -151,7 +151,8 @@ def generate(
 def add_earlier_sampling(writer: StoreWriter) -> None:
     """Puts random numbers into the store, so that the masks of their order are measured, as in all but a first one."""
     manifest, drawn = writer.manifest, np.random.default_rng(0)
-    arrays = {key: drawn.exponential(size=shape).astype(np.float32) for key, shape in unit_shapes(manifest).items()}
+    shapes = unit_shapes(manifest).items()
+    arrays = {key: drawn.exponential(size=shape).astype(np.float32) for key, shape in shapes if "peak" not in key}
     for key, count, radius in (
         ("row_effect", manifest.grid.height, manifest.row_radius),
         ("frame_effect", manifest.grid.frames, manifest.frame_radius),
@@ -160,7 +161,7 @@ def add_earlier_sampling(writer: StoreWriter) -> None:
             arrays[key][:, ~neighbours(count, radius)] = np.nan
     for time_index in range(len(manifest.times)):
         for layer in range(manifest.model.layers):
-            writer.add(time_index, layer, "earlier", Contribution(**arrays))
+            writer.add(time_index, layer, Unit.of("earlier", **arrays))
 
 
 def measure_sampling(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calibatt.compiler.stats import Contribution, Manifest, SampleExists, SamplingTables, StoreWriter, window_keep
+from calibatt.compiler.stats import Manifest, SampleExists, SamplingTables, StoreWriter, Unit, window_keep
 from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.tools.calibrate import effects
 from calibatt.tools.calibrate.attention import kernel_name
@@ -82,7 +82,6 @@ class LayerSums:
     votes: Tensor | None = None
     calls: int = 0
     row_difference: Tensor | float = 0.0
-    frame_difference: Tensor | float = 0.0
 
 
 @dataclass(eq=False)
@@ -474,30 +473,28 @@ class Recording:
         if sums.votes is None:
             sums.votes = torch.zeros(len(planes), *sums.error.shape, dtype=torch.int32, device=mass.device)
         sums.votes[..., : mass.shape[1], : mass.shape[2]] += planes
-        rows, frames = effects.copy_differences(call.out, manifest.grid, manifest.row_radius, manifest.frame_radius)
-        sums.row_difference, sums.frame_difference = sums.row_difference + rows, sums.frame_difference + frames
+        rows, _ = effects.copy_differences(call.out, manifest.grid, manifest.row_radius, 0)
+        sums.row_difference = sums.row_difference + rows
 
     def _finish(self, index: int, moment: Moment) -> None:
         """Puts a time that has been measured into the store."""
         manifest, layers = self.calibrator.manifest, range(self.calibrator.manifest.model.layers)
         if absent := [layer for layer in layers if layer not in moment.layers]:
             raise CalibrationError(f"a forward must call every self-attention, got none in layers {absent}")
-        heads = (
-            torch.stack([moment.layers[layer].effect.square().mean(0).sum((1, 2)) for layer in layers]).cpu().numpy()
-        )
-        level = float(heads.sum(dtype=np.float64))
+        squares = [moment.layers[layer].effect.square().mean(0).sum(dtype=torch.float64) for layer in layers]
+        level = float(torch.stack(squares).sum())
         if not 0 < level < float("inf"):
             raise CalibrationError(
                 f"effects at time {manifest.times[index]:.3f} must be finite and not zero, got a sum of {level}"
             )
         if index not in self._tables:
             # Before units hold this sampling: the ladder was made by those before it, and could not be made again.
-            self._tables[index] = self._table(moment, level, heads)
+            self._tables[index] = self._table(moment, level)
             self.journal.keep_table(index, self._tables[index])
         for layer in layers:
-            self.calibrator.writer.add(index, layer, self._name, self._contribution(moment.layers[layer], level))
+            self.calibrator.writer.add(index, layer, self._unit(moment.layers[layer], level))
 
-    def _table(self, moment: Moment, level: float, heads: np.ndarray) -> dict[str, np.ndarray]:
+    def _table(self, moment: Moment, level: float) -> dict[str, np.ndarray]:
         """What is kept of one time of this sampling alone."""
         manifest = self.calibrator.manifest
         windows = len(manifest.windows)
@@ -510,12 +507,11 @@ class Recording:
             rungs.append(masks[:, windows:] if sums.has_ladder else none)
         return {
             "level": np.array(level),
-            "head_effect": heads,
             "window_effect": np.stack(window, 1),
             "ladder_effect": np.stack(rungs, 1),
         }
 
-    def _contribution(self, sums: LayerSums, level: float) -> Contribution:
+    def _unit(self, sums: LayerSums, level: float) -> Unit:
         manifest = self.calibrator.manifest
 
         def squares(x: Tensor, members: int) -> np.ndarray:
@@ -531,9 +527,9 @@ class Recording:
                 "votes": sums.votes.cpu().numpy().astype(np.uint16),
                 "vote_samples": sums.calls,
                 "row_difference": (sums.row_difference / sums.calls).cpu().numpy(),
-                "frame_difference": (sums.frame_difference / sums.calls).cpu().numpy(),
             }
-        return Contribution(
+        return Unit.of(
+            self._name,
             effect=(sums.effect.square().mean(0) / level).cpu().numpy(),
             error=(sums.error / level).cpu().numpy(),
             row_effect=squares(sums.rows, manifest.grid.height),
