@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ pytest.importorskip("diffusers")
 from support.sampler import CALIBRATED, TIMES, TinyVideoSampler, tiny_plan, tiny_store
 from support.schedules import random_schedule
 
+from calibatt.compiler.stats import Store
 from calibatt.plans import Blocks, PlanFile, TokenGrid, write_plan
 from calibatt.runtime import LayerSchedule, Plan
 from calibatt.runtime.reference import reference_attention
@@ -341,3 +343,17 @@ def test_a_mask_bound_on_a_gpu_is_what_it_is_on_a_cpu() -> None:
     expected = masks.attend(q, k, v, masks.bind_mask(keep, grid, blocks))
     found = masks.attend(q.cuda(), k.cuda(), v.cuda(), masks.bind_mask(keep.cuda(), grid, blocks))
     torch.testing.assert_close(found.cpu(), expected, atol=5e-3, rtol=5e-3)
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, plan_path, sampler, monkeypatch):
+    store = tiny_store(tmp_path / "stats")
+    inside = evaluate(tmp_path, "--plan", plan_path, "-o", tmp_path / "stats" / "report")
+    assert inside.exit_code == 2
+    assert "must not be in a store of statistics" in inside.output
+    assert Store.open(tmp_path / "stats") == store
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    stamp = evaluate(tmp_path, "--plan", plan_path, "-o", tmp_path / "a", "--stamp")
+    assert stamp.exit_code == 2
+    assert "--stamp must be able to replace" in stamp.output
+    assert sampler.runs == 0

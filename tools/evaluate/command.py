@@ -19,6 +19,7 @@ from rich.table import Table
 from calibatt.compiler.stats.files import require_outside
 from calibatt.plans import PlanFile
 from calibatt.plans.command import FAILED, one_line
+from calibatt.plans.errors import legible
 from calibatt.plans.files import write_text
 from calibatt.runtime import Plan
 from calibatt.tools.calibrate.models import make_sampler
@@ -69,7 +70,7 @@ def run(
     for path in paths if stamp else ():
         if not os.access(path.parent, os.W_OK):
             raise EvaluationError(f"--stamp must be able to replace {path}, got a folder that cannot be written")
-    candidates = [Candidate(str(path), Plan(PlanFile.read(path))) for path in paths]
+    candidates = [Candidate(legible(str(path)), Plan(PlanFile.read(path))) for path in paths]
     lines = read_prompts(prompts)
     work = [(p, first_seed + i) for i, p in enumerate(p for p in lines for _ in range(seeds))]
     evaluation.check_held_out(candidates, work)
