@@ -15,11 +15,13 @@ from click.testing import CliRunner, Result
 
 pytest.importorskip("diffusers")
 
+from support.plans import tiny_plan as support_plan
 from support.sampler import CALIBRATED, TIMES, TinyVideoSampler, tiny_plan, tiny_store
 from support.schedules import random_schedule
 
 from calibatt.compiler.stats import Store
-from calibatt.plans import Blocks, PlanFile, TokenGrid, write_plan
+from calibatt.plans import Blocks, Container, PlanFile, TokenGrid, write_container, write_plan
+from calibatt.plans.plan import MAGIC, VERSION
 from calibatt.runtime import LayerSchedule, Plan
 from calibatt.runtime.reference import reference_attention
 from calibatt.tools.calibrate import calibration, models
@@ -357,3 +359,30 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path,
     assert stamp.exit_code == 2
     assert "--stamp must be able to replace" in stamp.output
     assert sampler.runs == 0
+
+
+@pytest.mark.parametrize("change", ["model", "resolution", "lists"])
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is_measured(tmp_path, plan_path, sampler, change):
+    path, plan = tmp_path / "p.plan", PlanFile.read(plan_path)
+    if change == "lists":  # damaged, with right digests
+        file = Container.open(plan_path, magic=MAGIC, version=VERSION)
+        sections = {name: file.section(name) for name in file.names}
+        sections["0/masks"] = sections["0/masks"][::-1]
+        write_container(path, magic=MAGIC, version=VERSION, header=file.header, sections=sections)
+    else:
+        other = support_plan() if change == "model" else replace_grid(plan)
+        write_plan(path, other)
+    found = evaluate(tmp_path, "--plan", path, "-o", tmp_path / "a")
+    assert found.exit_code == 2, found.exception
+    assert found.output.startswith(f"calibatt-evaluate: {path}")
+    assert found.output.count("\n") == 1
+    assert sampler.runs == 0
+
+
+def replace_grid(plan: PlanFile) -> PlanFile:
+    """A dense plan of the same model for videos of one frame more."""
+    grid = replace(plan.grid, frames=plan.grid.frames + 1)
+    heads = plan.signature.heads
+    dense = random_schedule(np.random.default_rng(0), grid, plan.blocks, heads, dense_heads=range(heads))
+    layers = (dense,) * plan.signature.layers
+    return replace(plan, grid=grid, schedules=(layers,) * len(plan.segments))
