@@ -172,7 +172,7 @@ def test_any_plan_ends_in_its_error_or_is_safe(
         bits = np.frombuffer(zstandard.decompress(frame.tobytes()), np.uint8)
         changed = zstandard.compress(data.draw(mutations.arrays(bits)).tobytes(), 6)
         sections["0/masks"] = np.append(np.frombuffer(changed, np.uint8), parts[1]["0/masks"][len(frame) :])
-        if table.shape == parts[1]["0/layers"].shape:
+        if table.shape == parts[1]["0/layers"].shape and table.dtype == np.int64:
             sections["0/layers"] = table = table.copy()
             table[1:, 0] += len(changed) - len(frame)
     path = tmp_path_factory.getbasetemp() / "any.plan"
