@@ -136,3 +136,23 @@ def test_times_are_spread_from_the_first_step_to_the_last() -> None:
     assert work.spread(8, 8) == list(range(8))
     assert work.spread(50, 3) == [0, 24, 49]
     assert work.spread(2, 5) == [0, 1]
+
+
+def test_names_in_a_store_do_nothing_to_a_terminal(tmp_path: Path, prompts: Path) -> None:
+    options = "--model", TINY, "--prompts", prompts, "--samples", 1, "-o", tmp_path / "stats"
+    assert run(*options).exit_code == 0
+    (tmp_path / "stats" / "progress" / "\x1b[2J[bold]").mkdir()
+    done = run(*options)
+    assert done.exit_code == 0, done.output
+    assert "sampling \\x1b[2J[bold] was interrupted: left aside" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+def test_no_store_in_a_store(tmp_path: Path, prompts: Path) -> None:
+    options = "--model", TINY, "--prompts", prompts, "--samples", 1
+    assert run(*options, "-o", tmp_path / "stats").exit_code == 0
+    for place in ("more", "progress/more"):
+        done = run(*options, "-o", tmp_path / "stats" / place)
+        assert done.exit_code == 2
+        assert f"{place} must not be in a store of statistics, got {(tmp_path / 'stats').resolve()}" in done.stderr
+        assert not (tmp_path / "stats" / place).exists()

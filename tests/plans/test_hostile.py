@@ -8,13 +8,19 @@ import sys
 from pathlib import Path
 
 import msgpack
+import numpy as np
 import pytest
-from support import hostile
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from support import hostile, mutations
+from support.plans import frames_plan
 
-from calibatt.plans import PlanFile, errors
+from calibatt.plans import Container, LayerSchedule, PlanFile, errors, write_plan
 from calibatt.plans import schedule as schedules
 from calibatt.plans.header import MAX_VALUES, pack_header, unpack_header
 from calibatt.plans.packed import FILE_TIMES, LAYER_BYTES, LIMIT_VARIABLE, MAX_BASES, layer_bytes
+from calibatt.plans.plan import MAGIC, VERSION
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the limit counts as Linux does")
 
@@ -121,3 +127,65 @@ def test_messages_are_short() -> None:
     assert len(message) < 1100
     assert message.startswith("begin")
     assert message.endswith("end")
+
+
+def require_safe(schedule: LayerSchedule) -> None:
+    """What a kernel takes for granted, said anew: every index inside, every query computed once and copied once."""
+    tokens, blocks = schedule.grid.tokens, schedule.k_blocks
+    tiles = [schedule.tiles(head) for head in range(schedule.heads)]
+    assert sorted(schedule.tile_order.tolist()) == list(range(sum(tiles)))
+    assert len(schedule.anchor_ptr) - 1 <= schedule.heads
+    for head in range(schedule.heads):
+        source, keep = schedule.dense(head)
+        assert source.shape == (tokens,)
+        assert ((source >= 0) & (source < tokens)).all()
+        assert (source[source] == source).all()
+        assert keep.shape == (tokens, blocks)
+        assert keep.any(1).all()
+        for tile in range(tiles[head]):
+            columns = schedule.columns(head, tile).tolist()
+            assert columns == sorted(set(columns))
+            assert 0 <= columns[0] <= columns[-1] < blocks
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[hostile.Header, hostile.Sections]:
+    write_plan(path := tmp_path_factory.mktemp("plan") / "a.plan", frames_plan())
+    container = Container.open(path, magic=MAGIC, version=VERSION)
+    return container.header, {name: container.section(name).copy() for name in container.names}
+
+
+@given(st.data())
+def test_any_plan_ends_in_its_error_or_is_safe(
+    tmp_path_factory: pytest.TempPathFactory, parts: tuple[hostile.Header, hostile.Sections], data: st.DataObject
+) -> None:
+    """Headers, arrays, tables and lists changed, with digests made right again."""
+    header, sections = parts[0], dict(parts[1])
+    if data.draw(st.booleans()):
+        header = data.draw(mutations.documents(header))
+    for _ in range(data.draw(st.integers(0, 2))):
+        name = data.draw(st.sampled_from(sorted(sections)))
+        sections[name] = data.draw(mutations.arrays(sections[name]))
+    if data.draw(st.booleans()):  # the lists of the first layer, its frame as long as before
+        table = sections["0/layers"]
+        frame = parts[1]["0/masks"][: parts[1]["0/layers"][1, 0]]
+        bits = np.frombuffer(zstandard.decompress(frame.tobytes()), np.uint8)
+        changed = zstandard.compress(data.draw(mutations.arrays(bits)).tobytes(), 6)
+        sections["0/masks"] = np.append(np.frombuffer(changed, np.uint8), parts[1]["0/masks"][len(frame) :])
+        if table.shape == parts[1]["0/layers"].shape and table.dtype == np.int64:
+            sections["0/layers"] = table = table.copy()
+            table[1:, 0] += len(changed) - len(frame)
+    path = tmp_path_factory.getbasetemp() / "any.plan"
+    try:
+        path.write_bytes(hostile.rebuilt(header, sections))
+    except OverflowError:  # no file can say so
+        return
+    try:
+        plan = PlanFile.read(path)
+        plan.prove()
+        schedules, told = [schedule for layers in plan.schedules for schedule in layers], f"{path}: "
+    except errors.PlanError as error:
+        schedules, told = [], str(error)
+    assert told.startswith(f"{path}: ")
+    for schedule in schedules:
+        require_safe(schedule)

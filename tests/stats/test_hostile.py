@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from support import stats
+from support import mutations, stats
 
 from calibatt.compiler.cli import command
 from calibatt.compiler.stats import ManifestError, ManifestMismatch, Store, StoreError, StoreWriter
@@ -24,45 +23,10 @@ from calibatt.compiler.stats.unit import MAGIC as UNIT
 from calibatt.compiler.stats.unit import VERSION
 from calibatt.plans import Container, write_container
 
-NUMBERS = (0, -1, 3, 2**31, 2**40, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"))
-OTHERS = (None, True, "", "x", "\x1b[2J", [], [[]], [0.5], ["x"], [1, 2, 3], {}, {"x": 1}, {"kind": "box"})
-ODD = st.sampled_from((*NUMBERS, *OTHERS))
-"""What is put in the place of a value."""
-
-
-def nodes(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The way to every value of a JSON document but the whole."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [way for key, each in inner for way in ((*path, key), *nodes(each, (*path, key)))]
-
-
-@st.composite
-def mutated(draw: st.DrawFn, value: Any) -> Any:
-    """The document with a few values replaced, removed, renamed or given twice."""
-    found = json.loads(json.dumps(value))
-    for _ in range(draw(st.integers(1, 3))):
-        if not (ways := nodes(found)):
-            break
-        *outer, last = draw(st.sampled_from(ways))
-        place = found
-        for key in outer:
-            place = place[key]
-        act = draw(st.sampled_from(("replace", "replace", "remove", "more")))
-        if act == "replace":
-            place[last] = copy.deepcopy(draw(ODD))
-        elif act == "remove":
-            del place[last]
-        elif isinstance(place, list):
-            place.append(place[last])
-        else:
-            place[draw(st.sampled_from(("x", "radii", "kind")))] = place.pop(last)
-    return found
-
-
 OF = stats.manifest(thresholds=(0.8, 0.9))
 
 
-@given(mutated(json.loads(OF.to_json())))
+@given(mutations.documents(json.loads(OF.to_json())))
 def test_any_manifest_ends_in_its_error_or_is_one(value: Any) -> None:
     try:
         found = Manifest.from_json(json.dumps(value))
@@ -88,13 +52,10 @@ def test_any_header_ends_in_a_store_error_or_a_plan(
     sections = {each: file.section(each).copy() for each in file.names}
     header = file.header
     if data.draw(st.booleans()):
-        header = data.draw(mutated(header))
+        header = data.draw(mutations.documents(header))
     else:
-        array = sections[data.draw(st.sampled_from(file.names))]
-        flat = array.reshape(-1)
-        flat[data.draw(st.integers(0, max(0, len(flat) - 1)))] = data.draw(
-            st.sampled_from([0, 1, 255] if array.dtype.kind in "ui" else [0.0, -1.0, 1e38, float("nan"), float("inf")])
-        )
+        name_of = data.draw(st.sampled_from(file.names))
+        sections[name_of] = data.draw(mutations.arrays(sections[name_of]))
     try:
         write_container(mine / name, magic=magic, version=VERSION, header=header, sections=sections, crc=True)
     except Exception:  # no file could say so

@@ -104,6 +104,13 @@ def deep(levels: int) -> list[Any]:
     return [*[[]] * 65535, deep(levels - 1)] if levels else []
 
 
+def in_order(value: Any) -> Any:
+    """Maps by their keys, as a header has them."""
+    if isinstance(value, list):
+        return [in_order(each) for each in value]
+    return {key: in_order(value[key]) for key in sorted(value)} if isinstance(value, dict) else value
+
+
 def rebuilt(header: Header, sections: Sections) -> bytes:
     """A plan file, whatever its header, put together without the code under test."""
     entries, data = [], b""
@@ -114,7 +121,7 @@ def rebuilt(header: Header, sections: Sections) -> bytes:
         entries.append(facts | {"length": len(raw), "name": name, "offset": len(data)})
         entries[-1]["shape"] = list(sections[name].shape)
         data += raw
-    packed = msgpack.packb({"header": dict(sorted(header.items())), "sections": entries})
+    packed = msgpack.packb({"header": in_order(header), "sections": entries})
     start = MAGIC + struct.pack("<HHI", *VERSION, len(packed))
     head = start + blake2b(start + packed, digest_size=16).digest() + packed
     return head + bytes(-len(head) % 64) + data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from click.testing import CliRunner, Result
 
 pytest.importorskip("diffusers")
 
+from support.plans import tiny_plan as support_plan
 from support.sampler import CALIBRATED, TIMES, TinyVideoSampler, tiny_plan, tiny_store
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, PlanFile, TokenGrid, write_plan
+from calibatt.compiler.stats import Store
+from calibatt.plans import Blocks, Container, PlanFile, TokenGrid, write_container, write_plan
+from calibatt.plans.plan import MAGIC, VERSION
 from calibatt.runtime import LayerSchedule, Plan
 from calibatt.runtime.reference import reference_attention
 from calibatt.tools.calibrate import calibration, models
@@ -341,3 +345,44 @@ def test_a_mask_bound_on_a_gpu_is_what_it_is_on_a_cpu() -> None:
     expected = masks.attend(q, k, v, masks.bind_mask(keep, grid, blocks))
     found = masks.attend(q.cuda(), k.cuda(), v.cuda(), masks.bind_mask(keep.cuda(), grid, blocks))
     torch.testing.assert_close(found.cpu(), expected, atol=5e-3, rtol=5e-3)
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, plan_path, sampler, monkeypatch):
+    store = tiny_store(tmp_path / "stats")
+    inside = evaluate(tmp_path, "--plan", plan_path, "-o", tmp_path / "stats" / "report")
+    assert inside.exit_code == 2
+    assert "must not be in a store of statistics" in inside.output
+    assert Store.open(tmp_path / "stats") == store
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    stamp = evaluate(tmp_path, "--plan", plan_path, "-o", tmp_path / "a", "--stamp")
+    assert stamp.exit_code == 2
+    assert "--stamp must be able to replace" in stamp.output
+    assert sampler.runs == 0
+
+
+@pytest.mark.parametrize("change", ["model", "resolution", "lists"])
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is_measured(tmp_path, plan_path, sampler, change):
+    path, plan = tmp_path / "p.plan", PlanFile.read(plan_path)
+    if change == "lists":  # damaged, with right digests
+        file = Container.open(plan_path, magic=MAGIC, version=VERSION)
+        sections = {name: file.section(name) for name in file.names}
+        sections["0/masks"] = sections["0/masks"][::-1]
+        write_container(path, magic=MAGIC, version=VERSION, header=file.header, sections=sections)
+    else:
+        other = support_plan() if change == "model" else replace_grid(plan)
+        write_plan(path, other)
+    found = evaluate(tmp_path, "--plan", path, "-o", tmp_path / "a")
+    assert found.exit_code == 2, found.exception
+    assert found.output.startswith(f"calibatt-evaluate: {path}")
+    assert found.output.count("\n") == 1
+    assert sampler.runs == 0
+
+
+def replace_grid(plan: PlanFile) -> PlanFile:
+    """A dense plan of the same model for videos of one frame more."""
+    grid = replace(plan.grid, frames=plan.grid.frames + 1)
+    heads = plan.signature.heads
+    dense = random_schedule(np.random.default_rng(0), grid, plan.blocks, heads, dense_heads=range(heads))
+    layers = (dense,) * plan.signature.layers
+    return replace(plan, grid=grid, schedules=(layers,) * len(plan.segments))

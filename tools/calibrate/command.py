@@ -13,6 +13,7 @@ from rich.console import Console
 from calibatt.compiler.stats import Manifest, Store, StoreError, StoreWriter
 from calibatt.compiler.stats.files import require_outside
 from calibatt.plans.command import Incomplete, one_line, told
+from calibatt.plans.errors import legible
 from calibatt.tools.calibrate import estimate
 from calibatt.tools.calibrate.calibration import BACKWARD_COST, Calibrator, sampling_name
 from calibatt.tools.calibrate.models import SMALL_TOKENS, make_sampler
@@ -70,7 +71,7 @@ def outstanding(writer: StoreWriter, work: Work, ranks: Ranks, console: Console)
     for name in begun:
         again = any(sampling_name(*each) == name for each in todo)
         fate = "goes on where it stopped" if again else "left aside: not among these prompts"
-        console.print(f"sampling {name} was interrupted: {fate}")
+        console.print(f"sampling {legible(name)} was interrupted: {fate}", markup=False, highlight=False)
     return ranks.share(todo)
 
 

@@ -12,7 +12,8 @@ import torch
 
 from calibatt.compiler.stats import Manifest, default_windows
 from calibatt.plans import Blocks, TokenGrid
-from calibatt.runtime.adapters import Adapter, UnknownModelError, adapter_for
+from calibatt.runtime.adapters import Adapter, adapter_for
+from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.tools.calibrate.calibration import CalibrationError
 from calibatt.tools.calibrate.chain import ChainError
 from calibatt.tools.calibrate.checks import CheckError, check_gradients, check_model
@@ -23,7 +24,7 @@ from calibatt.tools.calibrate.sampler import Sampler
 SMALL_VECTORS = 8
 ROW_RADIUS, FRAME_RADIUS = 3, 4
 
-MODEL_ERRORS = (UnknownModelError, CalibrationError, ChainError, CheckError, PipelineError, ValueError)
+MODEL_ERRORS = (CalibrationError, ChainError, CheckError, PipelineError, UnsupportedBackendError, ValueError)
 """What a user's model or call may be wrong about."""
 
 Work = list[tuple[str, int]]

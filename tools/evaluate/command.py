@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from calibatt.compiler.stats.files import require_outside
-from calibatt.plans import PlanFile
 from calibatt.plans.command import FAILED, one_line
+from calibatt.plans.errors import legible
 from calibatt.plans.files import write_text
-from calibatt.runtime import Plan
+from calibatt.runtime import load_plan
 from calibatt.tools.calibrate.models import make_sampler
 from calibatt.tools.calibrate.pipeline import PipelineError
 from calibatt.tools.calibrate.work import MODEL_ERRORS, check_sampler, device_memory, pick_device, read_prompts, spread
@@ -69,12 +69,13 @@ def run(
     for path in paths if stamp else ():
         if not os.access(path.parent, os.W_OK):
             raise EvaluationError(f"--stamp must be able to replace {path}, got a folder that cannot be written")
-    candidates = [Candidate(str(path), Plan(PlanFile.read(path))) for path in paths]
+    candidates = [Candidate(legible(str(path)), load_plan(path)) for path in paths]
     lines = read_prompts(prompts)
     work = [(p, first_seed + i) for i, p in enumerate(p for p in lines for _ in range(seeds))]
     evaluation.check_held_out(candidates, work)
     sampler = make_sampler(model, steps, pick_device(device))
     sampler.check(lines)
+    evaluation.check_fit(candidates, sampler)
     if quick or head_prompts:
         check_sampler(sampler)
     if quick:

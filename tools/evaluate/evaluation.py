@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibatt.plans import PlanFile
+from calibatt.plans import PlanError, PlanFile
 from calibatt.plans.files import whole_file, write_text
 from calibatt.plans.schedule import ARRAYS
 from calibatt.runtime import Plan
@@ -168,6 +168,23 @@ def check_held_out(candidates: Sequence[Candidate], work: Work) -> None:
                 raise EvaluationError(
                     f"prompts must be held out, got one that {candidate.name} was made from: {prompt!r}"
                 )
+
+
+def check_fit(candidates: Sequence[Candidate], sampler: Sampler) -> None:
+    """Proves that every plan is for the sampler's model and resolution.
+
+    Raises:
+        EvaluationError: One is not; names it and says what differs.
+    """
+    for candidate in candidates:
+        try:
+            candidate.plan.attach(sampler.transformer).detach()
+        except (PlanError, ValueError, RuntimeError) as error:
+            raise EvaluationError(f"{candidate.name}: {error}") from None
+        plan, own = ((each.frames, each.height, each.width) for each in (candidate.plan.grid, sampler.grid))
+        if plan != own:
+            rule = f"be of {own} frames, rows and tokens of a row, as the model samples"
+            raise EvaluationError(f"{candidate.name} must {rule}, got one of {plan}")
 
 
 def measure_videos(
