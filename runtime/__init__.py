@@ -3,7 +3,7 @@
 from calibatt.runtime.adapters import Adapter, MissingArgumentError, UnknownModelError
 from calibatt.runtime.attachment import Attachment, PipelineAttachment, PlanMismatchError, attach
 from calibatt.runtime.backends import UnsupportedBackendError
-from calibatt.runtime.intercept import InterceptionLostError
+from calibatt.runtime.intercept import InterceptionLostError, OutsideForwardError
 from calibatt.runtime.ops import planned_attention
 from calibatt.runtime.parallel import ParallelismError
 from calibatt.runtime.plan import Plan, PlanSet, load_plan, load_plans
@@ -15,6 +15,7 @@ __all__ = [
     "InterceptionLostError",
     "LayerSchedule",
     "MissingArgumentError",
+    "OutsideForwardError",
     "ParallelismError",
     "PipelineAttachment",
     "Plan",
