@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -39,6 +39,9 @@ class Plan(ResidentSchedules):
                 for segment in range(len(file.segments))
             ]
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plan, (self.file,)  # what is on devices stays there
 
     @property
     def signature(self) -> ModelSignature:
