@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from calibatt.plans import ModelSignature, PlanError, TokenGrid
+from calibatt.plans import ModelSignature, TokenGrid
 from calibatt.runtime import custom_op, ops
-from calibatt.runtime.adapters import Adapter, Arguments, UnknownModelError, adapter_for, unwrap
+from calibatt.runtime.adapters import (
+    Adapter,
+    Arguments,
+    PlanMismatchError,
+    UnknownModelError,
+    adapter_for,
+    naming_the_missing,
+    unwrap,
+)
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptedSite, Interception
 from calibatt.runtime.padding import ShorterPlans, each_sample
@@ -29,10 +37,6 @@ if TYPE_CHECKING:
 
 STOCK = -1
 """In place of an entry: the model's own attention."""
-
-
-class PlanMismatchError(PlanError):
-    """A plan is not for this model or this resolution; says everything that differs."""
 
 
 class Attachment:
@@ -400,13 +404,12 @@ def share_plan(plan: Plan, ulysses: Ulysses) -> ResidentSchedules:
 
 def _intercept(model: nn.Module, adapter: Adapter, session: _Session) -> Interception:
     """The seam that `torch.compile` traces: arguments in, ops out. It keeps the session alive."""
-    config = model.config
+    config, name = model.config, adapter.timestep
+    said = adapter.time if name is None else naming_the_missing(lambda arguments: arguments[name], adapter.architecture)
 
     def begin(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
         grid = adapter.grid(config, arguments)
-        name = adapter.timestep
-        time = adapter.time(arguments) if name is None else arguments[name]
-        segment = torch.ops.calibatt.resolve_segment(time, grid, session.number)
+        segment = torch.ops.calibatt.resolve_segment(said(arguments), grid, session.number)
         return segment, adapter.lengths(config, arguments)
 
     def attend(

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from torch import nn
 
 from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid
-from calibatt.runtime.adapters import Adapter, adapter_for
-from calibatt.runtime.attachment import Attachment, PlanMismatchError, check_signature
+from calibatt.runtime.adapters import Adapter, PlanMismatchError, adapter_for
+from calibatt.runtime.attachment import Attachment, check_signature
 from calibatt.runtime.resident import ResidentSchedules
 from calibatt.runtime.schedule import LayerSchedule, StoredSchedule
 
