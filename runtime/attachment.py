@@ -352,17 +352,15 @@ class _Session:
             schedule = schedules[layer]
             if isinstance(schedule, Share):
                 q, k, v = schedule.tokens_to_heads(q, k, v)
-            parts = (x.transpose(1, 2) for x in (q, k, v))
-            out = ops.attend(*parts, schedule, backend).transpose(1, 2)
+            out = ops.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), schedule, backend).transpose(1, 2)
             if isinstance(schedule, Share):
                 out = schedule.heads_to_tokens(out)
-            # While the device computes, arrays get there: the next layer's, if need be, and this one's of what follows.
-            for coming in schedules[layer + 1 : layer + 2]:
-                coming.prefetch(q.device)
+        # While the device computes, arrays get there: the next layer's, if need be, and this layer's of what follows.
         following = self._following(entry)
         owner, _ = self.entries[following]
-        with owner.lock:  # never two at once
-            self._layers(following, text if owner is plan else None)[layer].prefetch(q.device)
+        for coming in schedules[layer + 1 : layer + 2]:
+            coming.prefetch(q.device, plan.lock)
+        self._layers(following, text if owner is plan else None)[layer].prefetch(q.device, owner.lock)
         return out
 
     def _text(self, q: torch.Tensor, entry: int, layer: int) -> int | None:

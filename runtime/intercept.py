@@ -289,10 +289,9 @@ def _state(processor: Any) -> dict[str, Any]:
 
 def _reject(options: dict[str, Any], parallel: bool) -> None:
     """What no row's self-attention asks for today, and what would be wrong to ignore."""
-    for option in ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "parallel_config"):
-        if parallel and option == "parallel_config":
+    for option, value in options.items():
+        if value is None or value is False or option == "backend" or (parallel and option == "parallel_config"):
             continue
-        value = options.get(option)
         if isinstance(value, torch.Tensor) or value:
             raise NotImplementedError(f"self-attention must be called without {option}, got {type(value).__name__}")
 

@@ -93,11 +93,13 @@ def as_attention_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tup
 
 
 def check_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Proves that kernels may take k and v to be as q, and each channel to follow the one before.
+    """Proves that kernels may take k and v to be as q.
 
     Raises:
-        ValueError: They must not; names the tensor.
+        ValueError: Shape, dtype or device differ; names the tensor.
     """
+    if q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device:
+        return
     for name, x in (("k", k), ("v", v)):
         if x.shape != q.shape:
             raise ValueError(f"{name} must have the shape of q, {tuple(q.shape)}, got {tuple(x.shape)}")
@@ -105,9 +107,6 @@ def check_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             raise ValueError(
                 f"{name} must have q's dtype and device, {q.dtype} on {q.device}, got {x.dtype} on {x.device}"
             )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(f"{name} must have contiguous channels (last stride 1), got strides {x.stride()}")
 
 
 def supports(
@@ -148,3 +147,6 @@ def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: Layer
     if not q.is_floating_point():
         raise ValueError(f"q must be floating point, got {q.dtype}")
     check_alike(q, k, v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{name} must have contiguous channels (last stride 1), got strides {x.stride()}")

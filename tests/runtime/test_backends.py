@@ -14,7 +14,7 @@ from calibatt.plans import Blocks, TokenGrid
 from calibatt.plans import LayerSchedule as CoreSchedule
 from calibatt.runtime.backends import triton as triton_backend
 from calibatt.runtime.backends.triton import TABLE
-from calibatt.runtime.ops import planned_attention
+from calibatt.runtime.ops import attend, planned_attention
 from calibatt.runtime.reference import reference_attention
 from calibatt.runtime.schedule import LayerSchedule
 
@@ -143,6 +143,16 @@ def test_triton_by_addresses(monkeypatch: pytest.MonkeyPatch, block_k: int) -> N
     monkeypatch.setattr(triton_backend, "device_sm", lambda _: 80)
     for grid in (NARROW, WIDE):
         check(schedule(grid, Blocks(64, block_k), anchored_heads=[2]), "triton", torch.float16)
+
+
+@BACKENDS
+def test_channels_need_not_be_side_by_side_in_a_model(backend: str, dtype: torch.dtype) -> None:
+    core = schedule(WIDE, Blocks(64, 64), anchored_heads=[2])
+    q, k, v = inputs(core, dtype, device=DEVICE if backend == "triton" else "cpu")
+    expected = attend(q, k, v, LayerSchedule(core), backend)
+    apart = [x.mT.contiguous().mT for x in (q, k, v)]
+    for parts in (apart, (q, apart[1], v)):
+        torch.testing.assert_close(attend(*parts, LayerSchedule(core), backend), expected)
 
 
 @BACKENDS
