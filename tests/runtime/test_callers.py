@@ -18,7 +18,7 @@ from support.masked import masked
 from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid, write_plan
-from calibatt.runtime import OutsideForwardError, Plan, load_plan, ops
+from calibatt.runtime import OutsideForwardError, Plan, PlanSet, load_plan, ops
 from calibatt.runtime.adapters import adapter_for
 
 GRID = TokenGrid(frames=2, height=4, width=6)
@@ -26,28 +26,28 @@ THREADS, ROUNDS = 8, 12
 TIMES = tuple(range(60, 1000, 940 // THREADS))[:THREADS]
 
 
-def make_plan(model: Any, segments: int = THREADS) -> Plan:
+def make_plan(model: Any, segments: int = THREADS, grid: TokenGrid = GRID) -> Plan:
     rng = np.random.default_rng(0)
     ends = np.linspace(0, 1, segments + 1)
     parts = tuple(Segment(low, high, (low + high) / 2) for low, high in pairwise(ends))
     layers = [
-        tuple(random_schedule(rng, GRID, Blocks(16, 16), 2, 0.3, anchored_heads=[1]) for _ in range(2)) for _ in parts
+        tuple(random_schedule(rng, grid, Blocks(16, 16), 2, 0.3, anchored_heads=[1]) for _ in range(2)) for _ in parts
     ]
-    return Plan(PlanFile(adapter_for(model).signature(model), GRID, Blocks(16, 16), parts, tuple(layers)))
+    return Plan(PlanFile(adapter_for(model).signature(model), grid, Blocks(16, 16), parts, tuple(layers)))
 
 
-def arguments(time: int) -> tuple[torch.Tensor, ...]:
+def arguments(time: int, rows: int = GRID.height) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    hidden, text = torch.randn(1, 16, 2, 8, 12, generator=generator), torch.randn(1, 8, 16, generator=generator)
+    hidden, text = torch.randn(1, 16, 2, 2 * rows, 12, generator=generator), torch.randn(1, 8, 16, generator=generator)
     return hidden, torch.tensor([time]), text
 
 
 @torch.no_grad()
-def forward(model: Any, time: int = 700) -> torch.Tensor:
-    return model(*arguments(time), return_dict=False)[0]
+def forward(model: Any, time: int = 700, rows: int = GRID.height) -> torch.Tensor:
+    return model(*arguments(time, rows), return_dict=False)[0]
 
 
-def in_threads(work: Callable[[int], Any]) -> list[Exception]:
+def in_threads(work: Callable[[int], Any], rounds: int = ROUNDS) -> list[Exception]:
     """Calls ``work(time)`` for all times at once, many times; what was raised."""
     raised: list[Exception] = []
     ready = threading.Barrier(len(TIMES))
@@ -55,7 +55,7 @@ def in_threads(work: Callable[[int], Any]) -> list[Exception]:
     def run(time: int) -> None:
         try:
             ready.wait()
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 work(time)
         except Exception as error:
             raised.append(error)
@@ -68,27 +68,53 @@ def in_threads(work: Callable[[int], Any]) -> list[Exception]:
     return raised
 
 
+def differences(model: Any, expected: dict[int, torch.Tensor]) -> list[float]:
+    """How far what threads compute is from what was expected, where it is not equal."""
+    found: list[float] = []
+
+    def work(time: int) -> None:
+        if (far := float((forward(model, time) - expected[time]).abs().max())) > 0:
+            found.append(far)
+
+    assert in_threads(work) == []
+    return found
+
+
 @pytest.mark.parametrize("large", [False, True], ids=["lists", "bits"])
-@pytest.mark.parametrize("blocks_compiled", [False, True])
-def test_threads_share_a_model(large: bool, blocks_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each follows its own time, whatever the others do; all segments but two are let go of again and again."""
+@pytest.mark.parametrize("compiled", ["not", "blocks", "whole"])
+def test_threads_share_a_model(large: bool, compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each follows its own time, whatever the others do; of a large plan, segments are let go of again and again."""
     torch._dynamo.reset()
     if large:
         monkeypatch.setattr("calibatt.runtime.resident.RESIDENT_BYTES", 0)
     model = wan.transformer(1)
     with make_plan(model).attach(model):
-        if blocks_compiled:
-            model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-        alone = {time: forward(model, time) for time in TIMES}
+        if compiled == "blocks":
+            model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        call = torch.compile(model, fullgraph=True, backend="eager") if compiled == "whole" else model
+        alone = {time: forward(call, time) for time in TIMES}
         assert len({float(out.sum()) for out in alone.values()}) == THREADS, "times matter"
-        wrong: list[float] = []
+        assert differences(call, alone) == []
+
+
+def test_threads_share_the_plans_of_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread goes from one plan of a set to the other and back, in another order than the next one."""
+    monkeypatch.setattr("calibatt.runtime.resident.RESIDENT_BYTES", 0)
+    models = [wan.transformer(seed) for seed in (1, 2)]
+    plans = PlanSet({grid: make_plan(models[0], grid=TokenGrid(2, grid, 6)) for grid in (4, 3)})
+    with plans.attach(models[0]), plans.attach(models[1]):
+
+        def forwards(time: int) -> list[torch.Tensor]:
+            return [forward(model, at, rows) for model in models for at in (time, 500) for rows in (4, 3)]
+
+        alone = {time: forwards(time) for time in TIMES}
+        wrong: list[int] = []
 
         def work(time: int) -> None:
-            if (far := float((forward(model, time) - alone[time]).abs().max())) > 1e-5:
-                wrong.append(far)
+            wrong.extend(not torch.equal(*both) for both in zip(forwards(time), alone[time], strict=True))
 
-        assert in_threads(work) == []
-        assert wrong == []
+        assert in_threads(work, rounds=3) == []
+        assert not any(wrong)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -173,7 +199,7 @@ def test_autocast_mixes_types_as_in_the_models_own_attention(compiled: bool, mon
     types = []
     attend = ops.attend
     monkeypatch.setattr(ops, "attend", lambda *args: types.append({x.dtype for x in args[:3]}) or attend(*args))
-    call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    call = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
     with torch.autocast("cpu", torch.bfloat16):
         with masked(model, plan):
             expected = forward(model)
@@ -198,7 +224,7 @@ def test_a_forward_for_gradients_is_refused(compiled: bool) -> None:
     torch._dynamo.reset()
     model = wan.transformer(1)
     expected = forward(model)
-    call = torch.compile(model, backend="aot_eager") if compiled else model
+    call = torch.compile(model, backend="eager") if compiled else model
     with make_plan(model).attach(model):
         planned = forward(call)
         with pytest.raises(ValueError, match=r"q must not require grad: planned attention has no backward"):
