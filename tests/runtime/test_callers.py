@@ -97,6 +97,31 @@ def test_threads_share_a_model(large: bool, compiled: str, monkeypatch: pytest.M
         assert differences(call, alone) == []
 
 
+def test_arrays_at_work_are_not_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that another stream is about to read them with would read what came in their place."""
+    monkeypatch.setattr("calibatt.runtime.resident.RESIDENT_BYTES", 0)
+    model = wan.transformer(1)
+    plan, attend = make_plan(model), ops.attend
+    others: list[threading.Thread] = []
+    bound: list[int] = []
+
+    def spy(q: Any, k: Any, v: Any, schedule: Any, *args: Any) -> Any:
+        if not others:
+            schedule.bind(q.device)
+            others.append(threading.Thread(target=forward, args=(model, TIMES[3])))
+            others[0].start()
+            others[0].join(timeout=0.5)  # as far as it comes: it wants two other segments
+            bound.append(schedule.bound_bytes)
+        return attend(q, k, v, schedule, *args)
+
+    monkeypatch.setattr(ops, "attend", spy)
+    with plan.attach(model):
+        forward(model, TIMES[-1])
+        others[0].join()
+    assert bound[0] > 0
+    assert plan.schedule(TIMES[-1] / 1000, 0).bound_bytes == 0, "the other thread's turn came"
+
+
 def test_threads_share_the_plans_of_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread goes from one plan of a set to the other and back, in another order than the next one."""
     monkeypatch.setattr("calibatt.runtime.resident.RESIDENT_BYTES", 0)
