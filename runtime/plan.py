@@ -79,11 +79,11 @@ class Plan(ResidentSchedules):
     ) -> Attachment:
         """Runs the model's self-attention by this plan, from now until `Attachment.detach` or the end of a ``with``.
 
-        Inference only. Attach after whatever replaces attention processors. Threads may call the model at the same time;
-        call ``model(...)``, not ``model.forward(...)``, which is an `OutsideForwardError`. The model's device and dtype may change
+        Inference only. Attach after whatever replaces attention processors. The model's device and dtype may change
         later: the backend is then chosen, and an explicit one checked, anew. So may `enable_parallelism` of diffusers
         be called later, with a ulysses_degree: every rank then executes some of the heads, and must attach the same
-        plan.
+        plan. Threads may call the model at the same time; it must be called as ``model(...)``: ``model.forward(...)``
+        is an `OutsideForwardError`.
 
         Args:
             model: The transformer, compiled or not.
