@@ -105,14 +105,14 @@ def test_arrays_at_work_are_not_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     others: list[threading.Thread] = []
     bound: list[int] = []
 
-    def spy(q: Any, k: Any, v: Any, schedule: Any, *args: Any) -> Any:
+    def spy(q: Any, k: Any, v: Any, schedule: Any, *args: Any, **options: Any) -> Any:
         if not others:
             schedule.bind(q.device)
             others.append(threading.Thread(target=forward, args=(model, TIMES[3])))
             others[0].start()
             others[0].join(timeout=0.5)  # as far as it comes: it wants two other segments
             bound.append(schedule.bound_bytes)
-        return attend(q, k, v, schedule, *args)
+        return attend(q, k, v, schedule, *args, **options)
 
     monkeypatch.setattr(ops, "attend", spy)
     with plan.attach(model):
@@ -223,7 +223,12 @@ def test_autocast_mixes_types_as_in_the_models_own_attention(compiled: bool, mon
     plan = make_plan(model)
     types = []
     attend = ops.attend
-    monkeypatch.setattr(ops, "attend", lambda *args: types.append({x.dtype for x in args[:3]}) or attend(*args))
+
+    def spy(q: Any, k: Any, v: Any, *args: Any, **options: Any) -> Any:
+        types.append({q.dtype, k.dtype, v.dtype})
+        return attend(q, k, v, *args, **options)
+
+    monkeypatch.setattr(ops, "attend", spy)
     call = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
     with torch.autocast("cpu", torch.bfloat16):
         with masked(model, plan):
