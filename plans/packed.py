@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -459,6 +459,9 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
         self._unpacked = lru_cache(maxsize=packed)(self._unpack)
         self.packed = lru_cache(maxsize=packed)(self._packed)
         self.schedule = lru_cache(maxsize=lowered)(self._schedule)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoredLayers, (self.where, self.grid, self.blocks, self.heads, self.bases, self.layers)
 
     def _unpack(self, segment: int, layer: int) -> PackedLayer:
         """A layer that is good enough for a base."""

@@ -1,9 +1,9 @@
 """Plans at run time: `load_plan(path).attach(model)`, sets of plans, and planned attention as a function."""
 
-from calibatt.runtime.adapters import Adapter, MissingArgumentError, UnknownModelError
-from calibatt.runtime.attachment import Attachment, PipelineAttachment, PlanMismatchError, attach
+from calibatt.runtime.adapters import Adapter, PlanMismatchError, UnknownModelError
+from calibatt.runtime.attachment import Attachment, PipelineAttachment, attach
 from calibatt.runtime.backends import UnsupportedBackendError
-from calibatt.runtime.intercept import InterceptionLostError
+from calibatt.runtime.intercept import InterceptionLostError, OutsideForwardError
 from calibatt.runtime.ops import planned_attention
 from calibatt.runtime.parallel import ParallelismError
 from calibatt.runtime.plan import Plan, PlanSet, load_plan, load_plans
@@ -14,7 +14,7 @@ __all__ = [
     "Attachment",
     "InterceptionLostError",
     "LayerSchedule",
-    "MissingArgumentError",
+    "OutsideForwardError",
     "ParallelismError",
     "PipelineAttachment",
     "Plan",

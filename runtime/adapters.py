@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from calibatt.plans import ModelSignature, TokenGrid
+from calibatt.plans import ModelSignature, PlanError, TokenGrid
 
 Arguments = Mapping[str, Any]
 """Arguments of one forward call by parameter name."""
@@ -23,8 +23,8 @@ class UnknownModelError(ValueError):
     """No row of the table fits the model."""
 
 
-class MissingArgumentError(ValueError):
-    """A forward was not given an argument that the model's row reads."""
+class PlanMismatchError(PlanError):
+    """A plan is not for this model or this forward; says everything that differs, or what the model's row lacks."""
 
 
 class Place(Protocol):
@@ -89,7 +89,7 @@ class Adapter:
     def __post_init__(self) -> None:
         for name in ("grid", "time", "valid_text"):
             if (read := getattr(self, name)) is not None:
-                object.__setattr__(self, name, _naming_the_missing(read, self.architecture))
+                object.__setattr__(self, name, naming_the_missing(read, self.architecture))
 
     def sites(self, model: nn.Module) -> tuple[Site, ...]:
         """Every self-attention of the model, in execution order.
@@ -122,14 +122,14 @@ class Adapter:
         return TokenGrid(*self.grid(unwrap(model).config, arguments))
 
 
-def _naming_the_missing(read: Callable[..., Any], architecture: str) -> Callable[..., Any]:
-    """The same function, whose `MissingArgumentError` names the row and the argument that a call lacks."""
+def naming_the_missing(read: Callable[..., Any], architecture: str) -> Callable[..., Any]:
+    """The same function, whose `PlanMismatchError` names the row and the argument that a call lacks."""
 
     def named(*args: Any) -> Any:
         try:
             return read(*args)
         except KeyError as error:
-            raise MissingArgumentError(
+            raise PlanMismatchError(
                 f"the row of {architecture} needs the argument {error} of a forward, got a call with "
                 f"{', '.join(args[-1])}"
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from calibatt.plans import ModelSignature, PlanError, TokenGrid
+from calibatt.plans import ModelSignature, TokenGrid
 from calibatt.runtime import custom_op, ops
-from calibatt.runtime.adapters import Adapter, Arguments, UnknownModelError, adapter_for, unwrap
+from calibatt.runtime.adapters import (
+    Adapter,
+    Arguments,
+    PlanMismatchError,
+    UnknownModelError,
+    adapter_for,
+    naming_the_missing,
+    unwrap,
+)
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptedSite, Interception
 from calibatt.runtime.padding import ShorterPlans, each_sample
@@ -28,10 +37,6 @@ if TYPE_CHECKING:
 
 STOCK = -1
 """In place of an entry: the model's own attention."""
-
-
-class PlanMismatchError(PlanError):
-    """A plan is not for this model or this resolution; says everything that differs."""
 
 
 class Attachment:
@@ -55,6 +60,9 @@ class Attachment:
         weight = next(adapter.sites(model)[0].attention.parameters())
         self._session.prepare(*_where_it_runs(unwrap(model), weight))
         self._session.interception = _intercept(model, adapter, self._session)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an attachment must not be copied or stored: copy the model, and attach the plan to the copy")
 
     def detach(self) -> None:
         """Gives the model back its own attention, the very processors it had; a second call does nothing."""
@@ -162,8 +170,15 @@ def _is_known(model: nn.Module) -> bool:
     return True
 
 
+class _Here(threading.local):
+    """Where the forwards of the calling thread are."""
+
+    entry: int | None = None
+
+
 class _Session:
-    """Executes plans in one model. Knows the model only through its interception, so that models can be freed.
+    """Executes plans in one model, for any number of threads. Knows the model only through its interception, so that
+    models can be freed.
 
     Args:
         plans: What to execute, each for a grid of its own.
@@ -186,7 +201,7 @@ class _Session:
         self.warned: set[TokenGrid] = set()
         self.number = custom_op.open_session(self)
         self.device = torch.device("cpu")
-        self.entry = len(self.entries) - 1
+        self.here = _Here()
         self.after: dict[int, int] = {}
         """The entry that came after one, the last time."""
         self.backends: dict[tuple[torch.device, torch.dtype], list[list[str]]] = {}
@@ -233,9 +248,11 @@ class _Session:
             ]
             self.backends[device, dtype] = chosen
             if len(self.plans) == 1 and not self.entries[0][0].grid.text_after:
-                self._enter(self.entry)
-                for schedule in self._layers(self.entry):
-                    schedule.bind(device)
+                noisiest = len(self.entries) - 1
+                with self.entries[noisiest][0].lock:
+                    self._enter(noisiest)
+                    for schedule in self._layers(noisiest):
+                        schedule.bind(device)
         self.device = device
         return chosen
 
@@ -282,6 +299,8 @@ class _Session:
         return float(time)
 
     def resolve(self, time: torch.Tensor, grid: tuple[int, ...]) -> int:
+        if time.numel() == 0:  # an empty batch
+            return STOCK
         self.interception.verify()
         self.join(self.interception.model, self.interception.sites)
         found = TokenGrid(*grid)
@@ -295,13 +314,15 @@ class _Session:
                 warnings.warn(f"{message}; such forwards run the model's own attention", stacklevel=2)
             return STOCK
         self.check_parallel(plan)
-        entry = self.first_entry[found] + plan.file.segment_index(self.read_time(time))
-        if entry != self.entry:
-            self.after[self.entry] = entry
-            self.entry = entry
-            self._enter(entry)
-        if not plan.grid.text_after:
-            self._layers(entry)[0].bind(self.device)
+        entry, before = self.first_entry[found] + plan.file.segment_index(self.read_time(time)), self.here.entry
+        with plan.lock:
+            if entry != before:
+                if before is not None:
+                    self.after[before] = entry
+                self.here.entry = entry
+                self._enter(entry)
+            if not plan.grid.text_after:
+                self._layers(entry)[0].bind(self.device)
         return entry
 
     def attend(
@@ -320,22 +341,26 @@ class _Session:
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, entry: int, layer: int) -> torch.Tensor:
         if entry == STOCK:
             return self.interception.sites[layer].stock(q, k, v)
-        backend = self.prepare(q.device, q.dtype)[entry][layer]
-        text = self._text(q, entry, layer)
-        if layer == 0 and text is not None:
-            self._enter(entry, text)
-        schedules = self._layers(entry, text)
-        schedule = schedules[layer]
-        if isinstance(schedule, Share):
-            q, k, v = schedule.tokens_to_heads(q, k, v)
-        out = ops.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), schedule, backend).transpose(1, 2)
-        if isinstance(schedule, Share):
-            out = schedule.heads_to_tokens(out)
+        ops.check_alike(q, k, v)
+        plan, _ = self.entries[entry]
+        with plan.lock:
+            backend = self.prepare(q.device, q.dtype)[entry][layer]
+            text = self._text(q, entry, layer)
+            if layer == 0 and text is not None:
+                self._enter(entry, text)
+            schedules = self._layers(entry, text)
+            schedule = schedules[layer]
+            if isinstance(schedule, Share):
+                q, k, v = schedule.tokens_to_heads(q, k, v)
+            out = ops.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), schedule, backend).transpose(1, 2)
+            if isinstance(schedule, Share):
+                out = schedule.heads_to_tokens(out)
         # While the device computes, arrays get there: the next layer's, if need be, and this layer's of what follows.
         following = self._following(entry)
-        same = self.entries[following][0] is self.entries[entry][0]
-        for coming in (*schedules[layer + 1 : layer + 2], self._layers(following, text if same else None)[layer]):
-            coming.prefetch(q.device)
+        owner, _ = self.entries[following]
+        for coming in schedules[layer + 1 : layer + 2]:
+            coming.prefetch(q.device, plan.lock)
+        self._layers(following, text if owner is plan else None)[layer].prefetch(q.device, owner.lock)
         return out
 
     def _text(self, q: torch.Tensor, entry: int, layer: int) -> int | None:
@@ -377,13 +402,12 @@ def share_plan(plan: Plan, ulysses: Ulysses) -> ResidentSchedules:
 
 def _intercept(model: nn.Module, adapter: Adapter, session: _Session) -> Interception:
     """The seam that `torch.compile` traces: arguments in, ops out. It keeps the session alive."""
-    config = model.config
+    config, name = model.config, adapter.timestep
+    said = adapter.time if name is None else naming_the_missing(lambda arguments: arguments[name], adapter.architecture)
 
     def begin(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
         grid = adapter.grid(config, arguments)
-        name = adapter.timestep
-        time = adapter.time(arguments) if name is None else arguments[name]
-        segment = torch.ops.calibatt.resolve_segment(time, grid, session.number)
+        segment = torch.ops.calibatt.resolve_segment(said(arguments), grid, session.number)
         return segment, adapter.lengths(config, arguments)
 
     def attend(
@@ -394,6 +418,7 @@ def _intercept(model: nn.Module, adapter: Adapter, session: _Session) -> Interce
         context: tuple[torch.Tensor, torch.Tensor | None],
     ) -> torch.Tensor:
         segment, lengths = context
+        q, k, v = ops.as_attention_takes(q, k, v)
         return torch.ops.calibatt.attend(q, k, v, lengths, segment, site.index, session.number)
 
     return Interception(model, adapter, attend, begin=begin, parallel=True, padded=True)

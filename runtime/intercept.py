@@ -26,6 +26,23 @@ class InterceptionLostError(RuntimeError):
     """Someone replaced attention processors under an interception: it would be ignored from here on."""
 
 
+class OutsideForwardError(RuntimeError):
+    """Self-attention was called by a thread in which no forward of the model has begun: nothing says what it is of."""
+
+
+class _Forward:
+    """The forward that a thread is in."""
+
+    context: Any = None
+
+
+class _Forwards(threading.local):
+    """Of the calling thread. `torch.compile` writes to an attribute's attribute, but not to one of a thread's own."""
+
+    def __init__(self) -> None:
+        self.here = _Forward()
+
+
 class InterceptedSite:
     """What `attend` is told of the call's place.
 
@@ -57,13 +74,16 @@ class Interception:
     """Sends every self-attention call of a model through `attend`, from now until `detach`.
 
     Interceptions of one model stack: the newest is called, the others wait, and they may be detached in any order.
-    One forward of a model at a time. Compiled forwards do not `verify`: let `begin` do it in an op of its own.
+    Threads may share the model: each forward has its own context. Compiled forwards do not `verify`: let `begin` do it
+    in an op of its own. Copies of the model, pickled ones too, have the processors found when this began.
 
     Args:
         model: The transformer, compiled or not.
         adapter: Its row.
         attend: ``attend(q, k, v, site, context) -> out``, all ``(B, N, H, D)``; scores are scaled by ``D ** -0.5``.
-        begin: Called with the model's arguments before a forward does anything; what it returns is `context`.
+        begin: Called with the model's arguments before a forward does anything; what it returns, never None, is
+            `context`. Attention outside of a forward, as after ``model.forward(...)``, which no hook sees, is then an
+            `OutsideForwardError`.
         parallel: Whether `attend` takes part in context parallelism: it then gets this rank's part of the sequence.
             Otherwise such calls are refused.
         padded: Whether `attend` knows the lengths of samples with padded text, from `Adapter.lengths`, and gets the
@@ -89,7 +109,7 @@ class Interception:
         self._begin = begin
         self._parallel = parallel
         self._padded = padded
-        self._context: Any = None
+        self._forwards = _Forwards()
         self._above = 0
         sites = adapter.sites(self.model)
         self._processors = [self._processor(site) for site in sites]
@@ -99,6 +119,8 @@ class Interception:
             interception._above += 1
         self._parameters = _parameters(self.model)
         self._hooks = [self.model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)]
+        if begin is not None:
+            self._hooks.append(self.model.register_forward_hook(self._after_forward, always_call=True))
 
     @property
     def sites(self) -> tuple[InterceptedSite, ...]:
@@ -131,9 +153,7 @@ class Interception:
             above = None
             for processor in _stack(mine.site.attention):
                 if processor is mine:
-                    mine.beneath.__dict__.update(
-                        {name: value for name, value in vars(mine).items() if name not in _OURS}
-                    )
+                    mine.beneath.__dict__.update(_state(mine))
                     if above is None:
                         mine.site.attention.processor = mine.beneath
                     else:
@@ -141,7 +161,9 @@ class Interception:
                 above = processor
         self._hooks = []
         self._processors = []
-        self._context = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing_intercepted, ()
 
     def _call(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: InterceptedSite, options: dict[str, Any]
@@ -150,10 +172,16 @@ class Interception:
         if self.adapter.valid_text is not None:
             mask = options.pop("attn_mask", None)
         _reject(options, self._parallel)
+        context = self._forwards.here.context
+        if context is None and self._begin is not None:
+            raise OutsideForwardError(
+                f"self-attention {site.name} must be called in a forward of the model: call model(...), which runs "
+                "hooks, not model.forward(...), and run its blocks in the same thread"
+            )
         if mask is None or self._padded:
-            return self._attend(q, k, v, site, self._context)
+            return self._attend(q, k, v, site, context)
         lengths = mask.flatten(1).sum(1).tolist()  # (B, 1, 1, N), the same for every query
-        return each_sample(lambda q, k, v: self._attend(q, k, v, site, self._context), q, k, v, lengths)
+        return each_sample(lambda q, k, v: self._attend(q, k, v, site, context), q, k, v, lengths)
 
     def _processor(self, site: Site) -> Any:
         """A copy of the site's processor whose attention comes here."""
@@ -180,7 +208,17 @@ class Interception:
         if not torch.compiler.is_compiling():
             self.verify()
         if self._begin is not None and not self._above:
-            self._context = self._begin(dict(zip(self._parameters, args, strict=False)) | kwargs)
+            self._forwards.here.context = self._begin(dict(zip(self._parameters, args, strict=False)) | kwargs)
+
+    def _after_forward(self, *_: Any) -> None:
+        self._forwards.here.context = None
+
+
+def _nothing_intercepted() -> Interception:
+    """What a copy of a model has in place of an interception: its hooks do nothing."""
+    interception = object.__new__(Interception)
+    interception._processors, interception._begin, interception._forwards = [], None, _Forwards()
+    return interception
 
 
 _OURS = ("interception", "site", "beneath")
@@ -234,16 +272,26 @@ def _intercepted(stock: type, dispatch: str) -> type:
         finally:
             _running.processor = None
 
+    def as_stock(processor: Any, _: Any) -> Any:
+        """What is copied or pickled."""
+        plain = object.__new__(stock)
+        plain.__dict__.update(_state(processor))
+        return plain.__reduce_ex__(1)  # later protocols name the class of what is pickled
+
     call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    return type(f"Intercepted{stock.__name__}", (stock,), {"__call__": call})
+    return type(f"Intercepted{stock.__name__}", (stock,), {"__call__": call, "__reduce_ex__": as_stock})
+
+
+def _state(processor: Any) -> dict[str, Any]:
+    """What the stock processor of an intercepting one would have as attributes."""
+    return {name: value for name, value in vars(processor).items() if name not in _OURS}
 
 
 def _reject(options: dict[str, Any], parallel: bool) -> None:
     """What no row's self-attention asks for today, and what would be wrong to ignore."""
-    for option in ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "parallel_config"):
-        if parallel and option == "parallel_config":
+    for option, value in options.items():
+        if value is None or value is False or option == "backend" or (parallel and option == "parallel_config"):
             continue
-        value = options.get(option)
         if isinstance(value, torch.Tensor) or value:
             raise NotImplementedError(f"self-attention must be called without {option}, got {type(value).__name__}")
 

@@ -141,10 +141,13 @@ def on_device(index: int) -> AbstractContextManager[object]:
 
 
 def addressable(x: torch.Tensor) -> torch.Tensor:
-    """x itself, or a copy if TMA cannot address it: its start and its strides must be multiples of 16 bytes, not 0."""
+    """x itself, or a copy if TMA cannot address it: its start and its strides must be multiples of 16 bytes, not 0, and
+    its channels side by side.
+    """
     unit = ALIGNED_BYTES // x.element_size()
     strides = [stride for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
-    if x.data_ptr() % ALIGNED_BYTES == 0 and all(stride > 0 and stride % unit == 0 for stride in strides):
+    together = x.stride(-1) == 1 or x.shape[-1] == 1
+    if x.data_ptr() % ALIGNED_BYTES == 0 and together and all(s > 0 and s % unit == 0 for s in strides):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

@@ -26,7 +26,8 @@ def planned_attention(
     of (q[b, h, source[i]] . k) * scale, times v. Forward only.
 
     Args:
-        q: ``(B, H, N, D)``, floating point; any strides, but D contiguous.
+        q: ``(B, H, N, D)``, floating point; any strides, but D contiguous. Under autocast q, k and v are cast to its
+            dtype, as by `scaled_dot_product_attention`.
         k: As q, same shape, dtype and device.
         v: As q, same shape, dtype and device.
         schedule: What to compute; H and N are the schedule's.
@@ -41,6 +42,7 @@ def planned_attention(
         ValueError: An argument contradicts the schedule or another argument.
         UnsupportedBackendError: The named backend cannot execute this schedule here.
     """
+    q, k, v = as_attention_takes(q, k, v)
     _validate(q, k, v, schedule)
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
@@ -63,9 +65,48 @@ def attend(
 ) -> Result:
     """`planned_attention` without its checks, for callers that have made them once (shapes, devices, `supports`)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if len(q) == 0:
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        return (out, lse) if return_lse else out
     with schedule.bind(q.device).lowered() as bound:
         out, lse = load_backend(backend).run(q, k, v, bound, scale, return_lse)
     return (out, lse) if return_lse else out
+
+
+def as_attention_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k and v as `scaled_dot_product_attention` would compute with them: under autocast in its dtype.
+
+    Raises:
+        ValueError: Somebody wants gradients of them.
+    """
+    if torch.is_grad_enabled():
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if x.requires_grad:
+                raise ValueError(
+                    f"{name} must not require grad: planned attention has no backward (use torch.no_grad())"
+                )
+    kind = q.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+
+
+def check_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Proves that kernels may take k and v to be as q.
+
+    Raises:
+        ValueError: Shape, dtype or device differ; names the tensor.
+    """
+    if q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device:
+        return
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape:
+            raise ValueError(f"{name} must have the shape of q, {tuple(q.shape)}, got {tuple(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must have q's dtype and device, {q.dtype} on {q.device}, got {x.dtype} on {x.device}"
+            )
 
 
 def supports(
@@ -105,15 +146,7 @@ def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: Layer
         )
     if not q.is_floating_point():
         raise ValueError(f"q must be floating point, got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape != q.shape:
-            raise ValueError(f"{name} must have the shape of q, {tuple(q.shape)}, got {tuple(x.shape)}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} must have q's dtype and device, {q.dtype} on {q.device}, got {x.dtype} on {x.device}"
-            )
+    check_alike(q, k, v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"{name} must have contiguous channels (last stride 1), got strides {x.stride()}")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} must not require grad: planned attention has no backward (use torch.no_grad())")

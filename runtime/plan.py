@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid
-from calibatt.runtime.adapters import Adapter, adapter_for
-from calibatt.runtime.attachment import Attachment, PlanMismatchError, check_signature
+from calibatt.runtime.adapters import Adapter, PlanMismatchError, adapter_for
+from calibatt.runtime.attachment import Attachment, check_signature
 from calibatt.runtime.resident import ResidentSchedules
 from calibatt.runtime.schedule import LayerSchedule, StoredSchedule
 
@@ -39,6 +39,9 @@ class Plan(ResidentSchedules):
                 for segment in range(len(file.segments))
             ]
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plan, (self.file,)  # what is on devices stays there
 
     @property
     def signature(self) -> ModelSignature:
@@ -79,7 +82,8 @@ class Plan(ResidentSchedules):
         Inference only. Attach after whatever replaces attention processors. The model's device and dtype may change
         later: the backend is then chosen, and an explicit one checked, anew. So may `enable_parallelism` of diffusers
         be called later, with a ulysses_degree: every rank then executes some of the heads, and must attach the same
-        plan.
+        plan. Threads may call the model at the same time; it must be called as ``model(...)``: ``model.forward(...)``
+        is an `OutsideForwardError`.
 
         Args:
             model: The transformer, compiled or not.

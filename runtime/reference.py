@@ -39,7 +39,7 @@ def reference_attention(
     out = q.new_empty(batch, heads, len(queries), head_dim)
     lse = q.new_empty(batch, heads, len(queries))
     block_of_key = torch.arange(tokens, device="cpu") // schedule.blocks.block_k
-    chunk = max(1, CHUNK_SCORES // (batch * tokens))
+    chunk = max(1, CHUNK_SCORES // max(1, batch * tokens))
     for head in range(heads):
         source, keep = schedule.dense(head)
         for start in range(0, len(queries), chunk):
@@ -48,9 +48,26 @@ def reference_attention(
             dropped = ~keep[rows][:, block_of_key].to(q.device)
             scores = q[:, head, source[rows].to(q.device)] @ k[:, head].transpose(-1, -2) * scale
             scores.masked_fill_(dropped, -torch.inf)
-            out[:, head, part] = scores.softmax(-1) @ v[:, head]
+            out[:, head, part] = _weighted(scores.softmax(-1), v[:, head], dropped)
             lse[:, head, part] = scores.logsumexp(-1)
     return out, lse
+
+
+def _weighted(weights: torch.Tensor, v: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    """``weights @ v``, in which dropped keys take no part, not even those whose values are not finite.
+
+    Args:
+        weights: ``(B, M, N)``, 0 where dropped.
+        v: ``(B, N, D)``.
+        dropped: bool, ``(M, N)`` or ``(B, M, N)``.
+    """
+    if v.isfinite().all():
+        return weights @ v
+    kept = ~dropped.expand_as(weights)
+    rows = [
+        (w[..., None] * v).where(k[..., None], 0).sum(1) for w, k in zip(weights.unbind(1), kept.unbind(1), strict=True)
+    ]
+    return torch.stack(rows, 1)
 
 
 def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:

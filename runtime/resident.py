@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 from calibatt.runtime.schedule import LayerSchedule
@@ -22,6 +23,8 @@ class ResidentSchedules:
     """
 
     def __init__(self, schedules: Sequence[Sequence[LayerSchedule]]) -> None:
+        self.lock = threading.RLock()
+        """Held by threads that put arrays on devices, use them, or let them go."""
         self._schedules = tuple(map(tuple, schedules))
         self._last_used: list[int] = []
         self._workspace: Workspace | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -140,9 +140,11 @@ class LayerSchedule:
             bound.use()
         return bound
 
-    def prefetch(self, device: torch.device) -> None:
-        """`bind`, ahead of use; does nothing while a CUDA graph is captured."""
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+    def prefetch(self, device: torch.device, lock: AbstractContextManager[Any]) -> None:
+        """`bind`, ahead of use and under a lock, if need be; does nothing while a CUDA graph is captured."""
+        if device in self._bound or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return
+        with lock:
             self.bind(device)
 
     def unbind(self) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 MOST_BYTES = 1 << 16
 """Of a tensor that is read as a whole: the timesteps of a sampling are some hundred bytes."""
 
 
-class Timesteps:
-    """The values of timesteps, on the CPU.
+class Timesteps(threading.local):
+    """The values of timesteps, on the CPU; every thread has its own, as samplings side by side have.
 
     Reading a value from a device waits for all that was queued there: the forward before. But a scheduler keeps the
     timesteps of a sampling in one tensor, of which pipelines pass views: its memory is read once, and again when it is

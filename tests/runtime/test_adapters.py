@@ -12,7 +12,7 @@ from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
 from calibatt.runtime import Plan, PlanMismatchError
-from calibatt.runtime.adapters import ADAPTERS, Adapter, MissingArgumentError, adapter_for
+from calibatt.runtime.adapters import ADAPTERS, Adapter, adapter_for
 
 diffusers = pytest.importorskip("diffusers")
 GRID = TokenGrid(frames=3, height=4, width=6)
@@ -102,8 +102,8 @@ def test_a_plan_runs_with_coordinates(compiled: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         with pytest.raises(PlanMismatchError, match="text_before=24"):
             called(**arguments(coordinates(16, 0, 1, 9)))
-        del (lacking := arguments(coordinates(0, 1, 9)))["video_coords"]
-        with pytest.raises(
-            MissingArgumentError, match=r"row of LTXVideoTransformer3DModel needs the argument 'num_frames'.*timestep"
-        ):
-            model(**lacking)
+        for lacking, message in (("video_coords", r"'num_frames'.*timestep"), ("timestep", "'timestep'.*video_coords")):
+            del (given := arguments(coordinates(0, 1, 9)))[lacking]
+            message = f"row of LTXVideoTransformer3DModel needs the argument {message}"
+            with pytest.raises(PlanMismatchError, match=message):
+                called(**given)

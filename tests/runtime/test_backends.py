@@ -14,7 +14,8 @@ from calibatt.plans import Blocks, TokenGrid
 from calibatt.plans import LayerSchedule as CoreSchedule
 from calibatt.runtime.backends import triton as triton_backend
 from calibatt.runtime.backends.triton import TABLE
-from calibatt.runtime.ops import planned_attention
+from calibatt.runtime.ops import attend, planned_attention
+from calibatt.runtime.reference import reference_attention
 from calibatt.runtime.schedule import LayerSchedule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -145,11 +146,51 @@ def test_triton_by_addresses(monkeypatch: pytest.MonkeyPatch, block_k: int) -> N
 
 
 @BACKENDS
+def test_channels_need_not_be_side_by_side_in_a_model(backend: str, dtype: torch.dtype) -> None:
+    core = schedule(WIDE, Blocks(64, 64), anchored_heads=[2])
+    q, k, v = inputs(core, dtype, device=DEVICE if backend == "triton" else "cpu")
+    expected = attend(q, k, v, LayerSchedule(core), backend)
+    apart = [x.mT.contiguous().mT for x in (q, k, v)]
+    for parts in (apart, (q, apart[1], v)):
+        torch.testing.assert_close(attend(*parts, LayerSchedule(core), backend), expected)
+
+
+@BACKENDS
 def test_output_is_laid_out_as_q(backend: str, dtype: torch.dtype) -> None:
     """So that a model's view of (B, N, H * D) needs no copy."""
     core = schedule(WIDE, Blocks(64, 64))
     q, k, v = inputs(core, dtype, layout="BNHD", device=DEVICE if backend == "triton" else "cpu")
     assert planned_attention(q, k, v, LayerSchedule(core), backend=backend).stride() == q.stride()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("which", ["k", "v"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of triton's interpreter
+def test_what_is_not_finite_stays_with_those_who_keep_it(value: float, which: str, backend: str) -> None:
+    """In every key block in turn: rows that drop it are as they were, in the others NaN or infinity comes out."""
+    core = schedule(WIDE, Blocks(64, 64), dense_heads=[1], anchored_heads=[2], density=0.3)
+    runtime, dtype = LayerSchedule(core), torch.float16 if backend == "triton" else torch.float32
+    q, k, v = inputs(core, dtype, batch=2, device=DEVICE if backend == "triton" else "cpu")
+    clean = planned_attention(q, k, v, runtime, backend=backend)
+    kept = torch.stack([runtime.dense(head)[1] for head in range(core.heads)]).to(q.device)
+    for block in range(core.k_blocks):
+        broken = {"k": k.clone(), "v": v.clone()}
+        broken[which][0, :, block * 64 + 3] = value
+        found = planned_attention(q, broken["k"], broken["v"], runtime, backend=backend)
+        torch.testing.assert_close(found[1], clean[1])
+        torch.testing.assert_close(found[0][~kept[:, :, block]], clean[0][~kept[:, :, block]])
+        if which == "v" or value != value:  # a score of minus infinity is a weight of 0
+            assert not found[0][kept[:, :, block]].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_an_empty_batch_is_an_empty_result(backend: str) -> None:
+    core = schedule(WIDE, Blocks(64, 64), anchored_heads=[2])
+    nothing = torch.zeros(0, 3, WIDE.tokens, 16, dtype=torch.float16, device=DEVICE if backend == "triton" else "cpu")
+    out, lse = planned_attention(nothing, nothing, nothing, LayerSchedule(core), backend=backend, return_lse=True)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (nothing.shape, torch.float16, out.shape[:3], torch.float32)
+    assert reference_attention(nothing, nothing, nothing, LayerSchedule(core))[0].shape == nothing.shape
 
 
 def test_torch_in_double_precision() -> None:
@@ -187,9 +228,18 @@ def test_one_thread_gives_the_same_bits() -> None:
         torch.set_num_threads(threads)
 
 
-def test_autocast_does_not_reach_some_of_the_threads() -> None:
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_autocast_casts_as_for_scaled_dot_product_attention(backend: str) -> None:
+    """Before anything else, in all threads alike; float64 stays as it is."""
     core = schedule(WIDE, Blocks(16, 16), dense_heads=[0])
     q, k, v = inputs(core, torch.float32)
-    plain = planned_attention(q, k, v, LayerSchedule(core), backend="torch")
+    low = [x.bfloat16() for x in (q, k, v)]
+    plain = planned_attention(*low, LayerSchedule(core), backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(planned_attention(q, k, v, LayerSchedule(core), backend="torch"), plain)
+        for mixed in ((q, k, v), (q, k, low[2]), (low[0], k, v)):
+            found = planned_attention(*mixed, LayerSchedule(core), backend=backend)
+            assert found.dtype == torch.nn.functional.scaled_dot_product_attention(*mixed).dtype
+            torch.testing.assert_close(found, plain)
+        assert planned_attention(*inputs(core, torch.float64), LayerSchedule(core)).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"v must have q's dtype and device, torch.float32 on cpu, got torch.bfloat16"):
+        planned_attention(q, k, low[2], LayerSchedule(core), backend=backend)

@@ -126,6 +126,31 @@ def test_hopper_confines_what_is_not_finite_to_its_rows() -> None:
     assert [tuple(row) for row in (found != expected).any(-1).nonzero().tolist()] == rows
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", ["k", "v"])
+@pytest.mark.parametrize("backend", ["torch", *KERNELS])
+def test_what_is_not_finite_stays_with_those_who_keep_it(backend: str, which: str, value: float) -> None:
+    schedule = made(TokenGrid(3, 12, 26), Blocks(128, 128), 0.4)
+    q, k, v = inputs(schedule, torch.bfloat16, 128, batch=2)
+    clean = planned_attention(q, k, v, schedule, backend=backend)
+    kept = torch.stack([schedule.dense(head)[1] for head in range(schedule.heads)]).cuda()
+    for block in range(schedule.k_blocks):
+        broken = {"k": k.clone(), "v": v.clone()}
+        broken[which][0, :, block * 128 + 3] = value
+        found = planned_attention(q, broken["k"], broken["v"], schedule, backend=backend)
+        assert torch.equal(found[1], clean[1])
+        assert torch.equal(found[0][~kept[:, :, block]], clean[0][~kept[:, :, block]])
+        if which == "v" or value != value:
+            assert not found[0][kept[:, :, block]].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", ["torch", *KERNELS])
+def test_an_empty_batch_is_an_empty_result(backend: str) -> None:
+    schedule = made(TokenGrid(3, 12, 26), Blocks(128, 128))
+    nothing = inputs(schedule, torch.bfloat16, 128, batch=0)
+    assert planned_attention(*nothing, schedule, backend=backend).shape == nothing[0].shape
+
+
 @pytest.mark.parametrize("anchored", [[], [1, 3]], ids=["plain", "anchored"])
 def test_hopper_gives_equal_bits_every_time(anchored: list[int]) -> None:
     core = random_schedule(

@@ -81,6 +81,7 @@ def test_the_row_of_the_page_is_enough() -> None:
         expected = model(*inputs)
     with plan.attach(model, adapter=row):
         found = model(*inputs)
+        assert model(*(x[:0] for x in inputs)).shape == (0, *expected.shape[1:])
         compiled = torch.compile(model, fullgraph=True, backend="eager")(*inputs)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)

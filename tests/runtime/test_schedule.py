@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -114,7 +116,7 @@ def test_streams_wait_for_the_copies_and_memory_for_the_streams(
 def test_what_a_graph_captured_stays(core: CoreSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, schedule = FakeCuda(monkeypatch), LayerSchedule(core)
     cuda.capturing = True
-    schedule.prefetch(torch.device("cuda:0"))
+    schedule.prefetch(torch.device("cuda:0"), nullcontext())
     assert schedule.bound_bytes == 0
     with pytest.raises(RuntimeError, match="must be on cuda:0 before a CUDA graph is captured"):
         schedule.bind("cuda:0")
