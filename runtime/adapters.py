@@ -72,6 +72,8 @@ class Adapter:
         timestep: Name of the one argument that `time` looks at, if it is one: it is then read from its device without
             waiting where that is possible, and `time` gets it on the CPU, outside of what is traced.
         channel_axis: Axis of the model's ``hidden_states`` that has the channels; the batch is axis 0. Only to record.
+        coordinates: Name of the argument that has coordinates of every token, where `grid` looks at their values: in a
+            call that has it, `grid` gets it alone, outside of what is traced.
         valid_text: int64 ``(B,)``; how many of the text tokens after the video are no padding, for a family that tells
             its attention by a mask of the keys; from the arguments of the model.
     """
@@ -84,6 +86,7 @@ class Adapter:
     time: Callable[[Arguments], torch.Tensor]
     timestep: str | None = None
     channel_axis: int = 1
+    coordinates: str | None = None
     valid_text: Callable[[Arguments], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -146,7 +149,7 @@ def _wan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, in
 def _ltx_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
     # The pipeline has already cut the latents into patches; the sizes come beside them, or coordinates of every token.
     if arguments.get("video_coords") is not None:
-        return _grid_of_coordinates(arguments["video_coords"])
+        return _grid_at_the_end(arguments["video_coords"], lambda coordinates: coordinates[0].T)
     return arguments["num_frames"], arguments["height"], arguments["width"], 0, 0
 
 
@@ -154,28 +157,35 @@ _known_grids = WeakTensorKeyDictionary()
 """Version and grid of every tensor of coordinates alive: read once a run, since reading waits for the device."""
 
 
-@torch.compiler.disable
-def _grid_of_coordinates(coordinates: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """The grid of tokens with coordinates ``(B, 3, N)`` of frame, row and column.
+def _grid_at_the_end(
+    coordinates: torch.Tensor, by_token: Callable[[torch.Tensor], torch.Tensor] = lambda coordinates: coordinates
+) -> tuple[int, int, int, int, int]:
+    """The grid of a sequence that ends with the video, from coordinates of frame, row and column of every token.
 
-    Frames of the video rise from 0. Whole frames of the same size that stand before them are given images, which the
-    pipeline adds to what it denoises: they are tokens before the video, as text is. The grid depends on values, so a
-    graph of `torch.compile` ends here: ``fullgraph=True`` is not possible with coordinates.
+    The video is as many whole frames of one size at the end as rise in time. What stands before them counts as tokens
+    before the video: text, audio, images that are given.
+
+    Args:
+        coordinates: Of every token.
+        by_token: The same as ``(N, 3)``.
 
     Raises:
-        ValueError: The tokens are in another order.
+        ValueError: The last frame is in another order than rows, then columns.
     """
     version = None if coordinates.is_inference() else coordinates._version
     known = _known_grids.get(coordinates)
     if known is None or version is None or known[0] != version:
-        frame, row, column = coordinates[0].cpu()
-        rows, columns = row.unique(), column.unique()
-        starts = frame[:: len(rows) * len(columns)]
-        before = int((starts == frame.min()).nonzero().max())
-        raster = torch.cartesian_prod(starts, rows, columns).T
-        if not torch.equal(raster, torch.stack((frame, row, column))) or not bool((starts[before:].diff() > 0).all()):
-            raise ValueError(f"video_coords must be of whole frames in raster order, got {len(frame)} other tokens")
-        known = version, (len(starts) - before, len(rows), len(columns), before * len(rows) * len(columns), 0)
+        found = by_token(coordinates).cpu()
+        tokens, size = len(found), int((found[:, 0] == found[-1, 0]).flip(0).cumprod(0).sum())
+        last = found[-size:, 1:]
+        rows, columns = (axis.unique() for axis in last.T)
+        if not torch.equal(torch.cartesian_prod(rows, columns), last):
+            raise ValueError(f"tokens must end with a video of whole frames in raster order, got {tokens} others")
+        frames = found[tokens % size :].unflatten(0, (-1, size)).flip(0)
+        whole = (frames[:, :, 1:] == last).all(2).all(1) & (frames[:, :, 0] == frames[:, :1, 0]).all(1)
+        rising = torch.cat([torch.ones(1, dtype=torch.bool), frames[:, 0, 0].diff() < 0])
+        count = int((whole & rising).cumprod(0).sum())
+        known = version, (count, len(rows), len(columns), tokens - count * size, 0)
         _known_grids[coordinates] = known
     return known[1]
 
@@ -208,6 +218,11 @@ def _hunyuan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int
     return frames // config.patch_size_t, height // patch, width // patch, 0, text
 
 
+def _h3_time(arguments: Arguments) -> torch.Tensor:
+    # It rises from the noise, 0, to the video, 1; the video is noisier than all else in its sequence.
+    return 1 - arguments["timestep"].min().to("cpu", torch.float64)
+
+
 ADAPTERS = (
     Adapter(
         architecture="WanTransformer3DModel",
@@ -227,6 +242,7 @@ ADAPTERS = (
         time=_thousandths,
         timestep="timestep",
         channel_axis=2,
+        coordinates="video_coords",
     ),
     Adapter(
         architecture="CogVideoXTransformer3DModel",
@@ -257,6 +273,18 @@ ADAPTERS = (
         time=_thousandths,
         timestep="timestep",
         valid_text=lambda arguments: arguments["encoder_attention_mask"].sum(1, dtype=torch.int64),
+    ),
+    # One packed sequence: text, given pictures and sounds, the audio, and last the video.
+    Adapter(
+        architecture="MiniMaxH3Transformer3DModel",
+        attentions=(("transformer_blocks", "attn"),),
+        dispatch="dispatch_attention_fn",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=lambda config, arguments: _grid_at_the_end(arguments["position_ids"]),
+        time=_h3_time,
+        timestep="timestep",
+        channel_axis=2,
+        coordinates="position_ids",
     ),
 )
 """The families that need no row from the user."""

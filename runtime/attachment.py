@@ -281,9 +281,11 @@ class _Session:
             time = self.adapter.time({self.adapter.timestep: self.timesteps.read(time)})
         return float(time)
 
-    def resolve(self, time: torch.Tensor, grid: tuple[int, ...]) -> int:
+    def resolve(self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None) -> int:
         self.interception.verify()
         self.join(self.interception.model, self.interception.sites)
+        if coordinates is not None:
+            grid = self.adapter.grid(self.interception.model.config, {self.adapter.coordinates: coordinates})
         found = TokenGrid(*grid)
         plan = self.plans.get(found)
         if plan is None:
@@ -380,10 +382,11 @@ def _intercept(model: nn.Module, adapter: Adapter, session: _Session) -> Interce
     config = model.config
 
     def begin(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
-        grid = adapter.grid(config, arguments)
+        coordinates = arguments.get(adapter.coordinates) if adapter.coordinates else None
+        grid = adapter.grid(config, arguments) if coordinates is None else ()
         name = adapter.timestep
         time = adapter.time(arguments) if name is None else arguments[name]
-        segment = torch.ops.calibatt.resolve_segment(time, grid, session.number)
+        segment = torch.ops.calibatt.resolve_segment(time, grid, coordinates, session.number)
         return segment, adapter.lengths(config, arguments)
 
     def attend(

@@ -74,7 +74,7 @@ def test_the_grid_of_ltx_from_coordinates(starts: tuple[int, ...], expected: Tok
     model, coords = ltx(), coordinates(*starts)
     assert adapter_for(model).token_grid(model, arguments(coords)) == expected
     coords[0] = coords[0].flip(1)
-    with pytest.raises(ValueError, match=f"must be of whole frames in raster order, got {coords.shape[2]} other"):
+    with pytest.raises(ValueError, match=f"a video of whole frames in raster order, got {coords.shape[2]} others"):
         adapter_for(model).token_grid(model, arguments(coords))
 
 
@@ -96,7 +96,7 @@ def test_a_plan_runs_with_coordinates(compiled: bool) -> None:
     signature = adapter_for(model).signature(model)
     plan = Plan(PlanFile(signature, GRID, Blocks(16, 16), (segment,), ((schedule,),)))
     expected = model(**arguments(coordinates(0, 1, 9))).sample
-    called = torch.compile(model, backend="eager") if compiled else model
+    called = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     with plan.attach(model):
         found = called(**arguments(coordinates(0, 1, 9))).sample
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

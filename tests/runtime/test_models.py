@@ -152,6 +152,36 @@ def hunyuan_arguments(time: float, batch: int, channels: int = 4) -> dict[str, A
     }
 
 
+def h3() -> Any:
+    return diffusers.MiniMaxH3Transformer3DModel(
+        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, hidden_size=32, num_layers=LAYERS,
+        num_refiner_layers=1, ffn_dim=32, in_channels=4, audio_in_channels=4, text_dim=16, freq_dim=16,
+        time_embed_hidden_dim=16, time_embed_dim=16, rope_freq_dim=2,
+    )  # fmt: skip
+
+
+def h3_arguments(time: float, batch: int) -> dict[str, Any]:
+    """Text, a picture that the video starts from, 5 latents of stereo sound, the video; its own pipeline's layout."""
+    from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep as Layout
+
+    positions, tags, video, audio, text, *_ = Layout.build_packed_sequence(
+        torch.ones(7), GRID.frames, 8, 12, 5, (1, 2, 2), audio_channels=2, audio_tag=2, video_tag=0,
+        keyframe_anchors=("first",),
+    )  # fmt: skip
+    return {
+        "hidden_states": torch.randn(batch, len(video), 16),
+        "audio_hidden_states": torch.randn(batch, len(audio), 4),
+        "encoder_hidden_states": torch.randn(batch, len(text), 16),
+        "timestep": torch.tensor([1 - time, 1 - time / 2, 0.999]),
+        "timestep_indices": torch.where(tags == 2, 1, 0),
+        "position_ids": positions,
+        "token_tags": tags,
+        "video_indices": video,
+        "audio_indices": audio,
+        "text_indices": text,
+    }
+
+
 TEXT_LAST = dataclasses.replace(GRID, text_after=20)
 """72 video tokens and 20 of text: two blocks have text only, and one of these vanishes with the second sample's
 padding."""
@@ -182,6 +212,7 @@ FAMILIES = {
         TEXT_LAST,
         PADDING,
     ),
+    "MiniMax-H3": Family(h3, h3_arguments, dataclasses.replace(GRID, text_before=7 + 24 + 10)),
 }
 
 
@@ -219,7 +250,7 @@ def plan_for(model: Any, dense: bool, grid: TokenGrid = GRID) -> Plan:
 def run(model: Any, family: Family, time: float = 0.9, batch: int = 2) -> torch.Tensor:
     torch.manual_seed(1)
     with torch.no_grad():
-        return model(**family.arguments(time, batch), return_dict=False)[0]
+        return torch.cat([x.flatten() for x in model(**family.arguments(time, batch), return_dict=False)])
 
 
 def expected_calls(family: Family) -> list[tuple[int, int]]:
@@ -278,7 +309,7 @@ def test_compiled_once_for_all_times(family: Family, calls: list) -> None:
     assert counter.frame_count <= 2, "the hook and the forward"
 
 
-@pytest.mark.parametrize("name", ["Wan T2V", "LTX", "HunyuanVideo"])
+@pytest.mark.parametrize("name", ["Wan T2V", "LTX", "HunyuanVideo", "MiniMax-H3"])
 def test_compiled_block_by_block(name: str, calls: list) -> None:
     """What diffusers calls regional compilation; CogVideoX and Mochi do not offer it."""
     family = FAMILIES[name]
