@@ -59,9 +59,7 @@ def resolve_segment(
 
 
 @resolve_segment.register_fake
-def _(
-    time: torch.Tensor, grid: Sequence[int], coordinates: torch.Tensor | None, session: torch.Tensor
-) -> torch.Tensor:
+def _(time: torch.Tensor, grid: Sequence[int], coordinates: torch.Tensor | None, session: torch.Tensor) -> torch.Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 

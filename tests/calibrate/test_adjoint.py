@@ -177,14 +177,14 @@ def test_the_price_of_a_mask_is_what_running_it_changes(tmp_path: Path):
     sampler = adjoint.small_wan(guidance_scale=5.0)
     store = adjoint.calibrated(sampler, tmp_path, vectors=VECTORS)
     manifest, tables = store.manifest, adjoint.tables_of(store)
-    clean = sampler.run(adjoint.PROMPT, adjoint.SEED).double()
-    drawn = torch.stack(adjoint.random_vectors(clean, VECTORS))
+    latent = sampler.run(adjoint.PROMPT, adjoint.SEED)
+    clean, drawn = adjoint.flat(latent), torch.stack(adjoint.random_vectors(latent, VECTORS))
     prices, norms = [], []
     for window, time, layer, head in itertools.product((0, 5), range(3), range(2), range(2)):
         one = only(manifest, time, layer, window, head)
-        change = adjoint.disturbed(sampler, manifest, one, 1.0).double() - clean
+        change = adjoint.disturbed(sampler, manifest, one, 1.0) - clean
         price = float(np.square(tables.window_effect[:, time, layer, window, head]).mean())
-        ran = float((drawn * change).flatten(1).sum(1).square().mean())
+        ran = float((drawn @ change).square().mean())
         assert price == pytest.approx(ran, rel=0.1), (window, time, layer, head)
         prices.append(price)
         norms.append(float((change.norm() / clean.norm()).square()))

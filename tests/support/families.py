@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLLTXVideo,
+    AutoencoderKLMiniMaxH3,
+    AutoencoderKLMiniMaxH3Audio,
     AutoencoderKLMochi,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
@@ -25,13 +28,19 @@ from diffusers import (
     LTXImageToVideoPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    MiniMaxH3Blocks,
+    MiniMaxH3Scheduler,
+    MiniMaxH3Transformer3DModel,
     MochiPipeline,
     MochiTransformer3DModel,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3ImageReference
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+
+from calibatt.plans import TokenGrid
 
 TEXT, TEXT_DIM = 7, 16
 PICTURE = PIL.Image.linear_gradient("L").convert("RGB")
@@ -134,10 +143,44 @@ def hunyuan(condition: str | None = None) -> Any:
     return HunyuanVideoImageToVideoPipeline(scheduler=scheduler, image_processor=None, **parts)
 
 
+def h3(name: str = "transformer") -> Any:
+    """A pipeline of modular blocks without its text encoder, which makes videos of less than its five seconds too."""
+    vae = AutoencoderKLMiniMaxH3(
+        latent_channels=4, block_out_channels=(4,) * 4, layers_per_block=1, spatial_downsample_factors=(2, 2, 2, 1),
+        temporal_downsample_factors=(1, 2, 2, 1), norm_num_groups=2, decoder_num_layers=1,
+        decoder_num_attention_heads=1, decoder_attention_head_dim=16, latents_mean=(0.1,) * 4, latents_std=(1.5,) * 4,
+    )  # fmt: skip
+    audio = AutoencoderKLMiniMaxH3Audio(
+        encoder_dim=2, latent_dim=16, latent_channels=4, num_attention_heads=1, decoder_dim=128,
+        resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1, 3, 5),), latents_mean=[0.1] * 4, latents_std=[1.5] * 4,
+    )  # fmt: skip
+    model = MiniMaxH3Transformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, hidden_size=32, num_layers=2, num_refiner_layers=1, ffn_dim=32,
+        in_channels=4, audio_in_channels=4, text_dim=TEXT_DIM, freq_dim=16, time_embed_hidden_dim=16,
+        time_embed_dim=16, rope_freq_dim=2,
+    )  # fmt: skip
+    blocks = MiniMaxH3Blocks()
+    del blocks.sub_blocks["text_encoder"]
+    pipe = blocks.init_pipeline()
+    pipe.update_components(
+        **{name: model.eval()}, vae=vae.eval(), audio_vae=audio.eval(), scheduler=MiniMaxH3Scheduler(12.0),
+        audio_scheduler=MiniMaxH3Scheduler(3.0), reference_image_short_edge=64,
+    )  # fmt: skip
+    pipe.__class__ = type("ShortH3", (type(pipe),), {"min_duration": 0.0})
+    return pipe
+
+
+def tagged(prompt: str) -> dict[str, torch.Tensor]:
+    """Embeddings for MiniMax-H3."""
+    return {"prompt_embeds": embeds(prompt)["prompt_embeds"], "text_token_tags": torch.ones(TEXT)}
+
+
 SMALL = {"height": 64, "width": 96, "num_frames": 9}
 LARGE = {"height": 128, "width": 192, "num_frames": 17}
 GUIDED = {"guidance_scale": 4.0}
 IMAGE = {"image": PICTURE}
+H3 = {**SMALL, "num_frames": 22, "num_inference_steps": 4}
+REFERENCE = {"references": [MiniMaxH3ImageReference(PICTURE)], "transformer": "transformer_ref"}
 LAST = {"conditions": [LTXVideoCondition(image=PICTURE, frame_index=16)]}
 FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[str], Any], dict[str, Any]]] = {
     "wan": (wan, embeds, {**SMALL, **GUIDED}),
@@ -157,14 +200,28 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[str], Any], dict[str, Any
     "hunyuan": (hunyuan, pooled, SMALL),
     "hunyuan_i2v": (lambda: hunyuan("latent_concat"), pooled, {**SMALL, **IMAGE}),
     "hunyuan_i2v_replace": (lambda: hunyuan("token_replace"), pooled, {**SMALL, **IMAGE}),
+    "h3": (h3, tagged, H3),
+    "h3_first_last": (h3, tagged, {**H3, **IMAGE, "last_image": PICTURE}),
+    "h3_reference": (lambda: h3("transformer_ref"), tagged, {**H3, **REFERENCE}),
 }
 """Of every kind: what makes the pipeline, what it is called with for a prompt, and always."""
+GRIDS = {
+    "ltx_last": TokenGrid(3, 4, 6, text_before=24),
+    **dict.fromkeys(("cogvideox", "cogvideox_i2v"), TokenGrid(3, 4, 6, text_before=TEXT)),
+    **dict.fromkeys(("mochi", "hunyuan", "hunyuan_i2v", "hunyuan_i2v_replace"), TokenGrid(3, 4, 6, text_after=TEXT)),
+    "h3": TokenGrid(7, 4, 6, text_before=TEXT + 2 * 37),
+    "h3_first_last": TokenGrid(7, 4, 6, text_before=TEXT + 2 * 24 + 2 * 37),
+    "h3_reference": TokenGrid(7, 4, 6, text_before=TEXT + 4 * 4 + 2 * 37),
+}
+"""Where they are not 3 frames of 4 x 6 tokens alone."""
 
 
 def pipeline(name: str) -> tuple[Any, Callable[[str], Any], dict[str, Any]]:
     """A pipeline, what it is called with for a prompt, and in every call: few steps at a small size."""
     torch.manual_seed(0)
     make, prompt_arguments, arguments = FAMILIES[name]
-    pipe = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, of weight_norm
+        pipe = make()
     pipe.set_progress_bar_config(disable=True)
     return pipe, prompt_arguments, {"num_inference_steps": 3, **arguments}

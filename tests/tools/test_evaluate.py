@@ -313,3 +313,11 @@ def test_a_mask_bound_on_a_gpu_is_what_it_is_on_a_cpu() -> None:
     expected = masks.attend(q, k, v, masks.bind_mask(keep, grid, blocks))
     found = masks.attend(q.cuda(), k.cuda(), v.cuda(), masks.bind_mask(keep.cuda(), grid, blocks))
     torch.testing.assert_close(found.cpu(), expected, atol=5e-3, rtol=5e-3)
+
+
+def test_video_and_sound_lose_relative_to_their_own_sizes():
+    video, sound = torch.ones(2, 4, 3), torch.full((2, 5), 100.0)
+    found = metrics.latent_db((video * 1.2, sound * torch.tensor([[1.0], [1.4]])), (video, sound))
+    torch.testing.assert_close(
+        found, -10 * torch.tensor([0.04 / 2, (0.04 + 0.16) / 2]).double().log10(), rtol=1e-5, atol=0
+    )
