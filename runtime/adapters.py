@@ -218,6 +218,20 @@ def _hunyuan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int
     return frames // config.patch_size_t, height // patch, width // patch, 0, text
 
 
+def _hunyuan15_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+    # Two texts and an image: in every sample what is no padding comes first.
+    more = arguments["encoder_hidden_states_2"].shape[1] + arguments["image_embeds"].shape[1]
+    frames, height, width, _, text = _hunyuan_grid(config, arguments)
+    return frames, height, width, 0, text + more
+
+
+def _hunyuan15_text(arguments: Arguments) -> torch.Tensor:
+    # An image of zeros is none.
+    image = arguments["image_embeds"]
+    masks = arguments["encoder_attention_mask"], arguments["encoder_attention_mask_2"]
+    return sum((mask.sum(1, dtype=torch.int64) for mask in masks), image.any() * image.shape[1])
+
+
 def _h3_time(arguments: Arguments) -> torch.Tensor:
     # It rises from the noise, 0, to the video, 1; the video is noisier than all else in its sequence.
     return 1 - arguments["timestep"].min().to("cpu", torch.float64)
@@ -273,6 +287,16 @@ ADAPTERS = (
         time=_thousandths,
         timestep="timestep",
         valid_text=lambda arguments: arguments["encoder_attention_mask"].sum(1, dtype=torch.int64),
+    ),
+    Adapter(
+        architecture="HunyuanVideo15Transformer3DModel",
+        attentions=(("transformer_blocks", "attn"),),
+        dispatch="dispatch_attention_fn",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=_hunyuan15_grid,
+        time=_thousandths,
+        timestep="timestep",
+        valid_text=_hunyuan15_text,
     ),
     # One packed sequence: text, given pictures and sounds, the audio, and last the video.
     Adapter(

@@ -84,10 +84,9 @@ def test_every_family_runs_and_decodes_as_its_pipeline_does(name: str):
     found, other = sampler.run("a cat", 3), sampler.run("a cat", 4)
     assert equal(found, stock(sampler, "a cat", 3))
     assert equal(sampler.run("a cat", 3), found)
-    frames = sampler.arguments["num_frames"] - (4 if name == "hunyuan_i2v" else 0)
     for latent, seed in ((found, 3), (other, 4)):  # whichever was sampled last
         video = sampler.decode(latent)
-        assert video.shape == (1, 3, frames, sampler.arguments["height"], sampler.arguments["width"])
+        assert video.shape[:2] == (1, 3)
         assert -1 <= video.min() < video.max() <= 1
         assert torch.equal(video, stock(sampler, "a cat", seed, "pt").transpose(1, 2) * 2 - 1)
     assert sampler.grid == families.GRIDS.get(name, TokenGrid(frames=3, height=4, width=6))
@@ -376,7 +375,7 @@ def test_prompts_of_different_lengths_make_a_plan_for_all_lengths(name: str, tmp
     assert torch.equal(sampler.run("a dog", 0), dense)
 
 
-@pytest.mark.parametrize("name", ["h3_first_last"])
+@pytest.mark.parametrize("name", ["hunyuan15_i2v", "h3_first_last"])
 def test_a_plan_from_a_recorded_generation(name: str, tmp_path: Path):
     """Recorded as its users call it, compiled, attached, sampled and detached; each part relative to its own size."""
     sampler = made(name)

@@ -11,16 +11,21 @@ import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTXVideo,
     AutoencoderKLMiniMaxH3,
     AutoencoderKLMiniMaxH3Audio,
     AutoencoderKLMochi,
     AutoencoderKLWan,
+    ClassifierFreeGuidance,
     CogVideoXDDIMScheduler,
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
@@ -39,6 +44,7 @@ from diffusers import (
 )
 from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3ImageReference
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from calibatt.plans import TokenGrid
 
@@ -143,6 +149,35 @@ def hunyuan(condition: str | None = None) -> Any:
     return HunyuanVideoImageToVideoPipeline(scheduler=scheduler, image_processor=None, **parts)
 
 
+def hunyuan15(image: bool = False) -> Any:
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, spatial_compression_ratio=8
+    )
+    model = HunyuanVideo15Transformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=2, num_refiner_layers=1, patch_size=2,
+        text_embed_dim=TEXT_DIM, text_embed_2_dim=TEXT_DIM, image_embed_dim=8, rope_axes_dim=(4, 6, 6), in_channels=9,
+        out_channels=4, target_size=64,
+    )  # fmt: skip
+    parts = {**NO_TEXT, "vae": vae.eval(), "transformer": model.eval(), "text_encoder_2": None, "tokenizer_2": None}
+    if image:
+        config = SiglipVisionConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16, patch_size=8
+        )
+        processor = SiglipImageProcessor(size={"height": 16, "width": 16})
+        parts |= {"image_encoder": SiglipVisionModel(config).eval(), "feature_extractor": processor}
+    kind = HunyuanVideo15ImageToVideoPipeline if image else HunyuanVideo15Pipeline
+    pipe = kind(**parts, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), guider=ClassifierFreeGuidance(4.0))
+    pipe.vision_num_semantic_tokens = 4
+    return pipe
+
+
+def twice(prompt: str) -> dict[str, torch.Tensor]:
+    """Embeddings and masks of two encoders for HunyuanVideo 1.5, with padding."""
+    found = {**embeds(prompt), **{f"{name}_2": 2 * x for name, x in embeds(prompt).items()}}
+    masks = {name.replace("embeds", "embeds_mask"): torch.arange(TEXT)[None] < 2 + len(name) % 5 for name in found}
+    return {**found, **masks}
+
+
 def h3(name: str = "transformer") -> Any:
     """A pipeline of modular blocks without its text encoder, which makes videos of less than its five seconds too."""
     vae = AutoencoderKLMiniMaxH3(
@@ -200,6 +235,8 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[str], Any], dict[str, Any
     "hunyuan": (hunyuan, pooled, SMALL),
     "hunyuan_i2v": (lambda: hunyuan("latent_concat"), pooled, {**SMALL, **IMAGE}),
     "hunyuan_i2v_replace": (lambda: hunyuan("token_replace"), pooled, {**SMALL, **IMAGE}),
+    "hunyuan15": (hunyuan15, twice, SMALL),
+    "hunyuan15_i2v": (lambda: hunyuan15(image=True), twice, {"num_frames": 9, **IMAGE}),
     "h3": (h3, tagged, H3),
     "h3_first_last": (h3, tagged, {**H3, **IMAGE, "last_image": PICTURE}),
     "h3_reference": (lambda: h3("transformer_ref"), tagged, {**H3, **REFERENCE}),
@@ -209,6 +246,8 @@ GRIDS = {
     "ltx_last": TokenGrid(3, 4, 6, text_before=24),
     **dict.fromkeys(("cogvideox", "cogvideox_i2v"), TokenGrid(3, 4, 6, text_before=TEXT)),
     **dict.fromkeys(("mochi", "hunyuan", "hunyuan_i2v", "hunyuan_i2v_replace"), TokenGrid(3, 4, 6, text_after=TEXT)),
+    "hunyuan15": TokenGrid(3, 4, 6, text_after=2 * TEXT + 4),
+    "hunyuan15_i2v": TokenGrid(3, 4, 4, text_after=2 * TEXT + 4),
     "h3": TokenGrid(7, 4, 6, text_before=TEXT + 2 * 37),
     "h3_first_last": TokenGrid(7, 4, 6, text_before=TEXT + 2 * 24 + 2 * 37),
     "h3_reference": TokenGrid(7, 4, 6, text_before=TEXT + 4 * 4 + 2 * 37),

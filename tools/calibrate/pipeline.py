@@ -240,11 +240,27 @@ class PipelineSampler:
     def _call(
         self, arguments: dict[str, Any], seed: int, steps: _Steps, output_type: str = "latent"
     ) -> tuple[Tensor, ...]:
-        call = _call_blocks if _is_modular(self.pipe) else _call_whole
-        with _seeded(seed, self.pipe._execution_device):
-            generator = torch.Generator("cpu").manual_seed(seed)
-            found = call(self.pipe, {**arguments, "generator": generator}, steps, output_type)
-        return tuple(x if isinstance(x, Tensor) else torch.stack(list(x)) for x in found if x is not None)
+        """What the pipeline makes: the video or its latents, and the latents of its sound if there are some."""
+        arguments = {**arguments, "generator": torch.Generator("cpu").manual_seed(seed)}
+        modular, latent = _is_modular(self.pipe), output_type == "latent"
+        with _seeded(seed, self.pipe._execution_device), ExitStack() as stack:
+            if "callback_on_step_end" in _inputs(self.pipe):
+                arguments["callback_on_step_end"] = steps.on_step_end
+            else:
+                scheduler = self.pipe.scheduler
+                stack.enter_context(_replaced(scheduler, step=steps.after(scheduler.step)))
+            if modular and latent:
+                blocks = self.pipe.blocks
+                blocks.sub_blocks.pop("decode", None)
+                stack.enter_context(_replaced(self.pipe, _blocks=blocks))
+            else:
+                arguments["output_type"] = output_type
+            made = self.pipe(**arguments)
+        found = [made.videos if modular and not latent else made.latents if modular else made.frames]
+        sound = made.get("audio_latents") if modular else getattr(made, "audio", None)
+        if latent and sound is not None:
+            found.append(sound[None] if modular else sound)  # both channels of one video
+        return tuple(x if isinstance(x, Tensor) else torch.stack(list(x)) for x in found)
 
     def _rehearse(self) -> tuple[tuple[Tensor, ...], list[_Forward]]:
         """The latents of a run whose transformers compute next to nothing, and the forwards of this transformer."""
@@ -301,6 +317,16 @@ class _Steps:
         self.latents = tensors["latents"]
         return {} if self._end is None else {"latents": self._end}
 
+    def after(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A scheduler's step, for a pipeline that calls nobody after it."""
+
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            found = step(*args, **kwargs)
+            other = self.on_step_end(None, self.count, None, {"latents": found[0]})
+            return (other["latents"], *found[1:]) if other else found
+
+        return followed
+
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
@@ -324,35 +350,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def _is_modular(pipe: Any) -> bool:
     return isinstance(pipe, getattr(diffusers, "ModularPipeline", ()))
-
-
-def _call_whole(pipe: Any, arguments: dict[str, Any], steps: _Steps, output_type: str) -> tuple[Any, Any]:
-    """Videos and sound of an ordinary pipeline, or their latents."""
-    found = pipe(**arguments, output_type=output_type, callback_on_step_end=steps.on_step_end)
-    return found.frames, getattr(found, "audio", None) if output_type == "latent" else None
-
-
-def _call_blocks(pipe: Any, arguments: dict[str, Any], steps: _Steps, output_type: str) -> tuple[Any, Any]:
-    """The same of a modular pipeline, whose steps are those of its scheduler."""
-    blocks, step = pipe.blocks, pipe.scheduler.step
-    decode = blocks.sub_blocks.pop("decode", None)
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        steps.count += 1
-        return step(*args, **kwargs)
-
-    with _replaced(pipe, _blocks=blocks), _replaced(pipe.scheduler, step=counted):
-        state = pipe(**arguments)
-    found = steps.on_step_end(pipe, steps.count, None, {"latents": state.latents})
-    if output_type == "latent":
-        audio = state.get("audio_latents")  # both channels of one video
-        return state.latents, None if audio is None else audio[None]
-    if decode is None:
-        raise PipelineError(f"to decode latents the pipeline must have a block decode, got {type(pipe).__name__}")
-    for name, value in {**found, "output_type": output_type}.items():
-        state.set(name, value)
-    with torch.no_grad():
-        return decode(pipe, state)[1].videos, None
 
 
 def _inputs(pipe: Any) -> Mapping[str, bool]:
