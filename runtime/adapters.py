@@ -153,6 +153,12 @@ def _ltx_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, in
     return arguments["num_frames"], arguments["height"], arguments["width"], 0, 0
 
 
+def _ltx2_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+    # Images that are given for later frames stand after the video.
+    frames, height, width = arguments["num_frames"], arguments["height"], arguments["width"]
+    return frames, height, width, 0, arguments["hidden_states"].shape[1] - frames * height * width
+
+
 _known_grids = WeakTensorKeyDictionary()
 """Version and grid of every tensor of coordinates alive: read once a run, since reading waits for the device."""
 
@@ -257,6 +263,17 @@ ADAPTERS = (
         timestep="timestep",
         channel_axis=2,
         coordinates="video_coords",
+    ),
+    # The audio has a stream of its own: of the video's it is seen in cross-attention alone.
+    Adapter(
+        architecture="LTX2VideoTransformer3DModel",
+        attentions=(("transformer_blocks", "attn1"),),
+        dispatch="dispatch_attention_fn",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=_ltx2_grid,
+        time=_thousandths,
+        timestep="timestep",
+        channel_axis=2,
     ),
     Adapter(
         architecture="CogVideoXTransformer3DModel",

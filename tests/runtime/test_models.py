@@ -91,6 +91,32 @@ def ltx_arguments(time: float, batch: int) -> dict[str, Any]:
     }
 
 
+def ltx2() -> Any:
+    return diffusers.LTX2VideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, cross_attention_dim=32,
+        audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=HEADS, audio_attention_head_dim=8,
+        audio_cross_attention_dim=16, num_layers=LAYERS, caption_channels=16,
+    )  # fmt: skip
+
+
+def ltx2_arguments(time: float, batch: int) -> dict[str, Any]:
+    """A picture for a later frame, after the video."""
+    model, size = ltx2(), (GRID.height, GRID.width)
+    coords = [model.rope.prepare_video_coords(batch, frames, *size, "cpu") for frames in (GRID.frames, 1)]
+    times = torch.full((batch, GRID.tokens + 24), time * 1000.0)
+    times[:, GRID.tokens :] = 0
+    return {
+        **{key: x for key, x in ltx_arguments(time, batch).items() if "mask" not in key},
+        "hidden_states": torch.randn(batch, GRID.tokens + 24, 4),
+        "timestep": times,
+        "video_coords": torch.cat(coords, 2),
+        "audio_hidden_states": torch.randn(batch, 9, 4),
+        "audio_encoder_hidden_states": torch.randn(batch, 7, 16),
+        "audio_timestep": torch.full((batch,), time * 900.0),
+        "audio_num_frames": 9,
+    }
+
+
 def cogvideox(**config: Any) -> Any:
     """2B adds positions to the latents; 5B rotates queries and keys; 1.5 also has patches in time."""
     return diffusers.CogVideoXTransformer3DModel(
@@ -216,6 +242,7 @@ FAMILIES = {
     "Wan I2V": Family(lambda: wan(in_channels=9, image_dim=24, added_kv_proj_dim=32), wan_i2v_arguments),
     "Wan TI2V": Family(wan, wan_ti2v_arguments),
     "LTX": Family(ltx, ltx_arguments),
+    "LTX-2": Family(ltx2, ltx2_arguments, dataclasses.replace(GRID, text_after=24)),
     "CogVideoX 2B": Family(cogvideox, lambda *a: cogvideox_arguments(*a, rotary=False), TEXT_FIRST),
     "CogVideoX 5B": Family(
         lambda: cogvideox(use_rotary_positional_embeddings=True),
@@ -337,7 +364,7 @@ def test_compiled_once_for_all_times(family: Family, calls: list) -> None:
         assert counter.frame_count <= 2, "the hook and the forward"
 
 
-@pytest.mark.parametrize("name", ["Wan T2V", "LTX", "HunyuanVideo", "HunyuanVideo 1.5", "MiniMax-H3"])
+@pytest.mark.parametrize("name", ["Wan T2V", "LTX", "LTX-2", "HunyuanVideo", "HunyuanVideo 1.5", "MiniMax-H3"])
 def test_compiled_block_by_block(name: str, calls: list) -> None:
     """What diffusers calls regional compilation; CogVideoX and Mochi do not offer it."""
     family = FAMILIES[name]

@@ -12,6 +12,8 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
     AutoencoderKLMiniMaxH3,
     AutoencoderKLMiniMaxH3Audio,
@@ -29,6 +31,10 @@ from diffusers import (
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LTX2ConditionPipeline,
+    LTX2ImageToVideoPipeline,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
     LTXConditionPipeline,
     LTXImageToVideoPipeline,
     LTXPipeline,
@@ -44,6 +50,9 @@ from diffusers import (
 )
 from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3ImageReference
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from calibatt.plans import TokenGrid
@@ -104,6 +113,34 @@ def ltx(kind: type = LTXPipeline, timestep_conditioning: bool = True) -> Any:
         num_layers=1, caption_channels=TEXT_DIM,
     )  # fmt: skip
     return kind(FlowMatchEulerDiscreteScheduler(), vae=vae.eval(), **NO_TEXT, transformer=model.eval())
+
+
+def ltx2(kind: type = LTX2Pipeline, **config: Any) -> Any:
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 3, layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 4, upsample_residual=(False,) * 3, upsample_factor=(1,) * 3,
+        spatial_compression_ratio=32, temporal_compression_ratio=8,
+    )  # fmt: skip
+    audio = AutoencoderKLLTX2Audio(base_channels=4, num_res_blocks=1, latent_channels=2, norm_type="pixel", mel_bins=8)
+    model = LTX2VideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
+        audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=8,
+        audio_cross_attention_dim=16, num_layers=2, caption_channels=TEXT_DIM, **config,
+    )  # fmt: skip
+    connectors = LTX2TextConnectors(
+        caption_channels=TEXT_DIM, text_proj_in_factor=1, video_connector_num_layers=1, audio_connector_num_layers=1,
+        video_connector_num_attention_heads=2, video_connector_attention_head_dim=8,
+        video_connector_num_learnable_registers=None, audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=8, audio_connector_num_learnable_registers=None,
+    )  # fmt: skip
+    vocoder = LTX2Vocoder(
+        in_channels=16, hidden_channels=16, upsample_kernel_sizes=[4], upsample_factors=[2], resnet_kernel_sizes=[3],
+        resnet_dilations=[[1, 3, 5]],
+    )  # fmt: skip
+    return kind(
+        FlowMatchEulerDiscreteScheduler(), vae=vae.eval(), audio_vae=audio.eval(), **NO_TEXT, transformer=model.eval(),
+        connectors=connectors.eval(), vocoder=vocoder.eval(),
+    )  # fmt: skip
 
 
 def cogvideox(kind: type = CogVideoXPipeline, channels: int = 4) -> Any:
@@ -217,6 +254,7 @@ IMAGE = {"image": PICTURE}
 H3 = {**SMALL, "num_frames": 22, "num_inference_steps": 4}
 REFERENCE = {"references": [MiniMaxH3ImageReference(PICTURE)], "transformer": "transformer_ref"}
 LAST = {"conditions": [LTXVideoCondition(image=PICTURE, frame_index=16)]}
+LATER = {"conditions": [LTX2VideoCondition(frames=PICTURE, index=2, crf=0)]}
 FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[str], Any], dict[str, Any]]] = {
     "wan": (wan, embeds, {**SMALL, **GUIDED}),
     "wan_experts": (lambda: wan(experts=2), embeds, {**SMALL, **GUIDED}),
@@ -229,6 +267,9 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[str], Any], dict[str, Any
     "ltx_condition": (lambda: ltx(LTXConditionPipeline), masked, LARGE),
     "ltx_first": (lambda: ltx(LTXConditionPipeline), masked, {**LARGE, **IMAGE, "image_cond_noise_scale": 0.2}),
     "ltx_last": (lambda: ltx(LTXConditionPipeline), masked, {**LARGE, **LAST}),
+    "ltx2": (lambda: ltx2(perturbed_attn=True), masked, {**LARGE, **GUIDED, "spatio_temporal_guidance_blocks": [1]}),
+    "ltx2_i2v": (lambda: ltx2(LTX2ImageToVideoPipeline), masked, {**LARGE, **IMAGE, "image_crf": 0}),
+    "ltx2_last": (lambda: ltx2(LTX2ConditionPipeline), masked, {**LARGE, **LATER}),
     "cogvideox": (cogvideox, embeds, {**SMALL, **GUIDED}),
     "cogvideox_i2v": (lambda: cogvideox(CogVideoXImageToVideoPipeline, 8), embeds, {**SMALL, **IMAGE}),
     "mochi": (mochi, masked, {**SMALL, "num_frames": 13, **GUIDED}),
@@ -244,6 +285,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[str], Any], dict[str, Any
 """Of every kind: what makes the pipeline, what it is called with for a prompt, and always."""
 GRIDS = {
     "ltx_last": TokenGrid(3, 4, 6, text_before=24),
+    "ltx2_last": TokenGrid(3, 4, 6, text_after=24),
     **dict.fromkeys(("cogvideox", "cogvideox_i2v"), TokenGrid(3, 4, 6, text_before=TEXT)),
     **dict.fromkeys(("mochi", "hunyuan", "hunyuan_i2v", "hunyuan_i2v_replace"), TokenGrid(3, 4, 6, text_after=TEXT)),
     "hunyuan15": TokenGrid(3, 4, 6, text_after=2 * TEXT + 4),
