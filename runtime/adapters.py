@@ -253,6 +253,16 @@ ADAPTERS = (
         time=_thousandths,
         timestep="timestep",
     ),
+    # The control's blocks run first; pictures that are given as references are frames before the video's.
+    Adapter(
+        architecture="WanVACETransformer3DModel",
+        attentions=(("vace_blocks", "attn1"), ("blocks", "attn1")),
+        dispatch="dispatch_attention_fn",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=_wan_grid,
+        time=_thousandths,
+        timestep="timestep",
+    ),
     Adapter(
         architecture="LTXVideoTransformer3DModel",
         attentions=(("transformer_blocks", "attn1"),),

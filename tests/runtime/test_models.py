@@ -42,10 +42,10 @@ class Family:
     """Whether the model itself can be compiled as one graph."""
 
 
-def wan(**config: Any) -> Any:
-    return diffusers.WanTransformer3DModel(
+def wan(kind: str = "Wan", **config: Any) -> Any:
+    return getattr(diffusers, f"{kind}Transformer3DModel")(
         patch_size=(1, 2, 2), num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, out_channels=4, text_dim=16,
-        freq_dim=32, ffn_dim=32, num_layers=LAYERS, rope_max_seq_len=32, **{"in_channels": 4, **config},
+        freq_dim=32, ffn_dim=32, rope_max_seq_len=32, **{"in_channels": 4, "num_layers": LAYERS, **config},
     )  # fmt: skip
 
 
@@ -68,6 +68,10 @@ def wan_ti2v_arguments(time: float, batch: int) -> dict[str, Any]:
     times = torch.full((batch, GRID.tokens), time * 1000)
     times[:, : GRID.height * GRID.width] = 0
     return {**found, "timestep": times}
+
+
+def vace_arguments(time: float, batch: int) -> dict[str, Any]:
+    return {**wan_arguments(time, batch), "control_hidden_states": torch.randn(batch, 6, 3, 8, 12)}
 
 
 def ltx() -> Any:
@@ -241,6 +245,7 @@ FAMILIES = {
     "Wan T2V": Family(wan, wan_arguments),
     "Wan I2V": Family(lambda: wan(in_channels=9, image_dim=24, added_kv_proj_dim=32), wan_i2v_arguments),
     "Wan TI2V": Family(wan, wan_ti2v_arguments),
+    "Wan VACE": Family(lambda: wan("WanVACE", num_layers=1, vace_layers=[0], vace_in_channels=6), vace_arguments),
     "LTX": Family(ltx, ltx_arguments),
     "LTX-2": Family(ltx2, ltx2_arguments, dataclasses.replace(GRID, text_after=24)),
     "CogVideoX 2B": Family(cogvideox, lambda *a: cogvideox_arguments(*a, rotary=False), TEXT_FIRST),
@@ -364,7 +369,9 @@ def test_compiled_once_for_all_times(family: Family, calls: list) -> None:
         assert counter.frame_count <= 2, "the hook and the forward"
 
 
-@pytest.mark.parametrize("name", ["Wan T2V", "LTX", "LTX-2", "HunyuanVideo", "HunyuanVideo 1.5", "MiniMax-H3"])
+@pytest.mark.parametrize(
+    "name", ["Wan T2V", "Wan VACE", "LTX", "LTX-2", "HunyuanVideo", "HunyuanVideo 1.5", "MiniMax-H3"]
+)
 def test_compiled_block_by_block(name: str, calls: list) -> None:
     """What diffusers calls regional compilation; CogVideoX and Mochi do not offer it."""
     family = FAMILIES[name]

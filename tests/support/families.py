@@ -47,6 +47,8 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
 from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3ImageReference
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
@@ -84,21 +86,33 @@ def pooled(prompt: str) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def wan(kind: type = WanPipeline, channels: int = 4, experts: int = 1, **options: Any) -> Any:
+def wan(
+    kind: type = WanPipeline,
+    channels: int = 4,
+    experts: int = 1,
+    model: type = WanTransformer3DModel,
+    config: Any = {},
+    **options: Any,
+) -> Any:
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 1.5, 2.0, 2.5],
     )  # fmt: skip
     models = [
-        WanTransformer3DModel(
+        model(
             patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=4,
-            text_dim=TEXT_DIM, freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
+            text_dim=TEXT_DIM, freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32, **config,
         ).eval()
         for _ in range(experts)
     ]  # fmt: skip
     more = {"transformer_2": models[1], "boundary_ratio": 0.6} if experts == 2 else {}
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return kind(**NO_TEXT, vae=vae.eval(), transformer=models[0], scheduler=scheduler, **more, **options)
+
+
+def vace() -> Any:
+    config = {"vace_layers": [0], "vace_in_channels": 8 + 64}
+    return wan(WanVACEPipeline, model=WanVACETransformer3DModel, config=config)
 
 
 def ltx(kind: type = LTXPipeline, timestep_conditioning: bool = True) -> Any:
@@ -261,6 +275,8 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[str], Any], dict[str, Any
     "wan_ti2v": (lambda: wan(expand_timesteps=True), embeds, SMALL),
     "wan_i2v": (lambda: wan(WanImageToVideoPipeline, 12), embeds, {**SMALL, **IMAGE}),
     "wan_ti2v_image": (lambda: wan(WanImageToVideoPipeline, expand_timesteps=True), embeds, {**SMALL, **IMAGE}),
+    "wan_vace": (vace, embeds, {**SMALL, **GUIDED, "video": [PICTURE] * 9}),
+    "wan_vace_reference": (vace, embeds, {**SMALL, "reference_images": [PICTURE]}),
     "ltx": (ltx, masked, {**LARGE, **GUIDED, "decode_timestep": 0.05, "decode_noise_scale": 0.025}),
     "ltx_old": (lambda: ltx(timestep_conditioning=False), masked, LARGE),
     "ltx_i2v": (lambda: ltx(LTXImageToVideoPipeline), masked, {**LARGE, **IMAGE}),
@@ -284,6 +300,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[str], Any], dict[str, Any
 }
 """Of every kind: what makes the pipeline, what it is called with for a prompt, and always."""
 GRIDS = {
+    "wan_vace_reference": TokenGrid(4, 4, 6),
     "ltx_last": TokenGrid(3, 4, 6, text_before=24),
     "ltx2_last": TokenGrid(3, 4, 6, text_after=24),
     **dict.fromkeys(("cogvideox", "cogvideox_i2v"), TokenGrid(3, 4, 6, text_before=TEXT)),
