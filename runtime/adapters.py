@@ -76,6 +76,7 @@ class Adapter:
             call that has it, `grid` gets it alone, outside of what is traced.
         valid_text: int64 ``(B,)``; how many of the text tokens after the video are no padding, for a family that tells
             its attention by a mask of the keys; from the arguments of the model.
+        not_dense: What the self-attention of a configuration is instead of dense, if it is not: no plan can be of it.
     """
 
     architecture: str
@@ -88,6 +89,7 @@ class Adapter:
     channel_axis: int = 1
     coordinates: str | None = None
     valid_text: Callable[[Arguments], torch.Tensor] | None = None
+    not_dense: Callable[[Any], str | None] = lambda config: None
 
     def __post_init__(self) -> None:
         for name in ("grid", "time", "valid_text"):
@@ -264,6 +266,16 @@ ADAPTERS = (
         timestep="timestep",
     ),
     Adapter(
+        architecture="SkyReelsV2Transformer3DModel",
+        attentions=(("blocks", "attn1"),),
+        dispatch="dispatch_attention_fn",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=_wan_grid,
+        time=_thousandths,
+        timestep="timestep",
+        not_dense=lambda config: "causal, frame by frame" if config.num_frame_per_block > 1 else None,
+    ),
+    Adapter(
         architecture="LTXVideoTransformer3DModel",
         attentions=(("transformer_blocks", "attn1"),),
         dispatch="dispatch_attention_fn",
@@ -340,6 +352,16 @@ ADAPTERS = (
 )
 """The families that need no row from the user."""
 
+NOT_DENSE = {
+    "AnyFlowFARTransformer3DModel": "causal",
+    "Kandinsky6SRTransformer3DModel": "sparse already, by blocks chosen at each call",
+    "LatteTransformer3DModel": "apart in space and in time",
+    "SanaVideoTransformer3DModel": "linear",
+    "SanaWMTransformer3DModel": "linear",
+    "WanAnimate2Transformer3DModel": "windowed: a frame sees the reference of its own time alone",
+}
+"""What the self-attention of video transformers is that can have no plan."""
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside what `torch.compile` returned; any other model as it is."""
@@ -350,11 +372,14 @@ def adapter_for(model: nn.Module) -> Adapter:
     """The row of a model, by the name of its class or of one it inherits from.
 
     Raises:
-        UnknownModelError: No row fits; lists the families that are known.
+        UnknownModelError: No row fits, which lists the families that are known, or self-attention is not dense.
     """
     names = [kind.__name__ for kind in type(unwrap(model)).__mro__]
-    for row in ADAPTERS:
-        if row.architecture in names:
-            return row
+    row = next((row for row in ADAPTERS if row.architecture in names), None)
+    found = next((NOT_DENSE[name] for name in names if name in NOT_DENSE), row and row.not_dense(model.config))
+    if found:
+        raise UnknownModelError(f"self-attention must be dense to follow a plan, that of {names[0]} is {found}")
+    if row is not None:
+        return row
     known = ", ".join(row.architecture for row in ADAPTERS)
     raise UnknownModelError(f"model must be one of {known}, or come with an adapter of its own, got {names[0]}")

@@ -67,13 +67,24 @@ def test_every_family(family: str, tmp_path: Path):
     adjoint.assert_effects_agree(sampler, adjoint.calibrated(sampler, tmp_path, vectors=2))
 
 
+ELSEWHERE = ("wan", "ltx", "cogvideox", "mochi", "hunyuan")
+
+
 @pytest.mark.filterwarnings("ignore:.timesteps. were passed without .sigmas.")
-@pytest.mark.parametrize("name", sorted(set(families.FAMILIES) - {"wan", "ltx", "cogvideox", "mochi", "hunyuan"}))
+@pytest.mark.parametrize("name", sorted({*families.FAMILIES} - {*ELSEWHERE, "skyreels_forcing"}))
 def test_every_kind_of_pipeline(name: str, tmp_path: Path):
     """Image to video, conditions, times for each token. Attention says little in these models: a longer step."""
     pipe, prompt_arguments, arguments = families.pipeline(name)
     sampler = PipelineSampler(pipe, prompt_arguments=prompt_arguments, **arguments)
     adjoint.assert_effects_agree(sampler, adjoint.calibrated(sampler, tmp_path, vectors=2), step=0.8)
+
+
+def test_a_scheduler_that_keeps_what_is_written_over_is_refused(tmp_path: Path):
+    """Each frame has one, which keeps a view of the latents before they first come from the model."""
+    pipe, prompt_arguments, arguments = families.pipeline("skyreels_forcing")
+    sampler = PipelineSampler(pipe, prompt_arguments=prompt_arguments, **arguments)
+    with pytest.raises(ChainError, match="must have no view that something else kept"):
+        adjoint.calibrated(sampler, tmp_path)
 
 
 @pytest.mark.parametrize("expert", ["transformer", "transformer_2"])

@@ -12,7 +12,7 @@ from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
 from calibatt.runtime import Plan, PlanMismatchError
-from calibatt.runtime.adapters import ADAPTERS, Adapter, MissingArgumentError, adapter_for
+from calibatt.runtime.adapters import ADAPTERS, NOT_DENSE, Adapter, MissingArgumentError, UnknownModelError, adapter_for
 
 diffusers = pytest.importorskip("diffusers")
 GRID = TokenGrid(frames=3, height=4, width=6)
@@ -107,3 +107,17 @@ def test_a_plan_runs_with_coordinates(compiled: bool) -> None:
             MissingArgumentError, match=r"row of LTXVideoTransformer3DModel needs the argument 'num_frames'.*timestep"
         ):
             model(**lacking)
+
+
+def test_attention_that_is_not_dense_is_refused_with_its_kind() -> None:
+    model = diffusers.SkyReelsV2Transformer3DModel(
+        num_attention_heads=1, attention_head_dim=16, in_channels=4, text_dim=16, freq_dim=16, ffn_dim=16, num_layers=1
+    )
+    assert adapter_for(model).architecture == "SkyReelsV2Transformer3DModel"
+    model._set_ar_attention(2)
+    with pytest.raises(UnknownModelError, match=r"dense.*, that of SkyReelsV2Transformer3DModel is causal"):
+        adapter_for(model)
+    for name, kind in NOT_DENSE.items():
+        assert hasattr(diffusers, name)
+        with pytest.raises(UnknownModelError, match=f"that of {name} is {kind}"):
+            adapter_for(type(name, (torch.nn.Module,), {})())

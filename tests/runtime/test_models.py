@@ -74,6 +74,12 @@ def vace_arguments(time: float, batch: int) -> dict[str, Any]:
     return {**wan_arguments(time, batch), "control_hidden_states": torch.randn(batch, 6, 3, 8, 12)}
 
 
+def skyreels_arguments(time: float, batch: int) -> dict[str, Any]:
+    """Diffusion forcing: each frame has a time of its own."""
+    times = torch.tensor([0, round(time * 900), round(time * 1000)]).expand(batch, -1)
+    return {**wan_arguments(time, batch), "timestep": times, "enable_diffusion_forcing": True}
+
+
 def ltx() -> Any:
     return diffusers.LTXVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, cross_attention_dim=32,
@@ -246,6 +252,7 @@ FAMILIES = {
     "Wan I2V": Family(lambda: wan(in_channels=9, image_dim=24, added_kv_proj_dim=32), wan_i2v_arguments),
     "Wan TI2V": Family(wan, wan_ti2v_arguments),
     "Wan VACE": Family(lambda: wan("WanVACE", num_layers=1, vace_layers=[0], vace_in_channels=6), vace_arguments),
+    "SkyReels-V2": Family(lambda: wan("SkyReelsV2"), skyreels_arguments),
     "LTX": Family(ltx, ltx_arguments),
     "LTX-2": Family(ltx2, ltx2_arguments, dataclasses.replace(GRID, text_after=24)),
     "CogVideoX 2B": Family(cogvideox, lambda *a: cogvideox_arguments(*a, rotary=False), TEXT_FIRST),
@@ -370,7 +377,7 @@ def test_compiled_once_for_all_times(family: Family, calls: list) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Wan T2V", "Wan VACE", "LTX", "LTX-2", "HunyuanVideo", "HunyuanVideo 1.5", "MiniMax-H3"]
+    "name", ["Wan T2V", "Wan VACE", "SkyReels-V2", "LTX", "LTX-2", "HunyuanVideo", "HunyuanVideo 1.5", "MiniMax-H3"]
 )
 def test_compiled_block_by_block(name: str, calls: list) -> None:
     """What diffusers calls regional compilation; CogVideoX and Mochi do not offer it."""

@@ -44,6 +44,11 @@ from diffusers import (
     MiniMaxH3Transformer3DModel,
     MochiPipeline,
     MochiTransformer3DModel,
+    SkyReelsV2DiffusionForcingPipeline,
+    SkyReelsV2ImageToVideoPipeline,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
+    UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
@@ -55,7 +60,14 @@ from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
-from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from calibatt.plans import TokenGrid
 
@@ -69,6 +81,11 @@ def embeds(prompt: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(len(prompt))
     found = torch.randn(1, TEXT, TEXT_DIM, generator=generator)
     return {"prompt_embeds": found, "negative_prompt_embeds": torch.zeros_like(found)}
+
+
+def full(prompt: str) -> dict[str, torch.Tensor]:
+    """The same at the length that models count on which get an image's embeddings with it."""
+    return {name: torch.nn.functional.pad(x, (0, 0, 0, 512 - TEXT)) for name, x in embeds(prompt).items()}
 
 
 def masked(prompt: str) -> dict[str, torch.Tensor]:
@@ -87,13 +104,9 @@ def pooled(prompt: str) -> dict[str, torch.Tensor]:
 
 
 def wan(
-    kind: type = WanPipeline,
-    channels: int = 4,
-    experts: int = 1,
-    model: type = WanTransformer3DModel,
-    config: Any = {},
-    **options: Any,
-) -> Any:
+    kind: type = WanPipeline, channels: int = 4, experts: int = 1, model: type = WanTransformer3DModel,
+    config: dict[str, Any] | None = None, **options: Any,
+) -> Any:  # fmt: skip
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 1.5, 2.0, 2.5],
@@ -101,13 +114,33 @@ def wan(
     models = [
         model(
             patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=4,
-            text_dim=TEXT_DIM, freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32, **config,
+            text_dim=TEXT_DIM, freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32, **(config or {}),
         ).eval()
         for _ in range(experts)
     ]  # fmt: skip
     more = {"transformer_2": models[1], "boundary_ratio": 0.6} if experts == 2 else {}
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return kind(**NO_TEXT, vae=vae.eval(), transformer=models[0], scheduler=scheduler, **more, **options)
+
+
+def seeing() -> dict[str, Any]:
+    """What a model of the Wan kind needs that gets embeddings of an image."""
+    vision = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, image_size=16, patch_size=8
+    )
+    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    return {
+        "config": {"image_dim": 24, "added_kv_proj_dim": 32}, "image_processor": CLIPImageProcessor(**sizes),
+        "image_encoder": CLIPVisionModelWithProjection(vision).eval(),
+    }  # fmt: skip
+
+
+def skyreels(kind: type = SkyReelsV2Pipeline, channels: int = 4, **options: Any) -> Any:
+    pipe = wan(kind, channels, model=SkyReelsV2Transformer3DModel, **options)
+    if kind is SkyReelsV2DiffusionForcingPipeline:  # which needs whole numbers for times
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+        pipe.scheduler = UniPCMultistepScheduler(**flow)
+    return pipe
 
 
 def vace() -> Any:
@@ -277,6 +310,9 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[str], Any], dict[str, Any
     "wan_ti2v_image": (lambda: wan(WanImageToVideoPipeline, expand_timesteps=True), embeds, {**SMALL, **IMAGE}),
     "wan_vace": (vace, embeds, {**SMALL, **GUIDED, "video": [PICTURE] * 9}),
     "wan_vace_reference": (vace, embeds, {**SMALL, "reference_images": [PICTURE]}),
+    "skyreels": (skyreels, embeds, {**SMALL, **GUIDED}),
+    "skyreels_i2v": (lambda: skyreels(SkyReelsV2ImageToVideoPipeline, 12, **seeing()), full, {**SMALL, **IMAGE}),
+    "skyreels_forcing": (lambda: skyreels(SkyReelsV2DiffusionForcingPipeline), embeds, {**SMALL, "prompt": None}),
     "ltx": (ltx, masked, {**LARGE, **GUIDED, "decode_timestep": 0.05, "decode_noise_scale": 0.025}),
     "ltx_old": (lambda: ltx(timestep_conditioning=False), masked, LARGE),
     "ltx_i2v": (lambda: ltx(LTXImageToVideoPipeline), masked, {**LARGE, **IMAGE}),

@@ -315,7 +315,7 @@ class _Steps:
         """What diffusers calls after every step; it goes on with the latents that are returned, if any are."""
         self.count += 1
         self.latents = tensors["latents"]
-        return {} if self._end is None else {"latents": self._end}
+        return {} if self._end is None else {"latents": self._end.clone()}  # some are written over
 
     def after(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """A scheduler's step, for a pipeline that calls nobody after it."""
