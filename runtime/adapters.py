@@ -240,6 +240,20 @@ def _hunyuan15_text(arguments: Arguments) -> torch.Tensor:
     return sum((mask.sum(1, dtype=torch.int64) for mask in masks), image.any() * image.shape[1])
 
 
+def _kandinsky_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+    # A picture that is given is one more frame, the last: then frames have types.
+    sizes = [
+        size // patch for size, patch in zip(arguments["hidden_states"].shape[1:4], config.patch_size, strict=True)
+    ]
+    given = arguments.get("visual_token_type_ids") is not None
+    return sizes[0] - given, sizes[1], sizes[2], 0, given * sizes[1] * sizes[2]
+
+
+def _kandinsky_heads(config: Any) -> tuple[int, int]:
+    head_dim = sum(config.axes_dims)
+    return config.model_dim // head_dim, head_dim
+
+
 def _h3_time(arguments: Arguments) -> torch.Tensor:
     # It rises from the noise, 0, to the video, 1; the video is noisier than all else in its sequence.
     return 1 - arguments["timestep"].min().to("cpu", torch.float64)
@@ -336,6 +350,29 @@ ADAPTERS = (
         time=_thousandths,
         timestep="timestep",
         valid_text=_hunyuan15_text,
+    ),
+    Adapter(
+        architecture="Kandinsky5Transformer3DModel",
+        attentions=(("visual_transformer_blocks", "self_attention"),),
+        dispatch="dispatch_attention_fn",
+        heads=_kandinsky_heads,
+        grid=_kandinsky_grid,
+        time=_thousandths,
+        timestep="timestep",
+        channel_axis=4,
+        not_dense=lambda config: (
+            "sparse already, by blocks chosen at each call" if config.attention_type == "nabla" else None
+        ),
+    ),
+    Adapter(
+        architecture="Kandinsky6Transformer3DModel",
+        attentions=(("visual_transformer_blocks", "video_dec_block.self_attention"),),
+        dispatch="dispatch_attention_fn",
+        heads=_kandinsky_heads,
+        grid=_kandinsky_grid,
+        time=_thousandths,
+        timestep="timestep",
+        channel_axis=4,
     ),
     # One packed sequence: text, given pictures and sounds, the audio, and last the video.
     Adapter(

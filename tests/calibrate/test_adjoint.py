@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -14,6 +15,7 @@ import peft
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.transformers import transformer_kandinsky
 from support import adjoint, batched, families, quantised, text_after, wan
 
 from calibatt.compiler.stats import Manifest, SamplingTables
@@ -72,11 +74,16 @@ ELSEWHERE = ("wan", "ltx", "cogvideox", "mochi", "hunyuan")
 
 @pytest.mark.filterwarnings("ignore:.timesteps. were passed without .sigmas.")
 @pytest.mark.parametrize("name", sorted({*families.FAMILIES} - {*ELSEWHERE, "skyreels_forcing"}))
-def test_every_kind_of_pipeline(name: str, tmp_path: Path):
+def test_every_kind_of_pipeline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Image to video, conditions, times for each token. Attention says little in these models: a longer step."""
+    if name.startswith("kandinsky5"):  # it rounds queries and keys to bfloat16, which differences cannot follow
+        exact = SimpleNamespace(**{**vars(torch), "bfloat16": torch.float32})
+        monkeypatch.setattr(transformer_kandinsky, "torch", exact)
     pipe, prompt_arguments, arguments = families.pipeline(name)
     sampler = PipelineSampler(pipe, prompt_arguments=prompt_arguments, **arguments)
-    adjoint.assert_effects_agree(sampler, adjoint.calibrated(sampler, tmp_path, vectors=2), step=0.8)
+    adjoint.assert_effects_agree(
+        sampler, adjoint.calibrated(sampler, tmp_path, vectors=2), step=0.2 if name == "kandinsky5_i2v" else 0.8
+    )
 
 
 def test_a_scheduler_that_keeps_what_is_written_over_is_refused(tmp_path: Path):

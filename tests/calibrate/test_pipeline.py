@@ -376,7 +376,17 @@ def test_prompts_of_different_lengths_make_a_plan_for_all_lengths(name: str, tmp
 
 
 @pytest.mark.parametrize(
-    "name", ["wan_vace_reference", "skyreels_i2v", "ltx2", "ltx2_last", "hunyuan15_i2v", "h3_first_last"]
+    "name",
+    [
+        "wan_vace_reference",
+        "skyreels_i2v",
+        "ltx2",
+        "ltx2_last",
+        "hunyuan15_i2v",
+        "kandinsky5_i2v",
+        "kandinsky6_i2v",
+        "h3_first_last",
+    ],
 )
 def test_a_plan_from_a_recorded_generation(name: str, tmp_path: Path):
     """Recorded as its users call it, compiled, attached, sampled and detached; each part relative to its own size."""

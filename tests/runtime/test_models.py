@@ -211,6 +211,41 @@ def hunyuan15_arguments(time: float, batch: int, image: bool = True) -> dict[str
     }
 
 
+def kandinsky(number: int, **config: Any) -> Any:
+    model = getattr(diffusers, f"Kandinsky{number}Transformer3DModel")(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=8, time_dim=16, model_dim=HEADS * HEAD_DIM,
+        ff_dim=32, num_text_blocks=1, num_visual_blocks=LAYERS, axes_dims=(4, 6, 6), **config,
+    )  # fmt: skip
+    for name, weight in model.named_parameters():
+        if "modulation" in name:  # zeros at first, so that blocks do nothing
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+def kandinsky5_arguments(time: float, batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(batch, GRID.frames, 8, 12, 4),
+        "encoder_hidden_states": torch.randn(batch, 7, 16),
+        "timestep": torch.tensor([time * 1000.0] * batch),
+        "pooled_projections": torch.randn(batch, 8),
+        "visual_rope_pos": [torch.arange(size) for size in (GRID.frames, GRID.height, GRID.width)],
+        "text_rope_pos": torch.arange(7),
+    }
+
+
+def kandinsky6_arguments(time: float, batch: int) -> dict[str, Any]:
+    """A picture that is given, after the video."""
+    found = kandinsky5_arguments(time, batch)
+    del found["visual_rope_pos"], found["text_rope_pos"]
+    frames = GRID.frames + 1
+    return {
+        **found,
+        "hidden_states": torch.randn(batch, frames, 8, 12, 9),
+        "audio_hidden_states": torch.randn(batch, 9, 4),
+        "visual_token_type_ids": (torch.arange(frames) == GRID.frames).long().expand(batch, -1),
+    }
+
+
 def h3() -> Any:
     return diffusers.MiniMaxH3Transformer3DModel(
         num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, hidden_size=32, num_layers=LAYERS,
@@ -277,6 +312,12 @@ FAMILIES = {
     "HunyuanVideo 1.5 I2V": Family(hunyuan15, hunyuan15_arguments, TEXT_LAST, PADDING, fullgraph=False),
     "HunyuanVideo 1.5": Family(
         hunyuan15, lambda *a: hunyuan15_arguments(*a, image=False), TEXT_LAST, (8, 18), fullgraph=False
+    ),
+    "Kandinsky 5": Family(lambda: kandinsky(5), kandinsky5_arguments),
+    "Kandinsky 6": Family(
+        lambda: kandinsky(6, in_audio_dim=4, out_audio_dim=4, visual_token_type_num_embeddings=2),
+        kandinsky6_arguments,
+        dataclasses.replace(GRID, text_after=24),
     ),
     "MiniMax-H3": Family(h3, h3_arguments, dataclasses.replace(GRID, text_before=7 + 24 + 10)),
 }

@@ -31,6 +31,11 @@ from diffusers import (
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    Kandinsky5I2VPipeline,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
+    Kandinsky6TI2VAPipeline,
+    Kandinsky6Transformer3DModel,
     LTX2ConditionPipeline,
     LTX2ImageToVideoPipeline,
     LTX2Pipeline,
@@ -42,6 +47,8 @@ from diffusers import (
     MiniMaxH3Blocks,
     MiniMaxH3Scheduler,
     MiniMaxH3Transformer3DModel,
+    MMAudioVAE,
+    MMAudioVocoder,
     MochiPipeline,
     MochiTransformer3DModel,
     SkyReelsV2DiffusionForcingPipeline,
@@ -216,17 +223,20 @@ def mochi() -> Any:
     return MochiPipeline(scheduler, vae=vae.eval(), **NO_TEXT, transformer=model.eval())
 
 
-def hunyuan(condition: str | None = None) -> Any:
-    vae = AutoencoderKLHunyuanVideo(
+def hunyuan_vae() -> Any:
+    return AutoencoderKLHunyuanVideo(
         latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=2,
         mid_block_add_attention=False,
-    )  # fmt: skip
+    ).eval()  # fmt: skip
+
+
+def hunyuan(condition: str | None = None) -> Any:
     model = HunyuanVideoTransformer3DModel(
         in_channels=9 if condition == "latent_concat" else 4, out_channels=4, num_attention_heads=2,
         attention_head_dim=16, num_layers=1, num_single_layers=1, num_refiner_layers=1, text_embed_dim=TEXT_DIM,
         pooled_projection_dim=8, rope_axes_dim=(4, 6, 6), image_condition_type=condition,
     )  # fmt: skip
-    parts = {**NO_TEXT, "vae": vae.eval(), "transformer": model.eval(), "text_encoder_2": None, "tokenizer_2": None}
+    parts = {**NO_TEXT, "vae": hunyuan_vae(), "transformer": model.eval(), "text_encoder_2": None, "tokenizer_2": None}
     scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
     if condition is None:
         return HunyuanVideoPipeline(scheduler=scheduler, **parts)
@@ -260,6 +270,42 @@ def twice(prompt: str) -> dict[str, torch.Tensor]:
     found = {**embeds(prompt), **{f"{name}_2": 2 * x for name, x in embeds(prompt).items()}}
     masks = {name.replace("embeds", "embeds_mask"): torch.arange(TEXT)[None] < 2 + len(name) % 5 for name in found}
     return {**found, **masks}
+
+
+def kandinsky(kind: type, model: type, parts: dict[str, Any] | None = None, **config: Any) -> Any:
+    made = model(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=TEXT_DIM, in_text_dim2=8, time_dim=16, model_dim=32, ff_dim=32,
+        num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6), visual_cond=True, **config,
+    )  # fmt: skip
+    for name, weight in made.named_parameters():
+        if "modulation" in name:  # zeros at first, so that blocks do nothing
+            torch.nn.init.normal_(weight, std=0.2)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    more = {**NO_TEXT, "text_encoder_2": None, "tokenizer_2": None, "scheduler": scheduler, **(parts or {})}
+    return kind(transformer=made.eval(), vae=hunyuan_vae(), **more)
+
+
+def kandinsky6() -> Any:
+    audio = MMAudioVAE(mel_bins=8, latent_channels=4, hidden_channels=8, channel_multipliers=(1, 1), layers_per_block=1)
+    vocoder = MMAudioVocoder(8, 8, (2,), (4,), (3,), ((1, 3, 5),))
+    config = {"in_audio_dim": 4, "out_audio_dim": 4, "visual_token_type_num_embeddings": 2}
+    parts = {"audio_vae": audio.eval(), "vocoder": vocoder.eval()}
+    return kandinsky(Kandinsky6TI2VAPipeline, Kandinsky6Transformer3DModel, parts, **config)
+
+
+def lengths(prompt: str) -> dict[str, torch.Tensor]:
+    """Embeddings for Kandinsky 5."""
+    found = {}
+    for name, x in embeds(prompt).items():
+        found |= {f"{name}_qwen": x, f"{name}_clip": x[:, 0, :8]}
+        found[name.replace("embeds", "cu_seqlens")] = torch.tensor([0, TEXT], dtype=torch.int32)
+    return found
+
+
+def pooled_twice(prompt: str) -> dict[str, torch.Tensor]:
+    """Embeddings for Kandinsky 6."""
+    pooled = {name.replace("prompt", "pooled_prompt"): x[:, 0, :8] for name, x in embeds(prompt).items()}
+    return {**embeds(prompt), **pooled}
 
 
 def h3(name: str = "transformer") -> Any:
@@ -330,6 +376,14 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[str], Any], dict[str, Any
     "hunyuan_i2v_replace": (lambda: hunyuan("token_replace"), pooled, {**SMALL, **IMAGE}),
     "hunyuan15": (hunyuan15, twice, SMALL),
     "hunyuan15_i2v": (lambda: hunyuan15(image=True), twice, {"num_frames": 9, **IMAGE}),
+    "kandinsky5": (lambda: kandinsky(Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel), lengths, SMALL),
+    "kandinsky5_i2v": (
+        lambda: kandinsky(Kandinsky5I2VPipeline, Kandinsky5Transformer3DModel),
+        lengths,
+        {**SMALL, **IMAGE, "num_frames": 21},
+    ),
+    "kandinsky6": (kandinsky6, pooled_twice, SMALL),
+    "kandinsky6_i2v": (kandinsky6, pooled_twice, {**SMALL, **IMAGE}),
     "h3": (h3, tagged, H3),
     "h3_first_last": (h3, tagged, {**H3, **IMAGE, "last_image": PICTURE}),
     "h3_reference": (lambda: h3("transformer_ref"), tagged, {**H3, **REFERENCE}),
@@ -343,6 +397,8 @@ GRIDS = {
     **dict.fromkeys(("mochi", "hunyuan", "hunyuan_i2v", "hunyuan_i2v_replace"), TokenGrid(3, 4, 6, text_after=TEXT)),
     "hunyuan15": TokenGrid(3, 4, 6, text_after=2 * TEXT + 4),
     "hunyuan15_i2v": TokenGrid(3, 4, 4, text_after=2 * TEXT + 4),
+    "kandinsky5_i2v": TokenGrid(6, 4, 6),
+    "kandinsky6_i2v": TokenGrid(3, 4, 6, text_after=24),
     "h3": TokenGrid(7, 4, 6, text_before=TEXT + 2 * 37),
     "h3_first_last": TokenGrid(7, 4, 6, text_before=TEXT + 2 * 24 + 2 * 37),
     "h3_reference": TokenGrid(7, 4, 6, text_before=TEXT + 4 * 4 + 2 * 37),

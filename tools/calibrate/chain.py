@@ -40,7 +40,9 @@ class Traced(Tensor):
             )
         if func in (Tensor.numpy, Tensor.__array__):
             args = (args[0].detach(), *args[1:])
-        with torch.enable_grad():
+        # What derivatives need is kept as a copy, since latents may be written over; scaling and adding need nothing.
+        kept = torch.autograd.graph.saved_tensors_hooks(lambda x: plain(x).clone(), lambda x: x)
+        with torch.enable_grad(), kept:
             found = super().__torch_function__(func, types, args, kwargs or {})
         # An ordinary tensor into which a traced one was written: its arithmetic is to be recorded from here on.
         if args and type(args[0]) is Tensor and args[0].requires_grad and not args[0].is_leaf:
