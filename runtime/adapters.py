@@ -72,8 +72,11 @@ class Adapter:
         timestep: Name of the one argument that `time` looks at, if it is one: it is then read from its device without
             waiting where that is possible, and `time` gets it on the CPU, outside of what is traced.
         channel_axis: Axis of the model's ``hidden_states`` that has the channels; the batch is axis 0. Only to record.
+        coordinates: Name of the argument that has coordinates of every token, where `grid` looks at their values: in a
+            call that has it, `grid` gets it alone, outside of what is traced.
         valid_text: int64 ``(B,)``; how many of the text tokens after the video are no padding, for a family that tells
             its attention by a mask of the keys; from the arguments of the model.
+        not_dense: What the self-attention of a configuration is instead of dense, if it is not: no plan can be of it.
     """
 
     architecture: str
@@ -84,7 +87,9 @@ class Adapter:
     time: Callable[[Arguments], torch.Tensor]
     timestep: str | None = None
     channel_axis: int = 1
+    coordinates: str | None = None
     valid_text: Callable[[Arguments], torch.Tensor] | None = None
+    not_dense: Callable[[Any], str | None] = lambda config: None
 
     def __post_init__(self) -> None:
         for name in ("grid", "time", "valid_text"):
@@ -146,36 +151,49 @@ def _wan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, in
 def _ltx_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
     # The pipeline has already cut the latents into patches; the sizes come beside them, or coordinates of every token.
     if arguments.get("video_coords") is not None:
-        return _grid_of_coordinates(arguments["video_coords"])
+        return _grid_at_the_end(arguments["video_coords"], lambda coordinates: coordinates[0].T)
     return arguments["num_frames"], arguments["height"], arguments["width"], 0, 0
+
+
+def _ltx2_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+    # Images that are given for later frames stand after the video.
+    frames, height, width = arguments["num_frames"], arguments["height"], arguments["width"]
+    return frames, height, width, 0, arguments["hidden_states"].shape[1] - frames * height * width
 
 
 _known_grids = WeakTensorKeyDictionary()
 """Version and grid of every tensor of coordinates alive: read once a run, since reading waits for the device."""
 
 
-@torch.compiler.disable
-def _grid_of_coordinates(coordinates: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """The grid of tokens with coordinates ``(B, 3, N)`` of frame, row and column.
+def _grid_at_the_end(
+    coordinates: torch.Tensor, by_token: Callable[[torch.Tensor], torch.Tensor] = lambda coordinates: coordinates
+) -> tuple[int, int, int, int, int]:
+    """The grid of a sequence that ends with the video, from coordinates of frame, row and column of every token.
 
-    Frames of the video rise from 0. Whole frames of the same size that stand before them are given images, which the
-    pipeline adds to what it denoises: they are tokens before the video, as text is. The grid depends on values, so a
-    graph of `torch.compile` ends here: ``fullgraph=True`` is not possible with coordinates.
+    The video is as many whole frames of one size at the end as rise in time. What stands before them counts as tokens
+    before the video: text, audio, images that are given.
+
+    Args:
+        coordinates: Of every token.
+        by_token: The same as ``(N, 3)``.
 
     Raises:
-        ValueError: The tokens are in another order.
+        ValueError: The last frame is in another order than rows, then columns.
     """
     version = None if coordinates.is_inference() else coordinates._version
     known = _known_grids.get(coordinates)
     if known is None or version is None or known[0] != version:
-        frame, row, column = coordinates[0].cpu()
-        rows, columns = row.unique(), column.unique()
-        starts = frame[:: len(rows) * len(columns)]
-        before = int((starts == frame.min()).nonzero().max())
-        raster = torch.cartesian_prod(starts, rows, columns).T
-        if not torch.equal(raster, torch.stack((frame, row, column))) or not bool((starts[before:].diff() > 0).all()):
-            raise ValueError(f"video_coords must be of whole frames in raster order, got {len(frame)} other tokens")
-        known = version, (len(starts) - before, len(rows), len(columns), before * len(rows) * len(columns), 0)
+        found = by_token(coordinates).cpu()
+        tokens, size = len(found), int((found[:, 0] == found[-1, 0]).flip(0).cumprod(0).sum())
+        last = found[-size:, 1:]
+        rows, columns = (axis.unique() for axis in last.T)
+        if not torch.equal(torch.cartesian_prod(rows, columns), last):
+            raise ValueError(f"tokens must end with a video of whole frames in raster order, got {tokens} others")
+        frames = found[tokens % size :].unflatten(0, (-1, size)).flip(0)
+        whole = (frames[:, :, 1:] == last).all(2).all(1) & (frames[:, :, 0] == frames[:, :1, 0]).all(1)
+        rising = torch.cat([torch.ones(1, dtype=torch.bool), frames[:, 0, 0].diff() < 0])
+        count = int((whole & rising).cumprod(0).sum())
+        known = version, (count, len(rows), len(columns), tokens - count * size, 0)
         _known_grids[coordinates] = known
     return known[1]
 
@@ -208,6 +226,39 @@ def _hunyuan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int
     return frames // config.patch_size_t, height // patch, width // patch, 0, text
 
 
+def _hunyuan15_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+    # Two texts and an image: in every sample what is no padding comes first.
+    more = arguments["encoder_hidden_states_2"].shape[1] + arguments["image_embeds"].shape[1]
+    frames, height, width, _, text = _hunyuan_grid(config, arguments)
+    return frames, height, width, 0, text + more
+
+
+def _hunyuan15_text(arguments: Arguments) -> torch.Tensor:
+    # An image of zeros is none.
+    image = arguments["image_embeds"]
+    masks = arguments["encoder_attention_mask"], arguments["encoder_attention_mask_2"]
+    return sum((mask.sum(1, dtype=torch.int64) for mask in masks), image.any() * image.shape[1])
+
+
+def _kandinsky_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+    # A picture that is given is one more frame, the last: then frames have types.
+    sizes = [
+        size // patch for size, patch in zip(arguments["hidden_states"].shape[1:4], config.patch_size, strict=True)
+    ]
+    given = arguments.get("visual_token_type_ids") is not None
+    return sizes[0] - given, sizes[1], sizes[2], 0, given * sizes[1] * sizes[2]
+
+
+def _kandinsky_heads(config: Any) -> tuple[int, int]:
+    head_dim = sum(config.axes_dims)
+    return config.model_dim // head_dim, head_dim
+
+
+def _h3_time(arguments: Arguments) -> torch.Tensor:
+    # It rises from the noise, 0, to the video, 1; the video is noisier than all else in its sequence.
+    return 1 - arguments["timestep"].min().to("cpu", torch.float64)
+
+
 ADAPTERS = (
     Adapter(
         architecture="WanTransformer3DModel",
@@ -218,12 +269,44 @@ ADAPTERS = (
         time=_thousandths,
         timestep="timestep",
     ),
+    # The control's blocks run first; pictures that are given as references are frames before the video's.
+    Adapter(
+        architecture="WanVACETransformer3DModel",
+        attentions=(("vace_blocks", "attn1"), ("blocks", "attn1")),
+        dispatch="dispatch_attention_fn",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=_wan_grid,
+        time=_thousandths,
+        timestep="timestep",
+    ),
+    Adapter(
+        architecture="SkyReelsV2Transformer3DModel",
+        attentions=(("blocks", "attn1"),),
+        dispatch="dispatch_attention_fn",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=_wan_grid,
+        time=_thousandths,
+        timestep="timestep",
+        not_dense=lambda config: "causal, frame by frame" if config.num_frame_per_block > 1 else None,
+    ),
     Adapter(
         architecture="LTXVideoTransformer3DModel",
         attentions=(("transformer_blocks", "attn1"),),
         dispatch="dispatch_attention_fn",
         heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_ltx_grid,
+        time=_thousandths,
+        timestep="timestep",
+        channel_axis=2,
+        coordinates="video_coords",
+    ),
+    # The audio has a stream of its own: of the video's it is seen in cross-attention alone.
+    Adapter(
+        architecture="LTX2VideoTransformer3DModel",
+        attentions=(("transformer_blocks", "attn1"),),
+        dispatch="dispatch_attention_fn",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=_ltx2_grid,
         time=_thousandths,
         timestep="timestep",
         channel_axis=2,
@@ -258,8 +341,63 @@ ADAPTERS = (
         timestep="timestep",
         valid_text=lambda arguments: arguments["encoder_attention_mask"].sum(1, dtype=torch.int64),
     ),
+    Adapter(
+        architecture="HunyuanVideo15Transformer3DModel",
+        attentions=(("transformer_blocks", "attn"),),
+        dispatch="dispatch_attention_fn",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=_hunyuan15_grid,
+        time=_thousandths,
+        timestep="timestep",
+        valid_text=_hunyuan15_text,
+    ),
+    Adapter(
+        architecture="Kandinsky5Transformer3DModel",
+        attentions=(("visual_transformer_blocks", "self_attention"),),
+        dispatch="dispatch_attention_fn",
+        heads=_kandinsky_heads,
+        grid=_kandinsky_grid,
+        time=_thousandths,
+        timestep="timestep",
+        channel_axis=4,
+        not_dense=lambda config: (
+            "sparse already, by blocks chosen at each call" if config.attention_type == "nabla" else None
+        ),
+    ),
+    Adapter(
+        architecture="Kandinsky6Transformer3DModel",
+        attentions=(("visual_transformer_blocks", "video_dec_block.self_attention"),),
+        dispatch="dispatch_attention_fn",
+        heads=_kandinsky_heads,
+        grid=_kandinsky_grid,
+        time=_thousandths,
+        timestep="timestep",
+        channel_axis=4,
+    ),
+    # One packed sequence: text, given pictures and sounds, the audio, and last the video.
+    Adapter(
+        architecture="MiniMaxH3Transformer3DModel",
+        attentions=(("transformer_blocks", "attn"),),
+        dispatch="dispatch_attention_fn",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=lambda config, arguments: _grid_at_the_end(arguments["position_ids"]),
+        time=_h3_time,
+        timestep="timestep",
+        channel_axis=2,
+        coordinates="position_ids",
+    ),
 )
 """The families that need no row from the user."""
+
+NOT_DENSE = {
+    "AnyFlowFARTransformer3DModel": "causal",
+    "Kandinsky6SRTransformer3DModel": "sparse already, by blocks chosen at each call",
+    "LatteTransformer3DModel": "apart in space and in time",
+    "SanaVideoTransformer3DModel": "linear",
+    "SanaWMTransformer3DModel": "linear",
+    "WanAnimate2Transformer3DModel": "windowed: a frame sees the reference of its own time alone",
+}
+"""What the self-attention of video transformers is that can have no plan."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -271,11 +409,14 @@ def adapter_for(model: nn.Module) -> Adapter:
     """The row of a model, by the name of its class or of one it inherits from.
 
     Raises:
-        UnknownModelError: No row fits; lists the families that are known.
+        UnknownModelError: No row fits, which lists the families that are known, or self-attention is not dense.
     """
     names = [kind.__name__ for kind in type(unwrap(model)).__mro__]
-    for row in ADAPTERS:
-        if row.architecture in names:
-            return row
+    row = next((row for row in ADAPTERS if row.architecture in names), None)
+    found = next((NOT_DENSE[name] for name in names if name in NOT_DENSE), row and row.not_dense(model.config))
+    if found:
+        raise UnknownModelError(f"self-attention must be dense to follow a plan, that of {names[0]} is {found}")
+    if row is not None:
+        return row
     known = ", ".join(row.architecture for row in ADAPTERS)
     raise UnknownModelError(f"model must be one of {known}, or come with an adapter of its own, got {names[0]}")

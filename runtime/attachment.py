@@ -298,11 +298,13 @@ class _Session:
             time = self.adapter.time({self.adapter.timestep: self.timesteps.read(time)})
         return float(time)
 
-    def resolve(self, time: torch.Tensor, grid: tuple[int, ...]) -> int:
+    def resolve(self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None) -> int:
         if time.numel() == 0:  # an empty batch
             return STOCK
         self.interception.verify()
         self.join(self.interception.model, self.interception.sites)
+        if coordinates is not None:
+            grid = self.adapter.grid(self.interception.model.config, {self.adapter.coordinates: coordinates})
         found = TokenGrid(*grid)
         plan = self.plans.get(found)
         if plan is None:
@@ -406,8 +408,9 @@ def _intercept(model: nn.Module, adapter: Adapter, session: _Session) -> Interce
     said = adapter.time if name is None else naming_the_missing(lambda arguments: arguments[name], adapter.architecture)
 
     def begin(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
-        grid = adapter.grid(config, arguments)
-        segment = torch.ops.calibatt.resolve_segment(said(arguments), grid, session.number)
+        coordinates = arguments.get(adapter.coordinates) if adapter.coordinates else None
+        grid = adapter.grid(config, arguments) if coordinates is None else ()
+        segment = torch.ops.calibatt.resolve_segment(said(arguments), grid, coordinates, session.number)
         return segment, adapter.lengths(config, arguments)
 
     def attend(

@@ -21,8 +21,11 @@ OUTSIDE_GRAPHS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None
 class Session(Protocol):
     """Who executes the ops: one plan attached to one model."""
 
-    def resolve(self, time: torch.Tensor, grid: tuple[int, ...]) -> int:
-        """The segment that a forward runs in, everything it needs made ready; raises where it must not run."""
+    def resolve(self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None) -> int:
+        """The segment that a forward runs in, everything it needs made ready; raises where it must not run.
+
+        With coordinates of the tokens the grid is read from them.
+        """
 
     def attend(
         self,
@@ -48,13 +51,15 @@ def open_session(session: Session) -> torch.Tensor:
 
 
 @torch.library.custom_op("calibatt::resolve_segment", mutates_args=(), tags=OUTSIDE_GRAPHS)
-def resolve_segment(time: torch.Tensor, grid: Sequence[int], session: torch.Tensor) -> torch.Tensor:
+def resolve_segment(
+    time: torch.Tensor, grid: Sequence[int], coordinates: torch.Tensor | None, session: torch.Tensor
+) -> torch.Tensor:
     """`Session.resolve` of what says the time; int64 ``()`` on the CPU."""
-    return torch.tensor(_sessions[int(session)].resolve(time, tuple(grid)), device="cpu")
+    return torch.tensor(_sessions[int(session)].resolve(time, tuple(grid), coordinates), device="cpu")
 
 
 @resolve_segment.register_fake
-def _(time: torch.Tensor, grid: Sequence[int], session: torch.Tensor) -> torch.Tensor:
+def _(time: torch.Tensor, grid: Sequence[int], coordinates: torch.Tensor | None, session: torch.Tensor) -> torch.Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 

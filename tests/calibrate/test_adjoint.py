@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -14,6 +15,7 @@ import peft
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.transformers import transformer_kandinsky
 from support import adjoint, batched, families, quantised, text_after, wan
 
 from calibatt.compiler.stats import Manifest, SamplingTables
@@ -67,13 +69,29 @@ def test_every_family(family: str, tmp_path: Path):
     adjoint.assert_effects_agree(sampler, adjoint.calibrated(sampler, tmp_path, vectors=2))
 
 
+ELSEWHERE = ("wan", "ltx", "cogvideox", "mochi", "hunyuan")
+
+
 @pytest.mark.filterwarnings("ignore:.timesteps. were passed without .sigmas.")
-@pytest.mark.parametrize("name", sorted(set(families.FAMILIES) - {"wan", "ltx", "cogvideox", "mochi", "hunyuan"}))
-def test_every_kind_of_pipeline(name: str, tmp_path: Path):
+@pytest.mark.parametrize("name", sorted({*families.FAMILIES} - {*ELSEWHERE, "skyreels_forcing"}))
+def test_every_kind_of_pipeline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Image to video, conditions, times for each token. Attention says little in these models: a longer step."""
+    if name.startswith("kandinsky5"):  # it rounds queries and keys to bfloat16, which differences cannot follow
+        exact = SimpleNamespace(**{**vars(torch), "bfloat16": torch.float32})
+        monkeypatch.setattr(transformer_kandinsky, "torch", exact)
     pipe, prompt_arguments, arguments = families.pipeline(name)
     sampler = PipelineSampler(pipe, prompt_arguments=prompt_arguments, **arguments)
-    adjoint.assert_effects_agree(sampler, adjoint.calibrated(sampler, tmp_path, vectors=2), step=0.8)
+    adjoint.assert_effects_agree(
+        sampler, adjoint.calibrated(sampler, tmp_path, vectors=2), step=0.2 if name == "kandinsky5_i2v" else 0.8
+    )
+
+
+def test_a_scheduler_that_keeps_what_is_written_over_is_refused(tmp_path: Path):
+    """Each frame has one, which keeps a view of the latents before they first come from the model."""
+    pipe, prompt_arguments, arguments = families.pipeline("skyreels_forcing")
+    sampler = PipelineSampler(pipe, prompt_arguments=prompt_arguments, **arguments)
+    with pytest.raises(ChainError, match="must have no view that something else kept"):
+        adjoint.calibrated(sampler, tmp_path)
 
 
 @pytest.mark.parametrize("expert", ["transformer", "transformer_2"])
@@ -176,14 +194,14 @@ def test_the_price_of_a_mask_is_what_running_it_changes(tmp_path: Path):
     sampler = adjoint.small_wan(guidance_scale=5.0)
     store = adjoint.calibrated(sampler, tmp_path, vectors=VECTORS)
     manifest, tables = store.manifest, adjoint.tables_of(store)
-    clean = sampler.run(adjoint.PROMPT, adjoint.SEED).double()
-    drawn = torch.stack(adjoint.random_vectors(clean, VECTORS))
+    latent = sampler.run(adjoint.PROMPT, adjoint.SEED)
+    clean, drawn = adjoint.flat(latent), torch.stack(adjoint.random_vectors(latent, VECTORS))
     prices, norms = [], []
     for window, time, layer, head in itertools.product((0, 5), range(3), range(2), range(2)):
         one = only(manifest, time, layer, window, head)
-        change = adjoint.disturbed(sampler, manifest, one, 1.0).double() - clean
+        change = adjoint.disturbed(sampler, manifest, one, 1.0) - clean
         price = float(np.square(tables.window_effect[:, time, layer, window, head]).mean())
-        ran = float((drawn * change).flatten(1).sum(1).square().mean())
+        ran = float((drawn @ change).square().mean())
         assert price == pytest.approx(ran, rel=0.1), (window, time, layer, head)
         prices.append(price)
         norms.append(float((change.norm() / clean.norm()).square()))

@@ -308,10 +308,10 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path):
             Calibrator(large, writer)
 
 
-def test_an_argument_that_is_changed_in_place_is_refused(tmp_path: Path):
-    """The pipeline may change what it gets from a forward, but not what it gave to one."""
+def test_latents_may_be_changed_in_place_and_other_arguments_not(reference: Store, tmp_path: Path):
     sampler = guided()
-    step = sampler.pipe.scheduler.step
+    step, text = sampler.pipe.scheduler.step, wan.embedded("a boat")
+    sampler._prompt_arguments = lambda prompt: text if prompt == "a boat" else wan.embedded(prompt)
 
     def doubled(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **options: Any) -> Any:
         model_output *= 1.0
@@ -320,9 +320,11 @@ def test_an_argument_that_is_changed_in_place_is_refused(tmp_path: Path):
         return found
 
     sampler.pipe.scheduler.step = doubled
-    with StoreWriter.open(tmp_path, adjoint.manifest_of(sampler)) as writer:
+    assert_same(measure(tmp_path / "latents", sampler), reference)
+    sampler.pipe.scheduler.step = lambda *a, **k: (text["prompt_embeds"].mul_(1.0), doubled(*a, **k))[1]
+    with StoreWriter.open(tmp_path / "text", adjoint.manifest_of(sampler)) as writer:
         with pytest.raises(
-            ChainError, match=r"arguments of forward 5 must stay as they are .*, got one that was changed"
+            ChainError, match=r"arguments of forward [45] must stay as they are .*, got one that was changed"
         ):
             Calibrator(sampler, writer).calibrate("a boat", 1)
 

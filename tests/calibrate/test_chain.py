@@ -235,3 +235,14 @@ def test_results_of_any_shape_are_rebuilt():
     assert made["more"][0][0] == 6
     assert made["ids"] is found["ids"]
     assert made["more"][1:] == (None, "text")
+
+
+def test_what_is_written_over_is_differentiated_as_it_was():
+    leaf = torch.arange(1.0, 5.0).requires_grad_()
+    latents = leaf.clone().as_subclass(Traced)
+    part = latents[2:].square().sum()
+    latents[:2] = 0
+    whole = latents.square().sum()
+    latents *= 2
+    for found in (part, whole):
+        assert plain(torch.autograd.grad(found, leaf)[0]).tolist() == [0, 0, 6, 8]

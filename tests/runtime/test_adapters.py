@@ -12,7 +12,7 @@ from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
 from calibatt.runtime import Plan, PlanMismatchError
-from calibatt.runtime.adapters import ADAPTERS, Adapter, adapter_for
+from calibatt.runtime.adapters import ADAPTERS, NOT_DENSE, Adapter, UnknownModelError, adapter_for
 
 diffusers = pytest.importorskip("diffusers")
 GRID = TokenGrid(frames=3, height=4, width=6)
@@ -74,7 +74,7 @@ def test_the_grid_of_ltx_from_coordinates(starts: tuple[int, ...], expected: Tok
     model, coords = ltx(), coordinates(*starts)
     assert adapter_for(model).token_grid(model, arguments(coords)) == expected
     coords[0] = coords[0].flip(1)
-    with pytest.raises(ValueError, match=f"must be of whole frames in raster order, got {coords.shape[2]} other"):
+    with pytest.raises(ValueError, match=f"a video of whole frames in raster order, got {coords.shape[2]} others"):
         adapter_for(model).token_grid(model, arguments(coords))
 
 
@@ -96,7 +96,7 @@ def test_a_plan_runs_with_coordinates(compiled: bool) -> None:
     signature = adapter_for(model).signature(model)
     plan = Plan(PlanFile(signature, GRID, Blocks(16, 16), (segment,), ((schedule,),)))
     expected = model(**arguments(coordinates(0, 1, 9))).sample
-    called = torch.compile(model, backend="eager") if compiled else model
+    called = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     with plan.attach(model):
         found = called(**arguments(coordinates(0, 1, 9))).sample
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -107,3 +107,17 @@ def test_a_plan_runs_with_coordinates(compiled: bool) -> None:
             message = f"row of LTXVideoTransformer3DModel needs the argument {message}"
             with pytest.raises(PlanMismatchError, match=message):
                 called(**given)
+
+
+def test_attention_that_is_not_dense_is_refused_with_its_kind() -> None:
+    model = diffusers.SkyReelsV2Transformer3DModel(
+        num_attention_heads=1, attention_head_dim=16, in_channels=4, text_dim=16, freq_dim=16, ffn_dim=16, num_layers=1
+    )
+    assert adapter_for(model).architecture == "SkyReelsV2Transformer3DModel"
+    model._set_ar_attention(2)
+    with pytest.raises(UnknownModelError, match=r"dense.*, that of SkyReelsV2Transformer3DModel is causal"):
+        adapter_for(model)
+    for name, kind in NOT_DENSE.items():
+        assert hasattr(diffusers, name)
+        with pytest.raises(UnknownModelError, match=f"that of {name} is {kind}"):
+            adapter_for(type(name, (torch.nn.Module,), {})())

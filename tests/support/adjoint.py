@@ -16,6 +16,7 @@ from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.intercept import Interception
 from calibatt.tools.calibrate.calibration import Calibrator, _cotangent, sampling_name
 from calibatt.tools.calibrate.pipeline import PipelineSampler
+from calibatt.tools.calibrate.sampler import Latent, parts
 from support import wan
 
 BLOCKS = Blocks(16, 32)
@@ -60,9 +61,16 @@ def tables_of(store: Store, prompt: str = PROMPT, seed: int = SEED) -> SamplingT
     return store.table().samplings[store.samplings.index(sampling_name(prompt, seed))]
 
 
-def random_vectors(latent: Tensor, vectors: int, seed: int = SEED) -> list[Tensor]:
-    """The vectors that calibration draws for a final latent."""
-    return [_cotangent(latent, seed, vector, 0).double() for vector in range(vectors)]
+def flat(latent: Latent) -> Tensor:
+    """All values of a final latent, float64: of the video, then of the sound."""
+    return torch.cat([x.double().flatten() for x in parts(latent)])
+
+
+def random_vectors(latent: Latent, vectors: int, seed: int = SEED) -> list[Tensor]:
+    """The vectors that calibration draws for a final latent, flat; each part counts relative to its own size."""
+    ends = parts(latent)
+    drawn = ([_cotangent(x, seed, vector, index) for index, x in enumerate(ends)] for vector in range(vectors))
+    return [flat(tuple(each)) / len(ends) ** 0.5 for each in drawn]
 
 
 def keeps_of(manifest: Manifest) -> Tensor:
@@ -81,7 +89,7 @@ def mask_error(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 
 
 def disturbed(sampler: Any, manifest: Manifest, coefficient: Coefficient, step: float) -> Tensor:
-    """The final latent where every mask's error, times its coefficient and the step, is added to attention."""
+    """The final latent, flat, where every mask's error, times its coefficient and the step, is added to attention."""
     keeps = keeps_of(manifest)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, site: Any, now: float) -> Tensor:
@@ -95,7 +103,7 @@ def disturbed(sampler: Any, manifest: Manifest, coefficient: Coefficient, step: 
     model, adapter = sampler.transformer, adapter_for(sampler.transformer)
     interception = Interception(model, adapter, attend, begin=lambda arguments: float(adapter.time(arguments)))
     try:
-        return sampler.run(PROMPT, SEED)
+        return flat(sampler.run(PROMPT, SEED))
     finally:
         interception.detach()
 
@@ -104,7 +112,7 @@ def difference(
     sampler: Any, manifest: Manifest, coefficient: Coefficient, vectors: Sequence[Tensor], step: float = STEP
 ) -> np.ndarray:
     """The effect on <u, z> for each vector u by central differences of fourth order."""
-    runs = {times: disturbed(sampler, manifest, coefficient, times * step).double() for times in (-2, -1, 1, 2)}
+    runs = {times: disturbed(sampler, manifest, coefficient, times * step) for times in (-2, -1, 1, 2)}
     slope = (8 * (runs[1] - runs[-1]) - (runs[2] - runs[-2])) / (12 * step)
     return np.array([float((slope * u).sum()) for u in vectors])
 

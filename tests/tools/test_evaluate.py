@@ -386,3 +386,11 @@ def replace_grid(plan: PlanFile) -> PlanFile:
     dense = random_schedule(np.random.default_rng(0), grid, plan.blocks, heads, dense_heads=range(heads))
     layers = (dense,) * plan.signature.layers
     return replace(plan, grid=grid, schedules=(layers,) * len(plan.segments))
+
+
+def test_video_and_sound_lose_relative_to_their_own_sizes():
+    video, sound = torch.ones(2, 4, 3), torch.full((2, 5), 100.0)
+    found = metrics.latent_db((video * 1.2, sound * torch.tensor([[1.0], [1.4]])), (video, sound))
+    torch.testing.assert_close(
+        found, -10 * torch.tensor([0.04 / 2, (0.04 + 0.16) / 2]).double().log10(), rtol=1e-5, atol=0
+    )

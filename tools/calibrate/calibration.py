@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from calibatt.compiler.stats import Manifest, SampleExists, SamplingTables, StoreWriter, Unit, window_keep
 from calibatt.runtime.adapters import Adapter, adapter_for
@@ -25,7 +26,7 @@ from calibatt.tools.calibrate.attention import kernel_name
 from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, Traced, floating, plain, replaced
 from calibatt.tools.calibrate.gradients import AttentionCall, Transformer
 from calibatt.tools.calibrate.journal import Journal
-from calibatt.tools.calibrate.sampler import Sampler
+from calibatt.tools.calibrate.sampler import Latent, Sampler, parts
 
 TIME_TOLERANCE = 1e-3
 """How far the time that a forward receives may be from the manifest's: timesteps are rounded to a thousandth."""
@@ -133,7 +134,7 @@ class Calibrator:
             window_keep(window, self.manifest.grid, self.manifest.blocks) for window in self.manifest.windows
         ]
 
-    def calibrate(self, prompt: str, seed: int, **meta: Any) -> Tensor:
+    def calibrate(self, prompt: str, seed: int, **meta: Any) -> Latent:
         """Measures one prompt, or goes on with one that was interrupted.
 
         Args:
@@ -150,13 +151,15 @@ class Calibrator:
         """
         with self.recording(prompt, seed, **meta) as recording:
             recording.final = self.sampler.run(prompt, seed)
-        return plain(recording.final)
+        found = tuple(map(plain, parts(recording.final)))
+        return found[0] if len(found) == 1 else found
 
     @contextmanager
     def recording(self, prompt: str, seed: int, **meta: Any) -> Iterator[Recording]:
         """Records the sampling that happens inside, whoever runs it, and measures it afterwards.
 
-        The final latent is to be put into ``recording.final``, as it comes out of the sampling.
+        The final latent is to be put into ``recording.final``, as it comes out of the sampling; of a video with sound
+        both, of which each counts relative to its own size, and half.
 
         Raises:
             CalibrationError, ChainError: It cannot be measured.
@@ -271,7 +274,7 @@ class Recording:
     def __init__(self, calibrator: Calibrator, journal: Journal, most: int | None = None) -> None:
         self.calibrator, self.journal = calibrator, journal
         self._most, self._seconds, self._kernels = most, 0.0, ""
-        self.final: Tensor | Sequence[Tensor] | None = None
+        self.final: Latent | None = None
         self.forwards: list[Forward] = []
         self._chain = Chain()
         self._moments: dict[int, Moment] = {}
@@ -283,7 +286,8 @@ class Recording:
         """Every forward of the transformers adds itself to the chain while the context lasts."""
         own = [(each.model, each.model.__dict__.get("forward")) for each in self.calibrator.models]
         for each in self.calibrator.models:
-            each.model.forward = partial(self._forward, each, each.model.forward)  # type: ignore[method-assign]
+            run = each.model.forward
+            each.model.forward = update_wrapper(partial(self._forward, each, run), run)  # type: ignore[method-assign]
         links = {model for model, _ in own}
         left: dict[int, list[Tensor]] = {}
 
@@ -320,7 +324,10 @@ class Recording:
         if torch.is_inference_mode_enabled():
             raise ChainError("a recorded sampling must run without torch.inference_mode (torch.no_grad is fine)")
         arguments = dict(zip(_parameters(transformer.model), args, strict=False)) | kwargs
-        given, inputs = Given.of(args, kwargs)
+        # Copies of latents: some pipelines write the next ones over them.
+        latents = [arguments.get(name) for name in ("hidden_states", "audio_hidden_states")]
+        copied = tree_map_only(Tensor, lambda x: x.clone() if any(x is y for y in latents) else x, (args, kwargs))
+        given, inputs = Given.of(*copied)
         now, number = float(transformer.adapter.time(arguments)), len(self.forwards)
         moment = None
         if transformer is self.calibrator.transformer:
@@ -381,13 +388,13 @@ class Recording:
         manifest = self.calibrator.manifest
         if absent := [now for index, now in enumerate(manifest.times) if index not in self._moments]:
             raise CalibrationError(f"a sampling must have a forward at every recorded time, got none at {absent}")
-        ends = [self.final] if isinstance(self.final, Tensor) else list(self.final or ())
+        ends = () if self.final is None else parts(self.final)
         if not all(x.requires_grad for x in ends):
             raise ChainError(
                 "the final latent must depend on the transformer's outputs by differentiation, got no graph"
             )
         cotangents = [
-            [_cotangent(x, seed, vector, index) for index, x in enumerate(ends)]
+            [_cotangent(x, seed, vector, index) / len(ends) ** 0.5 for index, x in enumerate(ends)]
             for vector in range(self.calibrator.vectors)
         ]
         first = min(number for moment in self._moments.values() for number in moment.numbers)

@@ -33,14 +33,26 @@ class Traced(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.is_inference_mode_enabled():
             raise ChainError("a recorded sampling must run without torch.inference_mode (torch.no_grad is fine)")
+        if func is Tensor.__setitem__ and type(args[0]) is Tensor and not args[0].requires_grad and _is_shared(args[0]):
+            raise ChainError(
+                "a tensor into which latents are written in place must have no view that something else kept, such as "
+                "the last sample of a scheduler: how that changes has no gradient"
+            )
         if func in (Tensor.numpy, Tensor.__array__):
             args = (args[0].detach(), *args[1:])
-        with torch.enable_grad():
+        # What derivatives need is kept as a copy, since latents may be written over; scaling and adding need nothing.
+        kept = torch.autograd.graph.saved_tensors_hooks(lambda x: plain(x).clone(), lambda x: x)
+        with torch.enable_grad(), kept:
             found = super().__torch_function__(func, types, args, kwargs or {})
         # An ordinary tensor into which a traced one was written: its arithmetic is to be recorded from here on.
         if args and type(args[0]) is Tensor and args[0].requires_grad and not args[0].is_leaf:
             args[0].__class__ = cls
         return found
+
+
+def _is_shared(x: Tensor) -> bool:
+    """Whether there are other tensors on the memory of this one."""
+    return torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 2  # type: ignore[attr-defined]
 
 
 def plain(x: Any) -> Any:

@@ -7,20 +7,23 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from diffusers.utils import load_image
+from diffusers.utils import BaseOutput, load_image
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from calibatt.plans import TokenGrid
 from calibatt.runtime.adapters import Adapter, Arguments, adapter_for, unwrap
+from calibatt.tools.calibrate.sampler import Latent, parts
 
-TRANSFORMERS = ("transformer", "transformer_2")
+TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref")
 """Denoisers that a pipeline may have."""
 REHEARSAL = "nothing"
 """The prompt of runs whose transformers do not compute."""
@@ -47,10 +50,19 @@ class _Made(NamedTuple):
     latents: Tensor
 
 
-class PipelineSampler:
-    """A `calibatt.tools.calibrate.sampler.Sampler` of a diffusers pipeline.
+@dataclass
+class _Output(BaseOutput):  # type: ignore[misc]
+    """What any of the transformers returns."""
 
-    The pipeline is called as its users call it: any scheduler, guidance in one or two forwards, offloading. Grid and
+    sample: Tensor
+    audio_sample: Tensor | None = None
+
+
+class PipelineSampler:
+    """A `calibatt.tools.calibrate.sampler.Sampler` of a diffusers pipeline, a modular one included.
+
+    The pipeline is called as its users call it: any scheduler, guidance in one or two forwards, offloading. Of a
+    modular pipeline the block ``decode`` is run to decode only. Where there is sound, final latents are two. Grid and
     times are learnt from two runs of one seed with transformers that compute next to nothing, which also prove that a
     run can be repeated. They call `prompt_arguments` for the prompt "nothing".
 
@@ -139,7 +151,7 @@ class PipelineSampler:
             PipelineError: Two runs differ.
         """
         (first, forwards), (second, _) = self._rehearse(), self._rehearse()
-        if not torch.equal(first, second):
+        if not all(map(torch.equal, first, second)):
             raise PipelineError(
                 f"one seed must always give the same latents, got others the second time from {self._name} with "
                 f"{self.versions['scheduler']}"
@@ -158,7 +170,7 @@ class PipelineSampler:
         except Exception as error:
             raise PipelineError(f"{self._name} must decode its latents, got {type(error).__name__}: {error}") from error
 
-    def run(self, prompt: str, seed: int) -> Tensor:
+    def run(self, prompt: str, seed: int) -> Latent:
         """Samples a prompt: what the pipeline returns with ``output_type="latent"``.
 
         Every random number follows from the seed, and the random states of torch, numpy and Python stay as they were.
@@ -168,31 +180,31 @@ class PipelineSampler:
         """
         return self.run_batch([prompt], [seed])
 
-    def run_batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def run_batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> Latent:
         """Samples prompts one after the other; see `run`."""
         results, made = [], []
         for prompt, seed in zip(prompts, seeds, strict=True):
             arguments, steps = self._arguments_of(prompt), _Steps()
             results.append(self._call(arguments, seed, steps))
             made.append(_Made(arguments, seed, steps.latents))
-        found = torch.cat(results)
-        self._made[found] = made
-        return found
+        found = tuple(map(torch.cat, zip(*results, strict=True)))
+        self._made[found[0]] = made
+        return found[0] if len(found) == 1 else found
 
-    def decode(self, latent: Tensor) -> Tensor:
+    def decode(self, latent: Latent) -> Tensor:
         """Videos ``(n, 3, F, H, W)`` in [-1, 1], by the pipeline's own code.
 
         The pipeline is called once more as it was for the latents, with transformers that compute next to nothing, and
         goes on from the latents that its last step had.
 
         Args:
-            latent: What `run` or `run_batch` returned, the very tensor: decoding may need prompt, image and seed.
+            latent: What `run` or `run_batch` returned, the very tensors: decoding may need prompt, image and seed.
 
         Raises:
             PipelineError: The pipeline has no VAE, or the tensor is another one.
         """
         self._check_vae()
-        if (made := self._made.get(latent)) is None:
+        if (made := self._made.get(parts(latent)[0])) is None:
             raise PipelineError("decode must get a tensor that run or run_batch of this sampler returned, got another")
         return torch.cat([self._decoded(*each) for each in made])
 
@@ -203,11 +215,11 @@ class PipelineSampler:
     def _decoded(self, arguments: dict[str, Any], seed: int, latents: Tensor | None = None) -> Tensor:
         """What the pipeline shows after a run that ends with these latents; if absent, with its own."""
         with self._standing_in():
-            video = self._call(arguments, seed, _Steps(latents), "pt")  # (n, F, 3, H, W) in [0, 1]
+            video = self._call(arguments, seed, _Steps(latents), "pt")[0]  # (n, F, 3, H, W) in [0, 1]
         return video.transpose(1, 2).float() * 2 - 1
 
     def _set_images(self, images: Mapping[str, Any]) -> None:
-        if images and "image" not in _parameters(self.pipe):
+        if images and "image" not in _inputs(self.pipe):
             raise PipelineError(f"images must be for a pipeline that takes an image, got {self._name}")
         self._images = dict(images)
 
@@ -226,17 +238,32 @@ class PipelineSampler:
             found["image"] = PIL.Image.new("RGB", (64, 64), "grey")
         return found
 
-    def _call(self, arguments: dict[str, Any], seed: int, steps: _Steps, output_type: str = "latent") -> Tensor:
-        with _seeded(seed, self.pipe._execution_device):
-            found = self.pipe(
-                **arguments,
-                generator=torch.Generator("cpu").manual_seed(seed),
-                output_type=output_type,
-                callback_on_step_end=steps.on_step_end,
-            ).frames
-        return found if isinstance(found, Tensor) else torch.stack(list(found))
+    def _call(
+        self, arguments: dict[str, Any], seed: int, steps: _Steps, output_type: str = "latent"
+    ) -> tuple[Tensor, ...]:
+        """What the pipeline makes: the video or its latents, and the latents of its sound if there are some."""
+        arguments = {**arguments, "generator": torch.Generator("cpu").manual_seed(seed)}
+        modular, latent = _is_modular(self.pipe), output_type == "latent"
+        with _seeded(seed, self.pipe._execution_device), ExitStack() as stack:
+            if "callback_on_step_end" in _inputs(self.pipe):
+                arguments["callback_on_step_end"] = steps.on_step_end
+            else:
+                scheduler = self.pipe.scheduler
+                stack.enter_context(_replaced(scheduler, step=steps.after(scheduler.step)))
+            if modular and latent:
+                blocks = self.pipe.blocks
+                blocks.sub_blocks.pop("decode", None)
+                stack.enter_context(_replaced(self.pipe, _blocks=blocks))
+            else:
+                arguments["output_type"] = output_type
+            made = self.pipe(**arguments)
+        found = [made.videos if modular and not latent else made.latents if modular else made.frames]
+        sound = made.get("audio_latents") if modular else getattr(made, "audio", None)
+        if latent and sound is not None:
+            found.append(sound[None] if modular else sound)  # both channels of one video
+        return tuple(x if isinstance(x, Tensor) else torch.stack(list(x)) for x in found)
 
-    def _rehearse(self) -> tuple[Tensor, list[_Forward | None]]:
+    def _rehearse(self) -> tuple[tuple[Tensor, ...], list[_Forward | None]]:
         """The latents of a run whose transformers compute next to nothing, and its forwards."""
         forwards: list[_Forward | None] = []
         steps = _Steps()
@@ -293,7 +320,17 @@ class _Steps:
         """What diffusers calls after every step; it goes on with the latents that are returned, if any are."""
         self.count += 1
         self.latents = tensors["latents"]
-        return {} if self._end is None else {"latents": self._end}
+        return {} if self._end is None else {"latents": self._end.clone()}  # some are written over
+
+    def after(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A scheduler's step, for a pipeline that calls nobody after it."""
+
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            found = step(*args, **kwargs)
+            other = self.on_step_end(None, self.count, None, {"latents": found[0]})
+            return (other["latents"], *found[1:]) if other else found
+
+        return followed
 
 
 @contextmanager
@@ -316,43 +353,55 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
             np.random.set_state(numpys)
 
 
-def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(type(pipe).__call__).parameters
+def _is_modular(pipe: Any) -> bool:
+    return isinstance(pipe, getattr(diffusers, "ModularPipeline", ()))
+
+
+def _inputs(pipe: Any) -> Mapping[str, bool]:
+    """What a pipeline is called with by name, and whether it must be."""
+    if _is_modular(pipe):
+        return {x.name: x.required for x in pipe.blocks.inputs}
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return {name: x.default is x.empty for name, x in parameters.items()}
 
 
 def _needs_image(pipe: Any) -> bool:
     """Whether a pipeline starts from an image; some declare it optional, and cannot do without all the same."""
-    image = _parameters(pipe).get("image")
     named = any("ImageToVideo" in kind.__name__ for kind in type(pipe).__mro__)
-    return image is not None and (named or image.default is image.empty)
+    inputs = _inputs(pipe)
+    return "image" in inputs and (named or inputs["image"])
 
 
 def _cheap_forward(model: nn.Module, channel_axis: int, seen: Callable[[Arguments], None]) -> Callable[..., Any]:
-    """A forward that shows its arguments and returns a tenth of its latents."""
+    """A forward that shows its arguments and returns a tenth of its latents and of those of the sound."""
     names = tuple(inspect.signature(type(unwrap(model)).forward).parameters)[1:]
 
+    @wraps(type(unwrap(model)).forward.__get__(model))  # some pipelines pass what the signature has
     def forward(*args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(names, args, strict=False)) | kwargs
         seen(arguments)
         hidden = arguments["hidden_states"]
         given = hidden.shape[channel_axis]
-        channels = torch.arange(getattr(model.config, "out_channels", None) or given, device=hidden.device) % given
-        sample = 0.1 * hidden.index_select(channel_axis, channels)
-        if arguments.get("return_dict", True):
-            return diffusers.models.modeling_outputs.Transformer2DModelOutput(sample=sample)
-        return (sample,)
+        made = next(
+            filter(None, (getattr(model.config, name, None) for name in ("out_channels", "out_visual_dim"))), given
+        )
+        channels = torch.arange(made, device=hidden.device) % given
+        found = {"sample": 0.1 * hidden.index_select(channel_axis, channels)}
+        if (audio := arguments.get("audio_hidden_states")) is not None:
+            found["audio_sample"] = 0.1 * audio
+        return _Output(**found) if arguments.get("return_dict", True) else tuple(found.values())
 
     return forward
 
 
 @contextmanager
-def _replaced(module: nn.Module, **values: Any) -> Iterator[None]:
-    """Gives a module other attributes for a while, among them what offloading and compiling have put there."""
-    before = {name: vars(module)[name] for name in values if name in vars(module)}
-    vars(module).update(values)
+def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Gives something other attributes for a while, among them what offloading and compiling have put there."""
+    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
+    vars(owner).update(values)
     try:
         yield
     finally:
         for name in values:
-            del vars(module)[name]
-        vars(module).update(before)
+            del vars(owner)[name]
+        vars(owner).update(before)

@@ -36,8 +36,8 @@ def recording(
         with recording(sampler, "stats/", "a boat", seed=1, times=15, block_size=128):
             video = pipe("a boat", num_inference_steps=30, height=480, width=832, num_frames=81).frames
 
-    The final latent is what the last step of the pipeline's scheduler returns. Where there is no such scheduler, or the
-    pipeline changes latents after it, the program says it: ``with recording(...) as found: ...; found.final = latent``.
+    The final latent is what the pipeline's schedulers return last. Where there is no such scheduler, or the pipeline
+    changes latents after it, the program says it: ``with recording(...) as found: ...; found.final = latent``.
 
     Args:
         sampler: Says the grid and the times of the generation, and which transformer is meant; it is not run.
@@ -59,31 +59,33 @@ def recording(
     with StoreWriter.open(Path(path), manifest) as writer:
         calibrator = Calibrator(sampler, writer, vectors=count, adapter=adapter)
         with calibrator.recording(prompt, seed, steps=len(sampler.times)) as found:
-            with _last_step(getattr(getattr(sampler, "pipe", None), "scheduler", None), found):
+            with _last_step(getattr(sampler, "pipe", None), found):
                 yield found
         writer.close_units()
 
 
 @contextmanager
-def _last_step(scheduler: Any, found: Recording) -> Iterator[None]:
-    """What the scheduler returns last becomes the final latent."""
-    if scheduler is None:
-        yield
-        return
-    step, own = scheduler.step, scheduler.__dict__.get("step")
+def _last_step(pipe: Any, found: Recording) -> Iterator[None]:
+    """What the pipeline's schedulers return last becomes the final latent; one for sound may be a copy of the other."""
+    last: dict[int, Traced] = {}
 
-    @wraps(step)
-    def told(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        values = result if isinstance(result, tuple) else tuple(result.values())
-        found.final = next((x for x in values if isinstance(x, Traced)), found.final)
-        return result
+    def watched(kind: type) -> type:
+        @wraps(kind.step)  # type: ignore[attr-defined]
+        def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            result = kind.step(scheduler, *args, **kwargs)  # type: ignore[attr-defined]
+            values = result if isinstance(result, tuple) else tuple(result.values())
+            last.update((id(scheduler), x) for x in values[:1] if isinstance(x, Traced))
+            found.final = tuple(last.values()) or found.final
+            return result
 
-    scheduler.step = told
+        return type(kind.__name__, (kind,), {"step": step})
+
+    named = (getattr(pipe, name, None) for name in ("scheduler", "audio_scheduler"))
+    kinds = [(scheduler, type(scheduler)) for scheduler in named if hasattr(scheduler, "step")]
+    for scheduler, kind in kinds:
+        scheduler.__class__ = watched(kind)
     try:
         yield
     finally:
-        if own is None:
-            del scheduler.step
-        else:
-            scheduler.step = own
+        for scheduler, kind in kinds:
+            scheduler.__class__ = kind

@@ -9,6 +9,14 @@ from torch import Tensor, nn
 
 from calibatt.plans import TokenGrid
 
+Latent = Tensor | tuple[Tensor, ...]
+"""Final latents ``(n, ...)`` of videos, or those of videos and of their sound, which count alike."""
+
+
+def parts(latent: Latent) -> tuple[Tensor, ...]:
+    """The latent of the videos, and that of their sound if they have one."""
+    return (latent,) if isinstance(latent, Tensor) else tuple(latent)
+
 
 class Sampler(Protocol):
     """A model with its denoising loop; the same prompt and seed always give the same result, bit for bit.
@@ -36,11 +44,11 @@ class Sampler(Protocol):
             ValueError: One cannot; says which and why.
         """
 
-    def run(self, prompt: str, seed: int) -> Tensor:
+    def run(self, prompt: str, seed: int) -> Latent:
         """The final latent of one prompt ``(1, ...)``, from the noise of a seed."""
 
-    def run_batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def run_batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> Latent:
         """Final latents ``(n, ...)`` of several prompts, each as of `run` but for rounding."""
 
-    def decode(self, latent: Tensor) -> Tensor:
+    def decode(self, latent: Latent) -> Tensor:
         """What `run` or `run_batch` returned as videos ``(n, 3, F, H, W)`` in [-1, 1]; only evaluation asks for it."""

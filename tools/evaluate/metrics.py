@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from calibatt.tools.calibrate.sampler import Latent, parts
+
 MOST_DB = 100.0
 LEAST_SHARE = 10 ** (-MOST_DB / 10)
 SSIM_WINDOW = 11
@@ -35,10 +37,16 @@ def psnr_db(video: Tensor, reference: Tensor) -> Tensor:
     return -10 * error.clamp(min=LEAST_SHARE).log10().cpu()
 
 
-def latent_db(latent: Tensor, reference: Tensor) -> Tensor:
-    """Signal-to-noise ratio of final latents ``(n, ...)``, -10 log10(||z' - z||^2 / ||z||^2) dB; at most `MOST_DB`."""
-    lost, size = (x.double().flatten(1).square().sum(1) for x in (latent.detach() - reference.detach(), reference))
-    return -10 * (lost / size).clamp(min=LEAST_SHARE).log10().cpu()
+def latent_db(latent: Latent, reference: Latent) -> Tensor:
+    """Signal-to-noise ratio of final latents ``(n, ...)``, -10 log10(||z' - z||^2 / ||z||^2) dB; at most `MOST_DB`.
+
+    Of videos with sound, the mean of both relative squared errors.
+    """
+    errors = []
+    for found, true in zip(parts(latent), parts(reference), strict=True):
+        lost, size = (x.detach().double().flatten(1).square().sum(1) for x in (found - true, true))
+        errors.append(lost / size)
+    return -10 * torch.stack(errors).mean(0).clamp(min=LEAST_SHARE).log10().cpu()
 
 
 def ssim(video: Tensor, reference: Tensor) -> Tensor:
