@@ -181,8 +181,6 @@ class Interception:
         if mask is None or self._padded:
             return self._attend(q, k, v, site, context)
         lengths = mask[:, 0, 0].sum(1).tolist()  # (B, 1, 1 or N, N): the first query, of the video, sees all of them
-            mask[:, 0, 0].sum(1).tolist()
-        )  # (B, 1, 1 or N, N): the first query, of the video, sees all but padding
         return each_sample(lambda q, k, v: self._attend(q, k, v, site, context), q, k, v, lengths)
 
     def _processor(self, site: Site) -> Any:
