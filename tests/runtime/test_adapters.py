@@ -106,7 +106,7 @@ def test_a_plan_runs_with_coordinates(compiled: bool) -> None:
             del (given := arguments(coordinates(0, 1, 9)))[lacking]
             message = f"row of LTXVideoTransformer3DModel needs the argument {message}"
             with pytest.raises(PlanMismatchError, match=message):
-                called(**given)
+                model(**given)
 
 
 def test_attention_that_is_not_dense_is_refused_with_its_kind() -> None:
