@@ -143,11 +143,11 @@ class PlannedOverride:
             return None
         try:
             grid = self._family.grid(transformer_options, q.shape[2])
+            if grid is None:
+                return None
             layer, sigmas = transformer_options["block_index"], transformer_options["sigmas"]
         except KeyError as error:
             return self._refuse(f"this ComfyUI is too old for plans: transformer_options must have {error}, got none")
-        if grid is None:
-            return None
         plan = self.plans.get(grid)
         if plan is None:
             return self._refuse(f"grid must be {' or '.join(map(str, self.plans))}, got {grid}")
