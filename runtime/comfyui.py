@@ -158,7 +158,8 @@ class PlannedOverride:
             )
         running = self._running
         if layer < running.layer or sigmas is not running.sigmas:  # another forward; reading waits for the device
-            running.sigmas, running.time = sigmas, float(sigmas.max())
+            # Rounding, and samplers that add noise, go beyond 1: there is no noisier segment.
+            running.sigmas, running.time = sigmas, min(float(sigmas.max()), 1.0)
         elif layer == running.layer:
             return None  # cross-attention with a text as long as the video
         running.layer = layer

@@ -17,7 +17,7 @@ from support.masked import masked_attention
 from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, TokenGrid, write_plan
-from calibatt.runtime import Plan, PlanMismatchError, UnknownModelError, ops
+from calibatt.runtime import Plan, PlanMismatchError, UnknownModelError, ops, resident
 from calibatt.runtime.comfyui import FAMILIES, OVERRIDE, ApplyPlan, ExplainPlan, PlannedOverride
 from calibatt.tools import comfyui
 
@@ -72,10 +72,10 @@ def planned(plan: Any = None, on_mismatch: Any = "error", beneath: Any = None) -
 
 def masked(plan: Plan, parts: list[torch.Tensor], layer: int = 0, time: float = 0.7) -> torch.Tensor:
     parts = [x.unflatten(2, (HEADS, -1)) for x in parts]
-    return masked_attention(*parts, plan.schedule(time, layer)).flatten(2)
+    return masked_attention(*parts, plan.schedule(min(time, 1.0), layer)).flatten(2)
 
 
-@pytest.mark.parametrize("time", [1.0, 0.5, 0.49, 0.0])
+@pytest.mark.parametrize("time", [1.0 + 2**-23, 1.0, 0.5, 0.49, 0.0])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_self_attention_follows_layer_and_time(time: float, batch: int) -> None:
     plan, parts = Plan(plan_file()), qkv(batch=batch)
@@ -167,6 +167,23 @@ def test_compiled_blocks_are_compiled_once() -> None:
             torch.testing.assert_close(compiled(parts, chosen), expected, rtol=0, atol=2e-6)
             counts.append(counter.frame_count)
     assert counts[0] == counts[-1]
+
+
+def test_segments_that_are_over_leave_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those at work and coming next stay."""
+    monkeypatch.setattr(resident, "RESIDENT_BYTES", 1 << 20)
+    plan, parts = Plan(plan_file()), qkv()
+    monkeypatch.setattr(resident, "RESIDENT_BYTES", 0)
+    override = planned(plan)
+
+    def on_device(segment: int) -> list[bool]:
+        return [schedule.bound_bytes > 0 for schedule in plan.layers(segment)]
+
+    for time, found in ((0.7, [[True, True], [True, True]]), (0.3, [[True, True], [False, False]])):
+        chosen = options(override, time=time)
+        for chosen["block_index"] in range(LAYERS):
+            attention(*parts, heads=HEADS, transformer_options=chosen)
+        assert [on_device(segment) for segment in (0, 1)] == found
 
 
 OTHER = TokenGrid(2, 6, 3)
