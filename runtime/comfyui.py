@@ -164,7 +164,7 @@ class PlannedOverride:
             return None  # cross-attention with a text as long as the video
         running.layer = layer
         segment = plan.file.segment_index(running.time)
-        following = max(segment - 1, 0)
+        following = (segment - 1) % len(plan.segments)  # time falls, and after the last video comes another
         if running.entry != (plan, segment):
             running.entry = plan, segment
             plan.make_room(segment, following)

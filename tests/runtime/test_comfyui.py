@@ -23,7 +23,7 @@ from calibatt.tools import comfyui
 
 GRID = TokenGrid(frames=2, height=3, width=6)
 LAYERS, HEADS, HEAD_DIM = 2, 2, 8
-SEGMENTS = (Segment(0.0, 0.5, 0.25), Segment(0.5, 1.0, 0.75))
+SEGMENTS = (Segment(0.0, 0.5, 0.25), Segment(0.5, 0.9, 0.75), Segment(0.9, 1.0, 1.0))
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def masked(plan: Plan, parts: list[torch.Tensor], layer: int = 0, time: float = 
     return masked_attention(*parts, plan.schedule(min(time, 1.0), layer)).flatten(2)
 
 
-@pytest.mark.parametrize("time", [1.0 + 2**-23, 1.0, 0.5, 0.49, 0.0])
+@pytest.mark.parametrize("time", [1.0 + 2**-23, 1.0, 0.89, 0.5, 0.49, 0.0])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_self_attention_follows_layer_and_time(time: float, batch: int) -> None:
     plan, parts = Plan(plan_file()), qkv(batch=batch)
@@ -176,14 +176,15 @@ def test_segments_that_are_over_leave_the_device(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(resident, "RESIDENT_BYTES", 0)
     override = planned(plan)
 
-    def on_device(segment: int) -> list[bool]:
-        return [schedule.bound_bytes > 0 for schedule in plan.layers(segment)]
+    def on_device() -> list[list[bool]]:
+        return [[schedule.bound_bytes > 0 for schedule in plan.layers(segment)] for segment in range(3)]
 
-    for time, found in ((0.7, [[True, True], [True, True]]), (0.3, [[True, True], [False, False]])):
+    no, yes = [False] * LAYERS, [True] * LAYERS
+    for time, found in ((1.0, [no, yes, yes]), (0.7, [yes, yes, no]), (0.3, [yes, no, yes])):
         chosen = options(override, time=time)
         for chosen["block_index"] in range(LAYERS):
             attention(*parts, heads=HEADS, transformer_options=chosen)
-        assert [on_device(segment) for segment in (0, 1)] == found
+        assert on_device() == found
 
 
 OTHER = TokenGrid(2, 6, 3)

@@ -29,7 +29,7 @@ def comfy() -> Any:
     return comfyui.load()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def wan(comfy: Any) -> Any:
     comfyui.demand("comfy.ldm.wan.model", "WanModel")
     return comfyui.wan(comfy)
@@ -117,17 +117,27 @@ def test_a_plan_is_masked_attention(
     assert calls == [(batch, comfyui.HEADS, GRID.tokens, comfyui.HEAD_DIM)] * comfyui.LAYERS * forwards
 
 
-def test_a_lora_is_followed(comfy: Any, wan: Any, path: Path) -> None:
-    """Also one that comes after the plan."""
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_lora_is_followed(comfy: Any, wan: Any, path: Path, monkeypatch: pytest.MonkeyPatch, offloaded: bool) -> None:
+    """Also one that comes after the plan; also where weights wait elsewhere until their layer computes."""
+    if offloaded:
+
+        def load(models: Any, *args: Any, **kwargs: Any) -> None:
+            for each in models:
+                each.detach()
+                each.load(each.load_device, lowvram_model_memory=1)
+                assert each.model.model_lowvram
+
+        monkeypatch.setattr(comfy.model_management, "load_models_gpu", load)
     change = torch.randn(32, 32, generator=torch.Generator().manual_seed(3)) / 6
     patch = {"diffusion_model.blocks.1.self_attn.q.weight": ("diff", (change,))}
     with_lora, truth = planned(wan, path).clone(), comfyui.overridden(wan, comfyui.masked_override(load_plan(path)))
     without = sample(comfy, with_lora)
     for model in (with_lora, truth):
         assert model.add_patches(patch, 1.0)
-    got = sample(comfy, with_lora)
+    got, expected = (sample(comfy, model) for model in (with_lora, truth))
     assert (got - without).abs().max() > 1e-2
-    torch.testing.assert_close(got, sample(comfy, truth), rtol=0, atol=2e-5)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("first", ["plan", "compile"])
