@@ -31,13 +31,14 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "AUTO", ("reference",))
 
 
-def plan_file(grid: TokenGrid = GRID, layers: int = LAYERS, architecture: str = "WanTransformer3DModel") -> PlanFile:
+def plan_file(grid: TokenGrid = GRID, layers: int = LAYERS, head_dim: int = HEAD_DIM) -> PlanFile:
     rng, blocks = np.random.default_rng(0), Blocks(16, 16)
     schedules = tuple(
         tuple(random_schedule(rng, grid, blocks, HEADS, 0.4, anchored_heads=(1,)) for _ in range(layers))
         for _ in SEGMENTS
     )
-    return PlanFile(ModelSignature(architecture, layers, HEADS, HEAD_DIM), grid, blocks, SEGMENTS, schedules)
+    signature = ModelSignature("WanTransformer3DModel", layers, HEADS, head_dim)
+    return PlanFile(signature, grid, blocks, SEGMENTS, schedules)
 
 
 def stock(q: Any, k: Any, v: Any, heads: int, mask: Any = None, **kwargs: Any) -> torch.Tensor:
@@ -96,6 +97,19 @@ def test_every_layout(skip_reshape: bool, skip_output_reshape: bool) -> None:
     kwargs = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
     got = attention(*parts, HEADS, None, transformer_options=options(planned(plan)), **kwargs)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.gpu
+def test_kernels_execute_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, as a part of a larger tensor, by the backend that auto stands for."""
+    monkeypatch.undo()
+    plan = Plan(plan_file(head_dim=64))
+    generator = torch.Generator("cuda").manual_seed(0)
+    fused = torch.randn(2, GRID.tokens, 3 * HEADS * 64, generator=generator, device="cuda", dtype=torch.bfloat16)
+    parts = fused.chunk(3, dim=2)
+    got = attention(*parts, heads=HEADS, transformer_options=options(planned(plan)))
+    assert "reference" not in planned(plan).explain("cuda", torch.bfloat16)
+    torch.testing.assert_close(got.float(), masked(plan, [x.float() for x in parts]), rtol=0, atol=2e-2)
 
 
 def test_a_scale_is_the_callers() -> None:
