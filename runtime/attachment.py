@@ -81,7 +81,8 @@ class Attachment:
         return "\n".join(line for plan in self.plans for line in self._explained(plan))
 
     def _explained(self, plan: Plan) -> list[str]:
-        lines = [f"{plan.signature.architecture}, {plan.grid}, blocks {plan.blocks.block_q}x{plan.blocks.block_k}"]
+        first, *densities = plan.explain()
+        lines = [first]
         entries = [index for index, (owner, _) in enumerate(self._session.entries) if owner is plan]
         for (device, dtype), chosen in self._session.backends.items():
             counts = Counter(name for index in entries for name in chosen[index])
@@ -97,16 +98,7 @@ class Attachment:
             )
         used = self._session.device_bytes(plan)
         lines.append(f"index arrays on devices now: {used / 2**20:.1f} MiB")
-        lines.append("density (share of dense work) by segment, layers 0 to last:")
-        every = {(segment, layer): packed.density for segment, layer, packed in plan.file.walk()}
-        for index in reversed(range(len(plan.segments))):
-            segment = plan.segments[index]
-            densities = [every[index, layer] for layer in range(plan.signature.layers)]
-            row = " ".join(f"{density:.3f}" for density in densities)
-            lines.append(
-                f"  time {segment.start:.4f} to {segment.stop:.4f}: mean {sum(densities) / len(densities):.3f}; {row}"
-            )
-        return lines
+        return lines + densities
 
 
 class PipelineAttachment:

@@ -69,6 +69,20 @@ class Plan(ResidentSchedules):
             raise ValueError(f"layer must be 0 to {self.signature.layers - 1}, got {layer}")
         return self._schedules[self.file.segment_index(time)][layer]
 
+    def explain(self) -> list[str]:
+        """Lines of text: what the plan is for, and the density of every layer in every segment."""
+        lines = [f"{self.signature.architecture}, {self.grid}, blocks {self.blocks.block_q}x{self.blocks.block_k}"]
+        lines.append("density (share of dense work) by segment, layers 0 to last:")
+        every = {(segment, layer): packed.density for segment, layer, packed in self.file.walk()}
+        for index in reversed(range(len(self.segments))):
+            segment = self.segments[index]
+            densities = [every[index, layer] for layer in range(self.signature.layers)]
+            row = " ".join(f"{density:.3f}" for density in densities)
+            lines.append(
+                f"  time {segment.start:.4f} to {segment.stop:.4f}: mean {sum(densities) / len(densities):.3f}; {row}"
+            )
+        return lines
+
     def attach(
         self,
         model: nn.Module,
@@ -113,6 +127,30 @@ class PlanSet:
     def __init__(self, plans: Mapping[str, Plan]) -> None:
         self.plans = dict(plans)
 
+    def fitting(self, signature: ModelSignature) -> list[Plan]:
+        """The plans that are for a model, each at a resolution of its own.
+
+        Raises:
+            PlanMismatchError: None is, says what differs from each; or several are, at one resolution.
+        """
+        names: dict[TokenGrid, str] = {}
+        refused = []
+        for name, plan in self.plans.items():
+            try:
+                check_signature(plan.signature, signature)
+            except PlanMismatchError as error:
+                refused.append(f"{name}: {error}")
+                continue
+            if plan.grid in names:
+                raise PlanMismatchError(
+                    f"one plan at most must be for {signature.architecture} at {plan.grid}, got {names[plan.grid]} and "
+                    f"{name}; load the one that is meant with load_plan"
+                )
+            names[plan.grid] = name
+        if not names:
+            raise PlanMismatchError(f"a plan must be for this model, got none: {' | '.join(refused)}")
+        return [self.plans[name] for name in names.values()]
+
     def attach(
         self,
         model: nn.Module,
@@ -130,28 +168,10 @@ class PlanSet:
             adapter: As of `Plan.attach`.
 
         Raises:
-            PlanMismatchError: No plan is for this model, says what differs from each; or several are, at one
-                resolution. And whatever `Plan.attach` raises.
+            PlanMismatchError: As of `fitting`. And whatever `Plan.attach` raises.
         """
         row = adapter_for(model) if adapter is None else adapter
-        signature = row.signature(model)
-        names: dict[TokenGrid, str] = {}
-        refused = []
-        for name, plan in self.plans.items():
-            try:
-                check_signature(plan.signature, signature)
-            except PlanMismatchError as error:
-                refused.append(f"{name}: {error}")
-                continue
-            if plan.grid in names:
-                raise PlanMismatchError(
-                    f"one plan at most must be for {signature.architecture} at {plan.grid}, got {names[plan.grid]} and "
-                    f"{name}; load the one that is meant with load_plan"
-                )
-            names[plan.grid] = name
-        if not names:
-            raise PlanMismatchError(f"a plan must be for this model, got none: {' | '.join(refused)}")
-        return Attachment([self.plans[name] for name in names.values()], model, backend, on_mismatch, row)
+        return Attachment(self.fitting(row.signature(model)), model, backend, on_mismatch, row)
 
 
 def load_plan(path: str | PathLike[str], *, prove: bool = True) -> Plan:

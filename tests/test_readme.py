@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
+    "docs/comfyui.md",
     "docs/design.md",
     "docs/evaluation.md",
     "docs/models.md",
@@ -30,7 +31,8 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def test_every_picture_is_shown() -> None:
     text = "".join((ROOT / page).read_text("utf-8") for page in PAGES)
-    assert [path.name for path in (ROOT / "docs" / "pictures").glob("*.png") if path.name not in text] == []
+    pictures = [path.name for path in (ROOT / "docs" / "pictures").iterdir() if path.suffix in (".png", ".svg")]
+    assert [name for name in pictures if name not in text] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

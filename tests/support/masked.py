@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from calibatt.runtime import Plan
+from calibatt.runtime import LayerSchedule, Plan
 from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.runtime.intercept import Interception
 
@@ -23,22 +23,26 @@ def masked(model: Any, plan: Plan, adapter: Adapter | None = None) -> Iterator[N
     adapter = adapter or adapter_for(model)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any, time: torch.Tensor) -> torch.Tensor:
-        schedule = plan.schedule(float(time), site.layer)
-        tokens = q.shape[1]  # fewer than planned where text is padded
-        block = torch.arange(tokens, device=q.device) // schedule.blocks.block_k
-        out = torch.empty_like(q)
-        for head in range(schedule.heads):
-            source, keep = (part[:tokens].to(q.device) for part in schedule.dense(head))
-            for rows in torch.arange(tokens, device=q.device).split(AT_ONCE):
-                parts = [q[:, source[rows], head], k[:, :, head], v[:, :, head]]
-                if q.is_cuda:  # whose kernels with masks want an axis of heads; a CPU's round otherwise with one
-                    parts = [x[:, None] for x in parts]
-                attended = F.scaled_dot_product_attention(*parts, keep[rows][:, block])
-                out[:, rows, head] = attended.flatten(0, -3)
-        return out
+        return masked_attention(q, k, v, plan.schedule(float(time), site.layer))
 
     interception = Interception(model, adapter, attend, begin=adapter.time)
     try:
         yield
     finally:
         interception.detach()
+
+
+def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: LayerSchedule) -> torch.Tensor:
+    """What a schedule means of q, k and v, all ``(B, N, H, D)``, by `scaled_dot_product_attention` with a mask."""
+    tokens = q.shape[1]  # fewer than planned where text is padded
+    block = torch.arange(tokens, device=q.device) // schedule.blocks.block_k
+    out = torch.empty_like(q)
+    for head in range(schedule.heads):
+        source, keep = (part[:tokens].to(q.device) for part in schedule.dense(head))
+        for rows in torch.arange(tokens, device=q.device).split(AT_ONCE):
+            parts = [q[:, source[rows], head], k[:, :, head], v[:, :, head]]
+            if q.is_cuda:  # whose kernels with masks want an axis of heads; a CPU's round otherwise with one
+                parts = [x[:, None] for x in parts]
+            attended = F.scaled_dot_product_attention(*parts, keep[rows][:, block])
+            out[:, rows, head] = attended.flatten(0, -3)
+    return out
