@@ -279,6 +279,16 @@ ADAPTERS = (
         time=_thousandths,
         timestep="timestep",
     ),
+    # The reference is the first frame; the face comes in by cross-attention between blocks.
+    Adapter(
+        architecture="WanAnimateTransformer3DModel",
+        attentions=(("blocks", "attn1"),),
+        dispatch="dispatch_attention_fn",
+        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+        grid=_wan_grid,
+        time=_thousandths,
+        timestep="timestep",
+    ),
     Adapter(
         architecture="SkyReelsV2Transformer3DModel",
         attentions=(("blocks", "attn1"),),

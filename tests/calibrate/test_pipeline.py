@@ -376,19 +376,13 @@ def test_prompts_of_different_lengths_make_a_plan_for_all_lengths(name: str, tmp
     assert torch.equal(sampler.run("a dog", 0), dense)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "wan_vace_reference",
-        "skyreels_i2v",
-        "ltx2",
-        "ltx2_last",
-        "hunyuan15_i2v",
-        "kandinsky5_i2v",
-        "kandinsky6_i2v",
-        "h3_first_last",
-    ],
-)
+RECORDED = (
+    "wan_vace_reference", "wan_animate", "skyreels_i2v", "ltx2", "ltx2_last", "hunyuan15_i2v", "kandinsky5_i2v",
+    "kandinsky6_i2v", "h3_first_last",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECORDED)
 def test_a_plan_from_a_recorded_generation(name: str, tmp_path: Path):
     """Recorded as its users call it, compiled, attached, sampled and detached; each part relative to its own size."""
     sampler = made(name)

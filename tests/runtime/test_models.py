@@ -74,6 +74,21 @@ def vace_arguments(time: float, batch: int) -> dict[str, Any]:
     return {**wan_arguments(time, batch), "control_hidden_states": torch.randn(batch, 6, 3, 8, 12)}
 
 
+FACES = {
+    "latent_channels": 4, "in_channels": 12, "image_dim": None, "motion_encoder_channel_sizes": {"4": 8, "8": 8},
+    "motion_encoder_size": 8, "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 8,
+    "face_encoder_hidden_dim": 8, "face_encoder_num_heads": 2,
+}  # fmt: skip
+
+
+def animate_arguments(time: float, batch: int) -> dict[str, Any]:
+    return {
+        **wan_arguments(time, batch, 12),
+        "pose_hidden_states": torch.randn(batch, 4, 2, 8, 12),
+        "face_pixel_values": torch.randn(batch, 3, 5, 8, 8),
+    }
+
+
 def skyreels_arguments(time: float, batch: int) -> dict[str, Any]:
     """Diffusion forcing: each frame has a time of its own."""
     times = torch.tensor([0, round(time * 900), round(time * 1000)]).expand(batch, -1)
@@ -287,6 +302,7 @@ FAMILIES = {
     "Wan I2V": Family(lambda: wan(in_channels=9, image_dim=24, added_kv_proj_dim=32), wan_i2v_arguments),
     "Wan TI2V": Family(wan, wan_ti2v_arguments),
     "Wan VACE": Family(lambda: wan("WanVACE", num_layers=1, vace_layers=[0], vace_in_channels=6), vace_arguments),
+    "Wan Animate": Family(lambda: wan("WanAnimate", inject_face_latents_blocks=2, **FACES), animate_arguments),
     "SkyReels-V2": Family(lambda: wan("SkyReelsV2"), skyreels_arguments),
     "LTX": Family(ltx, ltx_arguments),
     "LTX-2": Family(ltx2, ltx2_arguments, dataclasses.replace(GRID, text_after=24)),

@@ -56,6 +56,8 @@ from diffusers import (
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
+    WanAnimatePipeline,
+    WanAnimateTransformer3DModel,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
@@ -140,6 +142,16 @@ def seeing() -> dict[str, Any]:
         "config": {"image_dim": 24, "added_kv_proj_dim": 32}, "image_processor": CLIPImageProcessor(**sizes),
         "image_encoder": CLIPVisionModelWithProjection(vision).eval(),
     }  # fmt: skip
+
+
+def animate() -> Any:
+    config = {
+        "latent_channels": 4, "image_dim": 24, "motion_encoder_channel_sizes": {"4": 8, "8": 8},
+        "motion_encoder_size": 8, "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 8,
+        "face_encoder_hidden_dim": 8, "face_encoder_num_heads": 2, "inject_face_latents_blocks": 1,
+    }  # fmt: skip
+    parts = {**seeing(), "config": config}
+    return wan(WanAnimatePipeline, 12, model=WanAnimateTransformer3DModel, **parts)
 
 
 def skyreels(kind: type = SkyReelsV2Pipeline, channels: int = 4, **options: Any) -> Any:
@@ -345,6 +357,9 @@ LARGE = {"height": 128, "width": 192, "num_frames": 17}
 GUIDED = {"guidance_scale": 4.0}
 IMAGE = {"image": PICTURE}
 H3 = {**SMALL, "num_frames": 22, "num_inference_steps": 4}
+MOVED = {
+    "pose_video": [PICTURE] * 9, "face_video": [PICTURE] * 9, "segment_frame_length": 9, "height": 64, "width": 96
+}  # fmt: skip
 REFERENCE = {"references": [MiniMaxH3ImageReference(PICTURE)], "transformer": "transformer_ref"}
 LAST = {"conditions": [LTXVideoCondition(image=PICTURE, frame_index=16)]}
 LATER = {"conditions": [LTX2VideoCondition(frames=PICTURE, index=2, crf=0)]}
@@ -356,6 +371,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[str], Any], dict[str, Any
     "wan_ti2v_image": (lambda: wan(WanImageToVideoPipeline, expand_timesteps=True), embeds, {**SMALL, **IMAGE}),
     "wan_vace": (vace, embeds, {**SMALL, **GUIDED, "video": [PICTURE] * 9}),
     "wan_vace_reference": (vace, embeds, {**SMALL, "reference_images": [PICTURE]}),
+    "wan_animate": (animate, embeds, {**IMAGE, **MOVED}),
     "skyreels": (skyreels, embeds, {**SMALL, **GUIDED}),
     "skyreels_i2v": (lambda: skyreels(SkyReelsV2ImageToVideoPipeline, 12, **seeing()), full, {**SMALL, **IMAGE}),
     "skyreels_forcing": (lambda: skyreels(SkyReelsV2DiffusionForcingPipeline), embeds, {**SMALL, "prompt": None}),
@@ -390,6 +406,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[str], Any], dict[str, Any
 }
 """Of every kind: what makes the pipeline, what it is called with for a prompt, and always."""
 GRIDS = {
+    "wan_animate": TokenGrid(4, 4, 6),
     "wan_vace_reference": TokenGrid(4, 4, 6),
     "ltx_last": TokenGrid(3, 4, 6, text_before=24),
     "ltx2_last": TokenGrid(3, 4, 6, text_after=24),
