@@ -165,15 +165,16 @@ class PlannedOverride:
         running.layer = layer
         segment = plan.file.segment_index(running.time)
         following = (segment - 1) % len(plan.segments)  # time falls, and after the last video comes another
-        if running.entry != (plan, segment):
-            running.entry = plan, segment
-            plan.make_room(segment, following)
         layers = plan.layers(segment)
-        out = ops.planned_attention(q, k, v, layers[layer], scale=scale)
+        with plan.lock:  # threads take turns with its arrays
+            if running.entry != (plan, segment):
+                running.entry = plan, segment
+                plan.make_room(segment, following)
+            out = ops.planned_attention(q, k, v, layers[layer], scale=scale)
         assert isinstance(out, torch.Tensor)
         # While the device computes, arrays get there: the next layer's, if need be, and this layer's of what follows.
         for coming in (*layers[layer + 1 : layer + 2], plan.layers(following)[layer]):
-            coming.prefetch(q.device)
+            coming.prefetch(q.device, plan.lock)
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     def _refuse(self, reason: str) -> None:
