@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -259,140 +260,103 @@ def _h3_time(arguments: Arguments) -> torch.Tensor:
     return 1 - arguments["timestep"].min().to("cpu", torch.float64)
 
 
+_row = partial(
+    Adapter,
+    dispatch="dispatch_attention_fn",
+    heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
+    time=_thousandths,
+    timestep="timestep",
+)
+"""What nearly all families have in common."""
+
 ADAPTERS = (
-    Adapter(
-        architecture="WanTransformer3DModel",
+    _row(
+        "WanTransformer3DModel",
         attentions=(("blocks", "attn1"),),
-        dispatch="dispatch_attention_fn",
-        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_wan_grid,
-        time=_thousandths,
-        timestep="timestep",
     ),
     # The control's blocks run first; pictures that are given as references are frames before the video's.
-    Adapter(
-        architecture="WanVACETransformer3DModel",
+    _row(
+        "WanVACETransformer3DModel",
         attentions=(("vace_blocks", "attn1"), ("blocks", "attn1")),
-        dispatch="dispatch_attention_fn",
-        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_wan_grid,
-        time=_thousandths,
-        timestep="timestep",
     ),
     # The reference is the first frame; the face comes in by cross-attention between blocks.
-    Adapter(
-        architecture="WanAnimateTransformer3DModel",
+    _row(
+        "WanAnimateTransformer3DModel",
         attentions=(("blocks", "attn1"),),
-        dispatch="dispatch_attention_fn",
-        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_wan_grid,
-        time=_thousandths,
-        timestep="timestep",
     ),
-    Adapter(
-        architecture="SkyReelsV2Transformer3DModel",
+    _row(
+        "SkyReelsV2Transformer3DModel",
         attentions=(("blocks", "attn1"),),
-        dispatch="dispatch_attention_fn",
-        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_wan_grid,
-        time=_thousandths,
-        timestep="timestep",
         not_dense=lambda config: "causal, frame by frame" if config.num_frame_per_block > 1 else None,
     ),
-    Adapter(
-        architecture="LTXVideoTransformer3DModel",
+    _row(
+        "LTXVideoTransformer3DModel",
         attentions=(("transformer_blocks", "attn1"),),
-        dispatch="dispatch_attention_fn",
-        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_ltx_grid,
-        time=_thousandths,
-        timestep="timestep",
         channel_axis=2,
         coordinates="video_coords",
     ),
     # The audio has a stream of its own: of the video's it is seen in cross-attention alone.
-    Adapter(
-        architecture="LTX2VideoTransformer3DModel",
+    _row(
+        "LTX2VideoTransformer3DModel",
         attentions=(("transformer_blocks", "attn1"),),
-        dispatch="dispatch_attention_fn",
-        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_ltx2_grid,
-        time=_thousandths,
-        timestep="timestep",
         channel_axis=2,
     ),
-    Adapter(
-        architecture="CogVideoXTransformer3DModel",
+    _row(
+        "CogVideoXTransformer3DModel",
         attentions=(("transformer_blocks", "attn1"),),
         dispatch="F.scaled_dot_product_attention",
-        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_cogvideox_grid,
-        time=_thousandths,
-        timestep="timestep",
         channel_axis=2,
     ),
     # Its processor calls the function for each sample, with the text tokens that are no padding.
-    Adapter(
-        architecture="MochiTransformer3DModel",
+    _row(
+        "MochiTransformer3DModel",
         attentions=(("transformer_blocks", "attn1"),),
         dispatch="F.scaled_dot_product_attention",
-        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_mochi_grid,
         time=_mochi_time,
-        timestep="timestep",
     ),
-    Adapter(
-        architecture="HunyuanVideoTransformer3DModel",
+    _row(
+        "HunyuanVideoTransformer3DModel",
         attentions=(("transformer_blocks", "attn"), ("single_transformer_blocks", "attn")),
-        dispatch="dispatch_attention_fn",
-        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_hunyuan_grid,
-        time=_thousandths,
-        timestep="timestep",
         valid_text=lambda arguments: arguments["encoder_attention_mask"].sum(1, dtype=torch.int64),
     ),
-    Adapter(
-        architecture="HunyuanVideo15Transformer3DModel",
+    _row(
+        "HunyuanVideo15Transformer3DModel",
         attentions=(("transformer_blocks", "attn"),),
-        dispatch="dispatch_attention_fn",
-        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=_hunyuan15_grid,
-        time=_thousandths,
-        timestep="timestep",
         valid_text=_hunyuan15_text,
     ),
-    Adapter(
-        architecture="Kandinsky5Transformer3DModel",
+    _row(
+        "Kandinsky5Transformer3DModel",
         attentions=(("visual_transformer_blocks", "self_attention"),),
-        dispatch="dispatch_attention_fn",
         heads=_kandinsky_heads,
         grid=_kandinsky_grid,
-        time=_thousandths,
-        timestep="timestep",
         channel_axis=4,
         not_dense=lambda config: (
             "sparse already, by blocks chosen at each call" if config.attention_type == "nabla" else None
         ),
     ),
-    Adapter(
-        architecture="Kandinsky6Transformer3DModel",
+    _row(
+        "Kandinsky6Transformer3DModel",
         attentions=(("visual_transformer_blocks", "video_dec_block.self_attention"),),
-        dispatch="dispatch_attention_fn",
         heads=_kandinsky_heads,
         grid=_kandinsky_grid,
-        time=_thousandths,
-        timestep="timestep",
         channel_axis=4,
     ),
     # One packed sequence: text, given pictures and sounds, the audio, and last the video.
-    Adapter(
-        architecture="MiniMaxH3Transformer3DModel",
+    _row(
+        "MiniMaxH3Transformer3DModel",
         attentions=(("transformer_blocks", "attn"),),
-        dispatch="dispatch_attention_fn",
-        heads=lambda config: (config.num_attention_heads, config.attention_head_dim),
         grid=lambda config, arguments: _grid_at_the_end(arguments["position_ids"]),
         time=_h3_time,
-        timestep="timestep",
         channel_axis=2,
         coordinates="position_ids",
     ),

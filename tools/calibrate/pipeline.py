@@ -7,7 +7,6 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from diffusers.utils import BaseOutput, load_image
+from diffusers.utils import load_image
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -48,14 +47,6 @@ class _Made(NamedTuple):
     arguments: dict[str, Any]
     seed: int
     latents: Tensor
-
-
-@dataclass
-class _Output(BaseOutput):  # type: ignore[misc]
-    """What any of the transformers returns."""
-
-    sample: Tensor
-    audio_sample: Tensor | None = None
 
 
 class PipelineSampler:
@@ -257,10 +248,11 @@ class PipelineSampler:
             else:
                 arguments["output_type"] = output_type
             made = self.pipe(**arguments)
-        found = [made.videos if modular and not latent else made.latents if modular else made.frames]
-        sound = made.get("audio_latents") if modular else getattr(made, "audio", None)
-        if latent and sound is not None:
-            found.append(sound[None] if modular else sound)  # both channels of one video
+        names = ("latents", "audio_latents") if modular else ("frames", "audio")
+        names = names if latent else ("videos",) if modular else names[:1]
+        found = [x for x in (getattr(made, name, None) for name in names) if x is not None]
+        if modular and len(found) > 1:
+            found[1] = found[1][None]  # both channels of one video
         return tuple(x if isinstance(x, Tensor) else torch.stack(list(x)) for x in found)
 
     def _rehearse(self) -> tuple[tuple[Tensor, ...], list[_Forward | None]]:
@@ -386,10 +378,10 @@ def _cheap_forward(model: nn.Module, channel_axis: int, seen: Callable[[Argument
             filter(None, (getattr(model.config, name, None) for name in ("out_channels", "out_visual_dim"))), given
         )
         channels = torch.arange(made, device=hidden.device) % given
-        found = {"sample": 0.1 * hidden.index_select(channel_axis, channels)}
-        if (audio := arguments.get("audio_hidden_states")) is not None:
-            found["audio_sample"] = 0.1 * audio
-        return _Output(**found) if arguments.get("return_dict", True) else tuple(found.values())
+        sample, audio = 0.1 * hidden.index_select(channel_axis, channels), arguments.get("audio_hidden_states")
+        if arguments.get("return_dict", True):
+            return diffusers.models.modeling_outputs.Transformer2DModelOutput(sample=sample)
+        return (sample,) if audio is None else (sample, 0.1 * audio)
 
     return forward
 
