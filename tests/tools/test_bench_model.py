@@ -240,6 +240,22 @@ def test_mochi_is_as_published() -> None:
     assert adapter_for(made).time(row.inputs("480p", CPU)) == pytest.approx(0.999)
 
 
+def test_h3_is_as_published_and_runs_as_one_packed_sequence(tmp_path: Path) -> None:
+    row = MODELS["h3"]
+    made = row.make(1, META)
+    count, block = (sum(x.numel() for x in part.parameters()) for part in (made, made.transformer_blocks))
+    assert count + (row.layers - 1) * block == pytest.approx(33e9, rel=0.02)
+    for size, frames, tokens in (("5s", 37, 37_710), ("10s", 72, 73_386), ("15s", 107, 109_062)):
+        inputs = row.inputs(size, CPU)
+        assert len(inputs["position_ids"]) == tokens + row.text_tokens
+        grid = token_grid(made, inputs)
+        assert (grid.frames, grid.height, grid.width) == (frames, 24, 42)
+    assert adapter_for(made).time(inputs) == pytest.approx(0.999)
+    options = ["--model", "tiny-h3", "--densities", "0.5", "--rounds", "1", "--steps", "0", "--modes", "eager"]
+    found = bench("model", tmp_path / "h3.json", *options)
+    assert [row["planned_calls"] for row in found["checks"]] == [0, 0, LAYERS]
+
+
 def test_plans_of_the_bench_have_their_density_and_a_segment_for_each_step() -> None:
     grid, signature = TokenGrid(4, 8, 8), ModelSignature("WanTransformer3DModel", 10, 2, 16)
     plan = Plan(variants.plan_shaped(signature, grid, Blocks(16, 16), 0.4, 4))

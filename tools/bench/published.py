@@ -100,6 +100,44 @@ class Published:
         return found
 
 
+class Packed(Published):
+    """MiniMax-H3: one sequence of text, audio and video, in that order; of its timesteps 0 is noise and 1 the video."""
+
+    def timestep(self, now: Tensor) -> Tensor:
+        return 1 - now / 1000
+
+    def inputs(self, size: str, device: torch.device, seed: int = 1) -> dict[str, Any]:
+        """As of `Published`, with the sound that belongs to so many frames; all of it is at one time."""
+        from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
+
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def noise(tokens: int, channels: int) -> Tensor:
+            return torch.randn(1, tokens, channels, generator=generator, device=device, dtype=self.dtype)
+
+        frames, height, width = self.sizes[size]
+        pictures = 17 * (frames - 2) // 5 + 5
+        sound, patch = round(pictures / 24 * 40), (1, 2, 2)  # 24 pictures and 40 latents of each channel a second
+        tags = {"audio_channels": 2, "audio_tag": 2, "video_tag": 0}
+        layout = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
+            torch.ones(self.text_tokens), frames, height, width, sound, patch, **tags
+        )
+        positions, kinds, video, audio, text = (x.to(device) for x in layout[:5])
+        return {
+            "hidden_states": noise(len(video), self.config["in_channels"] * 4),
+            "audio_hidden_states": noise(len(audio), self.config["audio_in_channels"]),
+            "encoder_hidden_states": noise(len(text), self.config["text_dim"]),
+            "timestep": self.timestep(torch.tensor(NOISIEST, device=device)).expand(1),
+            "timestep_indices": torch.zeros_like(kinds),
+            "token_tags": kinds,
+            "position_ids": positions,
+            "video_indices": video,
+            "audio_indices": audio,
+            "text_indices": text,
+            "return_dict": False,
+        }
+
+
 def token_grid(model: nn.Module, inputs: Mapping[str, Any]) -> TokenGrid:
     """The token sequence of a forward with these arguments."""
     return adapter_for(model).token_grid(model, inputs)
@@ -118,6 +156,12 @@ MOCHI = {
     "patch_size": 2, "num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 48, "in_channels": 12,
     "pooled_projection_dim": 1536, "text_embed_dim": 4096, "time_embed_dim": 256, "max_sequence_length": 256,
 }  # fmt: skip
+H3 = {
+    "num_attention_heads": 56, "attention_head_dim": 128, "hidden_size": 5376, "num_layers": 50, "ffn_dim": 14336,
+    "in_channels": 24, "audio_in_channels": 32, "text_dim": 5120,
+}  # fmt: skip
+H3_SIZES = {"5s": (37, 48, 84), "10s": (72, 48, 84), "15s": (107, 48, 84)}
+"""Latents of 124, 243 and 362 frames at 1344 x 768: with sound 37,710, 73,386 and 109,062 tokens, text apart."""
 TINY = {
     "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
     "text_dim": 16, "freq_dim": 32, "ffn_dim": 32, "num_layers": 3, "rope_max_seq_len": 32,
@@ -125,6 +169,11 @@ TINY = {
 TINY_MOCHI = {
     "patch_size": 2, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "in_channels": 4,
     "pooled_projection_dim": 16, "text_embed_dim": 16, "time_embed_dim": 8, "max_sequence_length": 7,
+}  # fmt: skip
+TINY_H3 = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "hidden_size": 32, "num_layers": 3, "num_refiner_layers": 1,
+    "ffn_dim": 32, "in_channels": 4, "audio_in_channels": 4, "text_dim": 16, "freq_dim": 16,
+    "time_embed_hidden_dim": 16, "time_embed_dim": 16, "rope_freq_dim": 2,
 }  # fmt: skip
 
 MODELS = {
@@ -139,6 +188,10 @@ MODELS = {
         "MochiTransformer3DModel", MOCHI, {"480p": (28, 60, 106)}, 256, 128, torch.bfloat16,
         "Mochi 1, 163 frames of 848 x 480", text_mask=True, rising=True,
     ),
+    "h3": Packed(
+        "MiniMaxH3Transformer3DModel", H3, H3_SIZES, 300, 128, torch.bfloat16,
+        "MiniMax-H3, 124 to 362 frames of 1344 x 768 with sound",
+    ),
     "tiny": Published(
         "WanTransformer3DModel", TINY, {"small": (4, 16, 16), "smaller": (3, 16, 12)}, 7, 16, torch.float32,
         "A Wan that a CPU runs in no time: proves that the command works",
@@ -146,6 +199,9 @@ MODELS = {
     "tiny-mochi": Published(
         "MochiTransformer3DModel", TINY_MOCHI, {"small": (4, 16, 16)}, 7, 16, torch.float32,
         "The same of Mochi", text_mask=True, rising=True,
+    ),
+    "tiny-h3": Packed(
+        "MiniMaxH3Transformer3DModel", TINY_H3, {"small": (7, 16, 16)}, 7, 16, torch.float32, "The same of MiniMax-H3"
     ),
 }  # fmt: skip
 """By the names of the command line; the runtime's table of adapters has a row for each."""
