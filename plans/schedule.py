@@ -299,10 +299,23 @@ def check_kept(lengths: Int64, short: LayerSchedule) -> None:
         _fail("each list", rule, "none")
 
 
+def check_size(grid: TokenGrid, blocks: Blocks, heads: int) -> None:
+    """The part of `LayerSchedule.check` that is known before there is a schedule: how far kernels can count.
+
+    Raises:
+        ScheduleError: There are too many key blocks, or queries over all heads.
+    """
+    k_blocks, most = blocks.k_blocks(grid.tokens), max(BLOCK_SIZES)
+    if k_blocks > MAX_BLOCKS:
+        _fail("grid", f"have at most {MAX_BLOCKS} key blocks", k_blocks)
+    if (queries := (heads + 1) * most * -(-grid.tokens // most)) > MAX_QUERIES:
+        rule = f"have at most {MAX_QUERIES} tokens, padded to whole blocks, over {heads} heads and one more"
+        _fail("grid", rule, queries)
+
+
 def check_types(s: LayerSchedule) -> None:
     """The part of `LayerSchedule.check` that everything else takes for granted."""
-    if s.k_blocks > MAX_BLOCKS:
-        _fail("grid", f"have at most {MAX_BLOCKS} key blocks", s.k_blocks)
+    check_size(s.grid, s.blocks, s.heads)
     for name in ("row_ptr", *SMALL_ARRAYS):
         array = getattr(s, name)
         if array.dtype != np.int32 or array.ndim != 1:
@@ -311,10 +324,6 @@ def check_types(s: LayerSchedule) -> None:
         _fail("col_idx", "be a one-dimensional uint16 array", f"{s.col_idx.dtype} of shape {s.col_idx.shape}")
     if s.heads == 0 or len(s.head_anchor) != s.heads:
         _fail("head_anchor", f"have one entry for each of {s.heads} heads (at least 1)", len(s.head_anchor))
-    queries = (s.heads + 1) * max(BLOCK_SIZES) * -(-s.grid.tokens // max(BLOCK_SIZES))
-    if queries > MAX_QUERIES:
-        rule = f"have at most {MAX_QUERIES} tokens, padded to whole blocks, over {s.heads} heads and one more"
-        _fail("grid", rule, queries)
 
 
 def _check_lists(s: LayerSchedule) -> None:

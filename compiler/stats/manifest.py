@@ -13,7 +13,8 @@ from typing import Any
 
 from calibatt.compiler.stats.errors import ManifestError
 from calibatt.compiler.stats.windows import Window
-from calibatt.plans.errors import SchemaError
+from calibatt.plans.errors import ScheduleError, SchemaError
+from calibatt.plans.schedule import check_size
 from calibatt.plans.schema import Blocks, ModelSignature, TokenGrid
 
 SCHEMA_VERSION = 2
@@ -73,6 +74,10 @@ class Manifest:
         _require(self.schema_version == SCHEMA_VERSION, "schema_version", str(SCHEMA_VERSION), self.schema_version)
         for name, kind in (("model", ModelSignature), ("grid", TokenGrid), ("blocks", Blocks)):
             _require(isinstance(getattr(self, name), kind), name, f"a {kind.__name__}", getattr(self, name))
+        try:
+            check_size(self.grid, self.blocks, self.model.heads)
+        except ScheduleError as error:  # no plan could be made of it
+            raise ManifestError(str(error)) from None
         _require(_ascending(self.times, 0.0, 1.0), "times", "ascending floats in [0, 1]", self.times)
         units = len(self.times) * self.model.layers
         _require(len(self.times) <= MAX_TIMES, "times", f"at most {MAX_TIMES}", len(self.times))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from calibatt.compiler.stats.manifest import Manifest
 from calibatt.compiler.stats.sampling import MAGIC as SAMPLING
 from calibatt.compiler.stats.unit import MAGIC as UNIT
 from calibatt.compiler.stats.unit import VERSION
-from calibatt.plans import Container, write_container
+from calibatt.plans import Blocks, Container, write_container
 
 OF = stats.manifest(thresholds=(0.8, 0.9))
 
@@ -109,3 +110,10 @@ def test_messages_about_a_store_are_short_and_do_nothing_to_a_terminal(tmp_path:
             read(tmp_path)
         assert len(str(caught.value)) < 1100
         assert str(caught.value).isprintable()
+
+
+def test_a_store_of_which_no_plan_could_be_made_is_refused_before_it_is_measured() -> None:
+    for width, heads, words in ((1 << 20, 300, "at most 268435456 tokens"), (1 << 22, 1, "at most 65536 key blocks")):
+        model, grid = replace(OF.model, heads=heads), replace(OF.grid, frames=1, height=1, width=width)
+        with pytest.raises(ManifestError, match=f"grid must have {words}"):
+            stats.manifest(model=model, grid=grid, blocks=Blocks(32, 32), row_radius=0, frame_radius=0)
