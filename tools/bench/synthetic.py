@@ -208,10 +208,7 @@ class Synthetic:
                 signed = rng.normal(0, 1, (VECTORS, *price.shape)) * np.sqrt(price * level[:, None, None, None])
                 signed = signed.astype(np.float32)
                 ladder = signed[:, :, :, windows:] * np.float32(1 if index else np.nan)
-                share = np.ones((times, model.layers, model.heads), np.float32) / (model.layers * model.heads)
-                tables = SamplingTables(
-                    level, (share * level[:, None, None]).astype(np.float32), signed[:, :, :, :windows], ladder
-                )
+                tables = SamplingTables(level, signed[:, :, :, :windows], ladder)
                 writer.finish(name, tables, {"prompt": f"synthetic {name}", "seed": self.seed, "vectors": VECTORS})
 
 
