@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calibatt.runtime.adapters import Adapter
+from calibatt.runtime.adapters import Adapter, Arguments
 from calibatt.runtime.intercept import InterceptedSite, Interception
 from calibatt.tools.calibrate.attention import attention
 from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, floating, replaced
@@ -25,6 +25,10 @@ LARGE_BYTES = 1 << 20
 """Inputs of blocks from this size on go to the CPU; the rest is small."""
 HALF_RANGE = 5, 6, 4
 """For fp16: gradients enter with a largest value of 2 ** 5; after an overflow 2 ** 6 less, so many times at most."""
+
+
+EVERY = slice(None)
+"""The tokens of a sequence that is nothing but video."""
 
 
 class OverflowInHalf(ArithmeticError):
@@ -37,13 +41,14 @@ class AttentionCall:
 
     Args:
         layer: Its number, 0 first.
-        q: ``(H, N, D)`` as attention receives it; N is that of the grid less the padding of the text at its end.
+        q: ``(H, N, D)`` as attention receives it, without padding at its end.
         k: ``(H, N, D)``.
         v: ``(H, N, D)``.
         out: ``(H, N, D)``, its output.
         total: float32 ``(H, N)``, natural logarithm of the sum of each query's exponentials; None on a CPU.
         grads: V gradients of the output, ``(H, N, D)``.
         scale: What the gradients are to be divided by.
+        video: Which tokens are the video's; the others are keys of every mask, and their queries are dense.
     """
 
     layer: int
@@ -54,6 +59,12 @@ class AttentionCall:
     total: Tensor | None
     grads: list[Tensor]
     scale: float = 1.0
+    video: slice = field(default_factory=lambda: EVERY)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first token of the video, and the first one after it."""
+        return self.video.indices(self.q.shape[1])[:2]
 
 
 OnAttention = Callable[[AttentionCall], None]
@@ -71,7 +82,7 @@ class Transformer:
     def __init__(self, model: nn.Module, adapter: Adapter, *, inputs_on_cpu: bool = False) -> None:
         self.model, self.adapter = model, adapter
         self.inputs_on_cpu = inputs_on_cpu
-        self._calls: list[tuple[int, tuple[Tensor, ...], Tensor | None, list[Tensor]]] = []
+        self._calls: list[tuple[int, tuple[Tensor, ...], Tensor | None, list[Tensor], slice]] = []
         self._listening = False
 
     def pull(self, given: Given, cotangents: Cotangents, on_attention: OnAttention | None = None) -> Cotangents:
@@ -124,7 +135,7 @@ class Transformer:
 
         def tell() -> None:
             """Hands on the calls of the block that was pulled just now."""
-            for layer, (q, k, v, out), total, grads in self._calls:
+            for layer, (q, k, v, out), total, grads, video in self._calls:
                 if on_attention is None:
                     continue
                 if not all(bool(grad.isfinite().all()) for grad in grads):
@@ -138,7 +149,7 @@ class Transformer:
                         continue
                     tensors = (x[sample] for x in (q, k, v, out))
                     sums = None if total is None else total[sample]
-                    on_attention(AttentionCall(layer, *tensors, sums, [g[sample] for g in grads], scale))
+                    on_attention(AttentionCall(layer, *tensors, sums, [g[sample] for g in grads], scale, video))
                     done.add(at)
             self._calls.clear()
 
@@ -159,17 +170,21 @@ class Transformer:
     def _blocks_as_links(self, chain: Chain, tell: Callable[[], None]) -> Iterator[None]:
         """Every block of the model adds itself to the chain instead of being differentiated by autograd."""
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, _: Any) -> Tensor:
+        def where(arguments: Arguments) -> slice:
+            start = self.adapter.video_start(self.model, arguments)
+            return slice(start, start + self.adapter.token_grid(self.model, arguments).tokens)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, video: slice) -> Tensor:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out, total = attention(q, k, v)
             if torch.is_grad_enabled() and out.requires_grad:
                 grads: list[Tensor] = []
                 out.register_hook(grads.append)
-                self._calls.append((site.layer, tuple(x.detach() for x in (q, k, v, out)), total, grads))
+                self._calls.append((site.layer, tuple(x.detach() for x in (q, k, v, out)), total, grads, video))
             return out.transpose(1, 2)
 
         self._calls.clear()
-        interception = Interception(self.model, self.adapter, attend)
+        interception = Interception(self.model, self.adapter, attend, begin=where)
         blocks = {id(site.block): site.block for site in interception.sites}.values()
         names = {id(module): name for name, module in self.model.named_modules()}
         own = [(block, block.__dict__.get("forward")) for block in blocks]
