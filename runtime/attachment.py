@@ -280,9 +280,7 @@ class _Session:
             time = self.adapter.time({self.adapter.timestep: self.timesteps.read(time)})
         return float(time)
 
-    def resolve(
-        self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None
-    ) -> tuple[int, int]:
+    def resolve(self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None) -> tuple[int, int]:
         if time.numel() == 0:  # an empty batch
             return STOCK, 0
         self.interception.verify()

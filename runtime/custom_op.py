@@ -21,9 +21,7 @@ OUTSIDE_GRAPHS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None
 class Session(Protocol):
     """Who executes the ops: one plan attached to one model."""
 
-    def resolve(
-        self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None
-    ) -> tuple[int, int]:
+    def resolve(self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None) -> tuple[int, int]:
         """The segment that a forward runs in, everything it needs made ready, and where the video starts; raises where
         it must not run.
 
