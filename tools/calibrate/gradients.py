@@ -6,6 +6,7 @@ once more, last one first, and differentiated. Weights, LoRA, quantised linears 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibatt.runtime.adapters import Adapter, Arguments
+from calibatt.runtime.adapters import Adapter
 from calibatt.runtime.intercept import InterceptedSite, Interception
 from calibatt.tools.calibrate.attention import attention
 from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, floating, replaced
@@ -154,7 +155,7 @@ class Transformer:
             self._calls.clear()
 
         told: list[tuple[int, int]] = []
-        with _frozen(self.model), self._blocks_as_links(chain, tell):
+        with _frozen(self.model), self._blocks_as_links(chain, tell, given.call(self._video)):
             with torch.enable_grad(), _keeping_weights():
                 out = floating(given.call(self.model, flat))
             found = chain.pull(
@@ -166,15 +167,17 @@ class Transformer:
             raise OverflowInHalf
         return found if given.wanted else [[] for _ in cotangents]
 
+    def _video(self, *args: Any, **kwargs: Any) -> slice:
+        """Which tokens are the video's in a forward with these arguments."""
+        arguments = inspect.signature(type(self.model).forward).bind(self.model, *args, **kwargs).arguments
+        start = self.adapter.video_start(self.model, arguments)
+        return slice(start, start + self.adapter.token_grid(self.model, arguments).tokens)
+
     @contextmanager
-    def _blocks_as_links(self, chain: Chain, tell: Callable[[], None]) -> Iterator[None]:
+    def _blocks_as_links(self, chain: Chain, tell: Callable[[], None], video: slice) -> Iterator[None]:
         """Every block of the model adds itself to the chain instead of being differentiated by autograd."""
 
-        def where(arguments: Arguments) -> slice:
-            start = self.adapter.video_start(self.model, arguments)
-            return slice(start, start + self.adapter.token_grid(self.model, arguments).tokens)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, video: slice) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, _: Any) -> Tensor:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out, total = attention(q, k, v)
             if torch.is_grad_enabled() and out.requires_grad:
@@ -184,7 +187,7 @@ class Transformer:
             return out.transpose(1, 2)
 
         self._calls.clear()
-        interception = Interception(self.model, self.adapter, attend, begin=where)
+        interception = Interception(self.model, self.adapter, attend)
         blocks = {id(site.block): site.block for site in interception.sites}.values()
         names = {id(module): name for name, module in self.model.named_modules()}
         own = [(block, block.__dict__.get("forward")) for block in blocks]
