@@ -75,7 +75,7 @@ Passes run in the order in which they are given; options and their defaults:
 The paper's own method, of a store with thresholds (calibatt-calibrate --thresholds): vote,repeat,lower
   vote{agreement=0.5,threshold=0.9}  the blocks that so many of the samples need to reach the threshold's mass
   repeat{max-difference=0.1,group=3}  heads whose rows differ less compute one row of a group
-Every mask keeps the blocks with text.
+Tokens that are no video are kept for all queries and are in no mask.
 
 \b
 Examples:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from calibatt.compiler.bits import Bits, Bool, unpack
 from calibatt.compiler.ir import Float32, Float64, UnitIR
-from calibatt.compiler.stats import Manifest, Window, code_values, text_keep, window_keep
+from calibatt.compiler.stats import Manifest, Window, code_values, window_keep
 
 CODES = 256
 PRIOR = 8.0
@@ -44,18 +44,17 @@ class Bands:
     """All blocks whose keys lie as far from their queries, band by band.
 
     Args:
-        manifest: Of the store. Blocks with text do not count in their bands.
+        manifest: Of the store.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         own = np.arange(manifest.q_blocks) * manifest.blocks.block_q // manifest.blocks.block_k
         self._band = ((own.max() - own)[:, None] + np.arange(manifest.k_blocks)).reshape(-1)
-        self._counts = ~text_keep(manifest.grid, manifest.blocks).reshape(-1)
-        self._number = np.maximum(np.bincount(self._band, self._counts), 1)
+        self._number = np.bincount(self._band)
 
     def steady(self, values: Float32, count: float) -> Float32:
         """Values ``(Q, K)``, means of `count` measurements, drawn to the mean of their band, which counts as one."""
-        means = np.bincount(self._band, values.reshape(-1) * self._counts) / self._number
+        means = np.bincount(self._band, values.reshape(-1)) / self._number
         drawn = values * np.float32(count / (count + 1))
         drawn += (means / (count + 1)).astype(np.float32).take(self._band).reshape(values.shape)
         found: Float32 = drawn

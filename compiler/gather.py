@@ -7,11 +7,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from calibatt.compiler.bits import pack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.error_model import HeadPrices, copy_prices
 from calibatt.compiler.ir import Job, UnitIR, UnitMeans, column_bits
-from calibatt.compiler.stats import Manifest, Table, Unit, dequantise, fast_codes, text_keep
+from calibatt.compiler.stats import Manifest, Table, Unit, dequantise, fast_codes
 
 
 class Samplings(Protocol):
@@ -83,6 +82,6 @@ class StatisticsSource:
             vote_samples=unit.vote_samples,
             row_difference=unit.row_difference,
         )
-        required = column_bits(codes.argmin(2), manifest.k_blocks) | pack(text_keep(manifest.grid, manifest.blocks))
+        required = column_bits(codes.argmin(2), manifest.k_blocks)
         share_error = np.zeros((len(manifest.shares), shape[0]))
         return UnitIR(time_index, layer, manifest.grid, manifest.blocks, means, required, share_error)

@@ -83,10 +83,10 @@ class UnitIR:
     Args:
         time_index: Of the manifest's times.
         layer: Of the model.
-        grid: The token sequence.
+        grid: The video tokens.
         blocks: Block sizes.
         means: The statistics.
-        required: Packed ``(H, Q, ceil(K / 8))``, blocks that every mask of the head keeps: text, and one a row.
+        required: Packed ``(H, Q, ceil(K / 8))``, blocks that every mask of the head keeps: one a row.
         share_error: float64 ``(C, H)``, error of the head's cut at each share of the ladder; see `prediction`.
         keep: Packed ``(H, Q, ceil(K / 8))``, the masks.
         choice: What each head's mask is: ``dense``, ``rows(2)``, ``cut``, ``voted``.
@@ -215,7 +215,7 @@ def packed_bits(bits: Bits, grid: TokenGrid, blocks: Blocks, groups: Groups) -> 
 
     Args:
         bits: Packed ``(Q, ceil(K / 8))`` over the original query blocks.
-        grid: The token sequence.
+        grid: The video tokens.
         blocks: Block sizes.
         groups: The head's anchors.
 
@@ -229,9 +229,7 @@ def packed_bits(bits: Bits, grid: TokenGrid, blocks: Blocks, groups: Groups) -> 
 def tile_sources(grid: TokenGrid, blocks: Blocks, groups: Groups) -> Int64:
     """int64 ``(most, tiles)``: the original query blocks of every packed tile; of fewer the last again."""
     size = grid.width if groups.axis == ROWS else grid.height * grid.width
-    video = (grid.text_before + groups.in_video(grid)[1][:, None] * size + np.arange(size)).reshape(-1)
-    after = grid.text_before + grid.video_tokens
-    queries = np.concatenate([np.arange(grid.text_before), video, np.arange(after, grid.tokens)])
+    queries = (groups.in_video(grid)[1][:, None] * size + np.arange(size)).reshape(-1)
     tile, source = np.arange(len(queries)) // blocks.block_q, queries // blocks.block_q
     first = np.flatnonzero((np.diff(tile, prepend=-1) > 0) | (np.diff(source, prepend=-1) > 0))
     starts = np.searchsorted(tile[first], np.arange(tile[-1] + 1))

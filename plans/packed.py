@@ -29,7 +29,6 @@ from calibatt.plans.schedule import (
     UInt16,
     check_anchors,
     check_heads,
-    check_kept,
     check_order,
     check_total,
     check_types,
@@ -59,7 +58,7 @@ class PackedLayer:
     """What a `LayerSchedule` says, lists as bits.
 
     Args:
-        grid: The token sequence.
+        grid: The video tokens.
         blocks: Block sizes.
         list_bits: uint8 ``(lists, ceil(K / 8))``: bit j, little-endian, is set if list i holds key block j.
         head_list: int32 ``(heads,)``, as in `LayerSchedule`; so are the others.
@@ -191,19 +190,6 @@ class PackedLayer:
         used = self._shell.lists_of(np.array(heads, np.int64), np.diff(chosen.head_tile_ptr))
         return self._with(chosen, self.list_bits[used])
 
-    def shorten(self, text_after: int) -> PackedLayer:
-        """As `LayerSchedule.shorten`."""
-        short = self._shell.shorten(text_after)
-        if short is self._shell:
-            return self
-        used = self._shell.lists_of(np.arange(self.heads), np.diff(short.head_tile_ptr))
-        width, spare = -(-short.k_blocks // 8), -short.k_blocks % 8
-        bits = self.list_bits[used, :width]
-        bits[:, -1] &= 0xFF >> spare
-        found = self._with(short, bits)
-        check_kept(found.lengths, short)
-        return found
-
     def _with(self, shell: LayerSchedule, list_bits: UInt8) -> PackedLayer:
         small = {name: getattr(shell, name) for name in SMALL_ARRAYS}
         return PackedLayer(grid=shell.grid, blocks=shell.blocks, list_bits=list_bits, **small)
@@ -240,9 +226,6 @@ class _UnpackedLater(LayerSchedule):
 
     def select(self, heads: Sequence[int]) -> LayerSchedule:
         return self.packed.select(heads).later()
-
-    def shorten(self, text_after: int) -> LayerSchedule:
-        return self.packed.shorten(text_after).later()
 
 
 _ROWS_AT_ONCE = 512
@@ -418,7 +401,7 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
 
     Args:
         where: What errors name.
-        grid: The token sequence.
+        grid: The video tokens.
         blocks: Block sizes.
         heads: Of every layer.
         bases: The base of each segment; `check_bases` holds.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 import numpy as np
 
 from calibatt.plans.container import Container, write_container
-from calibatt.plans.errors import ScheduleError, SchemaError, SectionError, UnsupportedVersion
+from calibatt.plans.errors import ScheduleError, SchemaError, SectionError
 from calibatt.plans.files import FilePath
 from calibatt.plans.packed import (
     MAX_BASES,
@@ -23,17 +22,13 @@ from calibatt.plans.packed import (
     encode,
     granted_bytes,
 )
-from calibatt.plans.schedule import ROWS, SMALL_ARRAYS, Int64, LayerSchedule
+from calibatt.plans.schedule import SMALL_ARRAYS, Int64, LayerSchedule
 from calibatt.plans.schema import Blocks, ModelSignature, Segment, TokenGrid, check_predicted
 
 MAGIC = b"CALIBPLN"
-VERSION = (3, 0)
-OLD_VERSIONS = (2, 1)
-"""Still read, no longer written: 2 has anchor rows only, 1 block lists as they are, too."""
+VERSION = (4, 0)
 COLUMNS = ("masks", "lists", *SMALL_ARRAYS)
 """Of ``s/layers``; all but ``lists`` are sections."""
-_ROWS_ONLY = ("head_list", "head_anchor", "anchor_ptr", "group_start", "anchor_row", "tile_order")
-OLD_COLUMNS = {2: ("masks", "lists", *_ROWS_ONLY), 1: ("row_ptr", "col_idx", *_ROWS_ONLY)}
 
 Value = TypeVar("Value", ModelSignature, TokenGrid, Blocks)
 
@@ -45,7 +40,7 @@ class PlanFile:
 
     Args:
         signature: The model the plan is for.
-        grid: The token sequence it is for.
+        grid: The video tokens it is for.
         blocks: Its block sizes.
         segments: Ascending, covering [0, 1] without gap or overlap.
         schedules: ``schedules[segment][layer]``; all of the plan's grid, blocks and heads. `StoredLayers` decodes them
@@ -117,7 +112,7 @@ class PlanFile:
             PlanError: The first broken promise of FORMAT.md; the message names file, rule and value.
             OSError: The file cannot be read.
         """
-        container = _open(path)
+        container = Container.open(path, magic=MAGIC, version=VERSION)
         container.verify()
         try:
             return _parse(container)
@@ -238,21 +233,8 @@ def write_plan(path: FilePath, plan: PlanFile) -> int:
     return write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections)
 
 
-def _open(path: FilePath) -> Container:
-    """The file, of any version that is read."""
-    try:
-        return Container.open(path, magic=MAGIC, version=VERSION)
-    except UnsupportedVersion as error:
-        for major in OLD_VERSIONS:
-            with suppress(UnsupportedVersion):
-                return Container.open(path, magic=MAGIC, version=(major, 0))
-        raise UnsupportedVersion(f"{error} (this version reads 1, 2 and 3)") from None
-
-
 def _parse(container: Container) -> PlanFile:
-    first = container.version[0] == 1
-    keys = tuple(key for key in _HEADER_KEYS if not first or key != "bases")
-    header = _known("header", container.header, keys, container.newer)
+    header = _known("header", container.header, _HEADER_KEYS, container.newer)
     signature = _value(ModelSignature, "model", header, container.newer)
     grid = _value(TokenGrid, "grid", header, container.newer)
     blocks = _value(Blocks, "blocks", header, container.newer)
@@ -261,22 +243,16 @@ def _parse(container: Container) -> PlanFile:
         _segment(f"segments[{index}]", value, container.newer) for index, value in enumerate(header["segments"])
     )
     _check_segments(segments)
-    columns = OLD_COLUMNS.get(container.version[0], COLUMNS)
-    names = {name for name in columns if name != "lists"} | {"layers"}
+    names = {name for name in COLUMNS if name != "lists"} | {"layers"}
     expected = {f"{index}/{name}" for index in range(len(segments)) for name in names}
     unknown = sorted(set(container.names) - expected)
     if unknown and not container.newer:
         rule = f"have only the sections of its {len(segments)} segments"
         raise SectionError(f"{container.path}: the plan must {rule}, got {unknown[0]!r}")
-    parts = [_layers(container, index, signature.layers, columns) for index in range(len(segments))]
-    schedules: Sequence[Sequence[LayerSchedule]]
-    if first:
-        schedules = tuple(tuple(LayerSchedule(grid, blocks, **arrays) for _, arrays in layers) for layers in parts)
-    else:
-        bases = _bases(header["bases"], len(segments))
-        encoded = [[EncodedLayer(arrays.pop("masks"), lists, arrays) for lists, arrays in layers] for layers in parts]
-        granted = granted_bytes(container.size_bytes)
-        schedules = StoredLayers(f"{container.path}: ", grid, blocks, signature.heads, bases, encoded, granted)
+    encoded = [_layers(container, index, signature.layers) for index in range(len(segments))]
+    bases = _bases(header["bases"], len(segments))
+    granted = granted_bytes(container.size_bytes)
+    schedules = StoredLayers(f"{container.path}: ", grid, blocks, signature.heads, bases, encoded, granted)
     return PlanFile(
         signature=signature,
         grid=grid,
@@ -303,18 +279,16 @@ def _bases(value: object, segments: int) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _layers(
-    container: Container, index: int, layers: int, columns: tuple[str, ...]
-) -> list[tuple[int, dict[str, Any]]]:
-    """Of each layer the number of lists (0 in version 1) and its part of every section."""
-    arrays = {name: container.section(f"{index}/{name}") for name in columns if name != "lists"}
+def _layers(container: Container, index: int, layers: int) -> list[EncodedLayer]:
+    """A segment's layers as they are stored."""
+    arrays = {name: container.section(f"{index}/{name}") for name in COLUMNS if name != "lists"}
     name = f"{index}/layers"
     starts: Int64 = container.section(name)
-    shape = (layers + 1, len(columns))
+    shape = (layers + 1, len(COLUMNS))
     if starts.dtype != np.int64 or starts.shape != shape:
         found = f"{starts.dtype} of {starts.shape}"
         raise SectionError(f"{container.path}: section {name!r} must be int64 of shape {shape}, got {found}")
-    for column, of in enumerate(columns):
+    for column, of in enumerate(COLUMNS):
         ptr = starts[:, column]
         stop = ptr[-1] if of == "lists" else arrays[of].size
         flat = of == "lists" or arrays[of].ndim == 1
@@ -326,21 +300,16 @@ def _layers(
             raise SectionError(
                 f"{container.path}: column {column} of section {name!r} must rise from 0 to {what}, got {found}"
             )
-    kinds = {"masks": np.dtype(np.uint8), "col_idx": np.dtype(np.uint16)}
     for of, array in arrays.items():
-        if (kind := kinds.get(of, np.dtype(np.int32))) != array.dtype:
+        if (kind := np.dtype(np.uint8 if of == "masks" else np.int32)) != array.dtype:
             raise ScheduleError(
                 f"segment {index}, layer 0: {of} must be a one-dimensional {kind} array, got {array.dtype}"
             )
-    at = columns.index("lists") if "lists" in columns else None
-    parts = []
+    at, parts = COLUMNS.index("lists"), []
     for layer in range(layers):
-        lists = 0 if at is None else int(starts[layer + 1, at] - starts[layer, at])
-        part = {of: arrays[of][starts[layer, i] : starts[layer + 1, i]] for i, of in enumerate(columns) if of in arrays}
-        if "anchor_row" in part:
-            part["group_anchor"] = part.pop("anchor_row")
-            part["anchor_axis"] = np.full(max(0, len(part["anchor_ptr"]) - 1), ROWS, np.int32)
-        parts.append((lists, part))
+        lists = int(starts[layer + 1, at] - starts[layer, at])
+        part = {of: arrays[of][starts[layer, i] : starts[layer + 1, i]] for i, of in enumerate(COLUMNS) if of in arrays}
+        parts.append(EncodedLayer(part.pop("masks"), lists, part))
     return parts
 
 

@@ -41,14 +41,15 @@ MAX_KEPT = INT32_END - 2 * MAX_BLOCKS
 class LayerSchedule:
     """The lowered schedules of all heads of one layer in one segment.
 
-    A head computes its *packed queries*: all N tokens, or, with an anchor pattern, ``text_before`` tokens, the tokens
-    of the anchor rows, or frames, in raster order, ``text_after`` tokens. Packed queries are cut into *tiles* of
-    ``block_q`` (the last may be partial). Tile t of head h attends to the key blocks of block list
-    ``head_list[h] + t``, or to all key blocks where ``head_list[h]`` is `DENSE`. Heads may share lists. Rows, or
-    frames, that are no anchors receive a copy of the output of their group's anchor.
+    It is of the video tokens alone, which are numbered from 0 here and cut into blocks from the first one on. A head
+    computes its *packed queries*: all V tokens, or, with an anchor pattern, the tokens of the anchor rows, or frames,
+    in raster order. Packed queries are cut into *tiles* of ``block_q`` (the last may be partial). Tile t of head h
+    attends to the key blocks of block list ``head_list[h] + t``, or to all key blocks where ``head_list[h]`` is
+    `DENSE`; and to every key of the prefix and the suffix. Heads may share lists. Rows, or frames, that are no anchors
+    receive a copy of the output of their group's anchor. Queries of the prefix and the suffix attend to everything.
 
     Args:
-        grid: The token sequence.
+        grid: The video tokens.
         blocks: Block sizes.
         row_ptr: int32 ``(lists + 1,)``; list i is ``col_idx[row_ptr[i]:row_ptr[i + 1]]``; starts at 0, never falls.
         col_idx: uint16 ``(kept,)``; key blocks, strictly ascending within a list, at least one a list.
@@ -103,11 +104,12 @@ class LayerSchedule:
     @cached_property
     def pattern_tokens(self) -> Int64:
         """int64 ``(patterns,)``: packed queries of the heads of each pattern."""
-        return self.grid.text_before + np.diff(self.anchor_ptr) * self.member_tokens + self.grid.text_after
+        found: Int64 = np.diff(self.anchor_ptr) * self.member_tokens
+        return found
 
     def group_sizes(self, pattern: int) -> Int64:
         """int64 ``(groups,)``: members of each of a pattern's groups."""
-        members = self.grid.video_tokens // int(self.member_tokens[pattern])
+        members = self.grid.tokens // int(self.member_tokens[pattern])
         found: Int64 = np.diff(np.append(self.groups(pattern)[0].astype(np.int64), members))
         return found
 
@@ -122,14 +124,14 @@ class LayerSchedule:
         return np.flatnonzero(source == np.arange(len(source)))
 
     def token_source(self, head: int) -> Int64:
-        """For each token, the token whose query is computed in its place, int64 ``(N,)``."""
+        """For each token, the token whose query is computed in its place, int64 ``(V,)``."""
         source = np.arange(self.grid.tokens, dtype=np.int64)
         pattern = int(self.head_anchor[head])
         if pattern == NO_ANCHORS:
             return source
         size = int(self.member_tokens[pattern])
         computed = np.repeat(self.groups(pattern)[1].astype(np.int64), self.group_sizes(pattern))
-        video = source[self.grid.text_before :][: self.grid.video_tokens].reshape(-1, size)
+        video = source.reshape(-1, size)
         video += (computed - np.arange(len(video)))[:, None] * size
         return source
 
@@ -177,8 +179,8 @@ class LayerSchedule:
         """The oracle's view of a head.
 
         Returns:
-            source: int64 ``(N,)``; the token whose query is computed in place of token i.
-            keep: bool ``(N, k_blocks)``; the key blocks that query attends to.
+            source: int64 ``(V,)``; the token whose query is computed in place of token i.
+            keep: bool ``(V, k_blocks)``; the key blocks that query attends to.
         """
         packed = self.packed_queries(head)
         position = np.full(self.grid.tokens, -1, dtype=np.int64)
@@ -225,38 +227,6 @@ class LayerSchedule:
             tile_order=order[order >= 0].astype(np.int32),
         )
 
-    def shorten(self, text_after: int) -> LayerSchedule:
-        """The schedule of a sequence with fewer text tokens at its end: their queries and keys are not there.
-
-        Args:
-            text_after: Text tokens that remain after the video tokens.
-
-        Raises:
-            ValueError: More text tokens than this schedule has, or less than none.
-            ScheduleError: A tile keeps key blocks of the missing text only.
-        """
-        if not 0 <= text_after <= self.grid.text_after:
-            raise ValueError(f"text_after must be 0 to {self.grid.text_after}, got {text_after}")
-        if text_after == self.grid.text_after:
-            return self
-        short = replace(self, grid=replace(self.grid, text_after=text_after))
-        tiles = np.diff(short.head_tile_ptr)
-        used = self.lists_of(np.arange(self.heads), tiles)
-        stay = (self.col_idx < short.k_blocks) & np.repeat(used, np.diff(self.row_ptr))
-        kept = np.add.reduceat(stay, self.row_ptr[:-1], dtype=np.int64)[used]
-        check_kept(kept, short)
-        number = np.full(int(self.head_tile_ptr[-1]), -1)
-        for head, count in enumerate(tiles):
-            number[self.head_tile_ptr[head] :][:count] = short.head_tile_ptr[head] + np.arange(count)
-        order = number[self.tile_order]
-        return replace(
-            short,
-            row_ptr=_starts(kept),
-            col_idx=self.col_idx[stay],
-            head_list=_renumber(self.head_list, used),
-            tile_order=order[order >= 0].astype(np.int32),
-        )
-
     def lists_of(self, heads: Int64, tiles: Int64) -> Bool:
         """bool ``(lists,)``: the lists that heads use, of so many tiles each."""
         used = np.zeros(len(self.row_ptr) - 1, dtype=np.bool_)
@@ -290,13 +260,6 @@ def _renumber(indices: Int32, stay: Bool) -> Int32:
 
 def _fail(array: str, rule: str, value: object) -> None:
     raise ScheduleError(f"{array} must {rule}, got {value}")
-
-
-def check_kept(lengths: Int64, short: LayerSchedule) -> None:
-    """The promise that `LayerSchedule.shorten` could break: blocks in each list."""
-    if len(lengths) and not lengths.min():
-        rule = f"keep a key block below {short.k_blocks}, with {short.grid.text_after} text tokens"
-        _fail("each list", rule, "none")
 
 
 def check_size(grid: TokenGrid, blocks: Blocks, heads: int) -> None:

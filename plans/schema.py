@@ -30,32 +30,28 @@ def _is_int(value: object, least: int) -> bool:
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """The token sequence: text, then video in raster order (frame, y, x), then text.
+    """The video tokens of a sequence, in raster order (frame, y, x).
+
+    Other tokens (text, audio, conditions) stand before them, the *prefix*, or after them, the *suffix*. How many there
+    are is known at run time only.
 
     Args:
         frames: Latent frames after patching.
         height: Spatial rows of tokens in a frame.
         width: Tokens in a row.
-        text_before: Text tokens that precede the video tokens.
-        text_after: Text tokens that follow the video tokens.
 
     Raises:
-        SchemaError: A size is not a positive integer (text: not a non-negative one).
+        SchemaError: A size is not a positive integer.
     """
 
     frames: int
     height: int
     width: int
-    text_before: int = 0
-    text_after: int = 0
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width"):
             value = getattr(self, name)
             _require(_is_int(value, 1), f"grid.{name}", "a positive integer", value)
-        for name in ("text_before", "text_after"):
-            value = getattr(self, name)
-            _require(_is_int(value, 0), f"grid.{name}", "a non-negative integer", value)
 
         _require(self.tokens < INT32_END, "grid", f"of fewer than {INT32_END} tokens", self.tokens)
 
@@ -65,13 +61,9 @@ class TokenGrid:
         return self.frames * self.height
 
     @property
-    def video_tokens(self) -> int:
-        return self.rows * self.width
-
-    @property
     def tokens(self) -> int:
-        """Length N of the attention sequence."""
-        return self.text_before + self.video_tokens + self.text_after
+        """Video tokens, V."""
+        return self.rows * self.width
 
 
 @dataclass(frozen=True)

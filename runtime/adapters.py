@@ -67,7 +67,8 @@ class Adapter:
             rotation: a global of their module, called with ``(B, N, H, D)``, or a member of such a global, called with
             ``(B, H, N, D)`` as ``F.scaled_dot_product_attention`` is.
         heads: (heads, channels of a head) from the model's configuration.
-        grid: (frames, height, width, text_before, text_after) in tokens, from configuration and arguments of the model.
+        grid: (frames, height, width) of the video in tokens, and how many other tokens stand before it in the sequence;
+            from configuration and arguments of the model.
         time: Denoising time from the arguments of the model: float64 ``()`` on the CPU, 1 is pure noise. The noisiest
             where the samples or tokens of a batch differ.
         timestep: Name of the one argument that `time` looks at, if it is one: it is then read from its device without
@@ -75,8 +76,8 @@ class Adapter:
         channel_axis: Axis of the model's ``hidden_states`` that has the channels; the batch is axis 0. Only to record.
         coordinates: Name of the argument that has coordinates of every token, where `grid` looks at their values: in a
             call that has it, `grid` gets it alone, outside of what is traced.
-        valid_text: int64 ``(B,)``; how many of the text tokens after the video are no padding, for a family that tells
-            its attention by a mask of the keys; from the arguments of the model.
+        valid_text: int64 ``(B,)``; how many of the tokens after the video are no padding, which is at their end, for a
+            family that tells its attention by a mask of the keys; from the arguments of the model.
         not_dense: What the self-attention of a configuration is instead of dense, if it is not: no plan can be of it.
     """
 
@@ -84,7 +85,7 @@ class Adapter:
     attentions: tuple[tuple[str, str], ...]
     dispatch: str
     heads: Callable[[Any], tuple[int, int]]
-    grid: Callable[[Any, Arguments], tuple[int, int, int, int, int]]
+    grid: Callable[[Any, Arguments], tuple[int, int, int, int]]
     time: Callable[[Arguments], torch.Tensor]
     timestep: str | None = None
     channel_axis: int = 1
@@ -117,15 +118,19 @@ class Adapter:
         return ModelSignature(self.architecture, len(self.sites(model)), heads, head_dim)
 
     def lengths(self, config: Any, arguments: Arguments) -> torch.Tensor | None:
-        """Tokens of each sample without padding, int64 ``(B,)`` on the CPU; None where no mask says them."""
+        """Tokens of each sample without padding, int32 ``(B,)`` on the device; None where no mask says them."""
         if self.valid_text is None:
             return None
-        frames, height, width, before, _ = self.grid(config, arguments)
-        return self.valid_text(arguments).to("cpu", torch.int64) + (before + frames * height * width)
+        frames, height, width, start = self.grid(config, arguments)
+        return (self.valid_text(arguments) + (start + frames * height * width)).to(torch.int32)
 
     def token_grid(self, model: nn.Module, arguments: Arguments) -> TokenGrid:
-        """The token sequence of a forward."""
-        return TokenGrid(*self.grid(unwrap(model).config, arguments))
+        """The video tokens of a forward."""
+        return TokenGrid(*self.grid(unwrap(model).config, arguments)[:3])
+
+    def video_start(self, model: nn.Module, arguments: Arguments) -> int:
+        """How many tokens stand before those of the video."""
+        return self.grid(unwrap(model).config, arguments)[3]
 
 
 def naming_the_missing(read: Callable[..., Any], architecture: str) -> Callable[..., Any]:
@@ -143,23 +148,22 @@ def naming_the_missing(read: Callable[..., Any], architecture: str) -> Callable[
     return named
 
 
-def _wan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+def _wan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int]:
     frames, height, width = arguments["hidden_states"].shape[2:]
     patch = config.patch_size
-    return frames // patch[0], height // patch[1], width // patch[2], 0, 0
+    return frames // patch[0], height // patch[1], width // patch[2], 0
 
 
-def _ltx_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+def _ltx_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int]:
     # The pipeline has already cut the latents into patches; the sizes come beside them, or coordinates of every token.
     if arguments.get("video_coords") is not None:
         return _grid_at_the_end(arguments["video_coords"], lambda coordinates: coordinates[0].T)
-    return arguments["num_frames"], arguments["height"], arguments["width"], 0, 0
+    return arguments["num_frames"], arguments["height"], arguments["width"], 0
 
 
-def _ltx2_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+def _ltx2_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int]:
     # Images that are given for later frames stand after the video.
-    frames, height, width = arguments["num_frames"], arguments["height"], arguments["width"]
-    return frames, height, width, 0, arguments["hidden_states"].shape[1] - frames * height * width
+    return arguments["num_frames"], arguments["height"], arguments["width"], 0
 
 
 _known_grids = WeakTensorKeyDictionary()
@@ -168,7 +172,7 @@ _known_grids = WeakTensorKeyDictionary()
 
 def _grid_at_the_end(
     coordinates: torch.Tensor, by_token: Callable[[torch.Tensor], torch.Tensor] = lambda coordinates: coordinates
-) -> tuple[int, int, int, int, int]:
+) -> tuple[int, int, int, int]:
     """The grid of a sequence that ends with the video, from coordinates of frame, row and column of every token.
 
     The video is as many whole frames of one size at the end as rise in time. What stands before them counts as tokens
@@ -194,7 +198,7 @@ def _grid_at_the_end(
         whole = (frames[:, :, 1:] == last).all(2).all(1) & (frames[:, :, 0] == frames[:, :1, 0]).all(1)
         rising = torch.cat([torch.ones(1, dtype=torch.bool), frames[:, 0, 0].diff() < 0])
         count = int((whole & rising).cumprod(0).sum())
-        known = version, (count, len(rows), len(columns), tokens - count * size, 0)
+        known = version, (count, len(rows), len(columns), tokens - count * size)
         _known_grids[coordinates] = known
     return known[1]
 
@@ -203,17 +207,16 @@ def _thousandths(arguments: Arguments) -> torch.Tensor:
     return arguments["timestep"].max().to("cpu", torch.float64) / 1000
 
 
-def _cogvideox_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+def _cogvideox_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int]:
     frames, _, height, width = arguments["hidden_states"].shape[1:]
-    patch = config.patch_size
-    text = arguments["encoder_hidden_states"].shape[1]
-    return frames // (config.patch_size_t or 1), height // patch, width // patch, text, 0
+    patch, text = config.patch_size, arguments["encoder_hidden_states"].shape[1]
+    return frames // (config.patch_size_t or 1), height // patch, width // patch, text
 
 
-def _mochi_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+def _mochi_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int]:
     frames, height, width = arguments["hidden_states"].shape[2:]
     patch = config.patch_size
-    return frames, height // patch, width // patch, 0, arguments["encoder_hidden_states"].shape[1]
+    return frames, height // patch, width // patch, 0
 
 
 def _mochi_time(arguments: Arguments) -> torch.Tensor:
@@ -221,17 +224,10 @@ def _mochi_time(arguments: Arguments) -> torch.Tensor:
     return 1 - arguments["timestep"].min().to("cpu", torch.float64) / 1000
 
 
-def _hunyuan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+def _hunyuan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int]:
     frames, height, width = arguments["hidden_states"].shape[2:]
-    patch, text = config.patch_size, arguments["encoder_hidden_states"].shape[1]
-    return frames // config.patch_size_t, height // patch, width // patch, 0, text
-
-
-def _hunyuan15_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
-    # Two texts and an image: in every sample what is no padding comes first.
-    more = arguments["encoder_hidden_states_2"].shape[1] + arguments["image_embeds"].shape[1]
-    frames, height, width, _, text = _hunyuan_grid(config, arguments)
-    return frames, height, width, 0, text + more
+    patch = config.patch_size
+    return frames // config.patch_size_t, height // patch, width // patch, 0
 
 
 def _hunyuan15_text(arguments: Arguments) -> torch.Tensor:
@@ -241,13 +237,13 @@ def _hunyuan15_text(arguments: Arguments) -> torch.Tensor:
     return sum((mask.sum(1, dtype=torch.int64) for mask in masks), image.any() * image.shape[1])
 
 
-def _kandinsky_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int, int]:
+def _kandinsky_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int]:
     # A picture that is given is one more frame, the last: then frames have types.
     sizes = [
         size // patch for size, patch in zip(arguments["hidden_states"].shape[1:4], config.patch_size, strict=True)
     ]
     given = arguments.get("visual_token_type_ids") is not None
-    return sizes[0] - given, sizes[1], sizes[2], 0, given * sizes[1] * sizes[2]
+    return sizes[0] - given, sizes[1], sizes[2], 0
 
 
 def _kandinsky_heads(config: Any) -> tuple[int, int]:
@@ -331,7 +327,7 @@ ADAPTERS = (
     _row(
         "HunyuanVideo15Transformer3DModel",
         attentions=(("transformer_blocks", "attn"),),
-        grid=_hunyuan15_grid,
+        grid=_hunyuan_grid,
         valid_text=_hunyuan15_text,
     ),
     _row(

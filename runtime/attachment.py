@@ -25,8 +25,7 @@ from calibatt.runtime.adapters import (
     unwrap,
 )
 from calibatt.runtime.backends import UnsupportedBackendError
-from calibatt.runtime.intercept import InterceptedSite, Interception
-from calibatt.runtime.padding import ShorterPlans, each_sample
+from calibatt.runtime.intercept import InterceptedSite, Interception, each_sample
 from calibatt.runtime.parallel import Place, Share, Ulysses, slowest_rank, ulysses_of
 from calibatt.runtime.resident import ResidentSchedules
 from calibatt.runtime.schedule import LayerSchedule
@@ -202,8 +201,6 @@ class _Session:
         """The ranks that run each forward together, if any."""
         self.shares: dict[Plan, ResidentSchedules] = {}
         """What this rank executes of each plan, if there are several."""
-        self.shorter = {plan: ShorterPlans(plan, len(plan.segments), plan.grid.text_after) for plan in plans}
-        """What is executed where there is less text than planned."""
 
     def join(self, model: nn.Module, places: Sequence[Place]) -> None:
         """Learns how the model is spread over ranks now.
@@ -226,8 +223,7 @@ class _Session:
             self.ulysses.check(plan.signature.heads, plan.grid.tokens)
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> list[list[str]]:
-        """Chooses who executes every schedule on a device; the noisiest segment of a lone plan is put there, unless
-        the length of its text is not known yet.
+        """Chooses who executes every schedule on a device; the noisiest segment of a lone plan is put there.
 
         Raises:
             UnsupportedBackendError: Nobody can, or the one asked for cannot; says why for each.
@@ -239,7 +235,7 @@ class _Session:
                 for plan, segment in self.entries
             ]
             self.backends[device, dtype] = chosen
-            if len(self.plans) == 1 and not self.entries[0][0].grid.text_after:
+            if len(self.plans) == 1:
                 noisiest = len(self.entries) - 1
                 with self.entries[noisiest][0].lock:
                     self._enter(noisiest)
@@ -259,24 +255,18 @@ class _Session:
         return self.backend
 
     def device_bytes(self, plan: Plan) -> int:
-        """Bytes of index arrays on all devices: of the plan, of this rank's shares, and for shorter texts."""
-        shares = self.shares[plan].bound_bytes if plan in self.shares else 0
-        return plan.bound_bytes + shares + self.shorter[plan].bound_bytes
+        """Bytes of index arrays on all devices: of the plan, and of this rank's shares."""
+        return plan.bound_bytes + (self.shares[plan].bound_bytes if plan in self.shares else 0)
 
-    def _resident(self, plan: Plan, text: int | None) -> ResidentSchedules:
-        """Whose schedules are executed here: the plan's, this rank's shares of them, or those of so much text."""
-        if text is None or text == plan.grid.text_after:
-            return self.shares.get(plan, plan)
-        return self.shorter[plan][text]
-
-    def _layers(self, entry: int, text: int | None = None) -> Sequence[LayerSchedule]:
+    def _layers(self, entry: int) -> Sequence[LayerSchedule]:
+        """What is executed here: the plan's schedules, or this rank's shares of them."""
         plan, segment = self.entries[entry]
-        return self._resident(plan, text).layers(segment)
+        return self.shares.get(plan, plan).layers(segment)
 
-    def _enter(self, entry: int, text: int | None = None) -> None:
+    def _enter(self, entry: int) -> None:
         plan, segment = self.entries[entry]
         owner, following = self.entries[self._following(entry)]
-        resident = self._resident(plan, text)
+        resident = self.shares.get(plan, plan)
         resident.make_room(segment, *([following] if owner is plan and following != segment else []))
 
     def _following(self, entry: int) -> int:
@@ -290,14 +280,15 @@ class _Session:
             time = self.adapter.time({self.adapter.timestep: self.timesteps.read(time)})
         return float(time)
 
-    def resolve(self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None) -> int:
+    def resolve(self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None) -> tuple[int, int]:
         if time.numel() == 0:  # an empty batch
-            return STOCK
+            return STOCK, 0
         self.interception.verify()
         self.join(self.interception.model, self.interception.sites)
         if coordinates is not None:
             grid = self.adapter.grid(self.interception.model.config, {self.adapter.coordinates: coordinates})
-        found = TokenGrid(*grid)
+        *video, start = grid
+        found = TokenGrid(*video)
         plan = self.plans.get(found)
         if plan is None:
             message = f"forward does not fit the plan: grid must be {' or '.join(map(str, self.plans))}, got {found}"
@@ -306,7 +297,7 @@ class _Session:
             if found not in self.warned:
                 self.warned.add(found)
                 warnings.warn(f"{message}; such forwards run the model's own attention", stacklevel=2)
-            return STOCK
+            return STOCK, start
         self.check_parallel(plan)
         entry, before = self.first_entry[found] + plan.file.segment_index(self.read_time(time)), self.here.entry
         with plan.lock:
@@ -315,38 +306,33 @@ class _Session:
                     self.after[before] = entry
                 self.here.entry = entry
                 self._enter(entry)
-            if not plan.grid.text_after:
-                self._layers(entry)[0].bind(self.device)
-        return entry
+            self._layers(entry)[0].bind(self.device)
+        return entry, start
 
     def attend(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        lengths: Sequence[int] | None,
+        lengths: torch.Tensor | None,
+        video_start: int,
         entry: int,
         layer: int,
     ) -> torch.Tensor:
-        if lengths is None:
-            return self._attend(q, k, v, entry, layer)
-        return each_sample(lambda q, k, v: self._attend(q, k, v, entry, layer), q, k, v, lengths)
-
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, entry: int, layer: int) -> torch.Tensor:
         if entry == STOCK:
-            return self.interception.sites[layer].stock(q, k, v)
+            stock = self.interception.sites[layer].stock
+            return stock(q, k, v) if lengths is None else each_sample(stock, q, k, v, lengths.tolist())
         ops.check_alike(q, k, v)
         plan, _ = self.entries[entry]
         with plan.lock:
             backend = self.prepare(q.device, q.dtype)[entry][layer]
-            text = self._text(q, entry, layer)
-            if layer == 0 and text is not None:
-                self._enter(entry, text)
-            schedules = self._layers(entry, text)
+            self._check_tokens(q, video_start, entry, layer)
+            schedules = self._layers(entry)
             schedule = schedules[layer]
             if isinstance(schedule, Share):
                 q, k, v = schedule.tokens_to_heads(q, k, v)
-            out = ops.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), schedule, backend).transpose(1, 2)
+            parts = (x.transpose(1, 2) for x in (q, k, v))
+            out = ops.attend(*parts, schedule, backend, video_start=video_start, lengths=lengths).transpose(1, 2)
             if isinstance(schedule, Share):
                 out = schedule.heads_to_tokens(out)
         # While the device computes, arrays get there: the next layer's, if need be, and this layer's of what follows.
@@ -354,26 +340,24 @@ class _Session:
         owner, _ = self.entries[following]
         for coming in schedules[layer + 1 : layer + 2]:
             coming.prefetch(q.device, plan.lock)
-        self._layers(following, text if owner is plan else None)[layer].prefetch(q.device, owner.lock)
+        self._layers(following)[layer].prefetch(q.device, owner.lock)
         return out
 
-    def _text(self, q: torch.Tensor, entry: int, layer: int) -> int | None:
-        """Text tokens at the end of ``(B, N, H, D)`` queries where there are fewer than planned, else None.
+    def _check_tokens(self, q: torch.Tensor, video_start: int, entry: int, layer: int) -> None:
+        """Proves that ``(B, N, H, D)`` queries are of all heads and hold the video.
 
         Raises:
             PlanMismatchError: Somebody has split what kernels take for whole.
         """
         plan, _ = self.entries[entry]
-        tokens, heads, text = plan.grid.tokens, plan.signature.heads, plan.grid.text_after
-        here = self.ulysses.lengths(tokens)[self.ulysses.rank] if self.ulysses else tokens
-        missing = here - q.shape[1]
-        least = here if self.ulysses else here - text
-        if q.shape[2] != heads or not 0 <= missing <= here - least:
+        least, heads, tokens = video_start + plan.grid.tokens, plan.signature.heads, q.shape[1]
+        if self.ulysses:
+            least = self.ulysses.lengths(plan.grid.tokens)[self.ulysses.rank]
+        if q.shape[2] != heads or tokens < least or (self.ulysses and tokens > least):
+            rule = str(least) if self.ulysses else f"at least {least}"
             raise PlanMismatchError(
-                f"attention of layer {layer} must get {f'{least} to ' if least < here else ''}{here} tokens of {heads} "
-                f"heads, got {q.shape[1]} of {q.shape[2]}"
+                f"attention of layer {layer} must get {rule} tokens of {heads} heads, got {tokens} of {q.shape[2]}"
             )
-        return text - missing if missing else None
 
 
 def _where_it_runs(model: nn.Module, weight: torch.Tensor) -> tuple[torch.device, torch.dtype]:

@@ -35,31 +35,31 @@ class Family:
     Args:
         architecture: The class of the same model in diffusers, which plans name.
         heads: (heads, channels of a head) of the model; its layers are `blocks`.
-        grid: The token sequence of a call, from its options and its number of tokens; None where so many tokens are
-            those of another attention of the model.
+        grid: The video tokens of a call and how many others stand before them, from its options and its number of
+            tokens; None where so many tokens are those of another attention of the model.
     """
 
     architecture: str
     heads: Callable[[Any], tuple[int, int]]
-    grid: Callable[[Options, int], TokenGrid | None]
+    grid: Callable[[Options, int], tuple[TokenGrid, int] | None]
 
     def signature(self, model: Any) -> ModelSignature:
         """What the model is, in the words of a plan; weights are not digested."""
         return ModelSignature(self.architecture, len(model.blocks), *self.heads(model))
 
 
-def _h3_grid(options: Options, tokens: int) -> TokenGrid | None:
+def _h3_grid(options: Options, tokens: int) -> tuple[TokenGrid, int] | None:
     layout = options["minimax_h3_layout"]  # text, conditions and audio, then the video
     _, frames, height, width, _ = layout.signature  # of latents, of which a token is 1 x 2 x 2
-    video = frames * (height // 2) * (width // 2)
-    return TokenGrid(frames, height // 2, width // 2, tokens - video) if tokens == layout.seq_len else None
+    grid = TokenGrid(frames, height // 2, width // 2)
+    return (grid, tokens - grid.tokens) if tokens == layout.seq_len else None
 
 
 FAMILIES = {
     "WanModel": Family(
         architecture="WanTransformer3DModel",
         heads=lambda model: (model.num_heads, model.dim // model.num_heads),
-        grid=lambda options, tokens: TokenGrid(*options["grid_sizes"]),
+        grid=lambda options, tokens: (TokenGrid(*options["grid_sizes"]), 0),
     ),
     "MiniMaxH3Model": Family(
         architecture="MiniMaxH3Transformer3DModel",
@@ -142,16 +142,17 @@ class PlannedOverride:
         if (q.shape[1], q.shape[3]) != (self._signature.heads, self._signature.head_dim):
             return None
         try:
-            grid = self._family.grid(transformer_options, q.shape[2])
-            if grid is None:
+            found = self._family.grid(transformer_options, q.shape[2])
+            if found is None:
                 return None
+            grid, start = found
             layer, sigmas = transformer_options["block_index"], transformer_options["sigmas"]
         except KeyError as error:
             return self._refuse(f"this ComfyUI is too old for plans: transformer_options must have {error}, got none")
         plan = self.plans.get(grid)
         if plan is None:
             return self._refuse(f"grid must be {' or '.join(map(str, self.plans))}, got {grid}")
-        if q.shape[2] != grid.tokens:
+        if q.shape[2] != start + grid.tokens:
             return self._refuse(
                 f"self-attention must be of the {grid.tokens} tokens of {grid}, got {q.shape[2]}: a reference stands "
                 f"beside the video"
@@ -170,7 +171,7 @@ class PlannedOverride:
             if running.entry != (plan, segment):
                 running.entry = plan, segment
                 plan.make_room(segment, following)
-            out = ops.planned_attention(q, k, v, layers[layer], scale=scale)
+            out = ops.planned_attention(q, k, v, layers[layer], scale=scale, video_start=start)
         assert isinstance(out, torch.Tensor)
         # While the device computes, arrays get there: the next layer's, if need be, and this layer's of what follows.
         for coming in (*layers[layer + 1 : layer + 2], plan.layers(following)[layer]):

@@ -21,10 +21,11 @@ OUTSIDE_GRAPHS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None
 class Session(Protocol):
     """Who executes the ops: one plan attached to one model."""
 
-    def resolve(self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None) -> int:
-        """The segment that a forward runs in, everything it needs made ready; raises where it must not run.
+    def resolve(self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None) -> tuple[int, int]:
+        """The segment that a forward runs in, everything it needs made ready, and where the video starts; raises where
+        it must not run.
 
-        With coordinates of the tokens the grid is read from them.
+        The grid is that of `Adapter.grid`; with coordinates of the tokens it is read from them.
         """
 
     def attend(
@@ -32,11 +33,14 @@ class Session(Protocol):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        lengths: Sequence[int] | None,
+        lengths: torch.Tensor | None,
+        video_start: int,
         entry: int,
         layer: int,
     ) -> torch.Tensor:
-        """Attention of one layer; all ``(B, N, H, D)``. With lengths, what follows them in a sample is padding."""
+        """Attention of one layer; all ``(B, N, H, D)``. The video's tokens follow each other from `video_start` on.
+        With lengths, int32 ``(B,)`` on the device, what follows them in a sample is padding.
+        """
 
 
 _sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()
@@ -54,13 +58,13 @@ def open_session(session: Session) -> torch.Tensor:
 def resolve_segment(
     time: torch.Tensor, grid: Sequence[int], coordinates: torch.Tensor | None, session: torch.Tensor
 ) -> torch.Tensor:
-    """`Session.resolve` of what says the time; int64 ``()`` on the CPU."""
+    """`Session.resolve` of what says the time; int64 ``(2,)`` on the CPU."""
     return torch.tensor(_sessions[int(session)].resolve(time, tuple(grid), coordinates), device="cpu")
 
 
 @resolve_segment.register_fake
 def _(time: torch.Tensor, grid: Sequence[int], coordinates: torch.Tensor | None, session: torch.Tensor) -> torch.Tensor:
-    return torch.empty((), dtype=torch.int64, device="cpu")
+    return torch.empty(2, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("calibatt::attend", mutates_args=(), tags=OUTSIDE_GRAPHS)
@@ -73,11 +77,11 @@ def attend(
     layer: torch.Tensor,
     session: torch.Tensor,
 ) -> torch.Tensor:
-    """`Session.attend` of q, k, v ``(B, N, H, D)``, int64 ``(B,)`` lengths and int64 ``()`` segment and layer, these on
-    the CPU; the result is contiguous.
+    """`Session.attend` of q, k, v ``(B, N, H, D)``, int32 ``(B,)`` lengths, what `resolve_segment` returned and int64
+    ``()`` layer on the CPU; the result is contiguous.
     """
-    known = None if lengths is None else lengths.tolist()
-    return _sessions[int(session)].attend(q, k, v, known, int(segment), int(layer)).contiguous()
+    entry, start = segment.tolist()
+    return _sessions[int(session)].attend(q, k, v, lengths, start, entry, int(layer)).contiguous()
 
 
 @attend.register_fake

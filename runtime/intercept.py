@@ -10,16 +10,40 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from calibatt.runtime.adapters import Adapter, Arguments, Site, unwrap
-from calibatt.runtime.padding import each_sample
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "InterceptedSite", Any], torch.Tensor]
+
+
+def each_sample(
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: Sequence[int],
+) -> torch.Tensor:
+    """Attention of every sample without the padding at its end, whose outputs are zeros.
+
+    Args:
+        attend: ``attend(q, k, v) -> out``, all ``(B, n, H, D)``.
+        q: ``(B, N, H, D)``.
+        k: As q.
+        v: As q.
+        lengths: Tokens of each sample; what follows them is padding.
+    """
+    if all(length == q.shape[1] for length in lengths):
+        return attend(q, k, v)
+    out = v.new_zeros(v.shape)
+    for sample, length in enumerate(lengths):
+        part = slice(sample, sample + 1), slice(length)
+        out[part] = attend(q[part], k[part], v[part])
+    return out
 
 
 class InterceptionLostError(RuntimeError):
@@ -180,7 +204,7 @@ class Interception:
             )
         if mask is None or self._padded:
             return self._attend(q, k, v, site, context)
-        lengths = mask[:, 0, 0].sum(1).tolist()  # (B, 1, 1 or N, N): the first query, of the video, sees all of them
+        lengths = mask[:, 0, 0].sum(1, dtype=torch.int64).tolist()  # (B, 1, 1 or N, N): a query of the video
         return each_sample(lambda q, k, v: self._attend(q, k, v, site, context), q, k, v, lengths)
 
     def _processor(self, site: Site) -> Any:

@@ -18,6 +18,10 @@ ALIGNED_BYTES = 16
 """Of addresses and strides that TMA takes, and that Triton tells apart when it compiles."""
 MOST_MAPS = 1024
 """TMA descriptors that are kept of each kind, of 128 bytes each."""
+MOST_KINDS = 256
+"""Kinds of TMA descriptors that are kept: every length of a sequence has its own."""
+MOST_LAYOUTS = 64
+"""Launches of one schedule that are kept."""
 ZERO_PADDING = 0
 """TMA reads 0 beyond the ends of a tensor."""
 
@@ -88,7 +92,7 @@ class _TensorMaps(dict[int, Any]):
         return made
 
 
-_tensor_maps = functools.cache(_TensorMaps)
+_tensor_maps = functools.lru_cache(MOST_KINDS)(_TensorMaps)
 """One for each kind, which all launches share."""
 
 
@@ -124,6 +128,13 @@ def _raw_launch(compiled: Any, grid: tuple[int, int, int]) -> Callable[[int, lis
     return launch
 
 
+def keep(launches: dict[Any, Any], layout: Any, launch: Any) -> None:
+    """Keeps a launch; where there are too many, it alone."""
+    if len(launches) == MOST_LAYOUTS:
+        launches.clear()
+    launches[layout] = launch
+
+
 def layout_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, addresses: Sequence[int]) -> tuple[Any, ...]:
     """All that decides about a launch for q, k and v, which have one shape, dtype and device, but their addresses.
 
@@ -150,6 +161,13 @@ def addressable(x: torch.Tensor) -> torch.Tensor:
     if x.data_ptr() % ALIGNED_BYTES == 0 and together and all(s > 0 and s % unit == 0 for s in strides):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def addressable_lengths(lengths: torch.Tensor | None) -> torch.Tensor | None:
+    """Lengths side by side at an address that is a multiple of 16, as all that move."""
+    if lengths is None or (lengths.is_contiguous() and lengths.data_ptr() % ALIGNED_BYTES == 0):
+        return lengths
+    return lengths.clone(memory_format=torch.contiguous_format)
 
 
 def tile_strides(x: torch.Tensor) -> list[int]:

@@ -19,21 +19,29 @@ def planned_attention(
     backend: str = "auto",
     scale: float | None = None,
     return_lse: bool = False,
+    video_start: int = 0,
+    lengths: torch.Tensor | None = None,
 ) -> Result:
     """Self-attention over the key blocks that a schedule keeps; anchors computed once and copied to their groups.
 
-    For every backend, with ``source, keep = schedule.dense(h)``: out[b, h, i] = softmax over the keys in blocks keep[i]
-    of (q[b, h, source[i]] . k) * scale, times v. Forward only.
+    The sequence is a prefix of P tokens, the V tokens of the schedule's video, and a suffix. For every backend, with
+    ``source, keep = schedule.dense(h)`` and i and j counted from the first video token: out[b, h, i] = softmax over the
+    keys of the prefix, of the blocks keep[i] and of the suffix of (q[b, h, source[i]] . k) * scale, times v. Queries of
+    the prefix and the suffix attend to all keys. Forward only.
 
     Args:
         q: ``(B, H, N, D)``, floating point; any strides, but D contiguous. Under autocast q, k and v are cast to its
             dtype, as by `scaled_dot_product_attention`.
         k: As q, same shape, dtype and device.
         v: As q, same shape, dtype and device.
-        schedule: What to compute; H and N are the schedule's.
+        schedule: What to compute; H is the schedule's, and N at least P + V.
         backend: ``auto``, or the name of the backend that must execute.
         scale: Factor of the scores, positive; ``D ** -0.5`` if absent.
         return_lse: Also return the natural log of the sum of exponentials of the kept, scaled scores.
+        video_start: P, the tokens before those of the video.
+        lengths: int32 ``(B,)`` on q's device, P + V to N: keys of a sample from there on are padding, which no query
+            attends to. Its values must be finite, and its own queries are computed as all of the suffix. All keys count
+            if absent.
 
     Returns:
         out ``(B, H, N, D)``, dtype of q; with `return_lse` also lse ``(B, H, N)``, fp32 (fp64 for fp64 input).
@@ -43,14 +51,15 @@ def planned_attention(
         UnsupportedBackendError: The named backend cannot execute this schedule here.
     """
     q, k, v = as_attention_takes(q, k, v)
-    _validate(q, k, v, schedule)
+    _validate(q, k, v, schedule, video_start, lengths)
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     if backend == "auto":
         backend = choose_backend(schedule, q.device, q.dtype, q.shape[-1])
     elif reasons := supports(schedule, q.device, q.dtype, q.shape[-1], backend):
         raise UnsupportedBackendError(f"backend {backend!r} cannot execute this schedule: {'; '.join(reasons)}")
-    return attend(q, k, v, schedule, backend, scale=scale, return_lse=return_lse)
+    more = {"scale": scale, "return_lse": return_lse, "video_start": video_start, "lengths": lengths}
+    return attend(q, k, v, schedule, backend, **more)
 
 
 def attend(
@@ -62,6 +71,8 @@ def attend(
     *,
     scale: float | None = None,
     return_lse: bool = False,
+    video_start: int = 0,
+    lengths: torch.Tensor | None = None,
 ) -> Result:
     """`planned_attention` without its checks, for callers that have made them once (shapes, devices, `supports`)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -69,7 +80,7 @@ def attend(
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         return (out, lse) if return_lse else out
     with schedule.bind(q.device).lowered() as bound:
-        out, lse = load_backend(backend).run(q, k, v, bound, scale, return_lse)
+        out, lse = load_backend(backend).run(q, k, v, bound, scale, return_lse, video_start, lengths)
     return (out, lse) if return_lse else out
 
 
@@ -135,15 +146,26 @@ def choose_backend(schedule: LayerSchedule, device: torch.device | str, dtype: t
     raise UnsupportedBackendError(f"no backend can execute this schedule ({' | '.join(refused)})")
 
 
-def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: LayerSchedule) -> None:
+def _validate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    schedule: LayerSchedule,
+    video_start: int,
+    lengths: torch.Tensor | None,
+) -> None:
     if q.ndim != 4:
         raise ValueError(f"q must have shape (batch, heads, tokens, head_dim), got {tuple(q.shape)}")
     if q.shape[1] != schedule.heads:
         raise ValueError(f"q must have the schedule's {schedule.heads} heads, got {q.shape[1]} in {tuple(q.shape)}")
-    if q.shape[2] != schedule.grid.tokens:
+    if not 0 <= video_start <= q.shape[2] - schedule.grid.tokens:
         raise ValueError(
-            f"q must have the schedule's {schedule.grid.tokens} tokens, got {q.shape[2]} of {schedule.grid}"
+            f"q must have the schedule's {schedule.grid.tokens} tokens from video_start on, got {q.shape[2]} tokens, "
+            f"video_start {video_start} and {schedule.grid}"
         )
+    if lengths is not None and (lengths.dtype, lengths.device, lengths.shape) != (torch.int32, q.device, q.shape[:1]):
+        found = f"{lengths.dtype} {tuple(lengths.shape)} on {lengths.device}"
+        raise ValueError(f"lengths must be int32 of ({q.shape[0]},) on {q.device}, got {found}")
     if not q.is_floating_point():
         raise ValueError(f"q must be floating point, got {q.dtype}")
     check_alike(q, k, v)

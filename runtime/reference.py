@@ -18,8 +18,12 @@ def reference_attention(
     *,
     scale: float | None = None,
     queries: torch.Tensor | None = None,
+    video_start: int = 0,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out[b, h, i] = softmax over keys j in blocks keep[i] of (q[b, h, source[i]] . k[b, h, j]) * scale, times v.
+    """out[b, h, i] = softmax over the keys that query i keeps of (q[b, h, source[i]] . k[b, h, j]) * scale, times v.
+
+    A video query keeps the blocks keep[i] of the video, and all that is not video; another query keeps everything.
 
     Args:
         q: ``(B, H, N, D)``, any floating dtype; the computation is in this dtype.
@@ -28,6 +32,8 @@ def reference_attention(
         schedule: Gives source and keep of each head.
         scale: Factor of the scores; ``D ** -0.5`` if absent.
         queries: int64 ``(M,)``; compute these tokens only (default: all N).
+        video_start: Tokens before the video.
+        lengths: int32 ``(B,)``; keys from there on do not exist.
 
     Returns:
         out: ``(B, H, M, D)``, dtype of q.
@@ -38,15 +44,24 @@ def reference_attention(
     queries = torch.arange(tokens, device="cpu") if queries is None else queries.cpu()
     out = q.new_empty(batch, heads, len(queries), head_dim)
     lse = q.new_empty(batch, heads, len(queries))
-    block_of_key = torch.arange(tokens, device="cpu") // schedule.blocks.block_k
+    video = slice(video_start, video_start + schedule.grid.tokens)
+    block_of_key = torch.arange(schedule.grid.tokens, device="cpu") // schedule.blocks.block_k
+    ends = torch.full((batch,), tokens, device=q.device) if lengths is None else lengths
+    padding = torch.arange(tokens, device=q.device) >= ends[:, None]
     chunk = max(1, CHUNK_SCORES // max(1, batch * tokens))
     for head in range(heads):
-        source, keep = schedule.dense(head)
+        source, keep = (
+            torch.arange(tokens, device="cpu"),
+            torch.ones(tokens, schedule.k_blocks, dtype=torch.bool, device="cpu"),
+        )
+        source[video], keep[video] = schedule.dense(head)
+        source[video] += video_start
         for start in range(0, len(queries), chunk):
             part = slice(start, start + chunk)
             rows = queries[part]
-            dropped = ~keep[rows][:, block_of_key].to(q.device)
             scores = q[:, head, source[rows].to(q.device)] @ k[:, head].transpose(-1, -2) * scale
+            dropped = padding[:, None].repeat(1, len(rows), 1)
+            dropped[..., video] |= ~keep[rows][:, block_of_key].to(q.device)
             scores.masked_fill_(dropped, -torch.inf)
             out[:, head, part] = _weighted(scores.softmax(-1), v[:, head], dropped)
             lse[:, head, part] = scores.logsumexp(-1)
@@ -59,11 +74,11 @@ def _weighted(weights: torch.Tensor, v: torch.Tensor, dropped: torch.Tensor) -> 
     Args:
         weights: ``(B, M, N)``, 0 where dropped.
         v: ``(B, N, D)``.
-        dropped: bool, ``(M, N)`` or ``(B, M, N)``.
+        dropped: bool ``(B, M, N)``.
     """
     if v.isfinite().all():
         return weights @ v
-    kept = ~dropped.expand_as(weights)
+    kept = ~dropped
     rows = [
         (w[..., None] * v).where(k[..., None], 0).sum(1) for w, k in zip(weights.unbind(1), kept.unbind(1), strict=True)
     ]
@@ -76,8 +91,16 @@ def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_di
 
 
 def run(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bound: DeviceSchedule, scale: float, return_lse: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bound: DeviceSchedule,
+    scale: float,
+    return_lse: bool,
+    video_start: int = 0,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `runtime.backends`."""
-    out, lse = reference_attention(q, k, v, LayerSchedule(bound.core), scale=scale)
+    more = {"scale": scale, "video_start": video_start, "lengths": lengths}
+    out, lse = reference_attention(q, k, v, LayerSchedule(bound.core), **more)
     return out, lse.to(torch.promote_types(lse.dtype, torch.float32)) if return_lse else None

@@ -55,12 +55,6 @@ class ResidentSchedules:
                 for schedule in self._schedules[each]:
                     schedule.unbind()
 
-    def let_go(self) -> None:
-        """Lets go of the arrays of all segments."""
-        for schedules in self._schedules:
-            for schedule in schedules:
-                schedule.unbind()
-
     @property
     def _shared_bytes(self) -> int:
         return 0 if self._workspace is None else self._workspace.nbytes

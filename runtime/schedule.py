@@ -18,7 +18,7 @@ from calibatt.runtime.workspace import PackedLists, Workspace, expanded
 
 T = TypeVar("T")
 EVERY_AT_ONCE = 1024
-"""Queries of a run, where all of a sequence are computed."""
+"""Queries of a run, where all of a video are computed."""
 
 
 class Outline(Protocol):
@@ -98,7 +98,7 @@ class LayerSchedule:
     def __repr__(self) -> str:
         grid, blocks = self.grid, self.blocks
         return (
-            f"LayerSchedule({self.heads} heads, {grid.tokens} tokens, blocks {blocks.block_q}x{blocks.block_k}, "
+            f"LayerSchedule({self.heads} heads, {grid.tokens} video tokens, blocks {blocks.block_q}x{blocks.block_k}, "
             f"density {self.density:.3f})"
         )
 
@@ -106,8 +106,8 @@ class LayerSchedule:
         """The oracle's view of a head.
 
         Returns:
-            source: int64 ``(N,)``; the token whose query is computed in place of token i.
-            keep: bool ``(N, k_blocks)``; the key blocks that query attends to.
+            source: int64 ``(V,)``; the token whose query is computed in place of token i.
+            keep: bool ``(V, k_blocks)``; the key blocks that query attends to.
         """
         source, keep = self.core.dense(head)
         return torch.from_numpy(source), torch.from_numpy(keep)
@@ -217,7 +217,7 @@ def _most_queries(grid: TokenGrid, anchor_ptr: Int32, anchor_axis: Int32) -> int
     if len(anchor_axis) == 0:
         return 0
     rows = int(np.diff(anchor_ptr) @ np.where(anchor_axis == FRAMES, grid.height, 1))
-    return len(anchor_axis) * (grid.text_before + grid.text_after) + rows * grid.width + grid.tokens
+    return rows * grid.width + grid.tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,9 +235,9 @@ class DeviceSchedule:
             last: `lowered` makes them these. Its address is for ever.
         heads: int32 ``(heads, 3)``: packed queries of the head, where they start in the three arrays below, and the
             tokens from one that receives an output to the next.
-        query_token: int32 ``(packed,)``; the token of each packed query: the queries of the anchor patterns one after
-            the other, then all N. Empty, like the two below, if every head computes every query: packed query p is
-            then token p, written once.
+        query_token: int32 ``(packed,)``; the token of each packed query, counted from the first one of the video: the
+            queries of the anchor patterns one after the other, then all V. Empty, like the two below, if every head
+            computes every query: packed query p is then token p, written once.
         query_first: int32 ``(packed,)``; the first token that receives the query's output.
         query_copies: int32 ``(packed,)``; how many receive it: tokens of the same place in rows, or frames, that follow
             each other.
@@ -341,6 +341,12 @@ def _bind(core: CoreSchedule, device: torch.device, workspace: Workspace | None 
     return DeviceSchedule(core, device, tiles, room.columns, there(heads), *room.queries(queries), lists=lists)
 
 
+def other_tiles(bound: DeviceSchedule, all_tokens: int, video_start: int) -> int:
+    """Tiles of a head for the queries of the prefix and of the suffix, of which each is cut by itself."""
+    blocks, grid = bound.core.blocks, bound.core.grid
+    return blocks.q_blocks(video_start) + blocks.q_blocks(all_tokens - video_start - grid.tokens)
+
+
 def move(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy on the device, made on the current stream without waiting for it."""
     if device.type == "cuda":
@@ -364,25 +370,22 @@ def _tiles(core: CoreSchedule) -> Int32:
 
 def _query_runs(core: CoreSchedule) -> tuple[Int32, list[int]]:
     """`query_token`, `query_first` and `query_copies` as runs (see `workspace.expanded`); where each pattern, then all
-    N start. No runs where every head computes every query.
+    V start. No runs where every head computes every query.
     """
     if (core.head_anchor == NO_ANCHORS).all():
         return np.zeros((0, 5), dtype=np.int32), [0] * len(core.anchor_ptr)
     grid = core.grid
-    last = grid.tokens - grid.text_after
-    before, after = ([grid.text_before, 0, 0, 1], [grid.text_after, last, last, 1])
     parts, starts = [], [0]
     for pattern in range(len(core.anchor_ptr) - 1):
         group_start, anchor = core.groups(pattern)
         size = int(core.member_tokens[pattern])
         row = np.arange(0, size, grid.width)  # of a member: where its rows begin, each a run
-        tokens = (grid.text_before + (at.astype(np.int64) * size)[:, None] + row for at in (anchor, group_start))
+        tokens = ((at.astype(np.int64) * size)[:, None] + row for at in (anchor, group_start))
         each = np.broadcast_arrays(grid.width, *tokens, core.group_sizes(pattern)[:, None])
-        parts += [[before], np.stack(each, axis=-1).reshape(-1, 4), [after]]
+        parts.append(np.stack(each, axis=-1).reshape(-1, 4))
         starts.append(starts[-1] + int(core.pattern_tokens[pattern]))
     first = np.arange(0, grid.tokens, EVERY_AT_ONCE)
     every = np.stack([np.minimum(EVERY_AT_ONCE, grid.tokens - first), first, first, np.ones_like(first)], axis=1)
     runs = np.concatenate([*parts, every])
-    runs = runs[runs[:, 0] > 0]
     start = np.cumsum(runs[:, 0]) - runs[:, 0]
     return np.concatenate([start[:, None], runs], axis=1).astype(np.int32), starts

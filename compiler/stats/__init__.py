@@ -22,7 +22,7 @@ from calibatt.compiler.stats.manifest import Manifest
 from calibatt.compiler.stats.sampling import SamplingTables
 from calibatt.compiler.stats.store import Store, Table
 from calibatt.compiler.stats.unit import Unit, combined, neighbours, unit_shapes
-from calibatt.compiler.stats.windows import Window, default_windows, text_keep, window_keep
+from calibatt.compiler.stats.windows import Window, default_windows, window_keep
 from calibatt.compiler.stats.writer import StoreWriter
 
 __all__ = [
@@ -50,7 +50,6 @@ __all__ = [
     "fast_codes",
     "neighbours",
     "quantise",
-    "text_keep",
     "unit_shapes",
     "window_keep",
 ]

@@ -17,7 +17,7 @@ from calibatt.plans.errors import ScheduleError, SchemaError
 from calibatt.plans.schedule import check_size
 from calibatt.plans.schema import Blocks, ModelSignature, TokenGrid
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_UNITS, MAX_TIMES = 1 << 16, 1000
 """So many files in a folder; three digits of a name."""
 DEFAULT_SHARES = (0.1, 0.2, 0.35, 0.5, 0.7)
@@ -42,7 +42,7 @@ class Manifest:
 
     Args:
         model: The model that was measured.
-        grid: Its token sequence.
+        grid: Its video tokens; blocks begin with the first one.
         blocks: Tokens per query and key block.
         times: Recorded denoising times, floats in [0, 1], ascending; a unit's `time_index` counts in them.
         windows: The parametric masks whose effects are measured.
@@ -128,8 +128,9 @@ class Manifest:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ManifestError(f"the manifest must be JSON, got {error}") from None
-        if isinstance(value, dict) and value.get("schema_version") == 1:
-            _require(False, "schema_version", "2 (calibrate again: an earlier version measured something else)", 1)
+        if isinstance(value, dict) and (older := value.get("schema_version")) in range(1, SCHEMA_VERSION):
+            rule = f"{SCHEMA_VERSION} (calibrate again: an earlier version measured something else)"
+            _require(False, "schema_version", rule, older)
         known = _fields_of(cls, "the manifest", value)
         version = known["schema_version"]
         _require(version == SCHEMA_VERSION, "schema_version", str(SCHEMA_VERSION), version)

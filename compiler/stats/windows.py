@@ -56,8 +56,6 @@ class Window:
 def window_keep(window: Window, grid: TokenGrid, blocks: Blocks) -> npt.NDArray[np.bool_]:
     """The blocks that a window keeps: those in which any token pair is within the radii.
 
-    A pair with a text token is always within: a query or key block that holds one is kept whole.
-
     Returns:
         bool (Q, K), the caller's own.
     """
@@ -79,14 +77,13 @@ def _window_keep(window: Window, grid: TokenGrid, blocks: Blocks) -> npt.NDArray
         near = np.abs(frame[row[some], None] - frame) <= frames
         near &= np.abs(height[row[some], None] - height) <= rows
         part, other = np.nonzero(near)
-        first_token = grid.text_before + other * grid.width
+        first_token = other * grid.width
         low = (first_token + np.maximum(left[some][part] - columns, 0)) // blocks.block_k
         high = (first_token + np.minimum(right[some][part] + columns, grid.width - 1)) // blocks.block_k
         line = block[some][part] * (k_blocks + 1)
         edges += np.bincount(line + low, minlength=edges.size)
         edges -= np.bincount(line + high + 1, minlength=edges.size)
     keep: npt.NDArray[np.bool_] = edges.reshape(q_blocks, -1).cumsum(1)[:, :-1] > 0
-    keep |= text_keep(grid, blocks)
     return keep
 
 
@@ -103,20 +100,8 @@ def default_windows(grid: TokenGrid) -> tuple[Window, ...]:
 
 def _row_parts(grid: TokenGrid, size: int) -> tuple[npt.NDArray[np.int64], ...]:
     """Blocks cut at row ends: block, row, first and last column of every part, each int64 (parts,)."""
-    video = np.arange(grid.video_tokens)
-    block, row, column = (video + grid.text_before) // size, video // grid.width, video % grid.width
+    token = np.arange(grid.tokens)
+    block, row, column = token // size, token // grid.width, token % grid.width
     starts = np.flatnonzero((column == 0) | (np.diff(block, prepend=-1) > 0))
-    stops = np.append(starts[1:], grid.video_tokens) - 1
+    stops = np.append(starts[1:], grid.tokens) - 1
     return block[starts], row[starts], column[starts], column[stops]
-
-
-def text_keep(grid: TokenGrid, blocks: Blocks) -> npt.NDArray[np.bool_]:
-    """bool (Q, K): the blocks with a text query or a text key, which every mask keeps."""
-
-    def has_text(block: int) -> npt.NDArray[np.bool_]:
-        starts = np.arange(0, grid.tokens, block)
-        stops = np.minimum(starts + block, grid.tokens)
-        found: npt.NDArray[np.bool_] = (starts < grid.text_before) | (stops > grid.text_before + grid.video_tokens)
-        return found
-
-    return has_text(blocks.block_q)[:, None] | has_text(blocks.block_k)

@@ -1,7 +1,8 @@
 """The backends: who can execute a schedule, and where. A backend is a module with `supports` and `run`.
 
-    supports(outline, device, dtype, head_dim) -> list[str]    reasons why not; empty: it can
-    run(q, k, v, bound, scale, return_lse) -> (out, lse)       arguments are trusted; lse is None unless asked for
+    supports(outline, device, dtype, head_dim) -> list[str]       reasons why not; empty: it can
+    run(q, k, v, bound, scale, return_lse, video_start, lengths)  arguments as of `ops.planned_attention`, trusted
+        -> (out, lse)                                             lse is None unless asked for
 
 A module is imported when it is first asked, so that the torch backend works where triton is not installed.
 """

@@ -14,8 +14,16 @@ from triton.runtime import driver
 
 from calibatt.plans.schedule import FRAMES, NO_ANCHORS
 from calibatt.runtime.kernels.anchors import pack_queries
-from calibatt.runtime.launch import Launch, addressable, layout_of, on_device, tile_strides
-from calibatt.runtime.schedule import DeviceSchedule, Outline, move
+from calibatt.runtime.launch import (
+    Launch,
+    addressable,
+    addressable_lengths,
+    keep,
+    layout_of,
+    on_device,
+    tile_strides,
+)
+from calibatt.runtime.schedule import DeviceSchedule, Outline, move, other_tiles
 
 TESTED_RELEASES = ("3.6.0", "3.9.0")
 """Of Triton. Gluon is experimental: the tests compile the kernel under both, and it was executed under the first."""
@@ -41,10 +49,12 @@ class Launches:
     Args:
         pack: Of `pack_queries`, where some heads compute anchors only.
         forward: Of `hopper_forward`.
+        by_address: Whether that stores some outputs by address.
     """
 
     pack: Launch | None
     forward: Launch
+    by_address: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +140,14 @@ def prepare(bound: DeviceSchedule) -> Prepared:
 
 
 def run(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bound: DeviceSchedule, scale: float, return_lse: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bound: DeviceSchedule,
+    scale: float,
+    return_lse: bool,
+    video_start: int = 0,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `runtime.backends`. q, k or v that TMA cannot address (16-byte strides) are copied first.
 
@@ -140,12 +157,13 @@ def run(
     """
     ready = bound.derived(prepare)
     addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr()]
-    layout = (layout_of(q, k, v, addresses), scale, return_lse)
+    lengths = addressable_lengths(lengths)
+    layout = (layout_of(q, k, v, addresses), scale, return_lse, video_start, lengths is None)
     launches = ready.launches.get(layout)
     if launches is None:
         fit = addressable(q), addressable(k), addressable(v)
         if any(one is not other for one, other in zip(fit, (q, k, v), strict=True)):
-            return run(*fit, bound, scale, return_lse)
+            return run(*fit, bound, scale, return_lse, video_start, lengths)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
     packed_q = None
@@ -156,15 +174,16 @@ def run(
         stream = driver.active.get_current_stream(index)
         counter = work_counter(q.device, stream)
         if launches is None:
-            ready.launches[layout] = _first_launches(q, k, v, out, lse, packed_q, counter, bound, scale)
+            made = _first_launches(q, k, v, out, lse, packed_q, counter, bound, scale, video_start, lengths)
+            keep(ready.launches, layout, made)
             return out, lse
-        addresses += [out.data_ptr(), counter.data_ptr()]
+        q_at, video = addresses[0], video_start * q.element_size()
+        addresses += [out.data_ptr() + video * out.stride(2), counter.data_ptr()]
         if packed_q is not None:
             packed_at = packed_q.data_ptr()
-            launches.pack(stream, addresses[0], packed_at)
-            addresses += [packed_at, out.data_ptr()]
-        if lse is not None:
-            addresses.append(lse.data_ptr())
+            launches.pack(stream, q_at + video * q.stride(2), packed_at)
+            addresses.append(packed_at)
+        addresses += [x.data_ptr() for x in (out if launches.by_address else None, lse, lengths) if x is not None]
         launches.forward(stream, *addresses)
     return out, lse
 
@@ -179,20 +198,27 @@ def _first_launches(
     counter: torch.Tensor,
     bound: DeviceSchedule,
     scale: float,
+    video_start: int,
+    lengths: torch.Tensor | None,
 ) -> Launches:
     """Launches with everything that need not be asked again for tensors of this layout."""
     from calibatt.runtime.kernels import gluon_compat, hopper  # Gluon: only where it is used
 
-    batch, heads, tokens, head_dim = q.shape
-    ready = bound.derived(prepare)
-    tiles, block_k = len(ready.tiles), bound.core.blocks.block_k
+    batch, heads, all_tokens, head_dim = q.shape
+    tokens = bound.core.grid.tokens
+    others, padded = all_tokens > tokens, lengths is not None and all_tokens > tokens
+    by_address = others or bound.anchored
+    video = slice(video_start, video_start + tokens)
+    ready, block_k = bound.derived(prepare), bound.core.blocks.block_k
+    head_tiles = other_tiles(bound, all_tokens, video_start)
+    tiles = len(ready.tiles) + heads * head_tiles
     group_q, described = hopper.GROUP_Q.value, hopper.described_layout()
     moving = ["q_desc", "k_desc", "v_desc", "out_desc", "counter"]
     pack = None
     if packed_q is not None:
-        moving += ["packed_q_desc", "out_ptr"]
+        moving.append("packed_q_desc")
         arguments = {
-            "q_ptr": q,
+            "q_ptr": q[:, :, video],
             "packed_ptr": packed_q,
             "anchored_ptr": ready.anchored,
             "heads_ptr": bound.heads,
@@ -206,8 +232,9 @@ def _first_launches(
         }
         grid = (len(ready.anchored), -(-ready.packed_tokens // PACKED_ROWS), batch)
         pack = Launch(pack_queries, grid, arguments, ["q_ptr", "packed_ptr"])
-    if lse is not None:
-        moving.append("lse_ptr")
+    for name, is_there in (("out_ptr", by_address), ("lse_ptr", lse is not None), ("lengths", lengths is not None)):
+        if is_there:
+            moving.append(name)
 
     def describe(x: torch.Tensor | None, rows: int) -> Any:
         return None if x is None else gluon_compat.describe(x, tile_strides(x), [1, 1, rows, head_dim], described)
@@ -217,9 +244,10 @@ def _first_launches(
         "packed_q_desc": describe(packed_q, group_q),
         "k_desc": describe(k, block_k),
         "v_desc": describe(v, block_k),
-        "out_desc": describe(out, group_q),
-        "out_ptr": out if bound.anchored else None,
+        "out_desc": describe(out[:, :, video], group_q),
+        "out_ptr": out if by_address else None,
         "lse_ptr": lse,
+        "lengths": lengths,
         "tiles": ready.tiles,
         "columns": bound.columns,
         "counter": counter,
@@ -229,7 +257,11 @@ def _first_launches(
         "frame_tokens": bound.core.grid.height * bound.core.grid.width,
         "most_copies": ready.most_copies,
         "tokens": tokens,
+        "all_tokens": all_tokens,
+        "video_start": video_start,
         "heads": heads,
+        "head_tiles": head_tiles,
+        "prefix_tiles": bound.core.blocks.q_blocks(video_start),
         "tiles_of_batch": tiles,
         "tiles_of_pattern": ready.tiles_of_pattern,
         "work": tiles * batch,
@@ -237,10 +269,12 @@ def _first_launches(
         "ANCHORED": bound.anchored,
         "LSE": lse is not None,
         "KV_SLOTS": hopper.kv_slots(head_dim, block_k),
+        "OTHERS": others,
+        "PADDED": padded,
         **hopper.LAUNCH_OPTIONS,
     }
     grid = (min(processors(q.device), tiles * batch), 1, 1)
-    return Launches(pack, Launch(hopper.hopper_forward, grid, arguments, moving))
+    return Launches(pack, Launch(hopper.hopper_forward, grid, arguments, moving), by_address)
 
 
 def work_counter(device: torch.device, stream: int) -> torch.Tensor:

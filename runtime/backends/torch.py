@@ -1,7 +1,8 @@
 """The torch backend: gathers the keys and values that a tile keeps and hands them to scaled_dot_product_attention.
 
 Any device, any dtype. Tiles that keep equally many keys form batches, whatever their heads. Outputs pile up in the
-order of the work; one last gather puts every one in its place and copies anchors to their groups.
+order of the work; one last gather puts every one in its place and copies anchors to their groups. What is no video is
+not in the schedule: its keys are put before those that a tile keeps, and its queries are dense.
 
 On a CPU, Python threads share the work, and the operators of each run on one core: a tile's keys and values stay in
 that core's cache, and no core waits for another until the end. Operators that use every core meet at a barrier after
@@ -40,11 +41,13 @@ class _Batch:
 
     Args:
         first_row: The first of the ``tiles * block_q`` computed rows.
+        heads: int64 ``(tiles,)``.
         blocks: int64 ``(tiles, kept)``; key blocks, numbered through all heads: ``head * k_blocks + block``.
         keys: Keys of each tile; fewer than ``kept * block_k`` where the last block is partial.
     """
 
     first_row: int
+    heads: torch.Tensor
     blocks: torch.Tensor
     keys: int
 
@@ -56,8 +59,8 @@ class _Work:
     Args:
         batches: The batches, most keys first.
         dense: Head, first computed row and end of its rows, of each dense head.
-        queries: int64; the query ``head * N + token`` of each computed row. A partial tile repeats its last query.
-        position: int64 ``(H * N,)``; the computed row that is the output of query ``head * N + token``.
+        queries: int64; the query ``head * V + token`` of each computed row. A partial tile repeats its last query.
+        position: int64 ``(H * V,)``; the computed row that is the output of query ``head * V + token``.
     """
 
     batches: list[_Batch]
@@ -72,17 +75,25 @@ def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_di
 
 
 def run(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bound: DeviceSchedule, scale: float, return_lse: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bound: DeviceSchedule,
+    scale: float,
+    return_lse: bool,
+    video_start: int = 0,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `runtime.backends`."""
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)) if return_lse else None
     work = bound.derived(_plan)
+    ends = [q.shape[2]] * len(q) if lengths is None else lengths.tolist()
 
     def run_batch(threads: int) -> None:
-        for batch in range(len(q)):
-            one = q[batch], k[batch], v[batch], out[batch], lse[batch] if lse is not None else None
-            _run_one(*one, bound.core, work, scale, threads)
+        for batch, end in enumerate(ends):
+            one = q[batch], k[batch, :, :end], v[batch, :, :end], out[batch], lse[batch] if lse is not None else None
+            _run_one(*one, bound.core, work, scale, threads, video_start)
 
     # Autocast is a thread's own: the calling thread alone would compute its tiles in another precision.
     with torch.autocast(q.device.type, enabled=False):
@@ -108,13 +119,20 @@ def _run_one(
     work: _Work,
     scale: float,
     threads: int,
+    video_start: int,
 ) -> None:
-    """`run` for one element of the batch, by so many threads; writes out ``(H, N, D)`` and lse ``(H, N)``."""
-    heads, tokens, head_dim = q.shape
-    block_q, block_k = core.blocks.block_q, core.blocks.block_k
+    """`run` for one element of the batch, by so many threads; writes out ``(H, N, D)`` and lse ``(H, N)``.
+
+    Of k and v ``(H, n, D)`` there are only the keys that count.
+    """
+    heads, _, head_dim = q.shape
+    block_q, block_k, tokens = core.blocks.block_q, core.blocks.block_k, core.grid.tokens
     on_cpu = q.device.type == "cpu"
-    rows = q.reshape(heads * tokens, head_dim).index_select(0, work.queries)
-    k_blocks, v_blocks = (_as_blocks(x, block_k) for x in (k, v))
+    video = slice(video_start, video_start + tokens)
+    prefix, suffix = slice(video.start), slice(video.stop, None)
+    rows = q[:, video].reshape(heads * tokens, head_dim).index_select(0, work.queries)
+    k_blocks, v_blocks = (_as_blocks(x[:, video], block_k) for x in (k, v))
+    others = [torch.cat([x[:, prefix], x[:, suffix]], 1) for x in (k, v)]
     row_out = torch.empty_like(rows)
     row_lse = lse.new_empty(len(rows)) if lse is not None else None
 
@@ -124,11 +142,28 @@ def _run_one(
         if row_lse is not None:
             row_lse[first:stop] = _lse(queries, k, scale).reshape(-1)
 
-    def attend_tiles(first: int, blocks: torch.Tensor, keys: int) -> None:
-        kept = (x.index_select(0, blocks.view(-1)).view(len(blocks), 1, -1, head_dim) for x in (k_blocks, v_blocks))
-        attend(first, first + len(blocks) * block_q, *(x[:, :, :keys] for x in kept))
+    def attend_tiles(batch: _Batch, some: slice) -> None:
+        blocks, first = batch.blocks[some], batch.first_row + some.start * block_q
+        kept = [
+            x.index_select(0, blocks.view(-1)).view(len(blocks), 1, -1, head_dim)[:, :, : batch.keys]
+            for x in (k_blocks, v_blocks)
+        ]
+        if others[0].shape[1]:
+            kept = [torch.cat([x[batch.heads[some], None], y], 2) for x, y in zip(others, kept, strict=True)]
+        attend(first, first + len(blocks) * block_q, *kept)
 
-    tasks: list[Callable[[], None]] = []
+    def attend_others(head: int, part: slice) -> None:
+        queries, keys = q[None, None, head, part], k[None, None, head]
+        found = F.scaled_dot_product_attention(queries, keys, v[None, None, head], scale=scale)
+        out[head, part] = found[0, 0]
+        if lse is not None:
+            lse[head, part] = _lse(queries, keys, scale)[0, 0]
+
+    tasks: list[Callable[[], None]] = [
+        partial(attend_others, head, part)
+        for part in (prefix, suffix)
+        for head in range(heads if q[:, part].shape[1] else 0)
+    ]
     for head, first, stop in work.dense:
         step = CPU_DENSE_QUERIES if on_cpu else stop - first
         for start in range(first, stop, step):
@@ -138,12 +173,11 @@ def _run_one(
         tile_bytes = 2 * batch.blocks.shape[1] * block_k * head_dim * q.element_size()
         step = max(1, gather_bytes // tile_bytes)
         for start in range(0, len(batch.blocks), step):
-            first = batch.first_row + start * block_q
-            tasks.append(partial(attend_tiles, first, batch.blocks[start : start + step], batch.keys))
+            tasks.append(partial(attend_tiles, batch, slice(start, start + step)))
     _run_all(tasks, threads)
-    out.copy_(row_out.index_select(0, work.position).view(heads, tokens, head_dim))
+    out[:, video] = row_out.index_select(0, work.position).view(heads, tokens, head_dim)
     if lse is not None and row_lse is not None:
-        lse.copy_(row_lse.index_select(0, work.position).view(heads, tokens))
+        lse[:, video] = row_lse.index_select(0, work.position).view(heads, tokens)
 
 
 def _as_blocks(x: torch.Tensor, block_k: int) -> torch.Tensor:
@@ -200,7 +234,8 @@ def _plan(bound: DeviceSchedule) -> _Work:
     batches, dense, queries, rows = [], [], [], 0
     for keys, tiles in sorted(by_keys.items(), reverse=True):
         blocks = np.stack([head * k_blocks + core.columns(head, tile).astype(np.int64) for head, tile in tiles])
-        batches.append(_Batch(rows, torch.from_numpy(blocks).to(bound.device), keys))
+        heads = torch.tensor([head for head, _ in tiles], device="cpu").to(bound.device)
+        batches.append(_Batch(rows, heads, torch.from_numpy(blocks).to(bound.device), keys))
         rows += len(tiles) * block_q
         for head, tile in tiles:
             row = np.minimum(np.arange(tile * block_q, (tile + 1) * block_q), len(packed[head]) - 1)

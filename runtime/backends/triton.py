@@ -17,8 +17,17 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from calibatt.runtime.kernels.block_sparse import block_sparse_forward
-from calibatt.runtime.launch import Launch, addressable, is_known_release, layout_of, on_device, tile_strides
-from calibatt.runtime.schedule import DeviceSchedule, Outline
+from calibatt.runtime.launch import (
+    Launch,
+    addressable,
+    addressable_lengths,
+    is_known_release,
+    keep,
+    layout_of,
+    on_device,
+    tile_strides,
+)
+from calibatt.runtime.schedule import DeviceSchedule, Outline, other_tiles
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -134,6 +143,9 @@ def run(
     bound: DeviceSchedule,
     scale: float,
     return_lse: bool,
+    video_start: int = 0,
+    lengths: torch.Tensor | None = None,
+    *,
     config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `runtime.backends`; a config other than the table's is for measurements.
@@ -144,27 +156,31 @@ def run(
     """
     addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr()]
     launches = bound.derived(_no_launches)
-    layout = (layout_of(q, k, v, addresses), scale, return_lse, config)
+    lengths = addressable_lengths(lengths)
+    layout = (layout_of(q, k, v, addresses), scale, return_lse, video_start, lengths is None, config)
     launch = launches.get(layout)
     if launch is None:
         fit = addressable(q), addressable(k), addressable(v)
         if any(one is not other for one, other in zip(fit, (q, k, v), strict=True)):
-            return run(*fit, bound, scale, return_lse, config)
+            return run(*fit, bound, scale, return_lse, video_start, lengths, config=config)
     out = torch.empty_like(q)
     addresses.append(out.data_ptr())
     lse = None
     if return_lse:
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         addresses.append(lse.data_ptr())
+    if lengths is not None:
+        addresses.append(lengths.data_ptr())
     index = q.get_device()
     with on_device(index):
         if launch is not None:
             launch(driver.active.get_current_stream(index), *addresses)
             return out, lse
-        grid, arguments = _first_launch(q, k, v, out, lse, bound, scale, config)
+        grid, arguments = _first_launch(q, k, v, out, lse, bound, scale, video_start, lengths, config)
         if is_known_release() and not triton.knobs.runtime.interpret:
-            moving = ["q_ptr", "k", "v", "out_ptr", *(["lse_ptr"] if return_lse else [])]
-            launches[layout] = Launch(block_sparse_forward, grid, arguments, moving)
+            moving = ["q_ptr", "k", "v", "out_ptr"]
+            moving += [name for name in ("lse_ptr", "lengths_ptr") if arguments[name] is not None]
+            keep(launches, layout, Launch(block_sparse_forward, grid, arguments, moving))
         else:
             block_sparse_forward[grid](**arguments)
     return out, lse
@@ -183,10 +199,13 @@ def _first_launch(
     lse: torch.Tensor | None,
     bound: DeviceSchedule,
     scale: float,
+    video_start: int,
+    lengths: torch.Tensor | None,
     config: Config | None,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """The grid and the arguments of the kernel, launch options included."""
-    batch, heads, tokens, head_dim = q.shape
+    batch, heads, all_tokens, head_dim = q.shape
+    tokens = bound.core.grid.tokens
     blocks, sm = bound.core.blocks, device_sm(q.device)
     config = (config or table_row(sm)[head_dim]).fit(blocks.block_q, blocks.block_k)
     tma = sm >= TMA_SINCE
@@ -204,6 +223,7 @@ def _first_launch(
         "v": keys(v),
         "out_ptr": out,
         "lse_ptr": lse,
+        "lengths_ptr": lengths,
         "tiles_ptr": bound.tiles,
         "columns_ptr": bound.columns,
         "heads_ptr": bound.heads,
@@ -216,6 +236,8 @@ def _first_launch(
         **strides("out", out),
         "heads": heads,
         "tokens": tokens,
+        "all_tokens": all_tokens,
+        "video_start": video_start,
         "scale_log2": scale * math.log2(math.e),
         "BLOCK_Q": blocks.block_q,
         "BLOCK_K": blocks.block_k,
@@ -226,6 +248,9 @@ def _first_launch(
         "PARTIAL": tokens % blocks.block_k != 0,
         "ANCHORED": bound.anchored,
         "LSE": lse is not None,
+        "OTHERS": all_tokens > tokens,
+        "PADDED": lengths is not None and all_tokens > tokens,
         **config.options,
     }
-    return (len(bound.tiles) * (blocks.block_q // config.block_m), batch, 1), arguments
+    tiles = len(bound.tiles) + heads * other_tiles(bound, all_tokens, video_start)
+    return (tiles * (blocks.block_q // config.block_m), batch, 1), arguments

@@ -3,6 +3,9 @@
 One program computes BLOCK_M packed queries of one head. Its queries are gathered through the packed order (anchors
 only, where the head has any), its keys are the blocks of its list, and its output goes to every token that the
 query stands for. The schedule was validated when its plan was loaded, so that nothing is checked here.
+
+A schedule is of the video's tokens. Tokens before them, the prefix, and after them, the suffix, are keys of every
+program; programs of their own, the first ones, compute their queries, which attend to all keys.
 """
 
 import triton
@@ -52,34 +55,55 @@ def _accumulate(
     return acc, row_sum, new_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["all_tokens", "video_start"])
 def block_sparse_forward(
-    q_ptr, k, v, out_ptr, lse_ptr,
+    q_ptr, k, v, out_ptr, lse_ptr, lengths_ptr,
     tiles_ptr, columns_ptr, heads_ptr, query_token_ptr, query_first_ptr, query_copies_ptr,
     q_stride_b, q_stride_h, q_stride_n,
     k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n,
     out_stride_b, out_stride_h, out_stride_n,
-    heads, tokens, scale_log2,
+    heads, tokens, all_tokens, video_start, scale_log2,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr, TMA: tl.constexpr, PARTIAL: tl.constexpr, ANCHORED: tl.constexpr, LSE: tl.constexpr,
+    OTHERS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles * BLOCK_Q / BLOCK_M, batch). BLOCK_M divides BLOCK_Q, BLOCK_N divides BLOCK_K.
+    """Grid: (tiles * BLOCK_Q / BLOCK_M, batch). BLOCK_M divides BLOCK_Q, BLOCK_N divides BLOCK_K. Tiles are those of
+    the schedule, and before them, of each head, those of the prefix and of the suffix in BLOCK_Q tokens.
 
     The index arrays are those of `runtime.schedule.DeviceSchedule`. scale_log2 is scale * log2(e), positive.
     With TMA, k and v are descriptors of ``(B, H, N, D)`` in tiles of BLOCK_N tokens, else addresses like q_ptr.
-    lse_ptr: fp32 ``(B, H, N)``; only with LSE.
-    PARTIAL: the last key block has fewer than BLOCK_K keys. ANCHORED: some head computes anchors only.
+    lse_ptr: fp32 ``(B, H, N)``; only with LSE. lengths_ptr: int32 ``(B,)``, where padding begins; only with PADDED.
+    tokens: of the video; all_tokens: N; video_start: tokens of the prefix.
+    PARTIAL: the last key block has fewer than BLOCK_K keys. ANCHORED: some head computes anchors only. OTHERS: there
+    are a prefix or a suffix.
     """
     parts: tl.constexpr = BLOCK_Q // BLOCK_M
     steps: tl.constexpr = BLOCK_K // BLOCK_N
-    tile = tiles_ptr + 4 * (tl.program_id(0) // parts)
+    index = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts * BLOCK_M
     batch = tl.program_id(1)
     batch_offset = batch.to(tl.int64)
+    before = 0
+    if OTHERS:
+        before = video_start
+        video_stop = before + tokens
+        prefix_tiles = tl.cdiv(before, BLOCK_Q)
+        head_tiles = prefix_tiles + tl.cdiv(all_tokens - video_stop, BLOCK_Q)
+        other = index
+        index -= heads * head_tiles
+        is_video = index >= 0
+        index = tl.maximum(index, 0)
+    tile = tiles_ptr + 4 * index
     head = tl.load(tile)
-    first_query = tl.load(tile + 1) * BLOCK_Q + tl.program_id(0) % parts * BLOCK_M
+    first_query = tl.load(tile + 1) * BLOCK_Q + part
     start = tl.load(tile + 2)
     stop = tl.load(tile + 3)
+    if OTHERS:
+        head = tl.where(is_video, head, other // head_tiles)
+        first_query = tl.where(is_video, first_query, 0)
+        start = tl.where(is_video, start, 0)
+        stop = tl.where(is_video, stop, tl.cdiv(tokens, BLOCK_K))
 
     packed_tokens = tl.load(heads_ptr + 3 * head)
     query = first_query + tl.arange(0, BLOCK_M)
@@ -89,6 +113,14 @@ def block_sparse_forward(
     if ANCHORED:
         packed_start = tl.load(heads_ptr + 3 * head + 1)
         token = tl.load(query_token_ptr + packed_start + query)
+    if OTHERS:
+        other_tile = other % head_tiles
+        in_prefix = other_tile < prefix_tiles
+        first_other = tl.where(in_prefix, other_tile * BLOCK_Q, video_stop + (other_tile - prefix_tiles) * BLOCK_Q)
+        other_stop = tl.where(in_prefix, before, all_tokens)
+        other_token = first_other + part + tl.arange(0, BLOCK_M)
+        exists = tl.where(is_video, exists, other_token < other_stop)
+        token = tl.where(is_video, before + token, tl.minimum(other_token, other_stop - 1))
 
     channel = tl.arange(0, HEAD_DIM)
     head_offset = head.to(tl.int64)
@@ -101,9 +133,9 @@ def block_sparse_forward(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    last_column = tokens // BLOCK_K
     last_steps = 0
     if PARTIAL:  # a list is ascending: only its last block can be the partial one
-        last_column = tokens // BLOCK_K
         ends_partial = tl.load(columns_ptr + stop - 1).to(tl.int32) == last_column
         last_steps = tl.where(ends_partial, tl.cdiv(tokens - last_column * BLOCK_K, BLOCK_N), 0)
         stop -= ends_partial.to(tl.int32)
@@ -111,25 +143,45 @@ def block_sparse_forward(
     for step in range(start * steps, stop * steps):
         following = tl.load(columns_ptr + (step + 1) // steps)  # ahead of its use: addresses wait for it
         acc, row_sum, row_max = _accumulate(
-            acc, row_sum, row_max, q, k, v, batch, head, column.to(tl.int32) * BLOCK_K + step % steps * BLOCK_N,
-            tokens, k_stride_n, v_stride_n, scale_log2, BLOCK_N, HEAD_DIM, TMA, False,
+            acc, row_sum, row_max, q, k, v, batch, head,
+            before + column.to(tl.int32) * BLOCK_K + step % steps * BLOCK_N, before + tokens,
+            k_stride_n, v_stride_n, scale_log2, BLOCK_N, HEAD_DIM, TMA, False,
         )  # fmt: skip
         column = following
-    if PARTIAL:
-        for step in range(last_steps):
+    if PARTIAL or OTHERS:
+        masked_steps = last_steps
+        if OTHERS:
+            all_stop = all_tokens
+            if PADDED:
+                all_stop = tl.load(lengths_ptr + batch)
+            suffix_step = last_steps + tl.cdiv(before, BLOCK_N)
+            masked_steps = suffix_step + tl.cdiv(all_stop - video_stop, BLOCK_N)
+        for step in range(masked_steps):
+            first = before + last_column * BLOCK_K + step * BLOCK_N
+            end = before + tokens
+            if OTHERS:
+                in_suffix = step >= suffix_step
+                other_first = (
+                    tl.where(in_suffix, video_stop, 0) + (step - tl.where(in_suffix, suffix_step, last_steps)) * BLOCK_N
+                )
+                first = tl.where(step < last_steps, first, other_first)
+                end = tl.where(step < last_steps, end, tl.where(in_suffix, all_stop, before))
             acc, row_sum, row_max = _accumulate(
-                acc, row_sum, row_max, q, k, v, batch, head, last_column * BLOCK_K + step * BLOCK_N,
-                tokens, k_stride_n, v_stride_n, scale_log2, BLOCK_N, HEAD_DIM, TMA, True,
+                acc, row_sum, row_max, q, k, v, batch, head, first, end, k_stride_n, v_stride_n, scale_log2,
+                BLOCK_N, HEAD_DIM, TMA, True,
             )  # fmt: skip
 
     out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
     out_base = out_ptr + batch_offset * out_stride_b + head_offset * out_stride_h
     if LSE:
         lse = (row_max + tl.log2(row_sum)) * LN_2
-        lse_base = lse_ptr + (batch_offset * heads + head_offset) * tokens
+        lse_base = lse_ptr + (batch_offset * heads + head_offset) * (all_tokens if OTHERS else tokens)
     if ANCHORED:
         first = tl.load(query_first_ptr + packed_start + query)
         copies = tl.load(query_copies_ptr + packed_start + query, mask=exists, other=0)
+        if OTHERS:
+            first = tl.where(is_video, before + first, token)
+            copies = tl.where(is_video, copies, exists.to(tl.int32))
         step = tl.load(heads_ptr + 3 * head + 2)
         for copy in range(tl.max(copies, 0)):
             target = first + copy * step

@@ -62,7 +62,9 @@ def test_gradients_are_those_of_the_whole_model(family: str):
     lengths = adapter_for(model).lengths(model.config, arguments)
     if family == "mochi":
         lengths = arguments["encoder_attention_mask"].sum(1) + 5 * 8 * 12
-    expected = [sampler.grid.tokens] * samples if lengths is None else lengths.tolist()
+    start = {"cogvideox": batched.TEXT}.get(family, 0)
+    expected = [start + sampler.grid.tokens] * samples if lengths is None else lengths.tolist()
+    assert all(call.span == (start, start + sampler.grid.tokens) for call in calls)
     assert [call.q.shape[1] for call in calls] == 2 * expected
     for call in calls:
         shape = (2, call.q.shape[1], 16)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from support import batched, families, text_after, wan
+from support import batched, families, wan
 from support.schedules import random_schedule
 
 from calibatt.compiler.cli import command as compile_command
@@ -366,7 +366,7 @@ def test_prompts_of_different_lengths_make_a_plan_for_all_lengths(name: str, tmp
     )  # fmt: skip
     invoke(compile_command, tmp_path / "stats", "-o", tmp_path / "a.plan")
     plan = load_plan(tmp_path / "a.plan")
-    assert plan.grid == TokenGrid(5, 8, 12, text_after=text_after.TEXT)
+    assert plan.grid == TokenGrid(5, 8, 12)
     sampler = make_sampler(f"support.text_after:{name}", None, "cpu")
     dense = sampler.run("a dog", 0)
     with plan.attach(sampler.transformer):

@@ -83,20 +83,17 @@ def test_the_partition_is_the_best_of_all(seed: int, height: int, radius: int, m
         assert error + price * len(starts) == pytest.approx(brute_force(errors[head], radius, most, price))
 
 
-@given(
-    st.integers(0, 2**32), st.sampled_from((ROWS, FRAMES)), st.integers(0, 20), st.integers(0, 20), st.integers(1, 9)
-)
-def test_a_packed_tile_keeps_what_its_queries_keep(seed: int, axis: int, before: int, after: int, width: int) -> None:
+@given(st.integers(0, 2**32), st.sampled_from((ROWS, FRAMES)), st.integers(1, 19))
+def test_a_packed_tile_keeps_what_its_queries_keep(seed: int, axis: int, width: int) -> None:
     rng = np.random.default_rng(seed)
-    grid, blocks = TokenGrid(4, 5, width, before, after), Blocks(16, 16)
+    grid, blocks = TokenGrid(4, 5, width), Blocks(16, 16)
     keep = rng.random((blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens))) < 0.3
     members = 5 if axis == ROWS else 4
     anchors = tuple(np.flatnonzero(rng.random(members) < 0.5).tolist()) or (2,)
     rows = [frame * 5 + row for frame in range(4) for row in anchors]
     if axis == FRAMES:
         rows = [frame * 5 + row for frame in anchors for row in range(5)]
-    video = [before + row * width + column for row in rows for column in range(width)]
-    queries = [*range(before), *video, *range(before + grid.video_tokens, grid.tokens)]
+    queries = [row * width + column for row in rows for column in range(width)]
     tiles = [queries[at : at + 16] for at in range(0, len(queries), 16)]
     expected = [np.any([keep[query // 16] for query in tile], axis=0) for tile in tiles]
     packed = packed_bits(pack(keep), grid, blocks, Groups(axis, anchors, anchors))
@@ -130,8 +127,8 @@ def test_heads_that_repeat_take_anchors_and_the_schedule_says_so() -> None:
 
 def test_what_copies_cost_is_the_sum_over_what_is_copied() -> None:
     text = "select{target-density=0.7}"
-    before = compiled(text, copies=8)[0]
-    after = compiled(f"{text},anchors", copies=8)[0]
+    before = compiled(text, copies=5)[0]
+    after = compiled(f"{text},anchors", copies=5)[0]
     grid, taken = before.manifest.grid, []
     for old, new in zip(before.all, after.all, strict=True):
         for head, groups in enumerate(new.anchors):

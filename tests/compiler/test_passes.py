@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support import stats
 from support.jobs import compiled, gathered, memory_store, tiles
 
@@ -17,8 +15,8 @@ from calibatt.compiler.errors import PassError, VerifyError
 from calibatt.compiler.ir import UnitIR
 from calibatt.compiler.passes.lower import lowered
 from calibatt.compiler.pipeline import verify
-from calibatt.compiler.stats import Manifest, text_keep
-from calibatt.plans import DENSE, Blocks, TokenGrid
+from calibatt.compiler.stats import Manifest
+from calibatt.plans import DENSE
 
 
 def test_bits_are_counted_and_unpacked() -> None:
@@ -92,22 +90,12 @@ def test_what_the_papers_method_requires(passes: str, of: Manifest, message: str
         compiled(passes, of)
 
 
-@given(st.builds(TokenGrid, *(st.integers(1, 4),) * 3, text_before=st.integers(0, 20), text_after=st.integers(0, 20)))
-def test_blocks_with_text_are_kept(grid: TokenGrid) -> None:
-    token, blocks = np.arange(grid.tokens), Blocks(16, 32)
-    text = (token < grid.text_before) | (token >= grid.text_before + grid.video_tokens)
-    expected = np.zeros((blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens)), bool)
-    for query, key in np.argwhere(text[:, None] | text[None, :]):
-        expected[query // 16, key // 32] = True
-    np.testing.assert_array_equal(text_keep(grid, blocks), expected)
-
-
-def test_every_mask_keeps_text_and_a_block_a_row() -> None:
-    of = stats.manifest(grid=TokenGrid(2, 5, 7, text_before=20, text_after=3))
+def test_every_mask_keeps_a_block_a_row() -> None:
+    of = stats.manifest()
     for unit in gathered(of)[1]:
         least = np.zeros_like(unit.means.error_code, bool)
         np.put_along_axis(least, unit.means.error_code.argmin(2)[..., None], True, 2)
-        np.testing.assert_array_equal(unit.required, pack(least | text_keep(of.grid, of.blocks)))
+        np.testing.assert_array_equal(unit.required, pack(least))
     for text in ("select{target-density=0.8}", "select{target-density=0.8},anchors,select{target-density=0.8}"):
         for unit in compiled(text, of)[0].all:
             assert not (unit.required & ~unit.keep).any()

@@ -32,9 +32,6 @@ from calibatt.plans.plan import MAGIC, VERSION
 from calibatt.plans.schedule import ARRAYS
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.plan"
-SECOND_GOLDEN = GOLDEN.with_name("tiny_v2.plan")
-FIRST_GOLDEN = GOLDEN.with_name("tiny_v1.plan")
-VERSIONS = {GOLDEN: VERSION, SECOND_GOLDEN: (2, 0), FIRST_GOLDEN: (1, 0)}
 HEADER = (
     *("signature", "grid", "blocks", "segments", "passes", "scheduler_hint", "provenance", "predicted", "license"),
     "notes",
@@ -76,13 +73,12 @@ def test_the_same_plan_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
 
 
-@pytest.mark.parametrize("golden", VERSIONS)
-def test_the_golden_bytes_give_the_values(golden: Path) -> None:
-    plan = PlanFile.read(golden)
-    assert_same(plan, frames_plan() if golden == GOLDEN else tiny_plan())
+def test_the_golden_bytes_give_the_values() -> None:
+    plan = PlanFile.read(GOLDEN)
+    assert_same(plan, frames_plan())
     assert plan.signature == ModelSignature("TinyTransformer", 2, 4, 8, "00ff")
-    assert plan.grid == TokenGrid(2, 3, 10, 4, 5)
-    assert plan.digest == golden.read_bytes()[16:32].hex()
+    assert plan.grid == TokenGrid(2, 3, 13)
+    assert plan.digest == GOLDEN.read_bytes()[16:32].hex()
     first = plan.schedules[0][0]
     assert first.head_list.tolist() == [0, -1, 0, 5]
     assert first.head_anchor.tolist() == [-1, -1, -1, 0]
@@ -175,7 +171,7 @@ def test_schedules_are_those_of_the_plan() -> None:
 
 
 def parts(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    container = Container.open(path, magic=MAGIC, version=VERSIONS.get(path, VERSION))
+    container = Container.open(path, magic=MAGIC, version=VERSION)
     return container.header, {name: container.section(name) for name in container.names}
 
 
@@ -232,30 +228,30 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], obj
     "2**60 layers": (set_header("model/layers", 2**60), errors.SectionError, "must be int64 of shape"),
     "2**60 heads": (set_header("model/heads", 2**60), errors.ScheduleError, "must have 1152921504606846976 heads"),
     "2**60 frames": (set_header("grid/frames", 2**60), errors.SchemaError, "grid must be of fewer than 2147483648"),
-    "missing section": (lambda _, sections: sections.pop("1/col_idx"), errors.MissingSection, "'1/col_idx'"),
+    "missing section": (lambda _, sections: sections.pop("1/head_list"), errors.MissingSection, "'1/head_list'"),
     "missing table": (lambda _, sections: sections.pop("0/layers"), errors.MissingSection, "'0/layers'"),
     "unknown section": (set_section("2/row_ptr", INT32), errors.SectionError, "got '2/row_ptr'"),
-    "table of int32": (set_section("0/layers", np.zeros((3, 8), np.int32)), errors.SectionError, "must be int64"),
+    "table of int32": (set_section("0/layers", np.zeros((3, 9), np.int32)), errors.SectionError, "must be int64"),
     "table flat": (
-        set_section("0/layers", np.zeros(24, np.int64)),
+        set_section("0/layers", np.zeros(27, np.int64)),
         errors.SectionError,
-        "must be int64 of shape (3, 8)",
+        "must be int64 of shape (3, 9)",
     ),
     "table from 1": (set_table(0, 2, 1), errors.SectionError, "column 2 of section '1/layers' must rise from 0"),
     "table falls": (set_table(1, 1, 2**62), errors.SectionError, "column 1 of section '1/layers' must rise from 0"),
     "table negative": (set_table(1, 7, -1), errors.SectionError, "column 7 of section '1/layers' must rise from 0"),
-    "table short": (set_table(2, 7, 3), errors.SectionError, "section '1/tile_order'"),
+    "table short": (set_table(2, 8, 3), errors.SectionError, "section '1/tile_order'"),
     "array of two dimensions": (
         lambda _, sections: sections.update({"0/head_list": sections["0/head_list"][:, None]}),
         errors.SectionError,
         "column 2 of section '0/layers'",
     ),
     "array of int64": (
-        lambda _, sections: sections.update({"0/row_ptr": sections["0/row_ptr"].astype(np.int64)}),
+        lambda _, sections: sections.update({"0/head_list": sections["0/head_list"].astype(np.int64)}),
         errors.ScheduleError,
-        "segment 0, layer 0: row_ptr must be a one-dimensional int32 array",
+        "segment 0, layer 0: head_list must be a one-dimensional int32 array",
     ),
-    "layers cut elsewhere": (set_table(1, 0, 3), errors.ScheduleError, "segment 1, layer 0: row_ptr must"),
+    "layers cut elsewhere": (set_table(1, 0, 3), errors.MaskError, "segment 1, layer 0: masks must be one zstd frame"),
 }
 
 
@@ -277,7 +273,7 @@ def more_lists(header: dict[str, Any], sections: dict[str, np.ndarray]) -> None:
     sections["0/layers"] = table
 
 
-BAD_SECOND: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], object], type[Exception], str]] = {
+BAD_FILES |= {
     "no bases": (lambda header, _: header.pop("bases"), errors.SchemaError, "header must have the key 'bases'"),
     "bases a map": (set_header("bases", {}), errors.SchemaError, "bases must be of type list, got dict"),
     "one base": (set_header("bases", [0]), errors.SchemaError, "bases must lead from each of 2 segments"),
@@ -287,8 +283,6 @@ BAD_SECOND: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], ob
         errors.SchemaError,
         "its own base in at most 4 steps, got [1, 0]",
     ),
-    "2**60 frames": (set_header("grid/frames", 2**60), errors.SchemaError, "grid must be of fewer than 2147483648"),
-    "2**60 heads": (set_header("model/heads", 2**60), errors.ScheduleError, "must have 1152921504606846976 heads"),
     "2**31 groups": (
         set_section("0/anchor_ptr", np.array([0, 2**31 - 1, 0, 1], np.int32)),
         errors.ScheduleError,
@@ -309,26 +303,16 @@ BAD_SECOND: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], ob
     "missing masks": (lambda _, sections: sections.pop("1/masks"), errors.MissingSection, "'1/masks'"),
     "masks of int32": (set_section("0/masks", INT32), errors.SectionError, "column 0 of section '0/layers' must rise"),
     "old section": (set_section("0/row_ptr", INT32), errors.SectionError, "got '0/row_ptr'"),
-    "table negative": (set_table(1, 7, -1), errors.SectionError, "column 7 of section '1/layers' must rise from 0"),
-    "anchors elsewhere": (
-        lambda _, sections: sections.update({"0/anchor_row": sections["0/anchor_row"] + np.int32(1)}),
-        errors.ScheduleError,
-        "segment 0, layer 0: group_anchor must lie in its group",
-    ),
     "anchor pattern beyond": (
         lambda _, sections: sections.update({"0/head_anchor": sections["0/head_anchor"] + np.int32(7)}),
         errors.ScheduleError,
         "segment 0, layer 0: head_anchor must be -1 or below 1 patterns",
     ),
-}
-BAD_THIRD: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], object], type[Exception], str]] = {
-    **{case: bad for case, bad in BAD_SECOND.items() if case != "anchors elsewhere"},
     "group anchors elsewhere": (
         lambda _, sections: sections.update({"0/group_anchor": sections["0/group_anchor"] + np.int32(1)}),
         errors.ScheduleError,
         "segment 0, layer 0: group_anchor must lie in its group",
     ),
-    "old anchors": (set_section("0/anchor_row", INT32), errors.SectionError, "got '0/anchor_row'"),
     "no axis": (lambda _, sections: sections.pop("1/anchor_axis"), errors.MissingSection, "'1/anchor_axis'"),
     "an axis of no kind": (
         set_section("0/anchor_axis", np.array([2, 0], np.int32)),
@@ -341,18 +325,16 @@ BAD_THIRD: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], obj
         "segment 0, layer 1: group_start must rise and stay below 2 frames, got 2..2 for group 1",
     ),
 }
-BAD = {FIRST_GOLDEN: BAD_FILES, SECOND_GOLDEN: BAD_SECOND, GOLDEN: BAD_THIRD}
-EVERY_BAD = [(golden, case) for golden, cases in BAD.items() for case in cases]
 
 
-@pytest.mark.parametrize(("golden", "case"), EVERY_BAD)
-def test_refuses_a_file_that_contradicts_itself(tmp_path: Path, golden: Path, case: str) -> None:
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_refuses_a_file_that_contradicts_itself(tmp_path: Path, case: str) -> None:
     """A plan's bytes and header are proved when it is opened, a schedule when it is first asked for, all by `prove`."""
-    change, kind, words = BAD[golden][case]
-    header, sections = parts(golden)
+    change, kind, words = BAD_FILES[case]
+    header, sections = parts(GOLDEN)
     change(header, sections)
     path = tmp_path / "bad.plan"
-    write_container(path, magic=MAGIC, version=VERSIONS[golden], header=header, sections=sections)
+    write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections)
     for see_all in (
         lambda plan: [list(layers) for layers in plan.schedules],
         PlanFile.prove,
@@ -365,22 +347,22 @@ def test_refuses_a_file_that_contradicts_itself(tmp_path: Path, golden: Path, ca
         assert str(caught.value).count(str(path)) == 1
 
 
-@pytest.mark.parametrize(("golden", "version"), [(golden, (version[0], 1)) for golden, version in VERSIONS.items()])
-def test_a_newer_minor_version_may_say_more(tmp_path: Path, golden: Path, version: tuple[int, int]) -> None:
-    header, sections = parts(golden)
+def test_a_newer_minor_version_may_say_more(tmp_path: Path) -> None:
+    header, sections = parts(GOLDEN)
     for place in (header, header["model"], header["segments"][0]):
         place["new"] = 1
     sections["0/more"] = INT32
     path = tmp_path / "newer.plan"
-    write_container(path, magic=MAGIC, version=version, header=header, sections=sections)
-    assert_same(PlanFile.read(path), frames_plan() if golden == GOLDEN else tiny_plan())
+    write_container(path, magic=MAGIC, version=(VERSION[0], 1), header=header, sections=sections)
+    assert_same(PlanFile.read(path), frames_plan())
 
 
 def test_another_major_version_is_refused(tmp_path: Path) -> None:
     header, sections = parts(GOLDEN)
-    write_container(tmp_path / "p", magic=MAGIC, version=(4, 0), header=header, sections=sections)
-    with pytest.raises(errors.UnsupportedVersion, match=r"got 4.0 \(this version reads 1, 2 and 3\)"):
-        PlanFile.read(tmp_path / "p")
+    for version in ((3, 0), (5, 0)):
+        write_container(tmp_path / "p", magic=MAGIC, version=version, header=header, sections=sections)
+        with pytest.raises(errors.UnsupportedVersion, match=f"the major version must be 4, got {version[0]}.0"):
+            PlanFile.read(tmp_path / "p")
 
 
 def test_bases_are_in_the_middle_of_their_groups() -> None:
@@ -411,7 +393,7 @@ def test_a_layer_is_what_was_packed(data: st.DataObject) -> None:
 @given(st.integers(1, 21), st.integers(1, 3), st.integers(0, 2**32))
 def test_a_walk_sees_every_layer_once_whatever_the_bases(segments: int, layers: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    grid, blocks = TokenGrid(2, 3, 10, 4, 5), Blocks(16, 16)
+    grid, blocks = TokenGrid(2, 3, 13), Blocks(16, 16)
     edges = np.linspace(0, 1, segments + 1).tolist()
     parts = tuple(Segment(start, stop, stop) for start, stop in pairwise(edges))
     schedules = [

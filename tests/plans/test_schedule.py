@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from support.schedules import layer_schedules, random_schedule
 from calibatt.plans import DENSE, FRAMES, NO_ANCHORS, Blocks, LayerSchedule, PackedLayer, ScheduleError, TokenGrid
 from calibatt.plans.schedule import ARRAYS
 
-GRID = TokenGrid(frames=2, height=3, width=10, text_before=4, text_after=5)
+GRID = TokenGrid(frames=2, height=3, width=13)
 BLOCKS = Blocks(16, 16)
 
 
@@ -45,9 +44,8 @@ def test_dense_is_what_the_vocabulary_says(schedule: LayerSchedule) -> None:
         packed: list[int] = []
         expected_source = []
         for token in range(grid.tokens):
-            row, column = divmod(token - grid.text_before, grid.width)
-            is_video = 0 <= row < grid.rows
-            if pattern == NO_ANCHORS or not is_video:
+            row, column = divmod(token, grid.width)
+            if pattern == NO_ANCHORS:
                 expected_source.append(token)
             else:
                 starts, anchors = schedule.groups(pattern)
@@ -56,7 +54,7 @@ def test_dense_is_what_the_vocabulary_says(schedule: LayerSchedule) -> None:
                 group = max(index for index, start in enumerate(starts) if start <= (frame if frames else row))
                 anchor = int(anchors[group])
                 computed = anchor * grid.height + row_of_frame if frames else anchor
-                expected_source.append(grid.text_before + computed * grid.width + column)
+                expected_source.append(computed * grid.width + column)
             if expected_source[-1] == token:
                 packed.append(token)
         assert source.tolist() == expected_source
@@ -87,44 +85,11 @@ def test_a_selection_is_the_chosen_heads_in_the_order_asked_for(data: st.DataObj
     assert set(made.head_anchor) - {NO_ANCHORS} == set(range(len(made.anchor_ptr) - 1))
 
 
-@given(st.data(), layer_schedules())
-def test_shorter_text_is_the_same_schedule_without_its_tokens(data: st.DataObject, schedule: LayerSchedule) -> None:
-    grid, blocks = schedule.grid, schedule.blocks
-    text = data.draw(st.integers(0, grid.text_after))
-    tokens = grid.tokens - grid.text_after + text
-    expected = [tuple(part[:tokens] for part in schedule.dense(head)) for head in range(schedule.heads)]
-    keys = blocks.k_blocks(tokens)
-    if not all(keep[:, :keys].any(1).all() for _, keep in expected):
-        with pytest.raises(ScheduleError, match=rf"each list must keep a key block below {keys}, with {text} text tok"):
-            schedule.shorten(text)
-        return
-    made = schedule.shorten(text)
-    made.check()
-    assert made.grid == replace(grid, text_after=text)
-    for head, (source, keep) in enumerate(expected):
-        found_source, found_keep = made.dense(head)
-        assert np.array_equal(found_source, source)
-        assert np.array_equal(found_keep, keep[:, :keys])
-    order = [(head, tile) for head in range(schedule.heads) for tile in range(schedule.tiles(head))]
-    order = [order[number] for number in schedule.tile_order if order[number][1] < made.tiles(order[number][0])]
-    found = [(head, tile) for head in range(made.heads) for tile in range(made.tiles(head))]
-    assert [found[number] for number in made.tile_order] == order
-
-
 @given(st.data(), layer_schedules(heads=st.integers(1, 5)))
-def test_what_is_packed_is_selected_and_shortened_alike(data: st.DataObject, schedule: LayerSchedule) -> None:
+def test_what_is_packed_is_selected_alike(data: st.DataObject, schedule: LayerSchedule) -> None:
     packed = PackedLayer.of(schedule)
     heads = data.draw(st.permutations(range(schedule.heads)))[: data.draw(st.integers(1, schedule.heads))]
     check_equal(packed.select(heads), schedule.select(heads))
-    text = data.draw(st.integers(0, schedule.grid.text_after))
-    try:
-        expected = schedule.shorten(text)
-    except ScheduleError as error:
-        with pytest.raises(ScheduleError, match=re.escape(str(error))):
-            packed.shorten(text)
-        return
-    check_equal(packed.shorten(text), expected)
-    assert packed.shorten(schedule.grid.text_after) is packed
 
 
 def check_equal(packed: PackedLayer, expected: LayerSchedule) -> None:
@@ -143,18 +108,7 @@ def test_lists_may_be_unpacked_later(schedule: LayerSchedule) -> None:
     assert "col_idx" not in vars(later), "nobody has asked for lists"
     later.check()
     assert later.col_idx is later.col_idx
-    for made, expected in (
-        (later.select([0]), schedule.select([0])),
-        (later.shorten(schedule.grid.text_after), schedule),
-    ):
-        assert np.array_equal(made.col_idx, expected.col_idx)
-
-
-@pytest.mark.parametrize("text", [-1, 6])
-def test_text_is_not_longer_than_planned(text: int) -> None:
-    assert example().shorten(5).grid == GRID
-    with pytest.raises(ValueError, match=f"text_after must be 0 to 5, got {text}"):
-        example().shorten(text)
+    assert np.array_equal(later.select([0]).col_idx, schedule.select([0]).col_idx)
 
 
 @pytest.mark.parametrize("heads", [[], [4], [-1], [1, 1]])

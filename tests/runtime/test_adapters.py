@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.masked import masked
 from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
@@ -63,16 +64,18 @@ def arguments(coords: torch.Tensor) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("starts", "expected"),
     [
-        ((0, 1, 9), GRID),
-        ((0,), TokenGrid(1, 4, 6)),
-        ((16, 0, 1, 9), TokenGrid(3, 4, 6, text_before=24)),
-        ((8, 16, 0, 1, 9, 17), TokenGrid(4, 4, 6, text_before=48)),
+        ((0, 1, 9), (3, 0)),
+        ((0,), (1, 0)),
+        ((16, 0, 1, 9), (3, 24)),
+        ((8, 16, 0, 1, 9, 17), (4, 48)),
     ],
 )
-def test_the_grid_of_ltx_from_coordinates(starts: tuple[int, ...], expected: TokenGrid) -> None:
+def test_the_grid_of_ltx_from_coordinates(starts: tuple[int, ...], expected: tuple[int, int]) -> None:
     """Given images stand before the video and are no part of its grid."""
     model, coords = ltx(), coordinates(*starts)
-    assert adapter_for(model).token_grid(model, arguments(coords)) == expected
+    frames, start = expected
+    assert adapter_for(model).token_grid(model, arguments(coords)) == TokenGrid(frames, 4, 6)
+    assert adapter_for(model).video_start(model, arguments(coords)) == start
     coords[0] = coords[0].flip(1)
     with pytest.raises(ValueError, match=f"a video of whole frames in raster order, got {coords.shape[2]} others"):
         adapter_for(model).token_grid(model, arguments(coords))
@@ -92,16 +95,19 @@ def test_coordinates_are_read_from_their_device_once_a_run(monkeypatch: pytest.M
 def test_a_plan_runs_with_coordinates(compiled: bool) -> None:
     model = ltx()
     rng, segment = np.random.default_rng(0), Segment(0.0, 1.0, 0.5)
-    schedule = random_schedule(rng, GRID, Blocks(16, 16), 2, dense_heads=range(2))
+    schedule = random_schedule(rng, GRID, Blocks(16, 16), 2, anchored_heads=[1])
     signature = adapter_for(model).signature(model)
     plan = Plan(PlanFile(signature, GRID, Blocks(16, 16), (segment,), ((schedule,),)))
-    expected = model(**arguments(coordinates(0, 1, 9))).sample
+    frames = (0, 1, 9), (16, 0, 1, 9), (17, 16, 0, 1, 9)  # none, one and two given images
+    with masked(model, plan):
+        expected = [model(**arguments(coordinates(*starts))).sample for starts in frames]
     called = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     with plan.attach(model):
-        found = called(**arguments(coordinates(0, 1, 9))).sample
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        with pytest.raises(PlanMismatchError, match="text_before=24"):
-            called(**arguments(coordinates(16, 0, 1, 9)))
+        for starts, wanted in zip(frames, expected, strict=True):
+            found = called(**arguments(coordinates(*starts))).sample
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        with pytest.raises(PlanMismatchError, match="frames=2"):
+            called(**arguments(coordinates(0, 1)))
         for lacking, message in (("video_coords", r"'num_frames'.*timestep"), ("timestep", "'timestep'.*video_coords")):
             del (given := arguments(coordinates(0, 1, 9)))[lacking]
             message = f"row of LTXVideoTransformer3DModel needs the argument {message}"

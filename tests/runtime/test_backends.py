@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.budget import check_against_oracle
-from support.schedules import ANCHORS, grids, layer_schedules, random_schedule
+from support.schedules import ANCHORS, OTHERS, grids, layer_schedules, random_schedule
 
 from calibatt.plans import Blocks, TokenGrid
 from calibatt.plans import LayerSchedule as CoreSchedule
@@ -32,10 +32,11 @@ def inputs(
     batch: int = 1,
     layout: str = "BHND",
     device: str = "cpu",
+    others: int = 0,
 ) -> list[torch.Tensor]:
     """q, k and v, normally distributed, ``(batch, H, N, head_dim)`` with the strides that the layout implies."""
     generator = torch.Generator().manual_seed(0)
-    shape = (3, batch, core.grid.tokens, core.heads, head_dim)
+    shape = (3, batch, core.grid.tokens + others, core.heads, head_dim)
     x = torch.randn(shape, generator=generator).to(device, dtype)
     if layout == "packed qkv":
         x = x.permute(1, 2, 0, 3, 4).contiguous().permute(2, 0, 1, 3, 4)
@@ -48,15 +49,33 @@ def inputs(
 
 
 def check(
-    core: CoreSchedule, backend: str, dtype: torch.dtype, *, scale: float | None = None, **options: object
+    core: CoreSchedule,
+    backend: str,
+    dtype: torch.dtype,
+    *,
+    scale: float | None = None,
+    prefix: int = 0,
+    suffix: int = 0,
+    padded: bool = False,
+    **options: object,
 ) -> None:
-    """Executes the schedule and holds out and lse against the oracle."""
+    """Executes the schedule and holds out and lse against the oracle; padded: some of the suffix is padding."""
     core.check()
     schedule = LayerSchedule(core)
-    q, k, v = inputs(core, dtype, device=DEVICE if backend == "triton" else "cpu", **options)
-    out, lse = planned_attention(q, k, v, schedule, backend=backend, scale=scale, return_lse=True)
-    check_against_oracle(out, q, k, v, schedule, lse=lse, scale=scale)
-    assert torch.equal(planned_attention(q, k, v, schedule, backend=backend, scale=scale), out)
+    q, k, v = inputs(core, dtype, device=DEVICE if backend == "triton" else "cpu", others=prefix + suffix, **options)
+    lengths = None
+    if padded:
+        padding = [(5 * sample + 3) % (suffix + 1) for sample in range(len(q))]
+        lengths = q.shape[2] - torch.tensor(padding, dtype=torch.int32, device=q.device)
+    more = {"scale": scale, "video_start": prefix, "lengths": lengths}
+    out, lse = planned_attention(q, k, v, schedule, backend=backend, return_lse=True, **more)
+    check_against_oracle(out, q, k, v, schedule, lse=lse, **more)
+    assert torch.equal(planned_attention(q, k, v, schedule, backend=backend, **more), out)
+
+
+SURROUNDED = st.fixed_dictionaries(
+    {"prefix": st.sampled_from(OTHERS), "suffix": st.sampled_from(OTHERS), "padded": st.booleans()}
+)
 
 
 @settings(max_examples=40)
@@ -66,9 +85,10 @@ def check(
     st.sampled_from(LAYOUTS),
     st.integers(1, 2),
     st.sampled_from((8, 32)),
+    SURROUNDED,
 )
-def test_torch(core: CoreSchedule, dtype: torch.dtype, layout: str, batch: int, head_dim: int) -> None:
-    check(core, "torch", dtype, layout=layout, batch=batch, head_dim=head_dim)
+def test_torch(core: CoreSchedule, dtype: torch.dtype, layout: str, batch: int, head_dim: int, around: dict) -> None:
+    check(core, "torch", dtype, layout=layout, batch=batch, head_dim=head_dim, **around)
 
 
 @settings(max_examples=20)
@@ -78,16 +98,18 @@ def test_torch(core: CoreSchedule, dtype: torch.dtype, layout: str, batch: int, 
     st.sampled_from(LAYOUTS),
     st.integers(1, 2),
     st.sampled_from((16, 64)),
+    SURROUNDED,
 )
-def test_triton(core: CoreSchedule, dtype: torch.dtype, layout: str, batch: int, head_dim: int) -> None:
-    check(core, "triton", dtype, layout=layout, batch=batch, head_dim=head_dim)
+def test_triton(core: CoreSchedule, dtype: torch.dtype, layout: str, batch: int, head_dim: int, around: dict) -> None:
+    check(core, "triton", dtype, layout=layout, batch=batch, head_dim=head_dim, **around)
 
 
 BACKENDS = pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.float32), ("triton", torch.float16)])
 NARROW = TokenGrid(frames=1, height=2, width=3)
 """Six tokens: shorter than any block."""
-WIDE = TokenGrid(frames=2, height=4, width=26, text_before=7, text_after=33)
-"""248 tokens; rows straddle blocks, text on both sides."""
+WIDE = TokenGrid(frames=2, height=4, width=26)
+"""208 tokens; rows straddle blocks."""
+AROUND = {"prefix": 7, "suffix": 33, "padded": True}
 
 
 def schedule(grid: TokenGrid, blocks: Blocks, **options: object) -> CoreSchedule:
@@ -98,7 +120,7 @@ def schedule(grid: TokenGrid, blocks: Blocks, **options: object) -> CoreSchedule
 @pytest.mark.parametrize("block", [16, 64, 128, 256])
 @pytest.mark.parametrize("grid", [NARROW, WIDE], ids=["narrow", "wide"])
 def test_every_block_size(backend: str, dtype: torch.dtype, grid: TokenGrid, block: int) -> None:
-    check(schedule(grid, Blocks(block, block), dense_heads=[1], anchored_heads=[2]), backend, dtype)
+    check(schedule(grid, Blocks(block, block), dense_heads=[1], anchored_heads=[2]), backend, dtype, **AROUND)
 
 
 @BACKENDS
@@ -109,7 +131,12 @@ def test_one_block_a_tile(backend: str, dtype: torch.dtype) -> None:
 @BACKENDS
 @pytest.mark.parametrize("anchors", ANCHORS)
 def test_only_anchored_heads(backend: str, dtype: torch.dtype, anchors: str) -> None:
-    check(schedule(WIDE, Blocks(16, 32), anchored_heads=[0, 1, 2], dense_heads=[1], anchors=anchors), backend, dtype)
+    check(
+        schedule(WIDE, Blocks(16, 32), anchored_heads=[0, 1, 2], dense_heads=[1], anchors=anchors),
+        backend,
+        dtype,
+        **AROUND,
+    )
 
 
 @BACKENDS
@@ -135,14 +162,15 @@ def test_triton_as_on_every_device(monkeypatch: pytest.MonkeyPatch, sm: int, hea
     """By addresses and by TMA."""
     monkeypatch.setattr(triton_backend, "device_sm", lambda _: sm)
     core = schedule(WIDE, Blocks(128, 64), dense_heads=[1], anchored_heads=[2])
-    check(core, "triton", torch.float16, head_dim=head_dim, layout="packed qkv", batch=2)
+    for around in ({}, AROUND):
+        check(core, "triton", torch.float16, head_dim=head_dim, layout="packed qkv", batch=2, **around)
 
 
 @pytest.mark.parametrize("block_k", [16, 32, 256])
 def test_triton_by_addresses(monkeypatch: pytest.MonkeyPatch, block_k: int) -> None:
     monkeypatch.setattr(triton_backend, "device_sm", lambda _: 80)
     for grid in (NARROW, WIDE):
-        check(schedule(grid, Blocks(64, block_k), anchored_heads=[2]), "triton", torch.float16)
+        check(schedule(grid, Blocks(64, block_k), anchored_heads=[2]), "triton", torch.float16, **AROUND)
 
 
 @BACKENDS

@@ -73,7 +73,8 @@ def planned(plan: Any = None, on_mismatch: Any = "error", beneath: Any = None) -
 
 def masked(plan: Plan, parts: list[torch.Tensor], layer: int = 0, time: float = 0.7) -> torch.Tensor:
     parts = [x.unflatten(2, (HEADS, -1)) for x in parts]
-    return masked_attention(*parts, plan.schedule(min(time, 1.0), layer)).flatten(2)
+    start = parts[0].shape[1] - plan.grid.tokens  # the video is the end of a sequence
+    return masked_attention(*parts, plan.schedule(min(time, 1.0), layer), start).flatten(2)
 
 
 @pytest.mark.parametrize("time", [1.0 + 2**-23, 1.0, 0.89, 0.5, 0.49, 0.0])
@@ -252,13 +253,12 @@ def test_threads_of_different_times() -> None:
 
 def test_h3_has_text_and_audio_before_the_video() -> None:
     """The refiner of the text, which is no block, is left alone without a warning."""
-    before = 9
-    grid = TokenGrid(2, 3, 6, text_before=before)
+    before, grid = 9, TokenGrid(2, 3, 6)
     plan = Plan(plan_file(grid))
     override = PlannedOverride([plan], FAMILIES["MiniMaxH3Model"], None, "error")
-    layout = SimpleNamespace(signature=(4, 2, 6, 12, 2), seq_len=grid.tokens)
+    layout = SimpleNamespace(signature=(4, 2, 6, 12, 2), seq_len=before + grid.tokens)
     chosen = {"minimax_h3_layout": layout, "sigmas": torch.tensor([0.7]), OVERRIDE: override}
-    text, parts = qkv(4), qkv(grid.tokens)
+    text, parts = qkv(4), qkv(before + grid.tokens)
     assert torch.equal(attention(*text, HEADS, transformer_options=chosen), stock(*text, HEADS))
     chosen["block_index"] = 1
     got = attention(*parts, HEADS, transformer_options=chosen)

@@ -189,7 +189,7 @@ def test_h3(comfy: Any, calls: Any) -> None:
     """Text and audio stand before the video; the refiner of the text is another attention."""
     model = comfyui.h3(comfy)
     text, audio = 7, 5
-    grid = TokenGrid(3, 4, 6, text_before=text + 2 * audio)
+    grid = TokenGrid(3, 4, 6)
     plan = Plan(plan_file("MiniMaxH3Model", grid))
     generator = torch.Generator().manual_seed(4)
     x = [torch.randn(1, 4, 3, 8, 12, generator=generator), torch.randn(1, 4, 2, audio, generator=generator)]
@@ -205,7 +205,7 @@ def test_h3(comfy: Any, calls: Any) -> None:
         return torch.cat([video.flatten(), sound.flatten()])
 
     def masked(func: Any, q: Any, *args: Any, **kwargs: Any) -> Any:
-        if q.shape[2] != grid.tokens:
+        if q.shape[2] != text + 2 * audio + grid.tokens:
             return func(q, *args, **kwargs)
         return comfyui.masked_override(plan)(func, q, *args, **kwargs)
 

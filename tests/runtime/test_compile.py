@@ -37,13 +37,19 @@ HOPPER = [
 ]
 ANCHORED_STACK_BYTES = 64
 """A thread's place in the copies of anchor rows: written once a launch and read once a tile, never within a step."""
+OTHERS_STACK_BYTES = 208
+"""The same of prefix and suffix: the consumers' are moved between tiles, a few of the producer's in a step."""
+MORE_STACK_BYTES = 128
+"""With prefix and suffix, beyond `MOST_STACK_BYTES`."""
 
 
 def check_table(folder: str | None) -> list[dict[str, int | str]]:
     """Compiles every row of the triton backend's table with the installed triton or with the one in a folder."""
-    usages = run_program(compile_kernel, TABLE + SM90, folder)
-    for case, usage in zip(TABLE + SM90, usages, strict=True):
-        assert usage["stack_bytes"] <= MOST_STACK_BYTES[case["sm"]], (case, usage)
+    cases = TABLE + SM90 + [{**case, "others": True} for case in TABLE if case["sm"] in (80, 90)]
+    usages = run_program(compile_kernel, cases, folder)
+    for case, usage in zip(cases, usages, strict=True):
+        most = MOST_STACK_BYTES[case["sm"]] + (MORE_STACK_BYTES if case.get("others") else 0)
+        assert usage["stack_bytes"] <= most, (case, usage)
         assert usage["programs"] >= (1 if case["head_dim"] == 256 else 2), (case, usage)
         assert (usage["wgmma"] > 0) == (case["sm"] == 90 and case["block_q"] >= ROWS_OF_WGMMA), (case, usage)
     return usages
@@ -77,9 +83,11 @@ def test_hopper_compiles_under_the_oldest_tested_triton() -> None:
 
 def check_hopper(folder: str | None) -> list[dict[str, int | str]]:
     """Compiles every case with the installed triton or with the one in a folder."""
-    usages = run_program(compile_hopper, HOPPER, folder)
-    for case, usage in zip(HOPPER, usages, strict=True):
-        assert usage["stack_bytes"] <= (ANCHORED_STACK_BYTES if case["anchored"] else 0), (case, usage)
+    cases = HOPPER + [{**case, "others": True} for case in HOPPER[::2]]
+    usages = run_program(compile_hopper, cases, folder)
+    for case, usage in zip(cases, usages, strict=True):
+        most = ANCHORED_STACK_BYTES if case["anchored"] else 0
+        assert usage["stack_bytes"] <= most + (OTHERS_STACK_BYTES if case.get("others") else 0), (case, usage)
         assert usage["registers"] == 168, (case, usage)
         assert usage["shared_bytes"] <= compile_kernel.SM_SHARED_BYTES[90] - compile_kernel.RESERVED_BYTES, (
             case,

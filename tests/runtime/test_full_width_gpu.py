@@ -51,11 +51,10 @@ class Wide:
         rng, grid = np.random.default_rng(0), token_grid(self.model, self.inputs)
         signature, blocks = adapter_for(self.model).signature(self.model), Blocks(128, 128)
         heads = range(signature.heads)
-        text = [blocks.k_blocks(grid.tokens) - 1] if grid.text_after else []
         options: dict[str, Any] = {"density": 1.0, "dense_heads": heads[::2]}
         if not dense:
             options = {"density": DENSITY, "dense_heads": heads[3::7], "shared_heads": heads[4::7]}
-            options |= {"anchored_heads": heads[5::7], "patterns": 2, "anchors": ("random", "frames"), "always": text}
+            options |= {"anchored_heads": heads[5::7], "patterns": 2, "anchors": ("random", "frames")}
         layers = [
             tuple(random_schedule(rng, grid, blocks, len(heads), **options) for _ in range(LAYERS)) for _ in SEGMENTS
         ]

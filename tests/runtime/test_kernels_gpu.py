@@ -12,6 +12,8 @@ from support.budget import check_against_oracle
 from support.schedules import random_schedule
 
 from calibatt.plans import Blocks, TokenGrid
+from calibatt.runtime.kernels.block_sparse import block_sparse_forward
+from calibatt.runtime.kernels.hopper import hopper_forward
 from calibatt.runtime.ops import attend, choose_backend, planned_attention
 from calibatt.runtime.resident import ResidentSchedules
 from calibatt.runtime.schedule import LayerSchedule
@@ -35,26 +37,47 @@ def made(grid: TokenGrid, blocks: Blocks, density: float = 0.2) -> LayerSchedule
     return LayerSchedule(core)
 
 
-def inputs(schedule: LayerSchedule, dtype: torch.dtype, head_dim: int, batch: int = 1) -> tuple[torch.Tensor, ...]:
+def inputs(
+    schedule: LayerSchedule, dtype: torch.dtype, head_dim: int, batch: int = 1, others: int = 0
+) -> tuple[torch.Tensor, ...]:
     """q, k and v, ``(batch, H, N, head_dim)`` as a model makes them: channels of all heads of a token side by side."""
     torch.manual_seed(0)
-    shape = (batch, schedule.grid.tokens, schedule.heads, head_dim)
+    shape = (batch, schedule.grid.tokens + others, schedule.heads, head_dim)
     return tuple(torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3))
 
 
-def check(schedule: LayerSchedule, dtype: torch.dtype, head_dim: int, batch: int = 1, backend: str = "triton") -> None:
-    """A sample of queries against the oracle; copies of anchors bit by bit."""
-    q, k, v = inputs(schedule, dtype, head_dim, batch)
-    out, lse = planned_attention(q, k, v, schedule, backend=backend, return_lse=True)
-    tokens = schedule.grid.tokens
+def check(
+    schedule: LayerSchedule,
+    dtype: torch.dtype,
+    head_dim: int,
+    batch: int = 1,
+    backend: str = "triton",
+    around: tuple[int, int] = (0, 0),
+    padded: bool = False,
+) -> None:
+    """A sample of queries, and all around the ends of the parts, against the oracle; copies of anchors bit by bit.
+
+    Args:
+        around: Tokens before the video, and after it.
+        padded: Some of those after it are padding, in every sample so many others.
+    """
+    q, k, v = inputs(schedule, dtype, head_dim, batch, sum(around))
+    tokens, (start, after) = q.shape[2], around
+    stop, lengths = tokens - after, None
+    if padded:
+        lengths = tokens - (torch.arange(batch, dtype=torch.int32, device="cuda") * 37 + 5) % (after + 1)
+    more = {"video_start": start, "lengths": lengths}
+    out, lse = planned_attention(q, k, v, schedule, backend=backend, return_lse=True, **more)
+    assert torch.equal(planned_attention(q, k, v, schedule, backend=backend, **more), out)
     drawn = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))[:SAMPLED_QUERIES]
-    queries = torch.cat([drawn, torch.tensor([0, tokens - 1])])
+    ends = torch.tensor([end + at for end in (0, start, stop, tokens) for at in range(-130, 130)])
+    queries = torch.cat([drawn, ends[(ends >= 0) & (ends < tokens)]]).unique()
     at = queries.cuda()
-    check_against_oracle(out[:, :, at], q, k, v, schedule, lse=lse[:, :, at], queries=queries)
+    check_against_oracle(out[:, :, at], q, k, v, schedule, lse=lse[:, :, at], queries=queries, **more)
     for head in range(schedule.heads):
-        source = torch.from_numpy(schedule.core.token_source(head)).cuda()
-        assert torch.equal(out[:, head], out[:, head, source])
-        assert torch.equal(lse[:, head], lse[:, head, source])
+        source = start + torch.from_numpy(schedule.core.token_source(head)).cuda()
+        assert torch.equal(out[:, head, start:stop], out[:, head, source])
+        assert torch.equal(lse[:, head, start:stop], lse[:, head, source])
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -68,8 +91,69 @@ def test_wan(grid: TokenGrid, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("block_k", [64, 128])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_hopper_variants_with_text(head_dim: int, block_k: int, dtype: torch.dtype) -> None:
-    grid = TokenGrid(frames=5, height=12, width=26, text_before=77, text_after=130)
-    check(made(grid, Blocks(128, block_k)), dtype, head_dim, batch=2, backend="hopper")
+    grid = TokenGrid(frames=5, height=12, width=26)
+    check(made(grid, Blocks(128, block_k)), dtype, head_dim, batch=2, backend="hopper", around=(77, 130), padded=True)
+
+
+AROUND = [
+    (0, 1),
+    (1, 0),
+    (1, 1),
+    (63, 65),
+    (64, 64),
+    (127, 129),
+    (128, 128),
+    (129, 127),
+    (0, 300),
+    (257, 0),
+    (512, 1001),
+]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("around", AROUND, ids=str)
+def test_prefix_and_suffix_of_any_length(around: tuple[int, int], padded: bool, backend: str) -> None:
+    """Ends in the midst of blocks, before and after a video that ends in the midst of one, or does not."""
+    for grid in (TokenGrid(frames=3, height=7, width=26), TokenGrid(frames=2, height=4, width=32)):
+        check(made(grid, Blocks(128, 128)), torch.bfloat16, 128, 3, backend, around, padded)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 128, 129])
+@pytest.mark.parametrize("around", [(1, 1), (70, 0), (0, 200)], ids=str)
+def test_hopper_short_videos_among_others(around: tuple[int, int], tokens: int) -> None:
+    core = random_schedule(np.random.default_rng(tokens), TokenGrid(1, 1, tokens), Blocks(128, 64), 3, 0.5)
+    check(LayerSchedule(core), torch.bfloat16, 128, 2, "hopper", around, padded=True)
+
+
+@pytest.mark.parametrize("size", [6, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hopper_scores_that_overshoot_the_maximum_of_the_text(size: int, dtype: torch.dtype) -> None:
+    """The first blocks are partial ones of text, whose keys are small here."""
+    schedule = made(TokenGrid(frames=3, height=7, width=26), Blocks(128, 128), density=0.5)
+    q, k, v = inputs(schedule, dtype, 128, others=150)
+    q = q * size
+    k[:, :, :70] *= 0.01
+    k[:, :, -80:] *= 0.02
+    more = {"video_start": 70}
+    out, lse = planned_attention(q, k, v, schedule, backend="hopper", return_lse=True, **more)
+    check_against_oracle(out, q, k, v, schedule, lse=lse, **more)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_wan_720p_with_text_and_conditions(backend: str) -> None:
+    check(made(WAN_720P, Blocks(128, 128)), torch.bfloat16, 128, backend=backend, around=(3600, 300), padded=True)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_text_of_another_length_compiles_nothing(backend: str) -> None:
+    schedule = made(TokenGrid(frames=3, height=7, width=26), Blocks(128, 128))
+    kernel = hopper_forward if backend == "hopper" else block_sparse_forward
+    counts = []
+    for around in ((37, 1), (0, 300), (1001, 0), (16, 128)):
+        check(schedule, torch.bfloat16, 128, backend=backend, around=around, padded=True)
+        counts.append(sum(len(cache[0]) for cache in kernel.device_caches.values()))
+    assert len(set(counts)) == 1
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257])
@@ -168,7 +252,7 @@ def test_hopper_gives_equal_bits_every_time(anchored: list[int]) -> None:
 @pytest.mark.parametrize("backend", KERNELS)
 def test_kernels_follow_tensors_that_change(backend: str) -> None:
     """Addresses, strides, batch, dtype, scale: in turns, so that what was kept of a call meets other tensors."""
-    schedule = made(TokenGrid(frames=5, height=12, width=26, text_after=33), Blocks(128, 128))
+    schedule = made(TokenGrid(frames=5, height=12, width=26), Blocks(128, 128))
     layouts = []
     for dtype, batch in ((torch.bfloat16, 1), (torch.bfloat16, 2), (torch.float16, 1)):
         q, k, v = inputs(schedule, dtype, 128, batch)
@@ -234,8 +318,8 @@ def test_hopper_graphs_replayed_at_once(anchored: list[int]) -> None:
 @pytest.mark.parametrize("blocks", [Blocks(64, 64), Blocks(128, 64), Blocks(256, 256), Blocks(16, 32)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_blocks_and_head_sizes_with_text(blocks: Blocks, head_dim: int) -> None:
-    grid = TokenGrid(frames=5, height=12, width=26, text_before=77, text_after=130)
-    check(made(grid, blocks), torch.bfloat16, head_dim, batch=2)
+    grid = TokenGrid(frames=5, height=12, width=26)
+    check(made(grid, blocks), torch.bfloat16, head_dim, batch=2, around=(77, 130), padded=True)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 256])
@@ -266,19 +350,22 @@ def test_tensors_beyond_two_to_the_31_elements(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("others", [0, 207])
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_a_bound_schedule_runs_without_waiting_and_in_a_graph(backend: str) -> None:
+def test_a_bound_schedule_runs_without_waiting_and_in_a_graph(others: int, backend: str) -> None:
     schedule = made(WAN_480P, Blocks(128, 128))
-    q, k, v = inputs(schedule, torch.bfloat16, 128)
-    expected = attend(q, k, v, schedule, backend)
+    q, k, v = inputs(schedule, torch.bfloat16, 128, others=others)
+    lengths = torch.tensor([q.shape[2] - 50], dtype=torch.int32, device="cuda") if others else None
+    more = {"video_start": others // 3, "lengths": lengths}
+    expected = attend(q, k, v, schedule, backend, **more)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attend(q, k, v, schedule, backend)
+        attend(q, k, v, schedule, backend, **more)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attend(q, k, v, schedule, backend)
+        out = attend(q, k, v, schedule, backend, **more)
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)

@@ -14,9 +14,13 @@ CASES = [
     {"backend": "hopper", "anchored": False, "lse": False, "head_dim": 128, "layout": "fused"},
     {"backend": "hopper", "anchored": True, "lse": True, "head_dim": 64, "layout": "fused"},
     {"backend": "hopper", "anchored": True, "lse": False, "head_dim": 128, "layout": "heads first"},
+    {"backend": "hopper", "anchored": False, "lse": True, "head_dim": 128, "layout": "fused", "others": True},
+    {"backend": "hopper", "anchored": True, "lse": True, "head_dim": 128, "layout": "heads first", "others": True},
+    {"backend": "triton", "anchored": True, "lse": True, "head_dim": 128, "layout": "fused", "others": True},
     {"backend": "triton", "anchored": False, "lse": False, "head_dim": 128, "layout": "fused"},
     {"backend": "triton", "anchored": True, "lse": True, "head_dim": 64, "layout": "heads first"},
 ]
+LENGTHS = [[37, 1], [0, 300], [1001, 0], [16, 128], [1, 2048]]
 THREADS = {"hopper": 384, "triton": 256}
 """Of a block."""
 
@@ -30,12 +34,15 @@ def test_later_launches_are_those_that_triton_made(tmp_path: Path, release: str)
         pytest.skip(f"{OLDER_TRITON} must be a folder with a release of triton")
     launch_kernels.build_driver(tmp_path)
     folders = dict.fromkeys(("LD_LIBRARY_PATH", "TRITON_LIBCUDA_PATH"), str(tmp_path))
-    records = run_program(launch_kernels, CASES, older if release == "oldest" else None, **folders)
+    lengths = [{"backend": backend, "lengths": LENGTHS} for backend in THREADS]
+    records = run_program(launch_kernels, CASES + lengths, older if release == "oldest" else None, **folders)
+    assert [records.pop(), records.pop()] == [1, 1], "text of another length compiles nothing"
     for case, found in zip(CASES, records, strict=True):
         assert found["again"] == found["first"], case
         assert found["moved"] == found["first"], case
         forward = found["first"][-1]
         assert forward["block"] == THREADS[case["backend"]]
         assert forward["stream"] == launch_kernels.STREAM
-        assert {"q", "k", "v", "out"} <= set(forward["parameters"])
+        moving = {"q", "k", "v", "out"} | ({"lengths"} if case.get("others") else set())
+        assert moving <= set(forward["parameters"])
         assert len(found["first"]) == 1 + (case["anchored"] and case["backend"] == "hopper")

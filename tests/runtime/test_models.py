@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import torch._dynamo.testing
 from support.masked import masked
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, PlanFile, ScheduleError, Segment, TokenGrid
+from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
 from calibatt.runtime import InterceptionLostError, Plan, PlanMismatchError, ops
 from calibatt.runtime import schedule as runtime_schedule
 from calibatt.runtime.adapters import ADAPTERS, adapter_for
@@ -31,15 +30,17 @@ LAYERS, HEADS, HEAD_DIM = 2, 2, 16
 
 @dataclass(frozen=True)
 class Family:
-    """How a model is made, and the arguments of a forward at a time."""
+    """How a model is made, and the arguments of a forward at a time; text tokens in the sequence of attention."""
 
     make: Callable[[], Any]
-    arguments: Callable[[float, int], dict[str, Any]]
-    grid: TokenGrid = GRID
+    arguments: Callable[..., dict[str, Any]]
+    text: int = 0
     padding: tuple[int, ...] = (0, 0)
     """Text tokens at the end of each sample that are padding."""
     fullgraph: bool = True
     """Whether the model itself can be compiled as one graph."""
+    apart: bool = False
+    """Whether attention is called for each sample, without its padding."""
 
 
 def wan(kind: str = "Wan", **config: Any) -> Any:
@@ -151,11 +152,13 @@ def cogvideox(**config: Any) -> Any:
     )  # fmt: skip
 
 
-def cogvideox_arguments(time: float, batch: int, rotary: bool, frames: int = GRID.frames) -> dict[str, Any]:
+def cogvideox_arguments(
+    time: float, batch: int, text: int = 7, *, rotary: bool, frames: int = GRID.frames
+) -> dict[str, Any]:
     angles = torch.randn(GRID.tokens, HEAD_DIM)
     return {
         "hidden_states": torch.randn(batch, frames, 4, 8, 12),
-        "encoder_hidden_states": torch.randn(batch, 7, 16),
+        "encoder_hidden_states": torch.randn(batch, text, 16),
         "timestep": torch.tensor([round(time * 1000)] * batch),
         "image_rotary_emb": (angles.cos(), angles.sin()) if rotary else None,
     }
@@ -171,17 +174,21 @@ def mochi() -> Any:
     return model
 
 
-def text_mask(batch: int) -> torch.Tensor:
-    return torch.arange(TEXT_LAST.text_after) < TEXT_LAST.text_after - torch.tensor(PADDING[:batch])[:, None]
+TEXT = 20
+PADDING = (3, 13)
 
 
-def mochi_arguments(time: float, batch: int) -> dict[str, Any]:
+def text_mask(text: int, *padding: int) -> torch.Tensor:
+    return torch.arange(text) < text - torch.tensor(padding)[:, None]
+
+
+def mochi_arguments(time: float, batch: int, text: int = TEXT) -> dict[str, Any]:
     """Time runs the other way."""
     return {
         "hidden_states": torch.randn(batch, 4, 3, 8, 12),
-        "encoder_hidden_states": torch.randn(batch, TEXT_LAST.text_after, 16),
+        "encoder_hidden_states": torch.randn(batch, text, 16),
         "timestep": torch.tensor([(1 - time) * 1000] * batch),
-        "encoder_attention_mask": text_mask(batch),
+        "encoder_attention_mask": text_mask(text, *PADDING[:batch]),
     }
 
 
@@ -194,12 +201,12 @@ def hunyuan(**config: Any) -> Any:
     )  # fmt: skip
 
 
-def hunyuan_arguments(time: float, batch: int, channels: int = 4) -> dict[str, Any]:
+def hunyuan_arguments(time: float, batch: int, text: int = TEXT) -> dict[str, Any]:
     return {
-        "hidden_states": torch.randn(batch, channels, 3, 8, 12),
-        "encoder_hidden_states": torch.randn(batch, TEXT_LAST.text_after, 16),
+        "hidden_states": torch.randn(batch, 4, 3, 8, 12),
+        "encoder_hidden_states": torch.randn(batch, text, 16),
         "timestep": torch.tensor([time * 1000.0] * batch),
-        "encoder_attention_mask": text_mask(batch),
+        "encoder_attention_mask": text_mask(text, *PADDING[:batch]),
         "pooled_projections": torch.randn(batch, 8),
         "guidance": torch.tensor([6000.0] * batch),
     }
@@ -269,33 +276,27 @@ def h3() -> Any:
     )  # fmt: skip
 
 
-def h3_arguments(time: float, batch: int) -> dict[str, Any]:
+def h3_arguments(time: float, batch: int, text: int = 7) -> dict[str, Any]:
     """Text, a picture that the video starts from, 5 latents of stereo sound, the video; its own pipeline's layout."""
     from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep as Layout
 
-    positions, tags, video, audio, text, *_ = Layout.build_packed_sequence(
-        torch.ones(7), GRID.frames, 8, 12, 5, (1, 2, 2), audio_channels=2, audio_tag=2, video_tag=0,
+    positions, tags, video, audio, words, *_ = Layout.build_packed_sequence(
+        torch.ones(text), GRID.frames, 8, 12, 5, (1, 2, 2), audio_channels=2, audio_tag=2, video_tag=0,
         keyframe_anchors=("first",),
     )  # fmt: skip
     return {
         "hidden_states": torch.randn(batch, len(video), 16),
         "audio_hidden_states": torch.randn(batch, len(audio), 4),
-        "encoder_hidden_states": torch.randn(batch, len(text), 16),
+        "encoder_hidden_states": torch.randn(batch, len(words), 16),
         "timestep": torch.tensor([1 - time, 1 - time / 2, 0.999]),
         "timestep_indices": torch.where(tags == 2, 1, 0),
         "position_ids": positions,
         "token_tags": tags,
         "video_indices": video,
         "audio_indices": audio,
-        "text_indices": text,
+        "text_indices": words,
     }
 
-
-TEXT_LAST = dataclasses.replace(GRID, text_after=20)
-"""72 video tokens and 20 of text: two blocks have text only, and one of these vanishes with the second sample's
-padding."""
-PADDING = (3, 13)
-TEXT_FIRST = dataclasses.replace(GRID, text_before=7)
 
 FAMILIES = {
     "Wan T2V": Family(wan, wan_arguments),
@@ -305,37 +306,37 @@ FAMILIES = {
     "Wan Animate": Family(lambda: wan("WanAnimate", inject_face_latents_blocks=2, **FACES), animate_arguments),
     "SkyReels-V2": Family(lambda: wan("SkyReelsV2"), skyreels_arguments),
     "LTX": Family(ltx, ltx_arguments),
-    "LTX-2": Family(ltx2, ltx2_arguments, dataclasses.replace(GRID, text_after=24)),
-    "CogVideoX 2B": Family(cogvideox, lambda *a: cogvideox_arguments(*a, rotary=False), TEXT_FIRST),
+    "LTX-2": Family(ltx2, ltx2_arguments, 24),
+    "CogVideoX 2B": Family(cogvideox, lambda *a: cogvideox_arguments(*a, rotary=False), 7),
     "CogVideoX 5B": Family(
         lambda: cogvideox(use_rotary_positional_embeddings=True),
         lambda *a: cogvideox_arguments(*a, rotary=True),
-        TEXT_FIRST,
+        7,
     ),
     "CogVideoX 1.5": Family(
         lambda: cogvideox(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False),
         lambda *a: cogvideox_arguments(*a, rotary=True, frames=2 * GRID.frames),
-        TEXT_FIRST,
+        7,
     ),
-    "Mochi": Family(mochi, mochi_arguments, TEXT_LAST, PADDING),
-    "HunyuanVideo": Family(hunyuan, hunyuan_arguments, TEXT_LAST, PADDING),
+    "Mochi": Family(mochi, mochi_arguments, TEXT, PADDING, apart=True),
+    "HunyuanVideo": Family(hunyuan, hunyuan_arguments, TEXT, PADDING),
     "HunyuanVideo I2V": Family(
         lambda: hunyuan(image_condition_type="token_replace", guidance_embeds=False),
         hunyuan_arguments,
-        TEXT_LAST,
+        TEXT,
         PADDING,
     ),
-    "HunyuanVideo 1.5 I2V": Family(hunyuan15, hunyuan15_arguments, TEXT_LAST, PADDING, fullgraph=False),
+    "HunyuanVideo 1.5 I2V": Family(hunyuan15, hunyuan15_arguments, TEXT, PADDING, fullgraph=False),
     "HunyuanVideo 1.5": Family(
-        hunyuan15, lambda *a: hunyuan15_arguments(*a, image=False), TEXT_LAST, (8, 18), fullgraph=False
+        hunyuan15, lambda *a: hunyuan15_arguments(*a, image=False), TEXT, (8, 18), fullgraph=False
     ),
     "Kandinsky 5": Family(lambda: kandinsky(5), kandinsky5_arguments),
     "Kandinsky 6": Family(
         lambda: kandinsky(6, in_audio_dim=4, out_audio_dim=4, visual_token_type_num_embeddings=2),
         kandinsky6_arguments,
-        dataclasses.replace(GRID, text_after=24),
+        24,
     ),
-    "MiniMax-H3": Family(h3, h3_arguments, dataclasses.replace(GRID, text_before=7 + 24 + 10)),
+    "MiniMax-H3": Family(h3, h3_arguments, 7 + 24 + 10),
 }
 
 
@@ -362,25 +363,23 @@ def model_of(family: Family) -> Any:
 def plan_for(model: Any, dense: bool, grid: TokenGrid = GRID) -> Plan:
     rng = np.random.default_rng(0)
     heads = {"dense_heads": range(HEADS)} if dense else {"anchored_heads": (HEADS - 1,)}
-    always = [0] if grid.text_after else []
     schedules = tuple(
-        tuple(random_schedule(rng, grid, BLOCKS, HEADS, 0.4, always=always, **heads) for _ in range(LAYERS))
-        for _ in SEGMENTS
+        tuple(random_schedule(rng, grid, BLOCKS, HEADS, 0.4, **heads) for _ in range(LAYERS)) for _ in SEGMENTS
     )
     return Plan(PlanFile(adapter_for(model).signature(model), grid, BLOCKS, SEGMENTS, schedules))
 
 
-def run(model: Any, family: Family, time: float = 0.9, batch: int = 2) -> torch.Tensor:
+def run(model: Any, family: Family, time: float = 0.9, batch: int = 2, *text: int) -> torch.Tensor:
     torch.manual_seed(1)
     with torch.no_grad():
-        return torch.cat([x.flatten() for x in model(**family.arguments(time, batch), return_dict=False)])
+        return torch.cat([x.flatten() for x in model(**family.arguments(time, batch, *text), return_dict=False)])
 
 
 def expected_calls(family: Family) -> list[tuple[int, int]]:
     """(queries, keys) of the planned attention calls of a forward with two samples."""
-    lengths = [family.grid.tokens - padding for padding in family.padding]
-    each = lengths if any(family.padding) else lengths[:1]
-    return [(length, length) for _ in range(LAYERS) for length in each]
+    tokens = GRID.tokens + family.text
+    lengths = [tokens - padding for padding in family.padding] if family.apart else [tokens]
+    return [(length, length) for _ in range(LAYERS) for length in lengths]
 
 
 @pytest.fixture
@@ -400,7 +399,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_a_dense_plan_changes_nothing_and_detach_everything_back(family: Family, calls: list) -> None:
     model = model_of(family)
     plain = run(model, family)
-    with plan_for(model, True, family.grid).attach(model):
+    with plan_for(model, True).attach(model):
         torch.testing.assert_close(run(model, family), plain, rtol=1e-4, atol=1e-5)
     assert calls == expected_calls(family), "every self-attention once, no cross-attention"
     assert torch.equal(run(model, family), plain)
@@ -409,7 +408,7 @@ def test_a_dense_plan_changes_nothing_and_detach_everything_back(family: Family,
 @pytest.mark.parametrize("time", [0.9, 0.3])
 def test_a_sparse_plan_is_the_stock_code_with_masks(family: Family, time: float) -> None:
     model = model_of(family)
-    plan = plan_for(model, False, family.grid)
+    plan = plan_for(model, False)
     with masked(model, plan):
         expected = run(model, family, time)
     with plan.attach(model):
@@ -421,7 +420,7 @@ def test_a_sparse_plan_is_the_stock_code_with_masks(family: Family, time: float)
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "HunyuanVideo 1.5"], indirect=True)
 def test_compiled_once_for_all_times(family: Family, calls: list) -> None:
     model = model_of(family)
-    with plan_for(model, False, family.grid).attach(model):
+    with plan_for(model, False).attach(model):
         expected = [run(model, family, time) for time in (0.9, 0.3)]
         calls.clear()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -439,7 +438,7 @@ def test_compiled_block_by_block(name: str, calls: list) -> None:
     """What diffusers calls regional compilation; CogVideoX and Mochi do not offer it."""
     family = FAMILIES[name]
     model = model_of(family)
-    with plan_for(model, False, family.grid).attach(model):
+    with plan_for(model, False).attach(model):
         expected = [run(model, family, time) for time in (0.9, 0.3)]
         calls.clear()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -454,20 +453,19 @@ def test_compiled_block_by_block(name: str, calls: list) -> None:
 def with_padding(family: Family, *padding: int) -> dict[str, Any]:
     """Arguments whose samples have so many text tokens of padding."""
     torch.manual_seed(1)
-    text = family.grid.text_after
-    mask = torch.arange(text) < text - torch.tensor(padding)[:, None]
+    mask = text_mask(family.text, *padding)
     return {**family.arguments(0.9, len(padding)), "encoder_attention_mask": mask, "return_dict": False}
 
 
 @pytest.mark.parametrize("name", PADDED)
 def test_prompts_of_any_length(name: str, calls: list) -> None:
-    """Compiled once; a prompt of another length is another schedule, and samples do not see each other."""
+    """Compiled once, whatever is padding; and samples do not see each other."""
     family = FAMILIES[name]
-    model, text = model_of(family), family.grid.text_after
+    model, text = model_of(family), family.text
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with plan_for(model, False, family.grid).attach(model), torch.no_grad():
-        for padding in ((3, 13), (0, 5), (text, 1), (0, 0), (7, 7)):
+    with plan_for(model, False).attach(model), torch.no_grad():
+        for padding in ((3, 13), (0, 5), (text - 1, 1), (0, 0), (7, 7)):
             arguments = with_padding(family, *padding)
             together = model(**arguments)[0]
             torch.testing.assert_close(compiled(**arguments)[0], together, rtol=1e-4, atol=1e-5)
@@ -475,49 +473,51 @@ def test_prompts_of_any_length(name: str, calls: list) -> None:
                 alone = {key: x[sample, None] if torch.is_tensor(x) else x for key, x in arguments.items()}
                 calls.clear()
                 torch.testing.assert_close(model(**alone)[0], together[sample, None], rtol=1e-4, atol=1e-5)
-                assert calls == [(family.grid.tokens - padding[sample],) * 2] * LAYERS
+                tokens = GRID.tokens + text - (padding[sample] if family.apart else 0)
+                assert calls == [(tokens, tokens)] * LAYERS
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("name", PADDED)
-def test_arrays_of_a_few_lengths_stay_on_devices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+LENGTHS = (37, 300, 1001, 300)
+
+
+@pytest.mark.parametrize("name", ["CogVideoX 5B", "Mochi", "HunyuanVideo", "MiniMax-H3"])
+def test_one_plan_for_text_of_every_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the model's own code with masks; no array is made twice, and nothing is compiled that the model would not."""
+    bound = []
     bind = runtime_schedule._bind
-    monkeypatch.setattr(
-        runtime_schedule, "_bind", lambda core, *args: made.append(core.grid.text_after) or bind(core, *args)
-    )
+    monkeypatch.setattr(runtime_schedule, "_bind", lambda core, *args: bound.append(core) or bind(core, *args))
     family = FAMILIES[name]
     model = model_of(family)
-    plan = plan_for(model, False, family.grid)
-    with plan.attach(model), torch.no_grad():
-        assert made == [], "the length of the text is not known yet"
-        for padding, expected in ((3, [17]), (3, []), (4, [16]), (5, [15]), (6, [14]), (3, []), (7, [13]), (4, [16])):
-            made.clear()
-            model(**with_padding(family, padding))
-            assert sorted(set(made)) == expected
-            assert len(made) in (0, LAYERS * len(SEGMENTS))
+    plan = plan_for(model, False)
+    with masked(model, plan):
+        expected = [run(model, family, 0.9, 2, text) for text in LENGTHS]
+
+    def compiled() -> tuple[list[torch.Tensor], int]:
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        called = torch.compile(model, backend=counter, fullgraph=True)
+        return [run(called, family, 0.9, 2, text) for text in LENGTHS], counter.frame_count
+
+    _, alone = compiled()
+    with plan.attach(model):
+        eager = [run(model, family, 0.9, 2, text) for text in LENGTHS]
+        planned, frames = compiled()
+    assert len(bound) == LAYERS * len(SEGMENTS), "every array once, for the segment at work and the next"
+    assert frames <= alone + 2, "the hook, for one length and for any"
+    for found in (eager, planned):
+        for mine, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PADDED)
-def test_tiles_that_keep_only_text_are_refused(name: str) -> None:
-    family = FAMILIES[name]
-    model = model_of(family)
-    plan = plan_for(model, False, family.grid)
-    for layers in plan.file.schedules:
-        layers[1].col_idx[layers[1].row_ptr[0] : layers[1].row_ptr[1]] = 5
-    with plan.attach(model), torch.no_grad():
-        with pytest.raises(ScheduleError, match="must keep a key block below 5, with 4 text tokens, got none"):
-            model(**with_padding(family, 16))
-
-
-@pytest.mark.parametrize("name", PADDED)
-def test_text_of_another_padded_length_is_another_grid(name: str) -> None:
+def test_another_video_is_another_grid(name: str) -> None:
     """Unless asked to, nothing runs dense; and dense is what the model itself computes."""
     family = FAMILIES[name]
     model = model_of(family)
-    plan = plan_for(model, False, dataclasses.replace(family.grid, text_after=21))
+    plan = plan_for(model, False, TokenGrid(2, 4, 6))
     plain = run(model, family)
-    with plan.attach(model), pytest.raises(PlanMismatchError, match=r"grid must be .*text_after=21\), got .*=20\)"):
+    with plan.attach(model), pytest.raises(PlanMismatchError, match=r"grid must be .*frames=2, .*, got .*frames=3, "):
         run(model, family)
     with plan.attach(model, on_mismatch="dense"), pytest.warns(UserWarning, match="run the model's own attention"):
         torch.testing.assert_close(run(model, family), plain, rtol=1e-4, atol=1e-5)
@@ -527,7 +527,7 @@ def test_fusing_cogvideox_replaces_its_processors() -> None:
     """Before attach that is all right; afterwards the plan would be ignored, and the next forward says so."""
     family = FAMILIES["CogVideoX 5B"]
     model = model_of(family)
-    plan = plan_for(model, False, family.grid)
+    plan = plan_for(model, False)
     with plan.attach(model):
         expected = run(model, family)
         model.fuse_qkv_projections()

@@ -25,7 +25,14 @@ def schedule() -> LayerSchedule:
     [
         ({"q": torch.zeros(2, 24, 16)}, r"q must have shape \(batch, heads, tokens, head_dim\), got \(2, 24, 16\)"),
         ({"q": torch.zeros(1, 3, 24, 16)}, "q must have the schedule's 2 heads, got 3"),
-        ({"q": torch.zeros(1, 2, 25, 16)}, "q must have the schedule's 24 tokens, got 25"),
+        (
+            {"q": torch.zeros(1, 2, 23, 16)},
+            "q must have the schedule's 24 tokens from video_start on, got 23 tokens, vid",
+        ),
+        ({"video_start": 1}, "q must have the schedule's 24 tokens from video_start on, got 24 tokens, video_start 1"),
+        ({"video_start": -1}, "got 24 tokens, video_start -1 and"),
+        ({"lengths": torch.tensor([24])}, r"lengths must be int32 of \(1,\) on cpu, got torch.int64 \(1,\) on cpu"),
+        ({"lengths": torch.tensor([24] * 2).int()}, r"lengths must be int32 of \(1,\) on cpu, got torch.int32 \(2,\)"),
         ({"q": torch.zeros(SHAPE, dtype=torch.int32)}, "q must be floating point, got torch.int32"),
         ({"k": torch.zeros(2, 2, 24, 16)}, r"k must have the shape of q, \(1, 2, 24, 16\), got \(2, 2, 24, 16\)"),
         ({"v": torch.zeros(1, 2, 24, 8)}, r"v must have the shape of q, \(1, 2, 24, 16\), got \(1, 2, 24, 8\)"),

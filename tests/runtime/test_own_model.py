@@ -19,7 +19,7 @@ from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, TokenGrid
 from calibatt.runtime import Plan, UnknownModelError
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-GRID = TokenGrid(frames=2, height=3, width=8, text_after=5)
+GRID = TokenGrid(frames=2, height=3, width=8)
 LAYERS, HEADS, HEAD_DIM = 2, 2, 16
 
 

@@ -17,7 +17,7 @@ from calibatt.runtime.schedule import LayerSchedule, _bind
 
 @pytest.fixture
 def core() -> CoreSchedule:
-    grid = TokenGrid(frames=2, height=3, width=10, text_before=4, text_after=5)
+    grid = TokenGrid(frames=2, height=3, width=13)
     return random_schedule(np.random.default_rng(1), grid, Blocks(16, 32), 3, dense_heads=[1], anchored_heads=[2])
 
 

@@ -21,14 +21,13 @@ from calibatt.plans import Blocks, ModelSignature, PackedLayer, PlanFile, Segmen
 from calibatt.plans import LayerSchedule as CoreSchedule
 from calibatt.runtime import Plan, planned_attention, resident
 from calibatt.runtime.backends import hopper
-from calibatt.runtime.padding import ShorterPlans
 from calibatt.runtime.parallel import Share, Ulysses
 from calibatt.runtime.resident import ResidentSchedules
 from calibatt.runtime.schedule import LayerSchedule
 from calibatt.runtime.workspace import PackedLists, Room, Workspace, unpack_by_kernel, unpack_by_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GRID = TokenGrid(frames=2, height=3, width=26, text_before=4, text_after=35)
+GRID = TokenGrid(frames=2, height=3, width=26)
 BLOCKS = Blocks(16, 32)
 WAN_720P = TokenGrid(frames=21, height=45, width=80)
 
@@ -122,11 +121,8 @@ def test_layers_of_a_plan_take_turns_in_one_room() -> None:
 
 
 @pytest.mark.usefixtures("packed")
-def test_shares_and_shorter_text_are_packed_too() -> None:
+def test_shares_are_packed_too() -> None:
     whole = ResidentSchedules([[LayerSchedule(drawn(seed, density=0.9)) for seed in range(2)]])
-    for text in (35, 20, 0):
-        for schedule in ShorterPlans(whole, 1, GRID.text_after)[text].layers(0):
-            check_lists(schedule, schedule.core)
     ranks = Ulysses(None, 1, 2, False)
     for schedule in ResidentSchedules([[Share(schedule, ranks) for schedule in whole.layers(0)]]).layers(0):
         check_lists(schedule, schedule.core)

@@ -95,7 +95,7 @@ def test_manifest_round_trip_is_canonical():
         ("row_radius", 5),
         ("frame_radius", 2),
         ("versions", {"torch": 2}),
-        ("schema_version", 3),
+        ("schema_version", 4),
         ("grid", None),
     ],
 )
@@ -109,8 +109,9 @@ def test_manifest_refuses(name, value):
     [
         (lambda value: value.pop("grid"), "must have the field 'grid'"),
         (lambda value: value.update(more=1), "must not have the field 'more'"),
-        (lambda value: value.update(schema_version=3), "schema_version must be 2, got 3"),
-        (lambda value: value.update(schema_version=1, query_stride=4), r"must be 2 \(calibrate again: .*\), got 1"),
+        (lambda value: value.update(schema_version=4), "schema_version must be 3, got 4"),
+        (lambda value: value.update(schema_version=2), r"must be 3 \(calibrate again: .*\), got 2"),
+        (lambda value: value.update(schema_version=1, query_stride=4), r"must be 3 \(calibrate again: .*\), got 1"),
         (lambda value: value.update(times=3), "times must be a list, got 3"),
         (lambda value: value["grid"].update(width=0), "grid.width must be a positive integer, got 0"),
         (lambda value: value["windows"][0].update(kind="ball"), "window.kind must be"),

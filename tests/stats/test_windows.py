@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from calibatt.compiler.stats import ManifestError, Window, default_windows, window_keep
 from calibatt.plans import Blocks, TokenGrid
 
-GRIDS = st.builds(
-    TokenGrid, st.integers(1, 4), st.integers(1, 5), st.integers(1, 20), st.integers(0, 20), st.integers(0, 20)
-)
+GRIDS = st.builds(TokenGrid, st.integers(1, 4), st.integers(1, 5), st.integers(1, 20))
 RADIUS = st.integers(0, 4)
 WINDOWS = st.one_of(
     st.builds(Window, st.sampled_from(["frames", "rows"]), st.tuples(RADIUS)),
@@ -21,19 +19,12 @@ WINDOWS = st.one_of(
 
 
 def brute(window: Window, grid: TokenGrid, blocks: Blocks) -> np.ndarray:
-    place = [
-        (*divmod(index // grid.width, grid.height), index % grid.width) if 0 <= index < grid.video_tokens else None
-        for index in range(-grid.text_before, grid.video_tokens + grid.text_after)
-    ]
+    place = [(*divmod(index // grid.width, grid.height), index % grid.width) for index in range(grid.tokens)]
     used = {"frames": (0,), "rows": (1,), "box": (0, 1, 2)}[window.kind]
     keep = np.zeros((blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens)), bool)
     for i, one in enumerate(place):
         for j, two in enumerate(place):
-            near = (
-                one is None
-                or two is None
-                or all(abs(one[axis] - two[axis]) <= radius for axis, radius in zip(used, window.radii, strict=True))
-            )
+            near = all(abs(one[axis] - two[axis]) <= radius for axis, radius in zip(used, window.radii, strict=True))
             keep[i // blocks.block_q, j // blocks.block_k] |= near
     return keep
 

@@ -74,17 +74,19 @@ def random_vectors(latent: Latent, vectors: int, seed: int = SEED) -> list[Tenso
 
 
 def keeps_of(manifest: Manifest) -> Tensor:
-    """The manifest's windows by token pair, bool ``(windows, N, N)``."""
+    """The manifest's windows by pair of video tokens, bool ``(windows, V, V)``."""
     keeps = [torch.from_numpy(window_keep(each, manifest.grid, manifest.blocks)) for each in manifest.windows]
     found = torch.stack(keeps).repeat_interleave(manifest.blocks.block_q, 1)
     return found.repeat_interleave(manifest.blocks.block_k, 2)[:, : manifest.grid.tokens, : manifest.grid.tokens]
 
 
-def mask_error(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    """What a mask changes in the output of one head: float64 ``(B, N, D)``; q, k, v ``(B, N, D)``."""
+def mask_error(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, start: int) -> Tensor:
+    """What a mask of the video's tokens, the first of which is `start`, changes in the output of one head: float64
+    ``(B, N, D)``; q, k, v ``(B, N, D)``."""
     q, k, v = (x.detach().double() for x in (q, k, v))
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    masked = scores.masked_fill(~keep[: scores.shape[-1], : scores.shape[-1]], -torch.inf)
+    scores, video = q @ k.mT * q.shape[-1] ** -0.5, slice(start, start + len(keep))
+    masked = scores.clone()
+    masked[:, video, video].masked_fill_(~keep, -torch.inf)
     return (masked.softmax(-1) - scores.softmax(-1)) @ v
 
 
@@ -92,16 +94,21 @@ def disturbed(sampler: Any, manifest: Manifest, coefficient: Coefficient, step: 
     """The final latent, flat, where every mask's error, times its coefficient and the step, is added to attention."""
     keeps = keeps_of(manifest)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, site: Any, now: float) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, site: Any, context: tuple[float, int]) -> Tensor:
+        now, start = context
         out = site.stock(q, k, v).clone()
         factors = coefficient(now, site.layer) * step
         for window, head in zip(*factors.nonzero(), strict=True):
-            error = mask_error(q[:, :, head], k[:, :, head], v[:, :, head], keeps[window])
+            error = mask_error(q[:, :, head], k[:, :, head], v[:, :, head], keeps[window], start)
             out[:, :, head] = out[:, :, head].double() + factors[window, head] * error
         return out
 
     model, adapter = sampler.transformer, adapter_for(sampler.transformer)
-    interception = Interception(model, adapter, attend, begin=lambda arguments: float(adapter.time(arguments)))
+
+    def begin(arguments: Any) -> tuple[float, int]:
+        return float(adapter.time(arguments)), adapter.video_start(model, arguments)
+
+    interception = Interception(model, adapter, attend, begin=begin)
     try:
         return flat(sampler.run(PROMPT, SEED))
     finally:

@@ -21,6 +21,8 @@ def check_against_oracle(
     lse: torch.Tensor | None = None,
     scale: float | None = None,
     queries: torch.Tensor | None = None,
+    video_start: int = 0,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """Asserts that `out` and `lse` are as good as plain torch operators in the same precision, up to a factor of 2.
 
@@ -34,31 +36,25 @@ def check_against_oracle(
         q: The arguments of the attention, and k, v, schedule and scale likewise.
         lse: ``(B, H, N)``, or ``(B, H, M)``.
         queries: int64 ``(M,)``; the tokens that are compared (default: all).
+        video_start: As of the attention, and lengths likewise.
     """
-    truth, true_lse = _oracle(q, k, v, schedule, scale, queries, torch.float64)
-    yardstick, _ = _oracle(q, k, v, schedule, scale, queries, q.dtype)
+    options = {"scale": scale, "queries": queries, "video_start": video_start, "lengths": lengths}
+
+    def oracle(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return reference_attention(q.to(dtype), k.to(dtype), v.to(dtype), schedule, **options)
+
+    truth, true_lse = oracle(torch.float64)
+    yardstick, _ = oracle(q.dtype)
     fp32_eps = torch.finfo(torch.float32).eps
     assert out.dtype == q.dtype
     rounding = torch.finfo(q.dtype).eps * truth.abs().amax((2, 3)) + EXP_ULPS * fp32_eps * v.abs().amax((2, 3))
     _check("out", out, truth, yardstick, rounding)
     if lse is not None:
         assert lse.dtype == torch.float32
-        _, yardstick_lse = _oracle(q, k, v, schedule, scale, queries, torch.float32)
+        _, yardstick_lse = oracle(torch.float32)
         _check(
             "lse", lse[..., None], true_lse[..., None], yardstick_lse[..., None], 4 * fp32_eps * true_lse.abs().amax(2)
         )
-
-
-def _oracle(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    schedule: LayerSchedule,
-    scale: float | None,
-    queries: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference_attention(q.to(dtype), k.to(dtype), v.to(dtype), schedule, scale=scale, queries=queries)
 
 
 def _check(name: str, actual: torch.Tensor, truth: torch.Tensor, yardstick: torch.Tensor, floor: torch.Tensor) -> None:

@@ -145,7 +145,7 @@ def overridden(model: Any, override: Any) -> Any:
 
 
 def masked_override(plan: Plan) -> Any:
-    """The truth of a plan in ComfyUI: its own code, with explicit masks."""
+    """The truth of a plan in ComfyUI: its own code, with explicit masks; the video is the end of a sequence."""
 
     def attend(func: Any, q: Any, k: Any, v: Any, heads: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         if k.shape != q.shape:
@@ -156,6 +156,7 @@ def masked_override(plan: Plan) -> Any:
             parts = [x.transpose(1, 2) for x in (q, k, v)]
         else:
             parts = [x.unflatten(2, (heads, -1)) for x in (q, k, v)]
-        return masked_attention(*parts, schedule).flatten(2)
+        start = q.shape[2 if kwargs.get("skip_reshape") else 1] - schedule.grid.tokens
+        return masked_attention(*parts, schedule, start).flatten(2)
 
     return attend

@@ -20,18 +20,32 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from calibatt.runtime.kernels import hopper
 
 DESCRIBED = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4, transposed=False, fp4_padded=False"
-POINTERS = {"lse_ptr": "*fp32", "tiles": "*i32", "columns": "*u16", "counter": "*i32", "receivers": "*i64"}
-ONLY_ANCHORED = ("packed_q_desc", "out_ptr", "receivers")
+POINTERS = {
+    "lse_ptr": "*fp32",
+    "lengths": "*i32",
+    "tiles": "*i32",
+    "columns": "*u16",
+    "counter": "*i32",
+    "receivers": "*i64",
+}
+ONLY_ANCHORED = ("packed_q_desc", "receivers")
 OPTIONS = {name: value for name, value in hopper.LAUNCH_OPTIONS.items() if name != "num_ctas"}
 
 
-def compile_case(head_dim: int, block_k: int, dtype: str, anchored: bool, lse: bool = True) -> dict[str, int | str]:
-    """Registers, stack bytes (spills) and shared memory of the kernel as the launcher would configure it."""
+def compile_case(
+    head_dim: int, block_k: int, dtype: str, anchored: bool, lse: bool = True, others: bool = False
+) -> dict[str, int | str]:
+    """Registers, stack bytes (spills) and shared memory of the kernel as the launcher would configure it.
+
+    With `others` and without `lse`, some of what stands after the video is padding.
+    """
     kernel = hopper.hopper_forward
     constants = {
         "ANCHORED": anchored,
         "LSE": lse,
         "KV_SLOTS": hopper.kv_slots(head_dim, block_k),
+        "OTHERS": others,
+        "PADDED": others and not lse,
         "num_warps": OPTIONS["num_warps"],
     }
 
@@ -40,7 +54,8 @@ def compile_case(head_dim: int, block_k: int, dtype: str, anchored: bool, lse: b
 
     signature, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        if (not anchored and name in ONLY_ANCHORED) or (not lse and name == "lse_ptr"):
+        absent = {"lse_ptr": not lse, "lengths": lse or not others, "out_ptr": not (anchored or others)}
+        if (not anchored and name in ONLY_ANCHORED) or absent.get(name, False):
             constants[name] = None
         if name in constants:
             signature[name] = "constexpr"

@@ -34,7 +34,7 @@ SM_TENSOR_COLUMNS = 512
 
 
 def compile_case(
-    sm: int, head_dim: int, block_q: int, block_k: int, dtype: str, anchored: bool
+    sm: int, head_dim: int, block_q: int, block_k: int, dtype: str, anchored: bool, others: bool = False
 ) -> dict[str, int | str]:
     """Registers, stack bytes (spills), shared memory and programs an SM, as the launcher would configure the kernel."""
     config = table_row(sm)[head_dim].fit(block_q, block_k)
@@ -48,6 +48,8 @@ def compile_case(
         "PARTIAL": True,
         "ANCHORED": anchored,
         "LSE": True,
+        "OTHERS": others,
+        "PADDED": others,
     }
     tile = f"tensordesc<{dtype}[1, 1, {config.block_n}, {head_dim}]>" if sm >= TMA_SINCE else f"*{dtype}"
     special = {
@@ -60,6 +62,8 @@ def compile_case(
     signature, aligned = {}, {}
     for index, name in enumerate(block_sparse_forward.arg_names):
         kind = "*i32" if name.endswith("_ptr") else "i32"
+        if name == "lengths_ptr" and not others:
+            constants[name] = None
         signature[name] = "constexpr" if name in constants else special.get(name, kind)
         if signature[name].startswith("*") or "_stride_" in name:
             aligned[(index,)] = [["tt.divisibility", 16]]

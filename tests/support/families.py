@@ -408,19 +408,11 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[str], Any], dict[str, Any
 GRIDS = {
     "wan_animate": TokenGrid(4, 4, 6),
     "wan_vace_reference": TokenGrid(4, 4, 6),
-    "ltx_last": TokenGrid(3, 4, 6, text_before=24),
-    "ltx2_last": TokenGrid(3, 4, 6, text_after=24),
-    **dict.fromkeys(("cogvideox", "cogvideox_i2v"), TokenGrid(3, 4, 6, text_before=TEXT)),
-    **dict.fromkeys(("mochi", "hunyuan", "hunyuan_i2v", "hunyuan_i2v_replace"), TokenGrid(3, 4, 6, text_after=TEXT)),
-    "hunyuan15": TokenGrid(3, 4, 6, text_after=2 * TEXT + 4),
-    "hunyuan15_i2v": TokenGrid(3, 4, 4, text_after=2 * TEXT + 4),
+    "hunyuan15_i2v": TokenGrid(3, 4, 4),
     "kandinsky5_i2v": TokenGrid(6, 4, 6),
-    "kandinsky6_i2v": TokenGrid(3, 4, 6, text_after=24),
-    "h3": TokenGrid(7, 4, 6, text_before=TEXT + 2 * 37),
-    "h3_first_last": TokenGrid(7, 4, 6, text_before=TEXT + 2 * 24 + 2 * 37),
-    "h3_reference": TokenGrid(7, 4, 6, text_before=TEXT + 4 * 4 + 2 * 37),
+    **dict.fromkeys(("h3", "h3_first_last", "h3_reference"), TokenGrid(7, 4, 6)),
 }
-"""Where they are not 3 frames of 4 x 6 tokens alone."""
+"""Of the video, where they are not 3 frames of 4 x 6 tokens."""
 
 
 def pipeline(name: str) -> tuple[Any, Callable[[str], Any], dict[str, Any]]:

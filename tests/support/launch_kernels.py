@@ -102,10 +102,11 @@ def records(cuda: ctypes.CDLL, count: int, names: dict[int, str]) -> list[dict[s
 
 
 def launch_case(
-    cuda: ctypes.CDLL, backend: str, anchored: bool, lse: bool, head_dim: int, layout: str
+    cuda: ctypes.CDLL, backend: str, anchored: bool, lse: bool, head_dim: int, layout: str, others: bool = False
 ) -> dict[str, Any]:
     """What is launched at a first, a second and a third call, and microseconds of later ones."""
-    grid, heads, batch = TokenGrid(2, 12, 26, text_before=7), 4, 2
+    grid, heads, batch = TokenGrid(2, 12, 26), 4, 2
+    start, tokens = (7, 7 + grid.tokens + 40) if others else (0, grid.tokens)
     core = random_schedule(
         np.random.default_rng(0), grid, Blocks(128, 128), heads, 0.5, anchored_heads=[1, 3] if anchored else []
     )
@@ -123,16 +124,18 @@ def launch_case(
     torch.Tensor.new_empty = new_empty
 
     def inputs() -> list[torch.Tensor]:
-        x = torch.zeros(batch, grid.tokens, 3, heads, head_dim, dtype=torch.bfloat16)
+        x = torch.zeros(batch, tokens, 3, heads, head_dim, dtype=torch.bfloat16)
         x = x if layout == "fused" else x.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4)
         kept.append(x)
         return [x[:, :, part].transpose(1, 2) for part in range(3)]
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[dict[str, Any]]:
         made.clear()
-        out, _ = run(q, k, v, bound, 0.125, lse)
-        kept.extend((out, *made))
-        moved = {"q": q, "k": k, "v": v, "out": out, **{f"made {i}": x for i, x in enumerate(made)}}
+        lengths = torch.full((batch,), tokens - 3, dtype=torch.int32) if others else None
+        out, _ = run(q, k, v, bound, 0.125, lse, start, lengths)
+        kept.extend((out, *made, *([lengths] if others else [])))
+        video = {"video of q": q[:, :, start:], "video of out": out[:, :, start:], "lengths": lengths} if others else {}
+        moved = {**video, "q": q, "k": k, "v": v, "out": out, **{f"made {i}": x for i, x in enumerate(made)}}
         return records(cuda, len(kernels), {x.data_ptr(): name for name, x in moved.items()})
 
     tensors = inputs()
@@ -147,10 +150,24 @@ def launch_case(
     torch.Tensor.new_empty = empty
     begin = time.perf_counter()
     for _ in range(CALLS):
-        run(*tensors, bound, 0.125, lse)
+        run(*tensors, bound, 0.125, lse, start)
     return {**found, "us": (time.perf_counter() - begin) / CALLS * 1e6, "triton": triton.__version__}
+
+
+def count_variants(backend: str, lengths: list[list[int]]) -> int:
+    """How many variants of a kernel are compiled for so many tokens before the video and after it, in turns."""
+    grid = TokenGrid(2, 12, 26)
+    core = random_schedule(np.random.default_rng(0), grid, Blocks(128, 128), 4, 0.5, anchored_heads=[1])
+    bound, kernel = LayerSchedule(core).bind("cpu"), hopper_forward if backend == "hopper" else block_sparse_forward
+    kernel.device_caches.clear()
+    for before, after in lengths:
+        x = torch.zeros(1, before + grid.tokens + after, 4, 128, dtype=torch.bfloat16).transpose(1, 2)
+        valid = torch.tensor([x.shape[2] - after // 3], dtype=torch.int32)
+        load_backend(backend).run(x, x, x, bound, 0.125, False, before, valid)
+    return len(next(iter(kernel.device_caches.values()))[0])
 
 
 if __name__ == "__main__":
     library = pretend_a_gpu()
-    print(json.dumps([launch_case(library, **case) for case in json.loads(sys.argv[1])]))
+    asked = json.loads(sys.argv[1])
+    print(json.dumps([count_variants(**case) if "lengths" in case else launch_case(library, **case) for case in asked]))

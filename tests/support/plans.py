@@ -19,7 +19,7 @@ from calibatt.plans import (
     TokenGrid,
 )
 
-GRID = TokenGrid(frames=2, height=3, width=10, text_before=4, text_after=5)
+GRID = TokenGrid(frames=2, height=3, width=13)
 BLOCKS = Blocks(16, 16)
 
 

@@ -32,7 +32,7 @@ FEW_PROCESSORS = 3
 
 def run_case(backend: str, head_dim: int, block_k: int, dtype: torch.dtype, anchored: bool) -> None:
     """Twice, so that the second launch is one of `runtime.launch.Launch`; once with scores that overshoot."""
-    grid = TokenGrid(2, 9, 26, text_before=7, text_after=33)
+    grid = TokenGrid(2, 9, 26)
     core = random_schedule(
         np.random.default_rng(0), grid, Blocks(128, block_k), 3, 0.7, dense_heads=[2],
         anchored_heads=[1, 2] if anchored else [], anchors=("random", "frames"),
@@ -40,11 +40,12 @@ def run_case(backend: str, head_dim: int, block_k: int, dtype: torch.dtype, anch
     core.check()
     schedule = LayerSchedule(core)
     torch.manual_seed(0)
-    shape = (2, grid.tokens, 3, head_dim)
+    shape, lengths = (2, 7 + grid.tokens + 33, 3, head_dim), torch.tensor([500, 508], dtype=torch.int32, device="cuda")
+    more = {"video_start": 7, "lengths": lengths}
     q, k, v = (torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3))
     for factor in (1, 1, 40):
-        out, lse = planned_attention(q * factor, k, v, schedule, backend=backend, return_lse=True)
-        check_against_oracle(out, q * factor, k, v, schedule, lse=lse)
+        out, lse = planned_attention(q * factor, k, v, schedule, backend=backend, return_lse=True, **more)
+        check_against_oracle(out, q * factor, k, v, schedule, lse=lse, **more)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from calibatt.plans import DENSE, FRAMES, NO_ANCHORS, ROWS, Blocks, LayerSchedul
 
 ANCHORS = ("random", "every", "frame", "frames", "video", "mixed")
 """Groups of rows: of random length, every row an anchor, one anchor a frame. Of frames: random, one for all. Any."""
+OTHERS = (0, 0, 1, 7, 16, 33)
+"""Tokens before the video, or after it."""
 
 
 def random_groups(
@@ -40,7 +42,6 @@ def random_schedule(
     anchored_heads: Sequence[int] = (),
     anchors: str | Sequence[str] = "random",
     patterns: int | None = None,
-    always: Sequence[int] = (),
 ) -> LayerSchedule:
     """A valid schedule: every tile of a listed head keeps each key block with probability `density`, and at least one.
 
@@ -55,7 +56,6 @@ def random_schedule(
         anchored_heads: Heads that compute anchor rows, or frames, only. May overlap with the two above.
         anchors: One of `ANCHORS`, or some, which patterns are of in turn.
         patterns: Anchor patterns that the anchored heads share in turn; by default each has its own.
-        always: Key blocks that every tile keeps.
     """
     tokens, block_q = grid.tokens, blocks.block_q
     k_blocks = blocks.k_blocks(tokens)
@@ -72,7 +72,7 @@ def random_schedule(
     for head, pattern in enumerate(head_anchor):
         axis, start, _ = (ROWS, range(grid.rows), None) if pattern == NO_ANCHORS else groups[pattern]
         rows = len(start) * (grid.height if axis == FRAMES else 1)
-        tiles.append(-(-(grid.text_before + rows * grid.width + grid.text_after) // block_q))
+        tiles.append(-(-(rows * grid.width) // block_q))
         if head in dense_heads:
             continue
         shared = [owner for owner in owners if tiles[owner] >= tiles[head]] if head in shared_heads else []
@@ -83,7 +83,6 @@ def random_schedule(
         head_list[head] = len(lists)
         keep = rng.random((tiles[head], k_blocks)) < density
         keep[np.arange(tiles[head]), rng.integers(k_blocks, size=tiles[head])] = True
-        keep[:, list(always)] = True
         lists += [np.flatnonzero(row) for row in keep]
     return LayerSchedule(
         grid=grid,
@@ -103,14 +102,8 @@ def random_schedule(
 @st.composite
 def grids(draw: st.DrawFn, max_frames: int = 3, max_height: int = 5, max_width: int = 40) -> TokenGrid:
     """Small grids; rows seldom divide blocks, and the whole may be shorter than a block."""
-    text = st.sampled_from((0, 0, 1, 7, 16, 33))
-    return TokenGrid(
-        frames=draw(st.integers(1, max_frames)),
-        height=draw(st.integers(1, max_height)),
-        width=draw(st.integers(1, max_width)),
-        text_before=draw(text),
-        text_after=draw(text),
-    )
+    sizes = (max_frames, max_height, max_width)
+    return TokenGrid(*(draw(st.integers(1, most)) for most in sizes))
 
 
 def all_blocks(sizes: Sequence[int] = (16, 32, 64, 128)) -> st.SearchStrategy[Blocks]:

@@ -22,10 +22,10 @@ VECTORS = 2
 
 
 def manifest(**changes: Any) -> Manifest:
-    """Two layers, three heads, 2 x 5 x 7 video tokens and three text tokens, two times."""
+    """Two layers, three heads, 2 x 5 x 7 video tokens, two times."""
     values: dict[str, Any] = {
         "model": ModelSignature("TinyModel", layers=2, heads=3, head_dim=8),
-        "grid": TokenGrid(2, 5, 7, text_after=3),
+        "grid": TokenGrid(2, 5, 7),
         "blocks": Blocks(16, 16),
         "times": (0.25, 0.75),
         "windows": (Window("frames", (0,)), Window("box", (1, 1, 1))),
@@ -49,7 +49,7 @@ def measured(of: Manifest, seed: int = 0, copies: float = 1.0) -> dict[str, Any]
 
     blocks = of.model.layers * np.prod(shape)
     effect, error = ((rng.random(shape) ** 4 * 5 / blocks).astype(np.float32) for _ in range(2))
-    effect[..., -1] *= 4  # text, which matters to many queries
+    effect[..., -1] *= 4  # what matters to many queries
     found = {"effect": effect, "error": error, "row_effect": near(of.grid.height, of.row_radius) * np.float32(copies)}
     if of.frame_radius:
         found["frame_effect"] = near(of.grid.frames, of.frame_radius) * np.float32(copies)

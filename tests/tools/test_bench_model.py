@@ -104,7 +104,7 @@ def test_traces_count_what_the_host_waits_for(report: Any) -> None:
     for row in report["traces"]:
         assert row["waits"] == {}
         assert row["planned_calls"] == LAYERS * (row["attention"] == "plan 0.3")
-        assert row["items"] == (2 + 3 * LAYERS) * (row["attention"] == "plan 0.3")
+        assert row["items"] == (2 + 2 * LAYERS) * (row["attention"] == "plan 0.3")
 
 
 def test_a_picture_is_drawn(report: Any) -> None:
@@ -195,7 +195,7 @@ def test_a_model_without_regions_runs_eager_and_as_a_whole(tmp_path: Path) -> No
     options = ["--model", "tiny-mochi", "--densities", "0.5", "--rounds", "1", "--steps", "2"]
     found = bench("model", tmp_path / "mochi.json", *options)
     assert "--modes eager,full" in found["command"]
-    assert found["sizes"][0]["grid"] == {"frames": 4, "height": 8, "width": 8, "text_before": 0, "text_after": 7}
+    assert found["sizes"][0]["grid"] == {"frames": 4, "height": 8, "width": 8}
     assert found["missing"] == {variants.FLASH_4: "FlashAttention-4 needs a CUDA device"}
     assert {(row["mode"], row["attention"]): row["planned_calls"] for row in found["checks"]} == {
         (mode, name): LAYERS * (name == "plan 0.5")
@@ -236,7 +236,7 @@ def test_mochi_is_as_published() -> None:
     count = sum(parameter.numel() for parameter in made.parameters())
     assert first == middle
     assert count + (row.layers - 3) * middle == pytest.approx(10.03e9, rel=0.005)
-    assert token_grid(made, row.inputs("480p", CPU)) == TokenGrid(28, 30, 53, 0, 256)
+    assert token_grid(made, row.inputs("480p", CPU)) == TokenGrid(28, 30, 53)
     assert adapter_for(made).time(row.inputs("480p", CPU)) == pytest.approx(0.999)
 
 

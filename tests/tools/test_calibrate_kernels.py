@@ -11,18 +11,22 @@ from calibatt.tools.calibrate import effects, kernels
 from calibatt.tools.calibrate.gradients import AttentionCall
 
 HEADS, MASKS = 2, 19
-# Blocks of one row and several, partial ones, head sizes that are no power of two or below what a tile takes.
+# Blocks of one row and several, partial ones, head sizes that are no power of two or below what a tile takes; with
+# tokens before the video and after it.
 CASES = (
-    (100, 16, Blocks(16, 32)), (77, 24, Blocks(32, 16)), (13, 8, Blocks(16, 16)), (64, 40, Blocks(32, 32)),
-    (49, 32, Blocks(16, 16)),
+    (100, 16, Blocks(16, 32), slice(None)), (77, 24, Blocks(32, 16), slice(None)), (13, 8, Blocks(16, 16), slice(None)),
+    (64, 40, Blocks(32, 32), slice(None)), (49, 32, Blocks(16, 16), slice(None)),
+    (100, 16, Blocks(16, 32), slice(37, 91)), (77, 24, Blocks(32, 16), slice(0, 60)),
+    (64, 16, Blocks(16, 16), slice(16, 64)),
 )
-for number, (tokens, channels, blocks) in enumerate(CASES):
+for number, (tokens, channels, blocks, video) in enumerate(CASES):
     drawn = torch.Generator().manual_seed(number)
     # Strided, as models hand them over.
     q, k, v, g = torch.randn(4, tokens, HEADS, channels, generator=drawn).transpose(1, 2)
     scores = 2 * q @ k.mT * channels**-0.5
-    call = AttentionCall(0, 2 * q, k, v, scores.softmax(-1) @ v, scores.logsumexp(-1), [g], 0.5)
-    shape = blocks.q_blocks(tokens), blocks.k_blocks(tokens)
+    call = AttentionCall(0, 2 * q, k, v, scores.softmax(-1) @ v, scores.logsumexp(-1), [g], 0.5, video)
+    length = call.span[1] - call.span[0]
+    shape = blocks.q_blocks(length), blocks.k_blocks(length)
     keeps = torch.rand(MASKS, HEADS, *shape, generator=drawn) < 0.5
     keeps[..., 0] = True
     for masks in (1, MASKS):
@@ -35,8 +39,8 @@ for number, (tokens, channels, blocks) in enumerate(CASES):
                 # The only block of a row has all the mass: what is left, rounding, is divided by LEAST_REST.
                 torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 if shape[1] > 1 else 1e-2)
     for stride in (1, 3, 8):
-        exact = effects.block_statistics(call.q, k, v, blocks, stride)
-        found = kernels.block_statistics(call.q, k, v, blocks, stride)
+        exact = effects.block_statistics(call.q, k, v, blocks, stride, video)
+        found = kernels.block_statistics(call.q, k, v, blocks, stride, video)
         for ours, theirs in zip(found, exact, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 

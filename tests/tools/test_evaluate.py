@@ -238,22 +238,27 @@ def test_a_sampler_that_cannot_decode_is_judged_on_latents(tmp_path, plan_path, 
     assert "data:image/png" not in (tmp_path / "a" / "report.html").read_text()
 
 
+BEFORE = 5
+"""Tokens before the video."""
+
+
 def call_of(grid: TokenGrid, heads: int, vectors: int) -> AttentionCall:
     generator = torch.Generator().manual_seed(0)
-    q, k, v, *grads = (torch.randn(heads, grid.tokens, 16, generator=generator) for _ in range(3 + vectors))
+    tokens = BEFORE + grid.tokens + 3
+    q, k, v, *grads = (torch.randn(heads, tokens, 16, generator=generator) for _ in range(3 + vectors))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    return AttentionCall(0, q, k, v, out, None, grads, scale=2.0)
+    return AttentionCall(0, q, k, v, out, None, grads, 2.0, slice(BEFORE, BEFORE + grid.tokens))
 
 
 def test_effects_of_a_schedule_are_those_of_its_masks_and_copies():
-    grid, blocks = TokenGrid(2, 5, 7, text_after=3), Blocks(16, 16)
+    grid, blocks = TokenGrid(2, 5, 7), Blocks(16, 16)
     call = call_of(grid, 3, 2)
-    core = random_schedule(np.random.default_rng(0), grid, blocks, 3, 0.4, always=[0])
+    core = random_schedule(np.random.default_rng(0), grid, blocks, 3, 0.4)
     keep = torch.from_numpy(np.stack([core.tile_keep(head) for head in range(3)]))
     _, expected = block_effects(call, mask_words(keep[None]), 1, blocks)
     torch.testing.assert_close(effects.plan_effects(call, LayerSchedule(core)), expected[:, 0], rtol=1e-3, atol=1e-4)
     anchored = LayerSchedule(random_schedule(np.random.default_rng(0), grid, blocks, 3, 0.4, anchored_heads=[1, 2]))
-    out, _ = reference_attention(*(x[None] for x in (call.q, call.k, call.v)), anchored)
+    out, _ = reference_attention(*(x[None] for x in (call.q, call.k, call.v)), anchored, video_start=BEFORE)
     change = torch.stack([((out[0] - call.out) * grad).sum((1, 2)) / 2.0 for grad in call.grads])
     torch.testing.assert_close(effects.plan_effects(call, anchored).float(), change, rtol=1e-3, atol=1e-4)
 
@@ -337,7 +342,7 @@ def test_a_summary_finds_the_worst():
 
 @pytest.mark.gpu
 def test_a_mask_bound_on_a_gpu_is_what_it_is_on_a_cpu() -> None:
-    grid, blocks = TokenGrid(2, 5, 26, text_after=7), Blocks(64, 64)
+    grid, blocks = TokenGrid(2, 5, 27), Blocks(64, 64)
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand((3, blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens)), generator=generator) < 0.5
     keep[..., 0] = True

@@ -34,7 +34,7 @@ def test_json_holds_the_values() -> None:
     values = json.loads(result.output)
     plan = frames_plan()
     assert values["model"]["architecture"] == "TinyTransformer"
-    assert values["grid"]["tokens"] == 69
+    assert values["grid"]["tokens"] == 78
     assert values["blocks"] == {"block_q": 16, "block_k": 16, "q_blocks": 5, "k_blocks": 5}
     kinds = {"dense": 4, "sparse": 6, "anchored": 6}
     assert values["heads"] == kinds | {"with_anchor_frames": 2, "sharing_lists": 8}
@@ -63,7 +63,7 @@ def test_the_terminal_summary_says_it_all() -> None:
     assert result.exit_code == 0
     for words in (
         "TinyTransformer: 2 layers x 4 heads x 8 channels",
-        "2 frames x 3 rows x 10 tokens + text 4 before, 5 after = 69 tokens",
+        "2 frames x 3 rows x 13 tokens = 78 video tokens",
         "4 dense, 6 sparse, 6 anchored (2 by frames)",
         "vote{agreement=0.5},select{max-error=0.02},lower",
         "flow_shift: 5.0",

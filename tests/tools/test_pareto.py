@@ -96,8 +96,6 @@ def test_patterns_are_those_of_their_descriptions():
         near = baselines.pattern(kind, grid, BLOCKS)[8].argsort(descending=True).tolist()
         assert near.index(8) == 0, kind
         assert {0, 1, 2, 3} < set(near[:8]), kind
-    with pytest.raises(ValueError, match="video tokens alone"):
-        baselines.pattern("frames", TokenGrid(1, 1, 16, text_after=1), BLOCKS)
 
 
 def test_cubes_are_whole():

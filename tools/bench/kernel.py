@@ -131,10 +131,10 @@ def anchored_schedule(schedule: LayerSchedule, axis: int) -> LayerSchedule:
     else:
         starts = np.arange(0, grid.frames, GROUP)
     size = grid.width if axis == ROWS else grid.height * grid.width
-    last = np.append(starts[1:], grid.video_tokens // size) - 1
+    last = np.append(starts[1:], grid.tokens // size) - 1
     anchors = np.minimum(starts + 1, last)
     packed = len(anchors) * size
-    token = (grid.text_before + anchors[:, None] * size + np.arange(size)).reshape(-1)
+    token = (anchors[:, None] * size + np.arange(size)).reshape(-1)
     source = token[:: blocks.block_q] // blocks.block_q
     lists = [
         core.col_idx[core.row_ptr[core.head_list[head] + tile] : core.row_ptr[core.head_list[head] + tile + 1]]

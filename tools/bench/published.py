@@ -139,7 +139,7 @@ class Packed(Published):
 
 
 def token_grid(model: nn.Module, inputs: Mapping[str, Any]) -> TokenGrid:
-    """The token sequence of a forward with these arguments."""
+    """The video tokens of a forward with these arguments."""
     return adapter_for(model).token_grid(model, inputs)
 
 

@@ -109,7 +109,7 @@ class Synthetic:
             (np.arange(n) + 0.5) * b
             for n, b in ((manifest.q_blocks, blocks.block_q), (manifest.k_blocks, blocks.block_k))
         )
-        row_q, row_k = (np.clip(tokens - grid.text_before, 0, grid.video_tokens - 1) / grid.width for tokens in (q, k))
+        row_q, row_k = (np.minimum(tokens, grid.tokens - 1) / grid.width for tokens in (q, k))
         frames = np.abs(row_q[:, None] // grid.height - row_k // grid.height)
         rows = np.abs(row_q[:, None] % grid.height - row_k % grid.height)
         self._frames, self._rows = frames.astype(np.float32), rows.astype(np.float32)

@@ -461,10 +461,9 @@ class Recording:
             )
         sums = moment.layers[call.layer]
         effect, masks = effects.block_effects(call, sums.words, sums.masks.shape[1], manifest.blocks)
-        there = (..., slice(effect.shape[2]), slice(effect.shape[3]))
-        sums.effect[there] += effect
+        sums.effect += effect
         sums.masks += masks
-        sums.error[there] += effects.block_errors(call, manifest.blocks)
+        sums.error += effects.block_errors(call, manifest.blocks)
         rows, frames = effects.copy_effects(call, manifest.grid, manifest.row_radius, manifest.frame_radius)
         sums.rows += rows
         sums.frames += frames
@@ -475,12 +474,14 @@ class Recording:
     def _count(self, sums: LayerSums, call: AttentionCall) -> None:
         """Counts for the paper's own method: which blocks hold the mass, how far rows and frames are apart."""
         manifest = self.calibrator.manifest
-        mass, _ = effects.block_statistics(call.q, call.k, call.v, manifest.blocks, effects.ERROR_STRIDE)
-        planes = effects.keep_planes(mass, manifest.thresholds).int()
+        mass, _ = effects.block_statistics(call.q, call.k, call.v, manifest.blocks, effects.ERROR_STRIDE, call.video)
+        others = call.q.shape[1] > manifest.grid.tokens
+        planes = effects.keep_planes(mass, manifest.thresholds, others).int()
         if sums.votes is None:
             sums.votes = torch.zeros(len(planes), *sums.error.shape, dtype=torch.int32, device=mass.device)
-        sums.votes[..., : mass.shape[1], : mass.shape[2]] += planes
-        rows, _ = effects.copy_differences(call.out, manifest.grid, manifest.row_radius, 0)
+        sums.votes += planes
+        out = call.out[:, call.video]
+        rows, _ = effects.copy_differences(out, manifest.grid, manifest.row_radius, 0)
         sums.row_difference = sums.row_difference + rows
 
     def _finish(self, index: int, moment: Moment) -> None:

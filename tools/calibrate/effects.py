@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calibatt.plans import Blocks, TokenGrid
-from calibatt.tools.calibrate.gradients import AttentionCall
+from calibatt.tools.calibrate.gradients import EVERY, AttentionCall
 
 SCORES_AT_ONCE = 1 << 19
 """Scores that the PyTorch path holds at a time (2 MiB in float32: they stay in a core's cache)."""
@@ -51,7 +51,8 @@ def block_effects(call: AttentionCall, words: Tensor, masks: int, blocks: Blocks
 
     For query i and key block J, with P the attention, dP_ij = <g_i, v_j> and D_i = <g_i, o_i>, let
     a_iJ = sum over J of P_ij (dP_ij - D_i) and p_iJ = sum over J of P_ij. Dropping J alone has the effect
-    -a_iJ / (1 - p_iJ), keeping just the blocks of a mask sum of a_iJ / sum of p_iJ.
+    -a_iJ / (1 - p_iJ), keeping just the blocks of a mask sum of a_iJ / sum of p_iJ. Blocks are of the video's tokens,
+    queries and keys; keys of all other tokens are in both sums, whatever the mask.
 
     Args:
         call: The call, with V gradients.
@@ -61,14 +62,13 @@ def block_effects(call: AttentionCall, words: Tensor, masks: int, blocks: Blocks
 
     Returns:
         Float32 ``(V, H, Q, K)`` effects of blocks, but for their sign, which is the same for all; and float64
-        ``(V, masks, H)`` effects of masks. Q and K are of the call's tokens.
+        ``(V, masks, H)`` effects of masks.
     """
     if call.q.is_cuda:
         from calibatt.tools.calibrate.kernels import block_effects as measure
     else:
         measure = _block_effects
-    q_blocks, k_blocks = blocks.q_blocks(call.q.shape[1]), blocks.k_blocks(call.q.shape[1])
-    words = words[:, :q_blocks, :k_blocks].expand(len(call.q), -1, -1)
+    words = words.expand(len(call.q), -1, -1)
     found = [measure(call, grad, words, masks, blocks) for grad in call.grads]
     effects, kept = zip(*found, strict=True)
     return torch.stack(effects) / call.scale, torch.stack(kept) / call.scale
@@ -78,30 +78,41 @@ def _block_effects(
     call: AttentionCall, grad: Tensor, words: Tensor, masks: int, blocks: Blocks
 ) -> tuple[Tensor, Tensor]:
     """`block_effects` of one gradient by PyTorch, some queries of a head at a time."""
-    heads, tokens, channels = call.q.shape
-    size, k_blocks = blocks.block_q, words.shape[2]
+    heads, _, channels = call.q.shape
+    tokens, size, k_blocks = grad[:, call.video].shape[1], blocks.block_q, words.shape[2]
     effect = torch.zeros(words.shape)
     kept = torch.zeros(masks, heads, dtype=torch.float64)
     bits = torch.arange(masks, dtype=torch.int32)
-    pad = k_blocks * blocks.block_k - tokens
-    at_once = max(1, SCORES_AT_ONCE // (tokens * size))
+    at_once = max(1, SCORES_AT_ONCE // (call.q.shape[1] * size))
     for head in range(heads):
-        q, k, v, out, g = (x[head].float() for x in (call.q, call.k, call.v, call.out, grad))
-        k, v = F.pad(k, (0, 0, 0, pad)), F.pad(v, (0, 0, 0, pad))
+        q, out, g = (x[head, call.video].float() for x in (call.q, call.out, grad))
+        k, v = (_in_blocks(x[head, None], call.video, blocks.block_k)[0].float() for x in (call.k, call.v))
         for first, count, length in _runs(tokens, size, at_once):
             here = slice(first * size, first * size + length)
             scores = (q[here] * channels**-0.5) @ k.T
-            if pad:
-                scores[:, tokens:] = -torch.inf
+            scores[:, tokens : k_blocks * blocks.block_k] = -torch.inf
             p = torch.softmax(scores, -1)
-            change = (g[here] @ v.T).mul_(p).view(length, k_blocks, -1).sum(-1)
-            p = p.view(length, k_blocks, -1).sum(-1)
+            change = (g[here] @ v.T).mul_(p)
+            p, change = (_sums(x, k_blocks, blocks.block_k) for x in (p, change))
             change -= p * (g[here] * out[here]).sum(-1, keepdim=True)
-            p, change = p.view(count, -1, k_blocks), change.view(count, -1, k_blocks)
-            effect[head, first : first + count] = (change / (1 - p).clamp(min=LEAST_REST)).sum(1)
-            keep = (words[head, first : first + count, :, None] >> bits & 1).float()
+            p, change = p.view(count, -1, k_blocks + 1), change.view(count, -1, k_blocks + 1)
+            effect[head, first : first + count] = (change / (1 - p).clamp(min=LEAST_REST))[..., :-1].sum(1)
+            keep = F.pad((words[head, first : first + count, :, None] >> bits & 1).float(), (0, 0, 0, 1), value=1.0)
             kept[:, head] += ((change @ keep) / (p @ keep).clamp(min=LEAST_KEPT)).double().sum((0, 1))
     return effect, kept
+
+
+def _in_blocks(x: Tensor, video: slice, block_k: int) -> Tensor:
+    """Keys or values ``(H, N, D)``: those of the video, zeros that fill up its last block, then all others."""
+    start, stop, _ = video.indices(x.shape[1])
+    filled = F.pad(x[:, start:stop], (0, 0, 0, (start - stop) % block_k))
+    return torch.cat([filled, x[:, :start], x[:, stop:]], 1)
+
+
+def _sums(x: Tensor, k_blocks: int, block_k: int) -> Tensor:
+    """Sums ``(..., K + 1)`` over the keys of every block, then over all keys that are in none, of ``(..., n)``."""
+    blocks, others = x.split([k_blocks * block_k, x.shape[-1] - k_blocks * block_k], -1)
+    return torch.cat([blocks.unflatten(-1, (k_blocks, block_k)).sum(-1), others.sum(-1, keepdim=True)], -1)
 
 
 def _runs(tokens: int, size: int, at_once: int) -> Iterator[tuple[int, int, int]]:
@@ -118,7 +129,8 @@ def block_errors(call: AttentionCall, blocks: Blocks, stride: int = ERROR_STRIDE
     """Sums of squared errors of single blocks in the gradient's own metric, float32 ``(H, Q, K)``.
 
     The error of dropping block J for query i is e = p_iJ (o_iJ - o_i), with o_iJ the mean value that J selects; its
-    size is e^T G e, with G the mean of g g^T over tokens and vectors. It has no sign, and less noise than effects.
+    size is e^T G e, with G the mean of g g^T over the video's tokens and vectors. It has no sign, and less noise than
+    effects.
 
     Args:
         call: The call.
@@ -128,13 +140,12 @@ def block_errors(call: AttentionCall, blocks: Blocks, stride: int = ERROR_STRIDE
     mean = torch.zeros(len(call.q), *(call.q.shape[-1],) * 2, dtype=torch.float64, device=call.q.device)
     for some in _heads_at_once(call.q):
         for grad in call.grads:
-            g = grad[some].float()
+            g = grad[some, call.video].float()
             mean[some] += (g.mT @ g).double()
-    mean /= call.q.shape[1] * len(call.grads) * call.scale**2
+    tokens = call.q[:, call.video].shape[1]
+    mean /= tokens * len(call.grads) * call.scale**2
     factor, size = _root(mean)
-    mass, error = block_statistics(call.q, call.k, _behind(call.v, factor), blocks, stride)
-    del mass
-    tokens = call.q.shape[1]
+    _, error = block_statistics(call.q, call.k, _behind(call.v, factor), blocks, stride, call.video)
     edges = (torch.arange(error.shape[1] + 1, device=error.device) * blocks.block_q).clamp(max=tokens)
     return error * edges.diff()[:, None] * size[:, None, None]
 
@@ -156,7 +167,9 @@ def _behind(v: Tensor, factor: Tensor) -> Tensor:
     return found
 
 
-def block_statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, stride: int) -> tuple[Tensor, Tensor]:
+def block_statistics(
+    q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, stride: int, video: slice = EVERY
+) -> tuple[Tensor, Tensor]:
     """Mean mass of every block, and its mean squared error.
 
     Args:
@@ -165,6 +178,7 @@ def block_statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, strid
         values: ``(H, N, D)``; on a GPU in the dtype of the queries.
         blocks: Block sizes.
         stride: Every `stride`-th query of a block is measured.
+        video: The tokens that blocks are of; keys of others have mass too.
 
     Returns:
         Float32 ``(H, Q, K)`` each: the mean over measured queries of a block's mass p_J, and of
@@ -173,21 +187,23 @@ def block_statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, strid
     if q.is_cuda:
         from calibatt.tools.calibrate.kernels import block_statistics as measure
 
-        return measure(q, k, values, blocks, stride)
+        return measure(q, k, values, blocks, stride, video)
+    keys, values = (_in_blocks(x.float(), video, blocks.block_k) for x in (k, values))
+    q = q[:, video]
     heads, tokens, channels = q.shape
     size, k_blocks = blocks.block_q, blocks.k_blocks(tokens)
     mass = q.new_zeros(heads, blocks.q_blocks(tokens), k_blocks, dtype=torch.float32)
-    error = mass.clone()
-    keys, values = (F.pad(x.float(), (0, 0, 0, k_blocks * blocks.block_k - tokens)) for x in (k, values))
-    values = values.view(heads, k_blocks, blocks.block_k, -1)
+    error, filled = mass.clone(), k_blocks * blocks.block_k
+    in_blocks, others = values[:, :filled].unflatten(1, (k_blocks, -1)), values[:, filled:]
     at_once = max(1, 4 * SCORES_AT_ONCE * stride // (heads * tokens * size))
     for first, count, length in _runs(tokens, size, at_once):
         rows = torch.arange(first * size, first * size + length).view(count, -1)[:, ::stride].reshape(-1)
         scores = q[:, rows].float() @ keys.mT * channels**-0.5
-        scores[..., tokens:] = -torch.inf
-        parts = torch.softmax(scores, -1).unflatten(2, (k_blocks, -1))
-        sums, p = parts.transpose(1, 2) @ values, parts.sum(-1)
-        output = sums.sum(1, keepdim=True)
+        scores[..., tokens:filled] = -torch.inf
+        weights = torch.softmax(scores, -1)
+        parts = weights[..., :filled].unflatten(2, (k_blocks, -1))
+        sums, p = parts.transpose(1, 2) @ in_blocks, parts.sum(-1)
+        output = sums.sum(1, keepdim=True) + (weights[..., filled:] @ others)[:, None]
         own, cross = torch.linalg.vecdot(sums, sums).mT, torch.linalg.vecdot(sums, output).mT
         squared = own - 2 * p * cross + p * p * output.square().sum(-1).mT
         here = slice(first, first + count)
@@ -201,7 +217,7 @@ def copy_effects(call: AttentionCall, grid: TokenGrid, row_radius: int, frame_ra
 
     Args:
         call: The call.
-        grid: The token sequence.
+        grid: The video tokens.
         row_radius: Largest offset, in rows of a frame.
         frame_radius: Largest offset, in frames.
 
@@ -209,13 +225,13 @@ def copy_effects(call: AttentionCall, grid: TokenGrid, row_radius: int, frame_ra
         Of rows, then of frames, float64 ``(V, H, members, 2 * radius)``, offsets -radius..-1, 1..radius: the sum over
         the member's tokens (of a row in all frames) of <g, o[member + offset] - o[member]>; 0 where there is none.
     """
-    video = slice(grid.text_before, grid.text_before + grid.video_tokens)
     heads, vectors = len(call.q), len(call.grads)
     rows = torch.zeros(vectors, heads, grid.height, 2 * row_radius, dtype=torch.float64, device=call.q.device)
     frames = torch.zeros(vectors, heads, grid.frames, 2 * frame_radius, dtype=torch.float64, device=call.q.device)
     for some in _heads_at_once(call.out):
         out, *grads = (
-            x[some, video].float().unflatten(1, (grid.frames, grid.height, grid.width)) for x in (call.out, *call.grads)
+            x[some, call.video].float().unflatten(1, (grid.frames, grid.height, grid.width))
+            for x in (call.out, *call.grads)
         )
         for found, axis, radius in ((rows, 2, row_radius), (frames, 1, frame_radius)):
             if not radius:
@@ -236,8 +252,8 @@ def copy_differences(out: Tensor, grid: TokenGrid, row_radius: int, frame_radius
     """How far the output of a row, or frame, is from its neighbours': what the paper's own method looks at.
 
     Args:
-        out: ``(H, N, D)``.
-        grid: The token sequence.
+        out: ``(H, V, D)``, of the video.
+        grid: The video tokens.
         row_radius: Largest offset, in rows of a frame.
         frame_radius: Largest offset, in frames.
 
@@ -245,18 +261,11 @@ def copy_differences(out: Tensor, grid: TokenGrid, row_radius: int, frame_radius
         Of rows, then of frames, float32 ``(H, members, 2 * radius)``: ||o[member] - o[member + offset]||^2 /
         ||o[member]||^2 over the member's tokens; NaN where there is no such member.
     """
-    video = slice(grid.text_before, grid.text_before + grid.video_tokens)
     found = []
     for axis, radius in ((2, row_radius), (1, frame_radius)):
         parts = []
         for some in _heads_at_once(out):
-            x = (
-                out[some, video]
-                .float()
-                .unflatten(1, (grid.frames, grid.height, grid.width))
-                .movedim(axis, 1)
-                .flatten(2)
-            )
+            x = out[some].float().unflatten(1, (grid.frames, grid.height, grid.width)).movedim(axis, 1).flatten(2)
             size = x.square().sum(-1).clamp(min=1e-30)
             part = x.new_full((*x.shape[:2], 2 * radius), torch.nan)
             for column, offset in enumerate((*range(-radius, 0), *range(1, radius + 1))):
@@ -267,18 +276,21 @@ def copy_differences(out: Tensor, grid: TokenGrid, row_radius: int, frame_radius
     return found[0], found[1]
 
 
-def keep_planes(mass: Tensor, thresholds: Sequence[float]) -> Tensor:
+def keep_planes(mass: Tensor, thresholds: Sequence[float], others: bool = False) -> Tensor:
     """For each threshold the smallest set of key blocks, by falling mass, that holds it.
 
     Args:
         mass: ``(H, Q, K)``; sums to 1 over K.
         thresholds: Shares of the mass, ascending.
+        others: Whether what lacks to 1 is the mass of keys that are in no block, which count as kept.
 
     Returns:
         bool ``(T, H, Q, K)``, nested; of equal masses the lower block comes first.
     """
     ordered, index = mass.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
+    if others:
+        before += (1 - mass.sum(-1, keepdim=True)).clamp(min=0)
     planes = [torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, index, before < t) for t in thresholds]
     return torch.stack(planes)
 

@@ -6,10 +6,11 @@ once more, last one first, and differentiated. Weights, LoRA, quantised linears 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,10 @@ HALF_RANGE = 5, 6, 4
 """For fp16: gradients enter with a largest value of 2 ** 5; after an overflow 2 ** 6 less, so many times at most."""
 
 
+EVERY = slice(None)
+"""The tokens of a sequence that is nothing but video."""
+
+
 class OverflowInHalf(ArithmeticError):
     """A gradient in fp16 is not finite: it has to be scaled down."""
 
@@ -37,13 +42,14 @@ class AttentionCall:
 
     Args:
         layer: Its number, 0 first.
-        q: ``(H, N, D)`` as attention receives it; N is that of the grid less the padding of the text at its end.
+        q: ``(H, N, D)`` as attention receives it, without padding at its end.
         k: ``(H, N, D)``.
         v: ``(H, N, D)``.
         out: ``(H, N, D)``, its output.
         total: float32 ``(H, N)``, natural logarithm of the sum of each query's exponentials; None on a CPU.
         grads: V gradients of the output, ``(H, N, D)``.
         scale: What the gradients are to be divided by.
+        video: Which tokens are the video's; the others are keys of every mask, and their queries are dense.
     """
 
     layer: int
@@ -54,6 +60,12 @@ class AttentionCall:
     total: Tensor | None
     grads: list[Tensor]
     scale: float = 1.0
+    video: slice = field(default_factory=lambda: EVERY)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first token of the video, and the first one after it."""
+        return self.video.indices(self.q.shape[1])[:2]
 
 
 OnAttention = Callable[[AttentionCall], None]
@@ -71,7 +83,7 @@ class Transformer:
     def __init__(self, model: nn.Module, adapter: Adapter, *, inputs_on_cpu: bool = False) -> None:
         self.model, self.adapter = model, adapter
         self.inputs_on_cpu = inputs_on_cpu
-        self._calls: list[tuple[int, tuple[Tensor, ...], Tensor | None, list[Tensor]]] = []
+        self._calls: list[tuple[int, tuple[Tensor, ...], Tensor | None, list[Tensor], slice]] = []
         self._listening = False
 
     def pull(self, given: Given, cotangents: Cotangents, on_attention: OnAttention | None = None) -> Cotangents:
@@ -124,7 +136,7 @@ class Transformer:
 
         def tell() -> None:
             """Hands on the calls of the block that was pulled just now."""
-            for layer, (q, k, v, out), total, grads in self._calls:
+            for layer, (q, k, v, out), total, grads, video in self._calls:
                 if on_attention is None:
                     continue
                 if not all(bool(grad.isfinite().all()) for grad in grads):
@@ -138,12 +150,12 @@ class Transformer:
                         continue
                     tensors = (x[sample] for x in (q, k, v, out))
                     sums = None if total is None else total[sample]
-                    on_attention(AttentionCall(layer, *tensors, sums, [g[sample] for g in grads], scale))
+                    on_attention(AttentionCall(layer, *tensors, sums, [g[sample] for g in grads], scale, video))
                     done.add(at)
             self._calls.clear()
 
         told: list[tuple[int, int]] = []
-        with _frozen(self.model), self._blocks_as_links(chain, tell):
+        with _frozen(self.model), self._blocks_as_links(chain, tell, given.call(self._video)):
             with torch.enable_grad(), _keeping_weights():
                 out = floating(given.call(self.model, flat))
             found = chain.pull(
@@ -155,8 +167,14 @@ class Transformer:
             raise OverflowInHalf
         return found if given.wanted else [[] for _ in cotangents]
 
+    def _video(self, *args: Any, **kwargs: Any) -> slice:
+        """Which tokens are the video's in a forward with these arguments."""
+        arguments = inspect.signature(type(self.model).forward).bind(self.model, *args, **kwargs).arguments
+        start = self.adapter.video_start(self.model, arguments)
+        return slice(start, start + self.adapter.token_grid(self.model, arguments).tokens)
+
     @contextmanager
-    def _blocks_as_links(self, chain: Chain, tell: Callable[[], None]) -> Iterator[None]:
+    def _blocks_as_links(self, chain: Chain, tell: Callable[[], None], video: slice) -> Iterator[None]:
         """Every block of the model adds itself to the chain instead of being differentiated by autograd."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, _: Any) -> Tensor:
@@ -165,7 +183,7 @@ class Transformer:
             if torch.is_grad_enabled() and out.requires_grad:
                 grads: list[Tensor] = []
                 out.register_hook(grads.append)
-                self._calls.append((site.layer, tuple(x.detach() for x in (q, k, v, out)), total, grads))
+                self._calls.append((site.layer, tuple(x.detach() for x in (q, k, v, out)), total, grads, video))
             return out.transpose(1, 2)
 
         self._calls.clear()

@@ -11,12 +11,30 @@ from torch import Tensor
 
 from calibatt.plans import Blocks
 from calibatt.tools.calibrate.effects import LEAST_KEPT, LEAST_REST
-from calibatt.tools.calibrate.gradients import AttentionCall
+from calibatt.tools.calibrate.gradients import EVERY, AttentionCall
 
 LOG2E = 1.4426950408889634
 MAX_TILE = 128
 ROWS = 128
 """Queries of a program: those measured of one query block, or of several where few of each are."""
+
+
+@triton.jit
+def _keys_of(column, k_blocks, video_start, video_stop, tokens, BLOCK_K: tl.constexpr):
+    """First key of a part of the keys, and where they stop: the blocks of the video, then the prefix and the suffix, in
+    as many parts as `_parts` says.
+    """
+    other = column - k_blocks
+    prefix = tl.cdiv(video_start, BLOCK_K)
+    start = tl.where(other < prefix, other * BLOCK_K, video_stop + (other - prefix) * BLOCK_K)
+    stop = tl.where(other < prefix, video_start, tokens)
+    in_video = column < k_blocks
+    return tl.where(in_video, video_start + column * BLOCK_K, start), tl.where(in_video, video_stop, stop)
+
+
+@triton.jit
+def _parts(k_blocks, video_start, video_stop, tokens, BLOCK_K: tl.constexpr):
+    return k_blocks + tl.cdiv(video_start, BLOCK_K) + tl.cdiv(tokens - video_stop, BLOCK_K)
 
 
 @triton.jit
@@ -35,7 +53,7 @@ def _block_means(x, exists, count, GROUP: tl.constexpr, SAMPLES: tl.constexpr):
     return tl.sum(tl.reshape(tl.where(exists, x, 0.0), (GROUP, SAMPLES)), 1) / count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "video_start", "video_stop"])
 def _block_statistics(
     q_ptr,
     k_ptr,
@@ -43,6 +61,8 @@ def _block_statistics(
     mass_ptr,
     error_ptr,
     tokens,
+    video_start,
+    video_stop,
     q_blocks,
     k_blocks,
     stride_qh,
@@ -67,8 +87,8 @@ def _block_statistics(
     sample = tl.arange(0, GROUP * SAMPLES)
     dims = tl.arange(0, HEAD_DIM)
     within = sample % SAMPLES * query_stride
-    rows = (tl.program_id(0) * GROUP + sample // SAMPLES) * BLOCK_Q + within
-    exists = (within < BLOCK_Q) & (rows < tokens)
+    rows = video_start + (tl.program_id(0) * GROUP + sample // SAMPLES) * BLOCK_Q + within
+    exists = (within < BLOCK_Q) & (rows < video_stop)
     count = tl.maximum(tl.sum(tl.reshape(exists.to(tl.float32), (GROUP, SAMPLES)), 1), 1.0)
     q = tl.load(
         q_ptr + head * stride_qh + rows[:, None].to(tl.int64) * stride_qn + dims[None], mask=exists[:, None], other=0.0
@@ -78,15 +98,15 @@ def _block_statistics(
     top = tl.full([GROUP * SAMPLES], float("-inf"), tl.float32)
     total = tl.zeros([GROUP * SAMPLES], tl.float32)
     output = tl.zeros([GROUP * SAMPLES, HEAD_DIM], tl.float32)
-    for column in range(0, k_blocks):
-        start = column * BLOCK_K
-        scores = _tile(q, keys_ptr, start, tokens, stride_kn, scale_log2, BLOCK_K, HEAD_DIM)
+    for column in range(0, _parts(k_blocks, video_start, video_stop, tokens, BLOCK_K)):
+        start, stop = _keys_of(column, k_blocks, video_start, video_stop, tokens, BLOCK_K)
+        scores = _tile(q, keys_ptr, start, stop, stride_kn, scale_log2, BLOCK_K, HEAD_DIM)
         higher = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - higher[:, None])
         fade = tl.exp2(top - higher)
         keys = start + tl.arange(0, BLOCK_K)
         at = values_ptr + keys[:, None].to(tl.int64) * stride_vn + dims[None]
-        v = tl.load(at, mask=keys[:, None] < tokens, other=0.0)
+        v = tl.load(at, mask=keys[:, None] < stop, other=0.0)
         output = output * fade[:, None] + tl.dot(p.to(v.dtype), v)
         total = total * fade + tl.sum(p, 1)
         top = higher
@@ -96,12 +116,12 @@ def _block_statistics(
     block = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     line = (head * q_blocks + block) * k_blocks
     for column in range(0, k_blocks):
-        start = column * BLOCK_K
-        scores = _tile(q, keys_ptr, start, tokens, stride_kn, scale_log2, BLOCK_K, HEAD_DIM)
+        start = video_start + column * BLOCK_K
+        scores = _tile(q, keys_ptr, start, video_stop, stride_kn, scale_log2, BLOCK_K, HEAD_DIM)
         p = tl.exp2(scores - level[:, None])
         keys = start + tl.arange(0, BLOCK_K)
         at = values_ptr + keys[:, None].to(tl.int64) * stride_vn + dims[None]
-        v = tl.load(at, mask=keys[:, None] < tokens, other=0.0)
+        v = tl.load(at, mask=keys[:, None] < video_stop, other=0.0)
         mass = tl.sum(p, 1)
         part = tl.dot(p.to(v.dtype), v)
         squared = tl.sum(part * part, 1) - 2 * mass * tl.sum(part * output, 1) + mass * mass * whole
@@ -117,7 +137,7 @@ def _rows(ptr, rows, exists, stride, dims, DIMS: tl.constexpr):
     return tl.load(at, mask=exists[:, None] & (dims[None] < DIMS), other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "video_start", "video_stop"])
 def _block_effects(
     q_ptr,
     k_ptr,
@@ -129,6 +149,8 @@ def _block_effects(
     effect_ptr,
     kept_ptr,
     tokens,
+    video_start,
+    video_stop,
     q_blocks,
     k_blocks,
     stride_qh,
@@ -163,8 +185,8 @@ def _block_effects(
     head = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, HEAD_DIM)
-    rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    exists = rows < tokens
+    rows = video_start + tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    exists = rows < video_stop
     q = _rows(q_ptr + head * stride_qh, rows, exists, stride_qn, dims, DIMS)
     g = _rows(g_ptr + head * stride_gh, rows, exists, stride_gn, dims, DIMS)
     out = _rows(o_ptr + head * stride_oh, rows, exists, stride_on, dims, DIMS)
@@ -175,9 +197,10 @@ def _block_effects(
     mass = tl.zeros([BLOCK_Q, MASKS], tl.float32)
     words_ptr += head * stride_wh + block * stride_wq
     effect_ptr += (head * q_blocks + block) * k_blocks
-    for column in range(0, k_blocks):
-        keys = column * BLOCK_K + tl.arange(0, BLOCK_K)
-        there = keys < tokens
+    for column in range(0, _parts(k_blocks, video_start, video_stop, tokens, BLOCK_K)):
+        start, stop = _keys_of(column, k_blocks, video_start, video_stop, tokens, BLOCK_K)
+        keys = start + tl.arange(0, BLOCK_K)
+        there = keys < stop
         k = _rows(k_ptr + head * stride_kh, keys, there, stride_kn, dims, DIMS)
         v = _rows(v_ptr + head * stride_vh, keys, there, stride_vn, dims, DIMS)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
@@ -186,8 +209,9 @@ def _block_effects(
         block_mass = tl.sum(p, 1)
         block_change = tl.sum(change, 1)
         alone = block_change / tl.maximum(1.0 - block_mass, LEAST_REST)
-        tl.store(effect_ptr + column, tl.sum(tl.where(exists, alone, 0.0), 0))
-        keep = ((tl.load(words_ptr + column) >> bits) & 1).to(tl.float32)
+        in_video = column < k_blocks
+        tl.store(effect_ptr + column, tl.sum(tl.where(exists, alone, 0.0), 0), mask=in_video)
+        keep = ((tl.load(words_ptr + column, mask=in_video, other=-1) >> bits) & 1).to(tl.float32)
         kept += block_change[:, None] * keep[None]
         mass += block_mass[:, None] * keep[None]
     share = tl.where(exists[:, None], kept / tl.maximum(mass, LEAST_KEPT), 0.0)
@@ -204,11 +228,12 @@ def block_effects(
     """
     _check(blocks)
     heads, tokens, channels = call.q.shape
+    start, stop = call.span
     assert call.total is not None
     q, k, v, g, out = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (call.q, call.k, call.v, grad.to(call.q.dtype), call.out)
     )
-    shape = (heads, blocks.q_blocks(tokens), blocks.k_blocks(tokens))
+    shape = (heads, blocks.q_blocks(stop - start), blocks.k_blocks(stop - start))
     columns = max(16, triton.next_power_of_2(masks))
     effect = torch.empty(shape, device=q.device, dtype=torch.float32)
     kept = torch.empty(*shape[:2], columns, device=q.device, dtype=torch.float32)
@@ -225,6 +250,8 @@ def block_effects(
             effect,
             kept,
             tokens,
+            start,
+            stop,
             shape[1],
             shape[2],
             *(stride for x in (q, k, v, g, out) for stride in x.stride()[:2]),
@@ -251,7 +278,9 @@ def _check(blocks: Blocks) -> None:
         raise ValueError(f"blocks must be at most {MAX_TILE} tokens to be measured on a GPU, got {blocks}")
 
 
-def block_statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, stride: int) -> tuple[Tensor, Tensor]:
+def block_statistics(
+    q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, stride: int, video: slice = EVERY
+) -> tuple[Tensor, Tensor]:
     """Block mass and block error by Triton; arguments and results as in `effects.block_statistics`.
 
     Raises:
@@ -259,11 +288,12 @@ def block_statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, strid
     """
     _check(blocks)
     heads, tokens, channels = q.shape
+    start, stop, _ = video.indices(tokens)
     head_dim = max(16, triton.next_power_of_2(channels))
     if head_dim != channels:
         q, k, values = (torch.nn.functional.pad(x, (0, head_dim - channels)) for x in (q, k, values))
     q, k, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, values.to(q.dtype)))
-    shape = (heads, blocks.q_blocks(tokens), blocks.k_blocks(tokens))
+    shape = (heads, blocks.q_blocks(stop - start), blocks.k_blocks(stop - start))
     mass, error = (torch.empty(shape, device=q.device, dtype=torch.float32) for _ in range(2))
     samples = triton.next_power_of_2(-(-blocks.block_q // stride))
     group = ROWS // samples
@@ -274,6 +304,8 @@ def block_statistics(q: Tensor, k: Tensor, values: Tensor, blocks: Blocks, strid
         mass,
         error,
         tokens,
+        start,
+        stop,
         shape[1],
         shape[2],
         q.stride(0),

@@ -18,13 +18,7 @@ CUBE = 4
 
 
 def coordinates(grid: TokenGrid) -> Tensor:
-    """int64 ``(N, 3)``: frame, row and column of every video token.
-
-    Raises:
-        ValueError: The grid has text, which these patterns do not know.
-    """
-    if grid.text_before or grid.text_after:
-        raise ValueError(f"baselines must have a grid of video tokens alone, got {grid}")
+    """int64 ``(N, 3)``: frame, row and column of every video token."""
     axes = [torch.arange(size) for size in (grid.frames, grid.height, grid.width)]
     return torch.cartesian_prod(*axes).view(-1, 3)
 
@@ -39,7 +33,7 @@ def cube_order(grid: TokenGrid) -> Tensor:
     if any(side % CUBE for side in sides):
         raise ValueError(f"cubes must fill the grid: its sides must be multiples of {CUBE}, got {sides}")
     split = [part for side in sides for part in (side // CUBE, CUBE)]
-    return torch.arange(grid.video_tokens).view(split).permute(0, 2, 4, 1, 3, 5).reshape(-1)
+    return torch.arange(grid.tokens).view(split).permute(0, 2, 4, 1, 3, 5).reshape(-1)
 
 
 def _frames(df: Tensor, dr: Tensor, dc: Tensor, grid: TokenGrid, first: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from calibatt.compiler.prediction import log_bias
 from calibatt.compiler.stats import Manifest
 from calibatt.plans import PlanFile
 from calibatt.runtime import LayerSchedule, Plan, planned_attention
-from calibatt.runtime.padding import ShorterSchedule
 from calibatt.tools.calibrate.calibration import Calibrator, Forward, Moment, Recording
 from calibatt.tools.calibrate.estimate import wants_cpu
 from calibatt.tools.calibrate.gradients import AttentionCall
@@ -52,10 +51,8 @@ class PlanRecording(Recording):
 
 def plan_effects(call: AttentionCall, schedule: LayerSchedule) -> Tensor:
     """Signed effects float64 ``(V, H)`` of computing a call by a schedule: the sum over tokens of <g, o' - o>."""
-    if (missing := schedule.grid.tokens - call.q.shape[1]) > 0:
-        schedule = ShorterSchedule(schedule, schedule.grid.text_after - missing)
     with torch.no_grad():
-        planned = planned_attention(*(x[None] for x in (call.q, call.k, call.v)), schedule)
+        planned = planned_attention(*(x[None] for x in (call.q, call.k, call.v)), schedule, video_start=call.span[0])
     schedule.unbind()
     assert isinstance(planned, Tensor)
     change = planned[0].float() - call.out.float()

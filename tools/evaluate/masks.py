@@ -80,7 +80,13 @@ def bind_mask(keep: Tensor, grid: TokenGrid, blocks: Blocks) -> DeviceSchedule:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bound: DeviceSchedule) -> Tensor:
-    """Attention ``(B, H, N, D)`` over a bound schedule of H heads by the kernel for the device, in q's dtype."""
+    """Attention ``(B, H, N, D)`` over a bound schedule of H heads by the kernel for the device, in q's dtype.
+
+    Raises:
+        ValueError: There are other tokens than those of the video, which these masks do not know.
+    """
+    if q.shape[2] != (tokens := bound.core.grid.tokens):
+        raise ValueError(f"masks must be of all tokens, {tokens} of the video, got {q.shape[2]}")
     if not q.is_cuda:
         backend, inputs = "torch", (q, k, v)
     else:

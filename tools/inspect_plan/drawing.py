@@ -145,7 +145,7 @@ def _what(schedule: LayerSchedule, head: int) -> str:
             text += f" shared with {len(others)} other head{'s' if len(others) > 1 else ''}"
     if pattern == NO_ANCHORS:
         return text
-    members = schedule.grid.video_tokens // int(schedule.member_tokens[pattern])
+    members = schedule.grid.tokens // int(schedule.member_tokens[pattern])
     return f"{text} · {len(schedule.groups(pattern)[0]):,} of {members:,} {_member(schedule, head)}s computed"
 
 
@@ -168,24 +168,20 @@ def _legend(member: str | None) -> list[Any]:
 
 
 def _mark_sequence(axes: Axes, grid: TokenGrid) -> None:
-    """Frame borders as lines, frames and text as labels, rows as small ticks where they can be told apart."""
+    """Frame borders as lines, frames as labels, rows as small ticks where they can be told apart."""
     per_frame = grid.height * grid.width
-    borders = [grid.text_before + frame * per_frame for frame in range(grid.frames + 1)]
+    borders = [frame * per_frame for frame in range(grid.frames + 1)]
     for border in borders:
         if 0 < border < grid.tokens:
             for line in (axes.axhline, axes.axvline):
                 line(border, color=FRAME, linewidth=0.6, alpha=0.7)
     step = math.ceil(grid.frames / 24)
     ticks = {borders[frame] + per_frame / 2: str(frame) for frame in range(0, grid.frames, step)}
-    if grid.text_before > 0.01 * grid.tokens:
-        ticks[grid.text_before / 2] = "text"
-    if grid.text_after > 0.01 * grid.tokens:
-        ticks[grid.tokens - grid.text_after / 2] = "text"
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(list(ticks), labels=list(ticks.values()))
         axis.set_tick_params(which="major", length=0, pad=10)
         if grid.rows <= 160:
-            rows = grid.text_before + np.arange(grid.rows + 1) * grid.width
+            rows = np.arange(grid.rows + 1) * grid.width
             axis.set_ticks(rows, minor=True)
             axis.set_tick_params(which="minor", length=2.5, width=0.5)
 
@@ -202,7 +198,7 @@ def _mark_anchors(axes: Axes, schedule: LayerSchedule, head: int) -> None:
     grid, pattern = schedule.grid, int(schedule.head_anchor[head])
     size = int(schedule.member_tokens[pattern])
     for anchor in schedule.groups(pattern)[1]:
-        start = 1 - (grid.text_before + int(anchor) * size) / grid.tokens
+        start = 1 - int(anchor) * size / grid.tokens
         stop = start - size / grid.tokens
         axes.fill_between(
             (-0.012, -0.003), start, stop, transform=axes.transAxes, color=ANCHOR, linewidth=0, clip_on=False

@@ -135,14 +135,13 @@ def _facts(plan: PlanFile, values: Mapping[str, Any]) -> Table:
 
 def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, grid, blocks, heads = plan.signature, plan.grid, values["blocks"], values["heads"]
-    text = f" + text {grid.text_before} before, {grid.text_after} after" if grid.text_before + grid.text_after else ""
     total = len(plan.segments) * model.layers * model.heads
     frames = f" ({heads['with_anchor_frames']:,} by frames)" if heads["with_anchor_frames"] else ""
     lines = [
         ("plan", f"{values['file']}  {_size(values['file_bytes'])}"),
         ("digest", plan.digest),
         ("model", f"{model.architecture}: {model.layers} layers x {model.heads} heads x {model.head_dim} channels"),
-        ("grid", f"{grid.frames} frames x {grid.height} rows x {grid.width} tokens{text} = {grid.tokens:,} tokens"),
+        ("grid", f"{grid.frames} frames x {grid.height} rows x {grid.width} tokens = {grid.tokens:,} video tokens"),
         (
             "blocks",
             f"{plan.blocks.block_q} queries x {plan.blocks.block_k} keys: "
