@@ -21,20 +21,13 @@ ROWS = 128
 
 @triton.jit
 def _keys_of(column, k_blocks, video_start, video_stop, tokens, BLOCK_K: tl.constexpr):
-    """First key of a part of the keys, and where they stop: the blocks of the video, then the prefix and the suffix, in
-    as many parts as `_parts` says.
-    """
+    """First key of a part of the keys (see `_parts`), and where they stop."""
     other = column - k_blocks
     prefix = tl.cdiv(video_start, BLOCK_K)
     start = tl.where(other < prefix, other * BLOCK_K, video_stop + (other - prefix) * BLOCK_K)
     stop = tl.where(other < prefix, video_start, tokens)
     in_video = column < k_blocks
     return tl.where(in_video, video_start + column * BLOCK_K, start), tl.where(in_video, video_stop, stop)
-
-
-@triton.jit
-def _parts(k_blocks, video_start, video_stop, tokens, BLOCK_K: tl.constexpr):
-    return k_blocks + tl.cdiv(video_start, BLOCK_K) + tl.cdiv(tokens - video_stop, BLOCK_K)
 
 
 @triton.jit
@@ -53,7 +46,7 @@ def _block_means(x, exists, count, GROUP: tl.constexpr, SAMPLES: tl.constexpr):
     return tl.sum(tl.reshape(tl.where(exists, x, 0.0), (GROUP, SAMPLES)), 1) / count
 
 
-@triton.jit(do_not_specialize=["tokens", "video_start", "video_stop"])
+@triton.jit(do_not_specialize=["tokens", "video_start", "video_stop", "parts"])
 def _block_statistics(
     q_ptr,
     k_ptr,
@@ -63,6 +56,7 @@ def _block_statistics(
     tokens,
     video_start,
     video_stop,
+    parts,
     q_blocks,
     k_blocks,
     stride_qh,
@@ -98,7 +92,7 @@ def _block_statistics(
     top = tl.full([GROUP * SAMPLES], float("-inf"), tl.float32)
     total = tl.zeros([GROUP * SAMPLES], tl.float32)
     output = tl.zeros([GROUP * SAMPLES, HEAD_DIM], tl.float32)
-    for column in range(0, _parts(k_blocks, video_start, video_stop, tokens, BLOCK_K)):
+    for column in range(0, parts):
         start, stop = _keys_of(column, k_blocks, video_start, video_stop, tokens, BLOCK_K)
         scores = _tile(q, keys_ptr, start, stop, stride_kn, scale_log2, BLOCK_K, HEAD_DIM)
         higher = tl.maximum(top, tl.max(scores, 1))
@@ -137,7 +131,7 @@ def _rows(ptr, rows, exists, stride, dims, DIMS: tl.constexpr):
     return tl.load(at, mask=exists[:, None] & (dims[None] < DIMS), other=0.0)
 
 
-@triton.jit(do_not_specialize=["tokens", "video_start", "video_stop"])
+@triton.jit(do_not_specialize=["tokens", "video_start", "video_stop", "parts"])
 def _block_effects(
     q_ptr,
     k_ptr,
@@ -151,6 +145,7 @@ def _block_effects(
     tokens,
     video_start,
     video_stop,
+    parts,
     q_blocks,
     k_blocks,
     stride_qh,
@@ -197,7 +192,7 @@ def _block_effects(
     mass = tl.zeros([BLOCK_Q, MASKS], tl.float32)
     words_ptr += head * stride_wh + block * stride_wq
     effect_ptr += (head * q_blocks + block) * k_blocks
-    for column in range(0, _parts(k_blocks, video_start, video_stop, tokens, BLOCK_K)):
+    for column in range(0, parts):
         start, stop = _keys_of(column, k_blocks, video_start, video_stop, tokens, BLOCK_K)
         keys = start + tl.arange(0, BLOCK_K)
         there = keys < stop
@@ -252,6 +247,7 @@ def block_effects(
             tokens,
             start,
             stop,
+            _parts(shape[2], start, stop, tokens, blocks.block_k),
             shape[1],
             shape[2],
             *(stride for x in (q, k, v, g, out) for stride in x.stride()[:2]),
@@ -271,6 +267,11 @@ def block_effects(
             num_stages=2,
         )
     return effect, kept.double().sum(1).T[:masks]
+
+
+def _parts(k_blocks: int, start: int, stop: int, tokens: int, block_k: int) -> int:
+    """Into how many parts kernels cut the keys: the blocks of the video, then the prefix, then the suffix."""
+    return k_blocks + -(-start // block_k) + -(-(tokens - stop) // block_k)
 
 
 def _check(blocks: Blocks) -> None:
@@ -306,6 +307,7 @@ def block_statistics(
         tokens,
         start,
         stop,
+        _parts(shape[2], start, stop, tokens, blocks.block_k),
         shape[1],
         shape[2],
         q.stride(0),
