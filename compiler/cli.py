@@ -133,7 +133,7 @@ def command(
     store = Store.open(stats_dirs)
     source = StatisticsSource(store)
     job = source.make_job(device_named(device))
-    with _work_folder(output) as folder, processes(jobs) as spread, _shown(spread, job.units) as over:
+    with _work_folder(output, force) as folder, processes(jobs) as spread, _shown(spread, job.units) as over:
         shelf = DiskShelf(folder)
         found = run(source, job, passes, shelf, over)
         plan = make_plan(job, store, passes, found, shelf, over, notes)
@@ -158,15 +158,21 @@ def main() -> None:
 
 
 @contextmanager
-def _work_folder(output: Path) -> Iterator[Path]:
+def _work_folder(output: Path, force: bool) -> Iterator[Path]:
     """A folder beside the plan for units in progress, while nobody else makes it; what a killed job left is removed."""
     busy = CompileError(f"{output} must be made by one process at a time, got another that is at it")
     with alone(output, busy):
+        _check_new(output, force)  # again: somebody may have made it meanwhile
         for left in output.parent.iterdir():
             if re.fullmatch(rf"\.{re.escape(output.name)}\.\w{{8}}\.work", left.name):
                 shutil.rmtree(left)
         with TemporaryDirectory(prefix=f".{output.name}.", suffix=".work", dir=output.parent) as folder:
             yield Path(folder)
+
+
+def _check_new(path: Path, force: bool) -> None:
+    if path.exists() and not force:
+        raise CompileError(f"{path} must not exist (--force replaces it), got a file there")
 
 
 def _check_targets(output: Path, report_path: Path | None, force: bool) -> None:
@@ -179,8 +185,7 @@ def _check_targets(output: Path, report_path: Path | None, force: bool) -> None:
             raise CompileError(f"{path} must be in a folder that can be written, got {path.parent}")
         if path.is_dir():
             raise CompileError(f"{path} must be a file, got a folder there")
-        if path.exists() and not force:
-            raise CompileError(f"{path} must not exist (--force replaces it), got a file there")
+        _check_new(path, force)
         require_outside(path)
     if report_path is not None and report_path.resolve() == output.resolve():
         raise CompileError(f"--report must be another file than -o, got {report_path} for both")

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from calibatt.compiler.bits import count
-from calibatt.compiler.errors import VerifyError
+from calibatt.compiler.errors import CompileError, VerifyError
 from calibatt.compiler.ir import Float64, Job, UnitIR
 from calibatt.compiler.language import print_passes
 from calibatt.compiler.passes import Findings, Pass
@@ -192,6 +193,9 @@ def processes(jobs: int) -> Iterator[Map]:
             try:
                 for future in as_completed(waiting):
                     yield waiting[future], future.result()
+            except BrokenProcessPool:
+                told = f"all {jobs} processes must go on to the end, got one that was killed; fewer take less memory"
+                raise CompileError(told) from None
             finally:
                 for future in waiting:
                     future.cancel()

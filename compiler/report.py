@@ -25,7 +25,7 @@ KINDS = ("dense", "sparse", "anchored")
 """Of heads, in every report."""
 PAPER, INK = (238, 243, 250), (20, 60, 130)
 """Colours of densities 0 and 1."""
-PAGE_WIDTH = 200
+PAGE_WIDTH, LAYER_WIDTH, CELL_WIDTH = 200, 4, 5
 
 
 def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, Any]:
@@ -79,11 +79,14 @@ def show(console: Console, value: dict[str, Any]) -> None:
         cells += [f"{value[key][index]:.3g}" for key in ("planned_ms", "dense_ms")]
         times.add_row(f"{now:.3f}", *cells, *(str(sum(layer[kind] for layer in heads)) for kind in KINDS))
     densities = np.array(value["density_by_time_and_layer"])
-    layers = Table(box=None, padding=0, show_header=False)
-    for layer, row in enumerate(densities.T):
-        layers.add_row(str(layer), *(_shaded(each) for each in row))
-    for each in (passes, times, "density in % by layer and time", layers):
+    for each in (passes, times, "density in % by layer and time"):
         console.print(each, highlight=False)
+    width = (console.width - LAYER_WIDTH) // CELL_WIDTH
+    for first in range(0, len(densities), width):
+        layers = Table(box=None, padding=0, show_header=False)
+        for layer, row in enumerate(densities[first : first + width].T):
+            layers.add_row(f"{layer:<{LAYER_WIDTH}}", *(_shaded(each) for each in row))
+        console.print(layers)
     findings = {each["name"]: _findings(each["findings"]) for each in value["accounts"] if each["findings"]}
     sizes = value["file_bytes"] / 1e6, value["plain_csr_bytes"] / 1e6
     console.print()
@@ -127,7 +130,7 @@ def _shaded(density: float) -> Text:
     """Percent, on a ground that is the darker the denser."""
     red, green, blue = (round(a + (b - a) * density) for a, b in zip(PAPER, INK, strict=True))
     ink = "rgb(255,255,255)" if density > 0.5 else "rgb(0,0,0)"
-    return Text(f"{100 * density:4.0f} ", f"{ink} on rgb({red},{green},{blue})")
+    return Text(f"{100 * density:{CELL_WIDTH - 1}.0f} ", f"{ink} on rgb({red},{green},{blue})")
 
 
 def _findings(findings: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -28,6 +28,12 @@ from calibatt.tools.calibrate.recording import recording
 from calibatt.tools.calibrate.work import make_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Pair(NamedTuple):
+    sample: torch.Tensor
+    word: str
+
 
 WORK = (("a boat", 1), ("a cat", 2))
 FORWARDS, TIMES, LAYERS = 6, 3, 2
@@ -97,8 +103,9 @@ def test_what_is_kept_of_a_sampling(reference: Store):
         meta = reference.meta[sampling_name(prompt, seed)]
         assert meta.pop("seconds") > 0
         assert meta == {"prompt": prompt, "seed": seed, "vectors": 2, "forwards": FORWARDS, "steps": 3}
-        tables = adjoint.tables_of(reference, prompt, seed)
-        assert (tables.level > 0).all()
+    for time in range(TIMES):  # each sampling's effects are divided by its level
+        units = [reference.unit(time, layer) for layer in range(LAYERS)]
+        assert sum(unit.effect_values().sum() for unit in units) == pytest.approx(1, rel=1e-3)
 
 
 def test_sampling_is_not_changed(tmp_path: Path):
@@ -216,6 +223,32 @@ def test_a_sampling_is_continued_as_it_was_begun(tmp_path: Path, monkeypatch: py
         changed.transformer.proj_out.weight.mul_(1.1)
     with pytest.raises(JournalError, match=r"must be the one that .* was begun with \(weights, LoRA, precision\), got"):
         measure(tmp_path / "weights", changed)
+
+
+def test_outputs_are_given_back_as_the_model_returns_them(
+    reference: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Some pipelines ask for an object: what was kept of it is tensors, the object is that of the first forward."""
+
+    def objects() -> Any:
+        sampler = guided()
+        forward = type(sampler.transformer).forward
+        monkeypatch.setattr(
+            sampler.transformer, "forward",
+            lambda *args, **kwargs: Pair(*forward(sampler.transformer, *args, **kwargs), "kept"),
+        )  # fmt: skip
+        return sampler
+
+    stopped(tmp_path, monkeypatch, "pull", 3)
+    assert_same(measure(tmp_path, objects()), reference)
+
+
+def test_a_damaged_journal_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stopped(tmp_path, monkeypatch, "pull", 3)
+    for path in tmp_path.glob("progress/*/forward0002.out"):
+        path.write_bytes(b"")
+    with pytest.raises(JournalError, match=r"forward0002.out must be whole, got .*; remove .* to begin anew"):
+        measure(tmp_path)
 
 
 def test_a_users_own_pipeline_call_is_recorded(reference: Store, tmp_path: Path):

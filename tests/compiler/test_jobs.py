@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from support import stats
+from support.jobs import die
 
 from calibatt.compiler.cli import command
+from calibatt.compiler.errors import CompileError
+from calibatt.compiler.pipeline import processes
 from calibatt.compiler.stats import StoreWriter
 
 ROOT = Path(__file__).parent.parent.parent
@@ -72,6 +75,11 @@ def test_what_a_killed_job_left_goes_with_the_next_one(store: Path, tmp_path: Pa
     assert invoke(*arguments).exit_code == 0
     names = {path.name for path in tmp_path.iterdir()}
     assert names - {".p.plan.lock"} == {"p.plan", ".p.plan.mine.work", ".q.plan.abcdefgh.work"}
+
+
+def test_a_process_that_is_killed_is_told() -> None:
+    with processes(2) as over, pytest.raises(CompileError, match="all 2 processes must go on to the end, got one that"):
+        list(over(die, [None] * 4))
 
 
 def flip(path: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +55,16 @@ def test_a_second_compilation_says_so(store: Path, tmp_path: Path) -> None:
         assert content(tmp_path) == before
     assert invoke(store, "-o", tmp_path / "p.plan").exit_code == 0
     assert sorted(content(tmp_path)) == ["p.plan"]
+
+
+def test_a_plan_that_was_made_meanwhile_stays(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_store(paths: Any) -> Store:
+        (tmp_path / "p.plan").write_text("precious")
+        return Store.open(paths)
+
+    monkeypatch.setattr(cli, "Store", SimpleNamespace(open=open_store))
+    refused(invoke(store, "-o", tmp_path / "p.plan"), "p.plan must not exist (--force replaces it)")
+    assert (tmp_path / "p.plan").read_text() == "precious"
 
 
 def test_of_two_compilations_one_writes_the_plan(store: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,11 @@ def memory_store(of: Manifest, samples: int = 3, seed: int = 0, copies: float = 
         (name, *at): stats.unit(of, name, stats.seed_of(seed, name, *at), copies) for name in names for at in places
     }
     return MemoryStore(of, parts, {name: stats.tables(of, stats.seed_of(seed, name)) for name in names})
+
+
+def die(index: int, argument: Any) -> None:
+    """What the kernel does to a process that takes too much memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def gathered(of: Manifest | None = None, **options: Any) -> tuple[Job, list[UnitIR]]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from calibatt.compiler.stats import Manifest, SampleExists, SamplingTables, StoreWriter, Unit, window_keep
+from calibatt.compiler.stats.codes import MOST
 from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.tools.calibrate import effects
 from calibatt.tools.calibrate.attention import kernel_name
@@ -280,6 +281,8 @@ class Recording:
         self._moments: dict[int, Moment] = {}
         self._name = ""
         self._tables: dict[int, dict[str, np.ndarray]] = {}
+        self._returned: dict[Transformer, Any] = {}
+        """What the last computed forward of each transformer returned: so outputs that were kept are given back."""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -349,17 +352,19 @@ class Recording:
         self.forwards.append(forward)
         marks = [now, *(float(x.double().norm()) for x in floating(given.flat))]
         kept = self.journal.output(number, marks)
-        if kept is None or number == 0:  # the first one is computed again, to see that it is the same model
+        if kept is None or transformer not in self._returned:  # the first one is computed again: is it the same model?
             begun = self._now()
             with torch.no_grad():
-                found = given.call(run)
+                self._returned[transformer] = given.call(run)
             self._seconds = self._now() - begun
+            made = floating(self._returned[transformer])
             if kept is None:
-                self.journal.keep_output(number, marks, found)
+                self.journal.keep_output(number, marks, made)
             else:
-                self.journal.compare(kept, floating(found))
+                self.journal.compare(kept, made)
+        found = self._returned[transformer]
         if kept is not None:
-            found = tuple(x.to(device) for x in kept)
+            found = replaced(found, [x.to(device) for x in kept])
         self.calibrator.on_progress(1.0)
         tensors = [x.detach() for x in floating(found)]
         leaves = self._chain.add(f"forward {number} (time {now:.3f})", inputs, tensors, partial(self._pull, forward))
@@ -411,7 +416,7 @@ class Recording:
                 for _ in range(self.calibrator.vectors)
             ]
             begun = self._now()
-            forward.transformer.pull(forward.given, drawn, partial(self.collect, forward, moment))
+            self._differentiated(forward, drawn, partial(self.collect, forward, moment))
             seconds = self._now() - begun
             kernels = self._kernels
         return (self._seconds, seconds), kernels
@@ -439,9 +444,7 @@ class Recording:
                 "got one that was changed in place"
             )
         collect = None if forward.moment is None else partial(self.collect, forward, moment)
-        kind, dtype, enabled = forward.autocast
-        with torch.autocast(kind, dtype) if enabled else nullcontext():
-            found = forward.transformer.pull(forward.given, cotangents, collect)
+        found = self._differentiated(forward, cotangents, collect)
         moment.pulled[forward.number] = found
         if len(moment.pulled) == len(moment.numbers):
             if forward.moment is not None and moment.layers:
@@ -449,6 +452,12 @@ class Recording:
             self.journal.keep_gradients(moment.pulled)
             moment.pulled, moment.layers = {}, {}
         return found
+
+    def _differentiated(self, forward: Forward, cotangents: Cotangents, collect: Any) -> Cotangents:
+        """Gradients of a forward's inputs, as it ran."""
+        kind, dtype, enabled = forward.autocast
+        with torch.autocast(kind, dtype) if enabled else nullcontext():
+            return forward.transformer.pull(forward.given, cotangents, collect)
 
     def collect(self, forward: Forward, moment: Moment, call: AttentionCall) -> None:
         """Adds what one call says to the sums of its layer."""
@@ -491,9 +500,9 @@ class Recording:
             raise CalibrationError(f"a forward must call every self-attention, got none in layers {absent}")
         squares = [moment.layers[layer].effect.square().mean(0).sum(dtype=torch.float64) for layer in layers]
         level = float(torch.stack(squares).sum())
-        if not 0 < level < float("inf"):
+        if not 1 / MOST <= level <= MOST:
             raise CalibrationError(
-                f"effects at time {manifest.times[index]:.3f} must be finite and not zero, got a sum of {level}"
+                f"effects at time {manifest.times[index]:.3f} must be {1 / MOST:g} to {MOST:g}, got a sum of {level}"
             )
         if index not in self._tables:
             # Before units hold this sampling: the ladder was made by those before it, and could not be made again.

@@ -76,7 +76,7 @@ def disk_bytes(manifest: Manifest, samplings: int, forwards: int, vectors: int, 
         * (manifest.grid.height * manifest.row_radius + manifest.grid.frames * manifest.frame_radius)
     )
     masks = len(manifest.windows) + len(manifest.shares)
-    tables = samplings * units * model.heads * 4 * (vectors * masks + 1)
+    tables = samplings * units * model.heads * 4 * vectors * masks
     journal = forwards * latent_bytes * (1 + vectors)
     closed, opened = (units * (size * blocks + counts + copies) for size in (CLOSED_BYTES, OPEN_BYTES))
     return Disk(closed + tables, opened + tables + journal)

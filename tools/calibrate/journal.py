@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from calibatt.plans.files import whole_file
 from calibatt.tools.calibrate.chain import Cotangents
 
 SAME = 2e-5
 """Relative difference of sizes up to which arguments of a forward count as those that it had."""
-
-
 SAME_OUTPUT = 0.02
 """Relative difference up to which outputs of a forward count as the same: other kernels round otherwise."""
 
@@ -90,11 +88,10 @@ class Journal:
                     f" {apart:.2g} of their size away; remove the folder to begin anew"
                 )
 
-    def keep_output(self, number: int, marks: Sequence[float], found: Any) -> None:
-        """Keeps what a forward returned; only a plain tuple of tensors can be given back as it was."""
-        if type(found) is tuple and all(isinstance(x, Tensor) for x in found):
-            tensors = {str(index): x for index, x in enumerate(found)}
-            self._save(f"forward{number:04d}.out", {**tensors, "marks": torch.tensor(marks, dtype=torch.float64)})
+    def keep_output(self, number: int, marks: Sequence[float], found: Sequence[Tensor]) -> None:
+        """Keeps the tensors that a forward returned."""
+        tensors = {str(index): x for index, x in enumerate(found)}
+        self._save(f"forward{number:04d}.out", {**tensors, "marks": torch.tensor(marks, dtype=torch.float64)})
 
     def has_gradients(self, number: int) -> bool:
         return self.folder is not None and (self.folder / f"forward{number:04d}.grad").exists()
@@ -118,7 +115,7 @@ class Journal:
         """The tables of all times that are here."""
         found = {}
         for path in () if self.folder is None else sorted(self.folder.glob("time*.table")):
-            found[int(path.stem[4:])] = {name: x.numpy() for name, x in load_file(path).items()}
+            found[int(path.stem[4:])] = {name: x.numpy() for name, x in (self._load(path.name) or {}).items()}
         return found
 
     def keep_table(self, index: int, table: Mapping[str, np.ndarray]) -> None:
@@ -127,18 +124,16 @@ class Journal:
 
     def _load(self, name: str) -> dict[str, Tensor] | None:
         path = None if self.folder is None else self.folder / name
-        return load_file(path) if path is not None and path.exists() else None
+        try:
+            return load_file(path) if path is not None and path.exists() else None
+        except SafetensorError as error:
+            raise JournalError(f"{path} must be whole, got {error}; remove {self.folder} to begin anew") from None
 
     def _save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        if self.folder is None:
-            return
-        partial = self.folder / f".{name}.tmp"
-        save_file({key: x.detach().cpu().contiguous() for key, x in tensors.items()}, partial)
-        os.replace(partial, self.folder / name)
+        if self.folder is not None:
+            self._write(name, save({key: x.detach().cpu().contiguous() for key, x in tensors.items()}))
 
     def _write(self, name: str, data: bytes) -> None:
-        if self.folder is None:
-            return
-        partial = self.folder / f".{name}.tmp"
-        partial.write_bytes(data)
-        os.replace(partial, self.folder / name)
+        if self.folder is not None:
+            with whole_file(self.folder / name, sync=False) as file:
+                file.write(data)
