@@ -157,7 +157,7 @@ def _wan_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int]:
 def _ltx_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int]:
     # The pipeline has already cut the latents into patches; the sizes come beside them, or coordinates of every token.
     if arguments.get("video_coords") is not None:
-        return _grid_at_the_end(arguments["video_coords"], lambda coordinates: coordinates[0].T)
+        return _grid_of_coordinates(arguments["video_coords"], lambda coordinates: coordinates[0].T)
     return arguments["num_frames"], arguments["height"], arguments["width"], 0
 
 
@@ -170,20 +170,20 @@ _known_grids = WeakTensorKeyDictionary()
 """Version and grid of every tensor of coordinates alive: read once a run, since reading waits for the device."""
 
 
-def _grid_at_the_end(
+def _grid_of_coordinates(
     coordinates: torch.Tensor, by_token: Callable[[torch.Tensor], torch.Tensor] = lambda coordinates: coordinates
 ) -> tuple[int, int, int, int]:
-    """The grid of a sequence that ends with the video, from coordinates of frame, row and column of every token.
+    """The grid of a sequence with the video in it, from coordinates of frame, row and column of every token.
 
-    The video is as many whole frames of one size at the end as rise in time. What stands before them counts as tokens
-    before the video: text, audio, images that are given.
+    The sequence ends with a whole frame. The video is the longest run of whole frames of that size that rise in time,
+    the last of the longest; the rest stands before or after it: text, audio, images and frames that are given.
 
     Args:
         coordinates: Of every token.
         by_token: The same as ``(N, 3)``.
 
     Raises:
-        ValueError: The last frame is in another order than rows, then columns.
+        PlanMismatchError: The last frame is in another order than rows, then columns.
     """
     version = None if coordinates.is_inference() else coordinates._version
     known = _known_grids.get(coordinates)
@@ -193,12 +193,18 @@ def _grid_at_the_end(
         last = found[-size:, 1:]
         rows, columns = (axis.unique() for axis in last.T)
         if not torch.equal(torch.cartesian_prod(rows, columns), last):
-            raise ValueError(f"tokens must end with a video of whole frames in raster order, got {tokens} others")
-        frames = found[tokens % size :].unflatten(0, (-1, size)).flip(0)
+            raise PlanMismatchError(
+                f"tokens must end with a whole frame, row by row, got {tokens} whose last {size} are none"
+            )
+        frames = found[tokens % size :].unflatten(0, (-1, size))
         whole = (frames[:, :, 1:] == last).all(2).all(1) & (frames[:, :, 0] == frames[:, :1, 0]).all(1)
-        rising = torch.cat([torch.ones(1, dtype=torch.bool), frames[:, 0, 0].diff() < 0])
-        count = int((whole & rising).cumprod(0).sum())
-        known = version, (count, len(rows), len(columns), tokens - count * size)
+        count, stop, run, before = 0, 0, 0, 0.0
+        for index, (time, is_whole) in enumerate(zip(frames[:, 0, 0].tolist(), whole.tolist(), strict=True)):
+            run = run * (time > before) + 1 if is_whole else 0
+            before = time
+            if run >= count:
+                count, stop = run, index + 1
+        known = version, (count, len(rows), len(columns), tokens % size + (stop - count) * size)
         _known_grids[coordinates] = known
     return known[1]
 
@@ -351,7 +357,7 @@ ADAPTERS = (
     _row(
         "MiniMaxH3Transformer3DModel",
         attentions=(("transformer_blocks", "attn"),),
-        grid=lambda config, arguments: _grid_at_the_end(arguments["position_ids"]),
+        grid=lambda config, arguments: _grid_of_coordinates(arguments["position_ids"]),
         time=_h3_time,
         channel_axis=2,
         coordinates="position_ids",

@@ -285,20 +285,24 @@ class _Session:
             return STOCK, 0
         self.interception.verify()
         self.join(self.interception.model, self.interception.sites)
-        if coordinates is not None:
-            grid = self.adapter.grid(self.interception.model.config, {self.adapter.coordinates: coordinates})
-        *video, start = grid
-        found = TokenGrid(*video)
-        plan = self.plans.get(found)
-        if plan is None:
-            message = f"forward does not fit the plan: grid must be {' or '.join(map(str, self.plans))}, got {found}"
+        try:
+            if coordinates is not None:
+                grid = self.adapter.grid(self.interception.model.config, {self.adapter.coordinates: coordinates})
+            *video, start = grid
+            plan = self.plans.get(found := TokenGrid(*video))
+            if plan is None:
+                raise PlanMismatchError(f"grid must be {' or '.join(map(str, self.plans))}, got {found}")
+        except PlanMismatchError as error:
+            message = f"forward does not fit the plan: {error}"
             if not self.dense:
-                raise PlanMismatchError(message)
-            if found not in self.warned:
-                self.warned.add(found)
+                raise PlanMismatchError(message) from None
+            if message not in self.warned:
+                self.warned.add(message)
                 warnings.warn(f"{message}; such forwards run the model's own attention", stacklevel=2)
-            return STOCK, start
+            return STOCK, 0
         self.check_parallel(plan)
+        if self.ulysses and start:  # here, where every rank comes, since who waits for one that does not hangs
+            raise PlanMismatchError(f"a sequence over ranks must begin with the video, got {start} tokens before it")
         entry, before = self.first_entry[found] + plan.file.segment_index(self.read_time(time)), self.here.entry
         with plan.lock:
             if entry != before:
@@ -322,7 +326,7 @@ class _Session:
         if entry == STOCK:
             stock = self.interception.sites[layer].stock
             return stock(q, k, v) if lengths is None else each_sample(stock, q, k, v, lengths.tolist())
-        ops.check_alike(q, k, v)
+        ops.check_alike(q, k, v, lengths)
         plan, _ = self.entries[entry]
         with plan.lock:
             backend = self.prepare(q.device, q.dtype)[entry][layer]

@@ -39,9 +39,9 @@ def planned_attention(
         scale: Factor of the scores, positive; ``D ** -0.5`` if absent.
         return_lse: Also return the natural log of the sum of exponentials of the kept, scaled scores.
         video_start: P, the tokens before those of the video.
-        lengths: int32 ``(B,)`` on q's device, P + V to N: keys of a sample from there on are padding, which no query
-            attends to. Its values must be finite, and its own queries are computed as all of the suffix. All keys count
-            if absent.
+        lengths: int32 ``(B,)`` on q's device, P + V to N (what is beyond counts as the nearest of these): keys of a
+            sample from there on are padding, which no query attends to. Values of padding must be finite, and its
+            queries are computed as all of the suffix. All keys count if absent.
 
     Returns:
         out ``(B, H, N, D)``, dtype of q; with `return_lse` also lse ``(B, H, N)``, fp32 (fp64 for fp64 input).
@@ -79,6 +79,8 @@ def attend(
     if len(q) == 0:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         return (out, lse) if return_lse else out
+    if lengths is not None:  # kernels trust them; reading them would wait for the device
+        lengths = lengths.clamp(video_start + schedule.grid.tokens, q.shape[2])
     with schedule.bind(q.device).lowered() as bound:
         out, lse = load_backend(backend).run(q, k, v, bound, scale, return_lse, video_start, lengths)
     return (out, lse) if return_lse else out
@@ -103,12 +105,15 @@ def as_attention_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tup
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
 
 
-def check_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Proves that kernels may take k and v to be as q.
+def check_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None = None) -> None:
+    """Proves that kernels may take k and v to be as q, and lengths to be of its batch (its first axis).
 
     Raises:
         ValueError: Shape, dtype or device differ; names the tensor.
     """
+    if lengths is not None and (lengths.dtype, lengths.device, lengths.shape) != (torch.int32, q.device, q.shape[:1]):
+        found = f"{lengths.dtype} {tuple(lengths.shape)} on {lengths.device}"
+        raise ValueError(f"lengths must be int32 of ({q.shape[0]},) on {q.device}, got {found}")
     if q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device:
         return
     for name, x in (("k", k), ("v", v)):
@@ -163,12 +168,9 @@ def _validate(
             f"q must have the schedule's {schedule.grid.tokens} tokens from video_start on, got {q.shape[2]} tokens, "
             f"video_start {video_start} and {schedule.grid}"
         )
-    if lengths is not None and (lengths.dtype, lengths.device, lengths.shape) != (torch.int32, q.device, q.shape[:1]):
-        found = f"{lengths.dtype} {tuple(lengths.shape)} on {lengths.device}"
-        raise ValueError(f"lengths must be int32 of ({q.shape[0]},) on {q.device}, got {found}")
     if not q.is_floating_point():
         raise ValueError(f"q must be floating point, got {q.dtype}")
-    check_alike(q, k, v)
+    check_alike(q, k, v, lengths)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"{name} must have contiguous channels (last stride 1), got strides {x.stride()}")

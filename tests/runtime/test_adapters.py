@@ -68,6 +68,8 @@ def arguments(coords: torch.Tensor) -> dict[str, Any]:
         ((0,), (1, 0)),
         ((16, 0, 1, 9), (3, 24)),
         ((8, 16, 0, 1, 9, 17), (4, 48)),
+        ((0, 1, 9, 17, 25, 0, 1), (5, 0)),
+        ((16, 0, 1, 9, -1), (3, 24)),
     ],
 )
 def test_the_grid_of_ltx_from_coordinates(starts: tuple[int, ...], expected: tuple[int, int]) -> None:
@@ -77,7 +79,7 @@ def test_the_grid_of_ltx_from_coordinates(starts: tuple[int, ...], expected: tup
     assert adapter_for(model).token_grid(model, arguments(coords)) == TokenGrid(frames, 4, 6)
     assert adapter_for(model).video_start(model, arguments(coords)) == start
     coords[0] = coords[0].flip(1)
-    with pytest.raises(ValueError, match=f"a video of whole frames in raster order, got {coords.shape[2]} others"):
+    with pytest.raises(PlanMismatchError, match=f"must end with a whole frame, row by row, got {coords.shape[2]} "):
         adapter_for(model).token_grid(model, arguments(coords))
 
 

@@ -192,20 +192,27 @@ def test_output_is_laid_out_as_q(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
-@pytest.mark.parametrize("which", ["k", "v"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    ("which", "value", "start"),
+    [(which, value, 0) for which in "kv" for value in (torch.nan, torch.inf, -torch.inf)] + [("v", torch.nan, 5)],
+)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of triton's interpreter
-def test_what_is_not_finite_stays_with_those_who_keep_it(value: float, which: str, backend: str) -> None:
+def test_what_is_not_finite_stays_with_those_who_keep_it(which: str, value: float, start: int, backend: str) -> None:
     """In every key block in turn: rows that drop it are as they were, in the others NaN or infinity comes out."""
     core = schedule(WIDE, Blocks(64, 64), dense_heads=[1], anchored_heads=[2], density=0.3)
     runtime, dtype = LayerSchedule(core), torch.float16 if backend == "triton" else torch.float32
     q, k, v = inputs(core, dtype, batch=2, device=DEVICE if backend == "triton" else "cpu")
-    clean = planned_attention(q, k, v, runtime, backend=backend)
+    q, k, v = (torch.cat([x[:, :, :start], x], 2) for x in (q, k, v))
+
+    def video(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return planned_attention(q, k, v, runtime, backend=backend, video_start=start)[:, :, start:]
+
+    clean = video(k, v)
     kept = torch.stack([runtime.dense(head)[1] for head in range(core.heads)]).to(q.device)
     for block in range(core.k_blocks):
         broken = {"k": k.clone(), "v": v.clone()}
-        broken[which][0, :, block * 64 + 3] = value
-        found = planned_attention(q, broken["k"], broken["v"], runtime, backend=backend)
+        broken[which][0, :, start + block * 64 + 3] = value
+        found = video(**broken)
         torch.testing.assert_close(found[1], clean[1])
         torch.testing.assert_close(found[0][~kept[:, :, block]], clean[0][~kept[:, :, block]])
         if which == "v" or value != value:  # a score of minus infinity is a weight of 0

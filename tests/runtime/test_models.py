@@ -277,12 +277,14 @@ def h3() -> Any:
 
 
 def h3_arguments(time: float, batch: int, text: int = 7) -> dict[str, Any]:
-    """Text, a picture that the video starts from, 5 latents of stereo sound, the video; its own pipeline's layout."""
+    """Text, a picture that the video starts from, stereo sound, of another length with other texts, and the video, as
+    its own pipeline lays them out.
+    """
     from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep as Layout
 
     positions, tags, video, audio, words, *_ = Layout.build_packed_sequence(
-        torch.ones(text), GRID.frames, 8, 12, 5, (1, 2, 2), audio_channels=2, audio_tag=2, video_tag=0,
-        keyframe_anchors=("first",),
+        torch.ones(text), GRID.frames, 8, 12, 5 if text == 7 else 5 + text % 4, (1, 2, 2), audio_channels=2,
+        audio_tag=2, video_tag=0, keyframe_anchors=("first",),
     )  # fmt: skip
     return {
         "hidden_states": torch.randn(batch, len(video), 16),

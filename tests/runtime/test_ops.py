@@ -101,3 +101,17 @@ def test_the_default_device_is_of_no_concern(schedule: LayerSchedule, name: str)
     with torch.device("meta"):
         found = ops.planned_attention(q, k, v, schedule=fresh, backend=name)
     torch.testing.assert_close(found, ops.planned_attention(q, k, v, schedule=schedule, backend=name))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_lengths_that_are_none_count_as_the_nearest(schedule: LayerSchedule, backend: str) -> None:
+    """Kernels cannot be made to read beyond the arrays, or to compute over nothing."""
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 30, 16, dtype=torch.float16, device=device).unbind()
+
+    def found(*lengths: int) -> torch.Tensor:
+        chosen = torch.tensor(lengths, dtype=torch.int32, device=device)
+        return ops.planned_attention(q, k, v, schedule, backend=backend, video_start=2, lengths=chosen)
+
+    torch.testing.assert_close(found(1000, -5), found(30, 26), rtol=0, atol=0)
