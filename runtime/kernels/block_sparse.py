@@ -51,8 +51,6 @@ def _accumulate(
     fade = tl.exp2(row_max - new_max)
     row_sum = row_sum * fade + tl.sum(p, 1)
     values = _tile(v, batch, head, first, tokens, v_stride, BLOCK_N, HEAD_DIM, TMA, ENDS)
-    if ENDS:  # what stands there may be infinite
-        values = tl.where((first + tl.arange(0, BLOCK_N) < tokens)[:, None], values, 0.0)
     acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None])
     return acc, row_sum, new_max
 
