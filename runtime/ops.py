@@ -38,8 +38,8 @@ def planned_attention(
         backend: ``auto``, or the name of the backend that must execute.
         scale: Factor of the scores, positive; ``D ** -0.5`` if absent.
         return_lse: Also return the natural log of the sum of exponentials of the kept, scaled scores.
-        video_start: P, the tokens before those of the video. Where P is no multiple of a kernel's tile, what is not finite
-            in the first values of the video spreads in `triton` and `hopper` also to queries that drop their block.
+        video_start: P, the tokens before those of the video. Where P is no multiple of a kernel's tile, what is not
+            finite in the video's first values spreads in `triton` and `hopper` also to queries that drop their block.
         lengths: int32 ``(B,)`` on q's device, P + V to N (what is beyond counts as the nearest of these): keys of a
             sample from there on are padding, which no query attends to. Values of padding must be finite, and its
             queries are computed as all of the suffix. All keys count if absent.

@@ -200,7 +200,7 @@ def test_output_is_laid_out_as_q(backend: str, dtype: torch.dtype) -> None:
 def test_what_is_not_finite_stays_with_those_who_keep_it(which: str, value: float, start: int, backend: str) -> None:
     """In every key block in turn: rows that drop it are as they were, in the others NaN or infinity comes out."""
     if start and backend == "triton":
-        pytest.skip("by TMA, the end of a partial prefix is read with the first values of the video: registers are short")
+        pytest.skip("by TMA, the end of a partial prefix is read with the first values of the video")
     core = schedule(WIDE, Blocks(64, 64), dense_heads=[1], anchored_heads=[2], density=0.3)
     runtime, dtype = LayerSchedule(core), torch.float16 if backend == "triton" else torch.float32
     q, k, v = inputs(core, dtype, batch=2, device=DEVICE if backend == "triton" else "cpu")
