@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from calibatt.compiler.stats.files import (
 )
 from calibatt.compiler.stats.manifest import Manifest
 from calibatt.compiler.stats.sampling import Float64, SamplingTables, read_header, read_sampling
-from calibatt.compiler.stats.unit import Unit, combined, read_samplings, read_unit
+from calibatt.compiler.stats.unit import Unit, combined, read_unit
 from calibatt.compiler.stats.writer import check_place
 
 
@@ -179,20 +178,6 @@ class Store:
         paths = [owner[name] / SAMPLINGS / (name + SUFFIX) for name in self.samplings]
         pairs = zip(paths, self.samplings, strict=True)
         return Table(tuple(read_sampling(path, name, self.manifest) for path, name in pairs))
-
-    def content(self) -> str:
-        """Stands for every byte of all units and samplings, 32 hexadecimal digits; only headers are read.
-
-        Raises:
-            StoreError: A file is damaged.
-        """
-        digest = blake2b("".join((self.manifest.digest, *self._digests)).encode(), digest_size=16)
-        for folder in self._folders:
-            for time_index, layer in places(self.manifest):
-                place = {"time_index": time_index, "layer": layer}
-                path = folder / UNITS / unit_name(time_index, layer)
-                digest.update(read_samplings(path, self.manifest, place)[1].encode())
-        return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
         """Whether the tables are the same, in the same files."""

@@ -226,17 +226,14 @@ def write_unit(path: str | PathLike[str], unit: Unit, manifest: Manifest, place:
     return write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections, crc=True)
 
 
-def read_samplings(
-    path: str | PathLike[str], manifest: Manifest, place: Mapping[str, object]
-) -> tuple[tuple[str, ...], str]:
-    """Names of the samplings that a unit file holds, and the digest of the file; only the header is read.
+def read_samplings(path: str | PathLike[str], manifest: Manifest, place: Mapping[str, object]) -> tuple[str, ...]:
+    """Names of the samplings that a unit file holds; only the header is read.
 
     Raises:
         UnitError: The file is damaged, or belongs to another manifest or place.
         OSError: The file cannot be read.
     """
-    file, samplings = _open(path, manifest, place)
-    return samplings, file.digest
+    return _open(path, manifest, place)[1]
 
 
 def read_unit(path: str | PathLike[str], manifest: Manifest, place: Mapping[str, object]) -> Unit:

@@ -128,7 +128,7 @@ class StoreWriter:
             UnitError: No such time or layer, or a damaged file.
         """
         path = self._unit_path(time_index, layer)
-        return read_samplings(path, self.manifest, _place(time_index, layer))[0] if path.exists() else ()
+        return read_samplings(path, self.manifest, _place(time_index, layer)) if path.exists() else ()
 
     def read_unit(self, time_index: int, layer: int) -> Unit | None:
         """A unit as it is now; None where there is none yet.

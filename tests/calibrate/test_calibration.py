@@ -380,7 +380,7 @@ def test_counts_of_the_papers_method(tmp_path: Path):
     for call in mine:
         mass, _ = effects.block_statistics(call.q, call.k, call.v, adjoint.BLOCKS, effects.ERROR_STRIDE)
         votes = votes + effects.keep_planes(mass, thresholds).int().numpy()
-        rows = rows + effects.copy_differences(call.out, sampler.grid, 1, 1)[0].numpy() / len(mine)
+        rows = rows + effects.row_differences(call.out, sampler.grid, 1).numpy() / len(mine)
     np.testing.assert_array_equal(unit.votes, votes)
     np.testing.assert_allclose(unit.row_difference, rows, rtol=1e-5)
 

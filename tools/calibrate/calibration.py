@@ -490,8 +490,7 @@ class Recording:
             sums.votes = torch.zeros(len(planes), *sums.error.shape, dtype=torch.int32, device=mass.device)
         sums.votes += planes
         out = call.out[:, call.video]
-        rows, _ = effects.copy_differences(out, manifest.grid, manifest.row_radius, 0)
-        sums.row_difference = sums.row_difference + rows
+        sums.row_difference = sums.row_difference + effects.row_differences(out, manifest.grid, manifest.row_radius)
 
     def _finish(self, index: int, moment: Moment) -> None:
         """Puts a time that has been measured into the store."""

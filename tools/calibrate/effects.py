@@ -248,32 +248,28 @@ def copy_effects(call: AttentionCall, grid: TokenGrid, row_radius: int, frame_ra
     return rows, frames
 
 
-def copy_differences(out: Tensor, grid: TokenGrid, row_radius: int, frame_radius: int) -> tuple[Tensor, Tensor]:
-    """How far the output of a row, or frame, is from its neighbours': what the paper's own method looks at.
+def row_differences(out: Tensor, grid: TokenGrid, radius: int) -> Tensor:
+    """How far the output of a row is from its neighbours': what the paper's own method looks at.
 
     Args:
         out: ``(H, V, D)``, of the video.
         grid: The video tokens.
-        row_radius: Largest offset, in rows of a frame.
-        frame_radius: Largest offset, in frames.
+        radius: Largest offset, in rows of a frame.
 
     Returns:
-        Of rows, then of frames, float32 ``(H, members, 2 * radius)``: ||o[member] - o[member + offset]||^2 /
-        ||o[member]||^2 over the member's tokens; NaN where there is no such member.
+        float32 ``(H, rows, 2 * radius)``: ||o[row] - o[row + offset]||^2 / ||o[row]||^2 over the row's tokens in all
+        frames; NaN where there is no such row.
     """
     found = []
-    for axis, radius in ((2, row_radius), (1, frame_radius)):
-        parts = []
-        for some in _heads_at_once(out):
-            x = out[some].float().unflatten(1, (grid.frames, grid.height, grid.width)).movedim(axis, 1).flatten(2)
-            size = x.square().sum(-1).clamp(min=1e-30)
-            part = x.new_full((*x.shape[:2], 2 * radius), torch.nan)
-            for column, offset in enumerate((*range(-radius, 0), *range(1, radius + 1))):
-                those = torch.arange(max(0, -offset), min(x.shape[1], x.shape[1] - offset), device=x.device)
-                part[:, those, column] = (x[:, those] - x[:, those + offset]).square().sum(-1) / size[:, those]
-            parts.append(part)
-        found.append(torch.cat(parts))
-    return found[0], found[1]
+    for some in _heads_at_once(out):
+        x = out[some].float().unflatten(1, (grid.frames, grid.height, grid.width)).movedim(2, 1).flatten(2)
+        size = x.square().sum(-1).clamp(min=1e-30)
+        part = x.new_full((*x.shape[:2], 2 * radius), torch.nan)
+        for column, offset in enumerate((*range(-radius, 0), *range(1, radius + 1))):
+            those = torch.arange(max(0, -offset), min(x.shape[1], x.shape[1] - offset), device=x.device)
+            part[:, those, column] = (x[:, those] - x[:, those + offset]).square().sum(-1) / size[:, those]
+        found.append(part)
+    return torch.cat(found)
 
 
 def keep_planes(mass: Tensor, thresholds: Sequence[float], others: bool = False) -> Tensor:
