@@ -8,6 +8,8 @@ from calibatt.runtime.backends import AUTO, UnsupportedBackendError, backend_rea
 from calibatt.runtime.schedule import LayerSchedule
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+AUTOCAST_DEVICES = [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)]
+"""Asked once: `torch.compile` of PyTorch 2.11 does not trace the question."""
 
 
 def planned_attention(
@@ -100,7 +102,7 @@ def as_attention_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tup
                     f"{name} must not require grad: planned attention has no backward (use torch.no_grad())"
                 )
     kind = q.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
