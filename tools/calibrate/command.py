@@ -150,7 +150,6 @@ def run(
     )
     check_sampler(sampler)
     vectors = vectors or default_vectors(sampler.grid, device_of(sampler))
-    begun = time.perf_counter()
     if dry_run and not ranks.is_first:
         return
     with (
@@ -170,6 +169,7 @@ def run(
             console.print(FEW.format(ranks.count + LEAST_WITH_LADDER), highlight=False, markup=False, soft_wrap=True)
         if dry_run:
             return
+        begun = time.perf_counter()
         forwards, pulled = estimate.forwards_of(calibrator)
         total = len(todo) * (forwards + pulled * BACKWARD_COST)
         with progress_of(NAME, total, console, quiet=not ranks.is_first) as shown_progress:
