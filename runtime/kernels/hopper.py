@@ -50,7 +50,9 @@ from calibatt.runtime.kernels.hopper_softmax import (
     first_reference,
     hold,
     lane_sums_of,
+    packed,
     row_max,
+    unpacked,
     vote_bound,
     without,
 )
@@ -80,9 +82,9 @@ def registers(others):
 
 @gluon.jit
 def _step(
-    q, acc, p_operand, lane_sums, m, valid, k_slots, v_slots, k_full, v_full, kv_read, k_at, k_parity, v_at, v_parity,
+    q, acc, carried, lane_sums, m, valid, k_slots, v_slots, k_full, v_full, kv_read, k_at, k_parity, v_at, v_parity,
     scale_log2, GROUP: gl.constexpr, KV_SLOTS: gl.constexpr, DTYPE: gl.constexpr, MASKED: gl.constexpr,
-    SCORES: gl.constexpr, OUTPUT: gl.constexpr, LANES: gl.constexpr,
+    OTHERS: gl.constexpr, SCORES: gl.constexpr, OUTPUT: gl.constexpr, LANES: gl.constexpr,
 ):  # fmt: skip
     """One block: its scores beside the product of the block before; with MASKED only `valid` of its keys exist."""
     BLOCK_K: gl.constexpr = k_slots.type.shape[1]
@@ -91,6 +93,7 @@ def _step(
     no_scores = gl.zeros([GROUP_Q, BLOCK_K], gl.float32, SCORES)
     mbarrier.wait(k_full.index(k_at), k_parity)
     mbarrier.wait(v_full.index(v_at), v_parity)
+    p_operand = unpacked(carried, DTYPE, BLOCK_K, PROBABILITIES, OTHERS)
     s = warpgroup_mma(q, k_slots.index(k_at).permute((1, 0)), no_scores, use_acc=False, is_async=True)
     acc = warpgroup_mma(p_operand, v_slots.index(v_at), acc, is_async=True)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
@@ -117,7 +120,7 @@ def _step(
     lane_sums = lane_sums + sums
     k_at, k_parity = advance(k_at, k_parity, KV_SLOTS)
     v_at, v_parity = advance(v_at, v_parity, KV_SLOTS - 1)
-    return acc, gl.convert_layout(p.to(DTYPE), PROBABILITIES), lane_sums, m, k_at, k_parity, v_at, v_parity
+    return acc, packed(p, DTYPE, BLOCK_K, PROBABILITIES, OTHERS), lane_sums, m, k_at, k_parity, v_at, v_parity
 
 
 @gluon.jit
@@ -169,7 +172,7 @@ def _consumer(
     p = gl.exp2(s * scale_log2 - (m * scale_log2)[:, None])
     lane_sums = lane_sums_of(p, BLOCK_K)
     LANES: gl.constexpr = gl.SliceLayout(1, lane_sums.type.layout)
-    p_operand = gl.convert_layout(p.to(DTYPE), PROBABILITIES)
+    carried = packed(p, DTYPE, BLOCK_K, PROBABILITIES, OTHERS)
     acc = gl.zeros([GROUP_Q, HEAD_DIM], gl.float32, OUTPUT)
     while count > 0:
         q = q_slots.index(q_at * CONSUMERS + GROUP)
@@ -178,15 +181,15 @@ def _consumer(
             lead = gl.max(facts.index(q_at * HERE + FACTS + 2).load(ONE), axis=0)
             for i in range(lead):
                 valid = gl.max(facts.index(q_at * HERE + FACTS + i).load(ONE), axis=0)
-                acc, p_operand, lane_sums, m, k_at, k_parity, v_at, v_parity = _step(
-                    q, acc, p_operand, lane_sums, m, valid, k_slots, v_slots, k_full, v_full, kv_read, k_at, k_parity,
-                    v_at, v_parity, scale_log2, GROUP, KV_SLOTS, DTYPE, True, SCORES, OUTPUT, LANES,
+                acc, carried, lane_sums, m, k_at, k_parity, v_at, v_parity = _step(
+                    q, acc, carried, lane_sums, m, valid, k_slots, v_slots, k_full, v_full, kv_read, k_at, k_parity,
+                    v_at, v_parity, scale_log2, GROUP, KV_SLOTS, DTYPE, True, OTHERS, SCORES, OUTPUT, LANES,
                 )  # fmt: skip
             steps -= lead
         for _ in range(steps):
-            acc, p_operand, lane_sums, m, k_at, k_parity, v_at, v_parity = _step(
-                q, acc, p_operand, lane_sums, m, 0, k_slots, v_slots, k_full, v_full, kv_read, k_at, k_parity,
-                v_at, v_parity, scale_log2, GROUP, KV_SLOTS, DTYPE, False, SCORES, OUTPUT, LANES,
+            acc, carried, lane_sums, m, k_at, k_parity, v_at, v_parity = _step(
+                q, acc, carried, lane_sums, m, 0, k_slots, v_slots, k_full, v_full, kv_read, k_at, k_parity,
+                v_at, v_parity, scale_log2, GROUP, KV_SLOTS, DTYPE, False, OTHERS, SCORES, OUTPUT, LANES,
             )  # fmt: skip
         # the last product of this tile beside the first scores of the next one
         next_q, next_parity = advance(q_at, q_parity, Q_SLOTS)
@@ -198,6 +201,7 @@ def _consumer(
         mbarrier.wait(q_full.index(next_q), next_parity, pred=next_count > 0)
         mbarrier.wait(k_full.index(k_at), k_parity, pred=next_count > 0)
         mbarrier.wait(v_full.index(v_at), v_parity)
+        p_operand = unpacked(carried, DTYPE, BLOCK_K, PROBABILITIES, OTHERS)
         s = warpgroup_mma(
             q_slots.index(next_q * CONSUMERS + GROUP), k_slots.index(k_at).permute((1, 0)), no_scores,
             use_acc=False, is_async=True,
@@ -241,7 +245,7 @@ def _consumer(
         v_at, v_parity = advance(v_at, v_parity, V_SLOTS)
         acc = acc * gl.convert_layout(share, OUTPUT_ROW)[:, None]
         q.store(acc.to(DTYPE))
-        p_operand = gl.convert_layout(p.to(DTYPE), PROBABILITIES)
+        carried = packed(p, DTYPE, BLOCK_K, PROBABILITIES, OTHERS)
         fence_async_shared()
         if ANCHORED:
             if place < 0:

@@ -93,3 +93,35 @@ def first_reference(scores, valid, BLOCK_K: gl.constexpr, SCORES: gl.constexpr, 
     scores = without(scores, valid, BLOCK_K, SCORES)
     reference = row_max(scores, BLOCK_K, ROW)
     return scores, gl.where(reference == float("-inf"), 0.0, reference)
+
+
+@gluon.constexpr_function
+def pack_asm(dtype):
+    """Two fp32 values as one word of two 16-bit ones, the first in the low half."""
+    return f"cvt.rn.{'f16x2' if dtype == gl.float16 else 'bf16x2'}.f32 $0, $2, $1;"
+
+
+@gluon.jit
+def packed(p, DTYPE: gl.constexpr, BLOCK_K: gl.constexpr, LAYOUT: gl.constexpr, WORDS: gl.constexpr):
+    """Probabilities in 16 bits, as loops carry them: an operand, or with WORDS two in each int32.
+
+    Where one loop follows another, single 16-bit values would be carried in a register each: 64 more instructions a
+    step. A lone loop spills 8 bytes with words (triton 3.9) and nothing without.
+    """
+    if WORDS:
+        even, odd = gl.split(p.reshape([GROUP_Q, BLOCK_K // 2, 2]))
+        ASM: gl.constexpr = pack_asm(DTYPE)
+        return gl.inline_asm_elementwise(ASM, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
+    else:
+        return gl.convert_layout(p.to(DTYPE), LAYOUT)
+
+
+@gluon.jit
+def unpacked(carried, DTYPE: gl.constexpr, BLOCK_K: gl.constexpr, LAYOUT: gl.constexpr, WORDS: gl.constexpr):
+    """The operand of what `packed` made, by no instruction: both halves of two equal words."""
+    if WORDS:
+        twice = gl.convert_layout(gl.join(carried, carried).reshape([GROUP_Q, BLOCK_K]), LAYOUT)
+        halves = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [twice], dtype=gl.int16, is_pure=False, pack=2)
+        return halves.to(DTYPE, bitcast=True)
+    else:
+        return carried

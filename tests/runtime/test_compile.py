@@ -37,7 +37,7 @@ HOPPER = [
 ]
 ANCHORED_STACK_BYTES = 64
 """A thread's place in the copies of anchor rows: written once a launch and read once a tile, never within a step."""
-OTHERS_STACK_BYTES = 208
+OTHERS_STACK_BYTES = 128
 """The same of prefix and suffix: the consumers' are moved between tiles, a few of the producer's in a step."""
 MORE_STACK_BYTES = 128
 """With prefix and suffix, beyond `MOST_STACK_BYTES`."""
