@@ -26,6 +26,7 @@ from calibatt.plans.schedule import (
     SMALL_ARRAYS,
     Int32,
     LayerSchedule,
+    UInt8,
     UInt16,
     check_anchors,
     check_heads,
@@ -34,8 +35,6 @@ from calibatt.plans.schedule import (
     check_types,
 )
 from calibatt.plans.schema import Blocks, TokenGrid
-
-UInt8 = npt.NDArray[np.uint8]
 
 MAX_BASES = 4
 """Segments between one and what is stored whole, itself not counted."""
@@ -68,6 +67,7 @@ class PackedLayer:
         group_start: int32 ``(groups,)``.
         group_anchor: int32 ``(groups,)``.
         tile_order: int32 ``(tiles,)``.
+        head_precision: uint8 ``(heads,)``.
     """
 
     grid: TokenGrid
@@ -80,6 +80,7 @@ class PackedLayer:
     group_start: Int32
     group_anchor: Int32
     tile_order: Int32
+    head_precision: UInt8
 
     @classmethod
     def of(cls, schedule: LayerSchedule) -> PackedLayer:
@@ -253,7 +254,7 @@ class EncodedLayer:
 
     masks: UInt8
     lists: int
-    small: dict[str, Int32]
+    small: dict[str, npt.NDArray[Any]]
 
 
 def encode(layer: PackedLayer, base: PackedLayer | None) -> EncodedLayer:

@@ -22,7 +22,7 @@ from calibatt.plans.packed import (
     encode,
     granted_bytes,
 )
-from calibatt.plans.schedule import SMALL_ARRAYS, Int64, LayerSchedule
+from calibatt.plans.schedule import SMALL_ARRAYS, Int64, LayerSchedule, dtype_of
 from calibatt.plans.schema import Blocks, ModelSignature, Segment, TokenGrid, check_predicted
 
 MAGIC = b"CALIBPLN"
@@ -301,7 +301,7 @@ def _layers(container: Container, index: int, layers: int) -> list[EncodedLayer]
                 f"{container.path}: column {column} of section {name!r} must rise from 0 to {what}, got {found}"
             )
     for of, array in arrays.items():
-        if (kind := np.dtype(np.uint8 if of == "masks" else np.int32)) != array.dtype:
+        if (kind := np.dtype(np.uint8) if of == "masks" else dtype_of(of)) != array.dtype:
             raise ScheduleError(
                 f"segment {index}, layer 0: {of} must be a one-dimensional {kind} array, got {array.dtype}"
             )

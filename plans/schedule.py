@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from calibatt.plans.schema import BLOCK_SIZES, INT32_END, MAX_BLOCKS, Blocks, To
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 UInt16 = npt.NDArray[np.uint16]
+UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 
 DENSE = -1
@@ -27,8 +29,17 @@ NO_ANCHORS = -1
 ROWS, FRAMES = 0, 1
 """In `anchor_axis`: what the groups of a pattern are of, rows of a frame or whole frames."""
 
-SMALL_ARRAYS = ("head_list", "head_anchor", "anchor_ptr", "anchor_axis", "group_start", "group_anchor", "tile_order")
-"""Of a `LayerSchedule`: all int32, and all but the lists."""
+BF16, INT8, INT8_FP8 = 0, 1, 2
+"""In `head_precision`: the inputs' own 16-bit dtype; int8 queries and keys, values as they are; int8 queries and keys,
+probabilities and values in e4m3, summed in fp32."""
+PRECISIONS = {BF16: "16 bit", INT8: "int8 QK", INT8_FP8: "int8 QK, fp8 PV"}
+"""What each is called in reports."""
+
+SMALL_ARRAYS = (
+    *("head_list", "head_anchor", "anchor_ptr", "anchor_axis", "group_start", "group_anchor", "tile_order"),
+    "head_precision",
+)
+"""Of a `LayerSchedule`: all but the lists."""
 ARRAYS = ("row_ptr", "col_idx", *SMALL_ARRAYS)
 
 MAX_QUERIES = 1 << 28
@@ -62,6 +73,8 @@ class LayerSchedule:
         group_anchor: int32 ``(groups,)``; the anchor, a member of its group.
         tile_order: int32 ``(tiles,)``; a permutation of tile ids, in execution order; tile t of head h has id
             ``head_tile_ptr[h] + t``.
+        head_precision: uint8 ``(heads,)``; `BF16`, `INT8` or `INT8_FP8`: what a head multiplies in. All `BF16` if not
+            given.
 
     The class only holds; `check` proves the promises above once, at load, so that kernels need not.
     """
@@ -77,6 +90,11 @@ class LayerSchedule:
     group_start: Int32
     group_anchor: Int32
     tile_order: Int32
+    head_precision: UInt8 = None  # type: ignore[assignment]  # an array from `__post_init__` on
+
+    def __post_init__(self) -> None:
+        if self.head_precision is None:
+            object.__setattr__(self, "head_precision", np.zeros(len(self.head_list), np.uint8))
 
     @property
     def heads(self) -> int:
@@ -225,6 +243,7 @@ class LayerSchedule:
             group_start=self.group_start[in_shown],
             group_anchor=self.group_anchor[in_shown],
             tile_order=order[order >= 0].astype(np.int32),
+            head_precision=self.head_precision[chosen],
         )
 
     def lists_of(self, heads: Int64, tiles: Int64) -> Bool:
@@ -276,17 +295,25 @@ def check_size(grid: TokenGrid, blocks: Blocks, heads: int) -> None:
         _fail("grid", rule, queries)
 
 
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The dtype of one of `ARRAYS`."""
+    return np.dtype({"col_idx": np.uint16, "head_precision": np.uint8}.get(name, np.int32))
+
+
 def check_types(s: LayerSchedule) -> None:
     """The part of `LayerSchedule.check` that everything else takes for granted."""
     check_size(s.grid, s.blocks, s.heads)
-    for name in ("row_ptr", *SMALL_ARRAYS):
+    for name in ARRAYS:
         array = getattr(s, name)
-        if array.dtype != np.int32 or array.ndim != 1:
-            _fail(name, "be a one-dimensional int32 array", f"{array.dtype} of shape {array.shape}")
-    if s.col_idx.dtype != np.uint16 or s.col_idx.ndim != 1:
-        _fail("col_idx", "be a one-dimensional uint16 array", f"{s.col_idx.dtype} of shape {s.col_idx.shape}")
-    if s.heads == 0 or len(s.head_anchor) != s.heads:
-        _fail("head_anchor", f"have one entry for each of {s.heads} heads (at least 1)", len(s.head_anchor))
+        if array.dtype != (dtype := dtype_of(name)) or array.ndim != 1:
+            _fail(name, f"be a one-dimensional {dtype} array", f"{array.dtype} of shape {array.shape}")
+    for name in ("head_anchor", "head_precision"):
+        if s.heads == 0 or len(getattr(s, name)) != s.heads:
+            _fail(name, f"have one entry for each of {s.heads} heads (at least 1)", len(getattr(s, name)))
+    bad = np.flatnonzero(s.head_precision > max(PRECISIONS))
+    if len(bad):
+        known = ", ".join(f"{value} ({name})" for value, name in PRECISIONS.items())
+        _fail("head_precision", f"be one of {known}", f"{s.head_precision[bad[0]]} for head {bad[0]}")
 
 
 def _check_lists(s: LayerSchedule) -> None:

@@ -159,6 +159,10 @@ class Share(LayerSchedule):
     def heads(self) -> int:
         return even_counts(self._whole.heads, self._ulysses.ranks)[self._ulysses.rank]
 
+    @property
+    def precisions(self) -> frozenset[int]:
+        return self._whole.precisions
+
     def bind(self, device: torch.device | str) -> DeviceSchedule:
         """As of `LayerSchedule`; also puts there which heads go where."""
         bound = super().bind(device)

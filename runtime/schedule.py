@@ -34,6 +34,8 @@ class Outline(Protocol):
     def q_blocks(self) -> int: ...
     @property
     def k_blocks(self) -> int: ...
+    @property
+    def precisions(self) -> frozenset[int]: ...
 
 
 class LayerSchedule:
@@ -89,6 +91,11 @@ class LayerSchedule:
     @property
     def k_blocks(self) -> int:
         return self.blocks.k_blocks(self.grid.tokens)
+
+    @property
+    def precisions(self) -> frozenset[int]:
+        """What its heads multiply in; of a share, those of all ranks, so that all choose the same backend."""
+        return frozenset(self.core.head_precision.tolist())
 
     @property
     def density(self) -> float:
@@ -207,6 +214,10 @@ class StoredSchedule(LayerSchedule):
     @property
     def heads(self) -> int:
         return self._stored.heads
+
+    @property
+    def precisions(self) -> frozenset[int]:
+        return frozenset(self._stored.layers[self._segment][self._layer].small["head_precision"].tolist())
 
     @property
     def density(self) -> float:

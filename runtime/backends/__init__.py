@@ -3,6 +3,7 @@
     supports(outline, device, dtype, head_dim) -> list[str]       reasons why not; empty: it can
     run(q, k, v, bound, scale, return_lse, video_start, lengths)  arguments as of `ops.planned_attention`, trusted
         -> (out, lse)                                             lse is None unless asked for
+    PRECISIONS                                                    those it multiplies in, a set; `BF16` alone if absent
 
 A module is imported when it is first asked, so that the torch backend works where triton is not installed.
 """
@@ -15,6 +16,7 @@ from types import ModuleType
 
 import torch
 
+from calibatt.plans.schedule import BF16, PRECISIONS
 from calibatt.runtime.schedule import Outline
 
 BACKENDS = {
@@ -57,4 +59,7 @@ def backend_reasons(name: str, outline: Outline, device: torch.device, dtype: to
         backend = load_backend(name)
     except ImportError as error:
         return [f"cannot be imported: {error}"]
-    return backend.supports(outline, device, dtype, head_dim)
+    reasons: list[str] = backend.supports(outline, device, dtype, head_dim)
+    for precision in sorted(outline.precisions - getattr(backend, "PRECISIONS", {BF16})):
+        reasons.append(f"it cannot execute heads of precision {precision} ({PRECISIONS.get(precision)})")
+    return reasons

@@ -16,6 +16,7 @@ from support.plans import frames_plan, tiny_plan, tiny_schedule
 from support.schedules import all_blocks, grids, layer_schedules, random_schedule
 
 from calibatt.plans import (
+    PRECISIONS,
     Blocks,
     Container,
     LayerSchedule,
@@ -87,6 +88,7 @@ def test_the_golden_bytes_give_the_values() -> None:
     assert first.group_start.tolist() == [0, 2, 3, 4]
     assert first.group_anchor.tolist() == [1, 2, 3, 4]
     assert first.tile_order.tolist() == [17, 18, *range(17)]
+    assert [layers[0].head_precision.tolist() for layers in plan.schedules] == [[0, 0, 0, 0], [1, 0, 2, 0]]
 
 
 def test_finds_the_schedule_of_a_time() -> None:
@@ -116,7 +118,7 @@ def plans(draw: st.DrawFn) -> PlanFile:
     layers, heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     edges = [0.0, *sorted(draw(st.sets(st.floats(0.01, 0.99), max_size=2))), 1.0]
     segments = tuple(Segment(start, stop, stop) for start, stop in pairwise(edges))
-    schedule = layer_schedules(st.just(grid), st.just(blocks), st.just(heads))
+    schedule = layer_schedules(st.just(grid), st.just(blocks), st.just(heads), tuple(PRECISIONS))
     return PlanFile(
         signature=ModelSignature("Any", layers, heads, 64),
         grid=grid,
@@ -200,6 +202,7 @@ def set_table(row: int, column: int, value: int) -> Callable[[dict[str, Any], di
 
 
 INT32 = np.zeros(4, np.int32)
+LESS = np.array([2**40] * 9 + [6])
 BAD_FILES: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], object], type[Exception], str]] = {
     "no model": (lambda header, _: header.pop("model"), errors.SchemaError, "header must have the key 'model'"),
     "unknown key": (set_header("extra", 1), errors.SchemaError, "header must have only the keys"),
@@ -231,11 +234,16 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], obj
     "missing section": (lambda _, sections: sections.pop("1/head_list"), errors.MissingSection, "'1/head_list'"),
     "missing table": (lambda _, sections: sections.pop("0/layers"), errors.MissingSection, "'0/layers'"),
     "unknown section": (set_section("2/row_ptr", INT32), errors.SectionError, "got '2/row_ptr'"),
-    "table of int32": (set_section("0/layers", np.zeros((3, 9), np.int32)), errors.SectionError, "must be int64"),
-    "table flat": (
-        set_section("0/layers", np.zeros(27, np.int64)),
+    "table of int32": (set_section("0/layers", np.zeros((3, 10), np.int32)), errors.SectionError, "must be int64"),
+    "table without precisions": (
+        set_section("0/layers", np.zeros((3, 9), np.int64)),
         errors.SectionError,
-        "must be int64 of shape (3, 9)",
+        "must be int64 of shape (3, 10), got int64 of (3, 9)",
+    ),
+    "table flat": (
+        set_section("0/layers", np.zeros(30, np.int64)),
+        errors.SectionError,
+        "must be int64 of shape (3, 10)",
     ),
     "table from 1": (set_table(0, 2, 1), errors.SectionError, "column 2 of section '1/layers' must rise from 0"),
     "table falls": (set_table(1, 1, 2**62), errors.SectionError, "column 1 of section '1/layers' must rise from 0"),
@@ -319,6 +327,24 @@ BAD_FILES |= {
         errors.ScheduleError,
         "segment 0, layer 0: anchor_axis must be 0 (rows) or 1 (frames), got 2 for pattern 0",
     ),
+    "no precisions": (lambda _, sections: sections.pop("1/head_precision"), errors.MissingSection, "head_precision"),
+    "a precision of no kind": (
+        set_section("1/head_precision", np.array([0, 0, 0, 0, 1, 2, 3, 0], np.uint8)),
+        errors.ScheduleError,
+        "segment 1, layer 1: head_precision must be one of 0 (16 bit), 1 (int8 QK), 2 (int8 QK, fp8 PV), got 3",
+    ),
+    "precisions of int32": (
+        set_section("0/head_precision", np.zeros(8, np.int32)),
+        errors.ScheduleError,
+        "segment 0, layer 0: head_precision must be a one-dimensional uint8 array, got int32",
+    ),
+    "too few precisions": (
+        lambda _, sections: sections.update(
+            {"0/head_precision": sections["0/head_precision"][:6], "0/layers": np.minimum(sections["0/layers"], LESS)}
+        ),
+        errors.ScheduleError,
+        "segment 0, layer 1: head_precision must have one entry for each of 4 heads",
+    ),
     "rows for frames": (
         set_section("0/anchor_axis", np.array([0, 1], np.int32)),
         errors.ScheduleError,
@@ -377,7 +403,8 @@ def test_bases_are_in_the_middle_of_their_groups() -> None:
 @given(st.data())
 def test_a_layer_is_what_was_packed(data: st.DataObject) -> None:
     grid, blocks, heads = data.draw(grids(max_width=12)), data.draw(all_blocks()), data.draw(st.integers(1, 3))
-    schedule, other = (data.draw(layer_schedules(st.just(grid), st.just(blocks), st.just(heads))) for _ in range(2))
+    kind = layer_schedules(st.just(grid), st.just(blocks), st.just(heads), tuple(PRECISIONS))
+    schedule, other = data.draw(kind), data.draw(kind)
     packed, base = PackedLayer.of(schedule), PackedLayer.of(other)
     packed.check()
     assert [packed.computed_blocks(head) for head in range(heads)] == [
@@ -444,6 +471,7 @@ def test_a_layer_of_full_size(tmp_path: Path) -> None:
         group_start=none,
         group_anchor=none,
         tile_order=np.arange(heads * 591, dtype=np.int32),
+        head_precision=np.zeros(heads, np.uint8),
     )
     schedule = packed.schedule()
     schedule.check()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.schedules import layer_schedules, random_schedule
 
-from calibatt.plans import DENSE, FRAMES, NO_ANCHORS, Blocks, LayerSchedule, PackedLayer, ScheduleError, TokenGrid
+from calibatt.plans import (
+    BF16,
+    DENSE,
+    FRAMES,
+    NO_ANCHORS,
+    PRECISIONS,
+    Blocks,
+    LayerSchedule,
+    PackedLayer,
+    ScheduleError,
+    TokenGrid,
+)
 from calibatt.plans.schedule import ARRAYS
 
 GRID = TokenGrid(frames=2, height=3, width=13)
@@ -68,7 +79,14 @@ def test_dense_is_what_the_vocabulary_says(schedule: LayerSchedule) -> None:
         assert 0.0 < schedule.head_density(head) <= 1.0
 
 
-@given(st.data(), layer_schedules(heads=st.integers(1, 5)))
+def test_heads_are_of_16_bit_unless_said_otherwise() -> None:
+    schedule = example()
+    every = {item.name: getattr(schedule, item.name) for item in fields(schedule) if item.name != "head_precision"}
+    precision = LayerSchedule(**every).head_precision
+    assert (precision.dtype, precision.tolist()) == (np.uint8, [BF16] * 4)
+
+
+@given(st.data(), layer_schedules(heads=st.integers(1, 5), precisions=tuple(PRECISIONS)))
 def test_a_selection_is_the_chosen_heads_in_the_order_asked_for(data: st.DataObject, schedule: LayerSchedule) -> None:
     heads = data.draw(st.permutations(range(schedule.heads)))[: data.draw(st.integers(1, schedule.heads))]
     made = schedule.select(heads)
@@ -77,6 +95,7 @@ def test_a_selection_is_the_chosen_heads_in_the_order_asked_for(data: st.DataObj
     order = [order[number] for number in schedule.tile_order if order[number][0] in heads]
     found = [(heads[head], tile) for head in range(made.heads) for tile in range(made.tiles(head))]
     assert [found[number] for number in made.tile_order] == order
+    assert made.head_precision.tolist() == [schedule.head_precision[head] for head in heads]
     for head, original in enumerate(heads):
         for mine, wanted in zip(made.dense(head), schedule.dense(original), strict=True):
             assert np.array_equal(mine, wanted)
@@ -85,7 +104,7 @@ def test_a_selection_is_the_chosen_heads_in_the_order_asked_for(data: st.DataObj
     assert set(made.head_anchor) - {NO_ANCHORS} == set(range(len(made.anchor_ptr) - 1))
 
 
-@given(st.data(), layer_schedules(heads=st.integers(1, 5)))
+@given(st.data(), layer_schedules(heads=st.integers(1, 5), precisions=tuple(PRECISIONS)))
 def test_what_is_packed_is_selected_alike(data: st.DataObject, schedule: LayerSchedule) -> None:
     packed = PackedLayer.of(schedule)
     heads = data.draw(st.permutations(range(schedule.heads)))[: data.draw(st.integers(1, schedule.heads))]
@@ -145,6 +164,12 @@ BROKEN = {
     "col_idx of two dimensions": (lambda: replace(example(), col_idx=example().col_idx[None]), "of shape (1, "),
     "no heads": (lambda: replace(example(), head_list=np.zeros(0, np.int32)), "head_anchor must have one entry"),
     "head_anchor short": (lambda: without_last("head_anchor"), "one entry for each of 4 heads"),
+    "precision of int32": (lambda: replace(example(), head_precision=np.zeros(4, np.int32)), "uint8 array, got int32"),
+    "precision short": (lambda: without_last("head_precision"), "head_precision must have one entry for each of 4"),
+    "precision 3": (
+        lambda: changed("head_precision", _2=3),
+        "head_precision must be one of 0 (16 bit), 1 (int8 QK), 2 (int8 QK, fp8 PV), got 3 for head 2",
+    ),
     "row_ptr empty": (lambda: replace(example(), row_ptr=np.zeros(0, np.int32)), "row_ptr must start at 0"),
     "row_ptr from 1": (lambda: changed("row_ptr", _0=1), "row_ptr must start at 0"),
     "row_ptr short": (lambda: without_last("row_ptr"), "row_ptr must start at 0 and end at"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, TokenGrid
+from calibatt.plans import BF16, INT8, INT8_FP8, Blocks, TokenGrid
 from calibatt.runtime import ops
 from calibatt.runtime.backends import BACKENDS, UnsupportedBackendError, load_backend
 from calibatt.runtime.schedule import LayerSchedule
@@ -63,6 +65,23 @@ def test_auto_on_a_cpu_is_torch(schedule: LayerSchedule, monkeypatch: pytest.Mon
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     assert ops.supports(schedule, "cpu", torch.float16, 64, "triton") != []
     assert ops.choose_backend(schedule, "cpu", torch.float16, 64) == "torch"
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_a_precision_that_a_backend_has_not_is_refused(
+    schedule: LayerSchedule, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is computed, from the outline alone; and so is `auto` if nobody has it."""
+    eight = LayerSchedule(replace(schedule.core, head_precision=np.array([INT8_FP8, BF16], np.uint8)))
+    module = load_backend(name)
+    reason = "it cannot execute heads of precision 2 (int8 QK, fp8 PV)"
+    for has, count in (({BF16}, 1), ({BF16, INT8}, 1), ({BF16, INT8_FP8}, 0)):
+        monkeypatch.setattr(module, "PRECISIONS", has, raising=False)
+        assert ops.supports(eight, "cpu", torch.float32, 16, name).count(reason) == count
+        assert reason not in ops.supports(schedule, "cpu", torch.float32, 16, name)
+    monkeypatch.setattr(load_backend("torch"), "PRECISIONS", {BF16}, raising=False)
+    with pytest.raises(UnsupportedBackendError, match=r"torch: it cannot execute heads of precision 2"):
+        ops.choose_backend(eight, "cpu", torch.float32, 16)
 
 
 def test_auto_names_every_refusal(schedule: LayerSchedule, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from support.ranks import run_ranks
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid, write_plan
+from calibatt.plans import PRECISIONS, Blocks, ModelSignature, PlanFile, Segment, TokenGrid, write_plan
 from calibatt.runtime import ParallelismError, Plan, PlanMismatchError, load_plan, resident
 from calibatt.runtime import schedule as runtime_schedule
 from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.intercept import Interception
-from calibatt.runtime.parallel import Ulysses, divide, even_counts, slowest_rank
+from calibatt.runtime.parallel import Share, Ulysses, divide, even_counts, slowest_rank
+from calibatt.runtime.schedule import LayerSchedule, StoredSchedule
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -333,6 +334,20 @@ def test_heads_are_spread_evenly_by_work(work: list[int], ranks: int) -> None:
     assert [len(heads) for heads in found] == even_counts(len(work), ranks)
     assert even_counts(len(work), ranks) == [len(part) for part in torch.zeros(len(work)).tensor_split(ranks)]
     assert found == divide(work, ranks)
+
+
+@given(st.lists(st.sampled_from(list(PRECISIONS)), min_size=3, max_size=5), st.integers(0, 1))
+def test_a_share_keeps_the_precision_of_its_heads(precisions: list[int], rank: int) -> None:
+    """And names those of all ranks, so that all choose the same backend; packed as a file's or not."""
+    grid, heads = TokenGrid(2, 3, 13), len(precisions)
+    core = random_schedule(np.random.default_rng(1), grid, BLOCKS, heads, 0.5, precisions=precisions)
+    plan = PlanFile(ModelSignature("M", 1, heads, 8), grid, BLOCKS, (Segment(0, 1, 0),), [[core]])
+    for whole in (LayerSchedule(core), StoredSchedule(plan.stored(), 0, 0)):
+        share = Share(whole, Ulysses(None, rank, 2, uneven=True))  # type: ignore[arg-type]  # nobody is asked
+        mine = share.divided[rank]
+        assert share.bind("cpu").core.head_precision.tolist() == [precisions[head] for head in mine]
+        assert share.packed.head_precision.tolist() == [precisions[head] for head in mine]
+        assert share.precisions == whole.precisions == set(precisions)
 
 
 def test_much_work_is_not_left_to_one_rank() -> None:

@@ -76,6 +76,7 @@ def changed(
     header["blocks"] |= dict(zip(("block_q", "block_k"), blocks, strict=True))
     of_head = {name: np.full(heads, -1, np.int32) for name in ("head_list", "head_anchor")}
     small = {name: np.asarray(array, np.int32) for name, array in (of_head | arrays).items()}
+    small.setdefault("head_precision", np.zeros(heads, np.uint8))
     if bits is not None:
         small["masks"] = np.frombuffer(bits, np.uint8)
     parts = {name: small.get(name, sections.get(f"0/{name}")) for name in COLUMNS}

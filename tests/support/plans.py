@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 
 from calibatt.plans import (
+    BF16,
     DENSE,
     FRAMES,
+    INT8,
+    INT8_FP8,
     NO_ANCHORS,
     ROWS,
     Blocks,
@@ -26,7 +29,7 @@ BLOCKS = Blocks(16, 16)
 def tiny_schedule(variant: int, frames: bool = False) -> LayerSchedule:
     """Four heads over 5 key blocks: listed, dense, sharing the first one's lists, anchored; the same on any machine.
 
-    With `frames`, the third head computes the second frame only, which stands for both.
+    With `frames`, the third head computes the second frame only, which stands for both, and two heads are of 8 bits.
     """
     lists = [sorted({tile, (2 * tile + variant) % 5}) for tile in (0, 1, 2, 3, 4, 1, 2, 3, 4)]
     return LayerSchedule(
@@ -41,6 +44,7 @@ def tiny_schedule(variant: int, frames: bool = False) -> LayerSchedule:
         group_start=np.array([0, 2, 3, 4, 0][: 5 if frames else 4], dtype=np.int32),
         group_anchor=np.array([1, 2, 3, 4 + variant % 2, 1][: 5 if frames else 4], dtype=np.int32),
         tile_order=np.roll(np.arange(5 + 5 + (3 if frames else 5) + 4, dtype=np.int32), variant),
+        head_precision=np.array([INT8, BF16, INT8_FP8, BF16] if frames else [BF16] * 4, np.uint8),
     )
 
 

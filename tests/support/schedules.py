@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from calibatt.plans import DENSE, FRAMES, NO_ANCHORS, ROWS, Blocks, LayerSchedule, TokenGrid
+from calibatt.plans import BF16, DENSE, FRAMES, NO_ANCHORS, ROWS, Blocks, LayerSchedule, TokenGrid
 
 ANCHORS = ("random", "every", "frame", "frames", "video", "mixed")
 """Groups of rows: of random length, every row an anchor, one anchor a frame. Of frames: random, one for all. Any."""
@@ -42,6 +42,7 @@ def random_schedule(
     anchored_heads: Sequence[int] = (),
     anchors: str | Sequence[str] = "random",
     patterns: int | None = None,
+    precisions: Sequence[int] = (),
 ) -> LayerSchedule:
     """A valid schedule: every tile of a listed head keeps each key block with probability `density`, and at least one.
 
@@ -56,6 +57,7 @@ def random_schedule(
         anchored_heads: Heads that compute anchor rows, or frames, only. May overlap with the two above.
         anchors: One of `ANCHORS`, or some, which patterns are of in turn.
         patterns: Anchor patterns that the anchored heads share in turn; by default each has its own.
+        precisions: Of the heads; all `BF16` if empty.
     """
     tokens, block_q = grid.tokens, blocks.block_q
     k_blocks = blocks.k_blocks(tokens)
@@ -96,6 +98,7 @@ def random_schedule(
         group_start=np.concatenate([*(start for _, start, _ in groups), []]).astype(np.int32),
         group_anchor=np.concatenate([*(anchor for _, _, anchor in groups), []]).astype(np.int32),
         tile_order=rng.permutation(sum(tiles)).astype(np.int32),
+        head_precision=np.array(precisions, np.uint8) if precisions else np.zeros(heads, np.uint8),
     )
 
 
@@ -117,6 +120,7 @@ def layer_schedules(
     grid: st.SearchStrategy[TokenGrid] | None = None,
     blocks: st.SearchStrategy[Blocks] | None = None,
     heads: st.SearchStrategy[int] | None = None,
+    precisions: Sequence[int] = (BF16,),
 ) -> LayerSchedule:
     """Valid schedules of any kind: dense, listed, shared and anchored heads, in every mixture.
 
@@ -124,6 +128,7 @@ def layer_schedules(
         grid: Strategy of the grid; `grids()` by default.
         blocks: Strategy of the block sizes; `all_blocks()` by default.
         heads: Strategy of the number of heads; 1 to 4 by default.
+        precisions: What heads may multiply in.
     """
     count = draw(heads if heads is not None else st.integers(1, 4))
     some_heads = st.sets(st.integers(0, count - 1)).map(sorted)
@@ -138,4 +143,5 @@ def layer_schedules(
         anchored_heads=draw(some_heads),
         anchors=draw(st.sampled_from(ANCHORS)),
         patterns=draw(st.sampled_from((None, 1))),
+        precisions=draw(st.lists(st.sampled_from(precisions), min_size=count, max_size=count)),
     )
