@@ -129,26 +129,50 @@ class PipelineAttachment:
         return "\n".join(f"{name}: {attachment.explain()}" for name, attachment in self.attachments.items())
 
 
-def attach(pipeline: Any, plans: Mapping[str, Plan | PlanSet], **options: Any) -> PipelineAttachment:
-    """Runs several transformers of one pipeline by plans, such as the two experts of Wan 2.2 A14B.
+def attach(
+    model_or_pipeline: Any, plans: Plan | PlanSet | Mapping[str, Plan | PlanSet], **options: Any
+) -> Attachment | PipelineAttachment:
+    """Runs a model, or the transformers of a pipeline, by plans until `detach` or the end of a ``with``.
+
+        >>> pipe = getfixture("tiny_wan")  # as WanPipeline.from_pretrained(...) makes it
+        >>> plan = getfixture("tiny_wan_plan")  # as load_plan(...) does
+        >>> with attach(pipe, plan) as attachment:  # the same: plan.attach(pipe.transformer)
+        ...     print(attachment.explain().splitlines()[0])
+        transformer: WanTransformer3DModel, TokenGrid(frames=2, height=4, width=6), blocks 16x16
 
     Args:
-        pipeline: A diffusers pipeline, or whatever has `components`.
-        plans: A plan or a set of plans for every transformer of the pipeline, by the name of its component.
+        model_or_pipeline: A transformer, or a diffusers pipeline, or whatever has `components`.
+        plans: A plan or a set of plans. For a pipeline of several transformers, such as the two experts of Wan 2.2
+            A14B, a plan or a set for each of them, by the name of its component.
         options: Of `Plan.attach`, for all of them.
+
+    Returns:
+        The `Attachment` of a model; the `PipelineAttachment` of a pipeline.
 
     Raises:
         PlanMismatchError: Plans are missing for a transformer, or named for one that the pipeline lacks. And whatever
             `Plan.attach` raises; no plan is attached then.
+        TypeError: The first argument is neither model nor pipeline, or several plans are named for a model.
     """
-    present = {name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and _is_known(part)}
-    present |= {name for name in plans if isinstance(pipeline.components.get(name), nn.Module)}
+    named = isinstance(plans, Mapping)
+    if isinstance(model_or_pipeline, nn.Module) and not named:
+        return plans.attach(model_or_pipeline, **options)
+    components = getattr(model_or_pipeline, "components", None)
+    if not isinstance(components, Mapping):
+        rule = "a pipeline, whose transformers the plans name" if named else "a model or a pipeline"
+        raise TypeError(f"plans must be attached to {rule}, got {type(model_or_pipeline).__name__}")
+    modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    present = {name for name, part in modules.items() if _is_known(part)}
+    if not named:
+        if len(present) != 1:
+            rule = f"a plan for each of the transformers {sorted(present)}, by their names"
+            raise PlanMismatchError(f"plans must be {rule}, got one for all")
+        plans = dict.fromkeys(present, plans)
+    present |= plans.keys() & modules.keys()
     if present != set(plans):
         raise PlanMismatchError(f"plans must be for the transformers {sorted(present)}, got them for {sorted(plans)}")
     with ExitStack() as undo:
-        made = {
-            name: undo.enter_context(plan.attach(pipeline.components[name], **options)) for name, plan in plans.items()
-        }
+        made = {name: undo.enter_context(plan.attach(modules[name], **options)) for name, plan in plans.items()}
         undo.pop_all()
     return PipelineAttachment(made)
 
