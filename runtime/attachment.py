@@ -134,11 +134,12 @@ def attach(
 ) -> Attachment | PipelineAttachment:
     """Runs a model, or the transformers of a pipeline, by plans until `detach` or the end of a ``with``.
 
-        >>> pipe = getfixture("tiny_wan")  # as WanPipeline.from_pretrained(...) makes it
-        >>> plan = getfixture("tiny_wan_plan")  # as load_plan(...) does
         >>> with attach(pipe, plan) as attachment:  # the same: plan.attach(pipe.transformer)
-        ...     print(attachment.explain().splitlines()[0])
-        transformer: WanTransformer3DModel, TokenGrid(frames=2, height=4, width=6), blocks 16x16
+        ...     latents = pipe(**embed("a boat"), **size, output_type="latent").frames
+        ...     print(attachment.explain())  # doctest: +ELLIPSIS
+        transformer: WanTransformer3DModel, TokenGrid(frames=5, height=8, width=12), blocks 128x128
+        backend on cpu, float32: torch (2 schedules)
+        ...
 
     Args:
         model_or_pipeline: A transformer, or a diffusers pipeline, or whatever has `components`.

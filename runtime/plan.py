@@ -185,6 +185,12 @@ class PlanSet(Attachable):
 def load_plan(path: str | PathLike[str], *, prove: bool = True) -> Plan:
     """Maps a plan file and proves all of it; masks stay in the file until they are needed.
 
+        >>> plan = load_plan("plans/demo.plan")
+        >>> plan.signature.architecture, plan.grid.tokens, len(plan.segments)
+        ('WanTransformer3DModel', 4608, 8)
+        >>> 0 < plan.schedule(time=0.9, layer=0).density < 1  # share of the blocks of dense attention
+        True
+
     Args:
         path: The file.
         prove: Prove every layer now, all cores at work. Else only header and checksums are: a layer is proved when it
@@ -202,6 +208,10 @@ def load_plan(path: str | PathLike[str], *, prove: bool = True) -> Plan:
 
 def load_plans(folder: str | PathLike[str], *, prove: bool = True) -> PlanSet:
     """Loads every ``.plan`` file of a folder, not of the folders in it.
+
+        >>> plans = load_plans("plans/")
+        >>> {name: plan.grid.tokens for name, plan in plans.plans.items()}
+        {'demo.plan': 4608}
 
     Args:
         folder: Where the files are.
