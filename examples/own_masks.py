@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import calibatt
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
 
-GRID, BLOCKS = TokenGrid(frames=5, height=8, width=12), Blocks(block_q=64, block_k=32)
+GRID, BLOCKS = TokenGrid(frames=9, height=12, width=16), Blocks(block_q=32, block_k=16)
 
 
 def pattern(grid: TokenGrid) -> torch.Tensor:
@@ -20,7 +20,7 @@ def pattern(grid: TokenGrid) -> torch.Tensor:
     token = torch.arange(grid.tokens)
     frame, row, column = token // (grid.height * grid.width), token // grid.width % grid.height, token % grid.width
     apart = torch.hypot(*((place[:, None] - place).float() for place in (row, column)))
-    return apart <= 6 / 2 ** (frame[:, None] - frame).abs()
+    return apart <= 2 / 2 ** (frame[:, None] - frame).abs()
 
 
 def block_mask(keep: torch.Tensor, blocks: Blocks) -> torch.Tensor:
