@@ -155,16 +155,16 @@ def attach(
             `Plan.attach` raises; no plan is attached then.
         TypeError: The first argument is neither model nor pipeline, or several plans are named for a model.
     """
-    named = isinstance(plans, Mapping)
-    if isinstance(model_or_pipeline, nn.Module) and not named:
+    if isinstance(model_or_pipeline, nn.Module) and not isinstance(plans, Mapping):
         return plans.attach(model_or_pipeline, **options)
     components = getattr(model_or_pipeline, "components", None)
     if not isinstance(components, Mapping):
-        rule = "a pipeline, whose transformers the plans name" if named else "a model or a pipeline"
+        several = isinstance(plans, Mapping)
+        rule = "a pipeline, whose transformers the plans name" if several else "a model or a pipeline"
         raise TypeError(f"plans must be attached to {rule}, got {type(model_or_pipeline).__name__}")
     modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
     present = {name for name, part in modules.items() if _is_known(part)}
-    if not named:
+    if not isinstance(plans, Mapping):
         if len(present) != 1:
             rule = f"a plan for each of the transformers {sorted(present)}, by their names"
             raise PlanMismatchError(f"plans must be {rule}, got one for all")
@@ -214,7 +214,7 @@ class _Session:
         self.timesteps = Timesteps()
         self.backend = backend
         self.dense = dense
-        self.warned: set[TokenGrid] = set()
+        self.warned: set[str] = set()
         self.number = custom_op.open_session(self)
         self.device = torch.device("cpu")
         self.here = _Here()

@@ -119,8 +119,8 @@ def _pack(masks: Any, grid: TokenGrid, blocks: Blocks, where: str) -> PackedLaye
     bits = np.packbits(keep, axis=2, bitorder="little")
     listed: dict[bytes, int] = {}
     head_list = [
-        DENSE if full else listed.setdefault(each.tobytes(), len(listed) * len(each))
-        for each, full in zip(bits, keep.all(axis=(1, 2)), strict=True)
+        DENSE if mask.all() else listed.setdefault(each.tobytes(), len(listed) * len(each))
+        for each, mask in zip(bits, keep, strict=True)
     ]
     none = np.zeros(0, np.int32)
     packed = PackedLayer(
