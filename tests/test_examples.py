@@ -13,6 +13,7 @@ from support import wan
 
 import calibatt
 
+pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parent.parent / "examples"
 CALL = {"height": 128, "width": 192, "num_frames": 17, "num_inference_steps": 2, "guidance_scale": 1.0}
 

@@ -39,6 +39,7 @@ def test_importing_it_costs_nothing() -> None:
     assert run("-c", code) == calibatt.__version__
 
 
+@pytest.mark.slow
 def test_it_works_with_the_checkout_as_working_folder() -> None:
     """Where the folder `calibatt` is found first, and the other packages are not in it."""
     code = "import calibatt.plans; print(calibatt.load_plan('plans/demo.plan').grid.tokens)"
