@@ -1,4 +1,5 @@
 # make demo: the whole chain on a real model, in a fresh environment.  make test: everything that must hold.
+# make test-fast: what most changes need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,8 +7,11 @@ BIN := $(VENV)/bin
 OLDER_TRITON := $(VENV)/triton-3.6
 # The CPU build of PyTorch where the index has one; a CUDA machine can set TORCH to its own build.
 TORCH ?= torch==2.13.0
+# Each process computes on one core: tests/conftest.py.
+PROCESSES ?= 2
+IN_PARALLEL := -n $(PROCESSES) --dist worksteal
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast lint types clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,14 +25,19 @@ demo: $(VENV)/.installed
 	$(BIN)/calibatt-demo -o demo
 
 test: lint
-	CALIBATT_OLDER_TRITON=$(CURDIR)/$(OLDER_TRITON) $(BIN)/python -m pytest
+	CALIBATT_OLDER_TRITON=$(CURDIR)/$(OLDER_TRITON) $(BIN)/python -m pytest $(IN_PARALLEL)
 
-lint: $(VENV)/.installed
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow"
+
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
 	mkdir -p build/types/calibatt
-	ln -sfn $(CURDIR)/plans build/types/calibatt/plans
-	ln -sfn $(CURDIR)/compiler build/types/calibatt/compiler
+	ln -sfn $(CURDIR)/calibatt/__init__.py build/types/calibatt/__init__.py
+	for folder in plans compiler runtime tools; do ln -sfn $(CURDIR)/$$folder build/types/calibatt/$$folder; done
 	MYPYPATH=build/types $(BIN)/mypy
 
 clean:

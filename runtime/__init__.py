@@ -4,6 +4,7 @@ from calibatt.runtime.adapters import Adapter, PlanMismatchError, UnknownModelEr
 from calibatt.runtime.attachment import Attachment, PipelineAttachment, attach
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptionLostError, OutsideForwardError
+from calibatt.runtime.masks import plan_from_masks
 from calibatt.runtime.ops import planned_attention
 from calibatt.runtime.parallel import ParallelismError
 from calibatt.runtime.plan import Plan, PlanSet, load_plan, load_plans
@@ -25,5 +26,6 @@ __all__ = [
     "attach",
     "load_plan",
     "load_plans",
+    "plan_from_masks",
     "planned_attention",
 ]

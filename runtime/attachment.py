@@ -129,26 +129,51 @@ class PipelineAttachment:
         return "\n".join(f"{name}: {attachment.explain()}" for name, attachment in self.attachments.items())
 
 
-def attach(pipeline: Any, plans: Mapping[str, Plan | PlanSet], **options: Any) -> PipelineAttachment:
-    """Runs several transformers of one pipeline by plans, such as the two experts of Wan 2.2 A14B.
+def attach(
+    model_or_pipeline: Any, plans: Plan | PlanSet | Mapping[str, Plan | PlanSet], **options: Any
+) -> Attachment | PipelineAttachment:
+    """Runs a model, or the transformers of a pipeline, by plans until `detach` or the end of a ``with``.
+
+        >>> with attach(pipe, plan) as attachment:  # the same: plan.attach(pipe.transformer)
+        ...     latents = pipe(**embed("a boat"), **size, output_type="latent").frames
+        ...     print(attachment.explain())  # doctest: +ELLIPSIS
+        transformer: WanTransformer3DModel, TokenGrid(frames=5, height=8, width=12), blocks 128x128
+        backend on cpu, float32: torch (2 schedules)
+        ...
 
     Args:
-        pipeline: A diffusers pipeline, or whatever has `components`.
-        plans: A plan or a set of plans for every transformer of the pipeline, by the name of its component.
+        model_or_pipeline: A transformer, or a diffusers pipeline, or whatever has `components`.
+        plans: A plan or a set of plans. For a pipeline of several transformers, such as the two experts of Wan 2.2
+            A14B, a plan or a set for each of them, by the name of its component.
         options: Of `Plan.attach`, for all of them.
+
+    Returns:
+        The `Attachment` of a model; the `PipelineAttachment` of a pipeline.
 
     Raises:
         PlanMismatchError: Plans are missing for a transformer, or named for one that the pipeline lacks. And whatever
             `Plan.attach` raises; no plan is attached then.
+        TypeError: The first argument is neither model nor pipeline, or several plans are named for a model.
     """
-    present = {name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and _is_known(part)}
-    present |= {name for name in plans if isinstance(pipeline.components.get(name), nn.Module)}
+    if isinstance(model_or_pipeline, nn.Module) and not isinstance(plans, Mapping):
+        return plans.attach(model_or_pipeline, **options)
+    components = getattr(model_or_pipeline, "components", None)
+    if not isinstance(components, Mapping):
+        several = isinstance(plans, Mapping)
+        rule = "a pipeline, whose transformers the plans name" if several else "a model or a pipeline"
+        raise TypeError(f"plans must be attached to {rule}, got {type(model_or_pipeline).__name__}")
+    modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    present = {name for name, part in modules.items() if _is_known(part)}
+    if not isinstance(plans, Mapping):
+        if len(present) != 1:
+            rule = f"a plan for each of the transformers {sorted(present)}, by their names"
+            raise PlanMismatchError(f"plans must be {rule}, got one for all")
+        plans = dict.fromkeys(present, plans)
+    present |= plans.keys() & modules.keys()
     if present != set(plans):
         raise PlanMismatchError(f"plans must be for the transformers {sorted(present)}, got them for {sorted(plans)}")
     with ExitStack() as undo:
-        made = {
-            name: undo.enter_context(plan.attach(pipeline.components[name], **options)) for name, plan in plans.items()
-        }
+        made = {name: undo.enter_context(plan.attach(modules[name], **options)) for name, plan in plans.items()}
         undo.pop_all()
     return PipelineAttachment(made)
 
@@ -189,7 +214,7 @@ class _Session:
         self.timesteps = Timesteps()
         self.backend = backend
         self.dense = dense
-        self.warned: set[TokenGrid] = set()
+        self.warned: set[str] = set()
         self.number = custom_op.open_session(self)
         self.device = torch.device("cpu")
         self.here = _Here()

@@ -31,6 +31,11 @@ def planned_attention(
     keys of the prefix, of the blocks keep[i] and of the suffix of (q[b, h, source[i]] . k) * scale, times v. Queries of
     the prefix and the suffix attend to all keys. Forward only.
 
+        >>> schedule = load_plan("plans/demo.plan").schedule(time=0.9, layer=0)  # of 4 heads and 4608 tokens
+        >>> q, k, v = torch.randn(3, 1, 4, 4608, 64)
+        >>> planned_attention(q, k, v, schedule).shape
+        torch.Size([1, 4, 4608, 64])
+
     Args:
         q: ``(B, H, N, D)``, floating point; any strides, but D contiguous. Under autocast q, k and v are cast to its
             dtype, as by `scaled_dot_product_attention`.

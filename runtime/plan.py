@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid
+from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid, write_plan
 from calibatt.runtime.adapters import Adapter, PlanMismatchError, adapter_for
 from calibatt.runtime.attachment import Attachment, check_signature
 from calibatt.runtime.resident import ResidentSchedules
@@ -18,7 +18,53 @@ from calibatt.runtime.schedule import LayerSchedule, StoredSchedule
 OnMismatch = Literal["error", "dense"]
 
 
-class Plan(ResidentSchedules):
+class Attachable:
+    """What can be attached to a model: a plan, or a set of them."""
+
+    def fitting(self, signature: ModelSignature) -> Sequence[Plan]:
+        """The plans that are for a model, each at a resolution of its own.
+
+        Raises:
+            PlanMismatchError: There is none; says what differs.
+        """
+        raise NotImplementedError
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        backend: str = "auto",
+        on_mismatch: OnMismatch = "error",
+        adapter: Adapter | None = None,
+    ) -> Attachment:
+        """Runs the model's self-attention by this plan, from now until `Attachment.detach` or the end of a ``with``.
+
+        Of a set of plans, each call follows the one of its resolution. Inference only. Attach after whatever replaces
+        attention processors. The model's device and dtype may change later: the backend is then chosen, and an explicit
+        one checked, anew. So may `enable_parallelism` of diffusers be called later, with a ulysses_degree: every rank
+        then executes some of the heads, and must attach the same plan. Threads may call the model at the same time; it
+        must be called as ``model(...)``: ``model.forward(...)`` is an `OutsideForwardError`.
+
+        Args:
+            model: The transformer, compiled or not.
+            backend: ``auto``, or the name of the backend that must execute.
+            on_mismatch: What a forward at a resolution that no plan is for does: ``error`` raises before any work,
+                ``dense`` runs the model's own attention, with one warning a resolution. A model of another signature
+                is always an error.
+            adapter: The model's row, for a family that `adapters.ADAPTERS` lacks.
+
+        Raises:
+            ParallelismError: The model is spread over ranks by more than Ulysses, or heads or tokens do not divide.
+            PlanMismatchError: As of `fitting`.
+            UnknownModelError: The model's family is not known.
+            UnsupportedBackendError: The backend cannot execute the plan where the model is now.
+            ValueError: An option has an unknown value.
+        """
+        row = adapter_for(model) if adapter is None else adapter
+        return Attachment(self.fitting(row.signature(model)), model, backend, on_mismatch, row)
+
+
+class Plan(Attachable, ResidentSchedules):
     """A plan that is ready to run; immutable.
 
     A schedule is decoded when it is put on a device, as lists or as bits; how much stays there says
@@ -83,41 +129,25 @@ class Plan(ResidentSchedules):
             )
         return lines
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        backend: str = "auto",
-        on_mismatch: OnMismatch = "error",
-        adapter: Adapter | None = None,
-    ) -> Attachment:
-        """Runs the model's self-attention by this plan, from now until `Attachment.detach` or the end of a ``with``.
-
-        Inference only. Attach after whatever replaces attention processors. The model's device and dtype may change
-        later: the backend is then chosen, and an explicit one checked, anew. So may `enable_parallelism` of diffusers
-        be called later, with a ulysses_degree: every rank then executes some of the heads, and must attach the same
-        plan. Threads may call the model at the same time; it must be called as ``model(...)``: ``model.forward(...)``
-        is an `OutsideForwardError`.
-
-        Args:
-            model: The transformer, compiled or not.
-            backend: ``auto``, or the name of the backend that must execute.
-            on_mismatch: What a forward at another resolution does: ``error`` raises before any work, ``dense`` runs
-                the model's own attention, with one warning a resolution. A model of another signature is always an
-                error.
-            adapter: The model's row, for a family that `adapters.ADAPTERS` lacks.
+    def fitting(self, signature: ModelSignature) -> Sequence[Plan]:
+        """This plan alone.
 
         Raises:
-            ParallelismError: The model is spread over ranks by more than Ulysses, or heads or tokens do not divide.
-            PlanMismatchError: The plan is for another model; lists all differences.
-            UnknownModelError: The model's family is not known.
-            UnsupportedBackendError: The backend cannot execute the plan where the model is now.
-            ValueError: An option has an unknown value.
+            PlanMismatchError: It is for another model; lists all differences.
         """
-        return Attachment((self,), model, backend, on_mismatch, adapter)
+        check_signature(self.signature, signature)
+        return [self]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the plan to a file that `load_plan` reads: whole or not at all, the same plan as the same bytes.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        write_plan(path, self.file)
 
 
-class PlanSet:
+class PlanSet(Attachable):
     """Plans of several models and resolutions, of which every forward gets its own.
 
     Args:
@@ -127,7 +157,7 @@ class PlanSet:
     def __init__(self, plans: Mapping[str, Plan]) -> None:
         self.plans = dict(plans)
 
-    def fitting(self, signature: ModelSignature) -> list[Plan]:
+    def fitting(self, signature: ModelSignature) -> Sequence[Plan]:
         """The plans that are for a model, each at a resolution of its own.
 
         Raises:
@@ -151,31 +181,15 @@ class PlanSet:
             raise PlanMismatchError(f"a plan must be for this model, got none: {' | '.join(refused)}")
         return [self.plans[name] for name in names.values()]
 
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        backend: str = "auto",
-        on_mismatch: OnMismatch = "error",
-        adapter: Adapter | None = None,
-    ) -> Attachment:
-        """`Plan.attach` of all plans that are for this model: at each call, the one of the call's resolution runs.
-
-        Args:
-            model: As of `Plan.attach`.
-            backend: As of `Plan.attach`.
-            on_mismatch: What a forward does at a resolution that no plan is for, as of `Plan.attach`.
-            adapter: As of `Plan.attach`.
-
-        Raises:
-            PlanMismatchError: As of `fitting`. And whatever `Plan.attach` raises.
-        """
-        row = adapter_for(model) if adapter is None else adapter
-        return Attachment(self.fitting(row.signature(model)), model, backend, on_mismatch, row)
-
 
 def load_plan(path: str | PathLike[str], *, prove: bool = True) -> Plan:
     """Maps a plan file and proves all of it; masks stay in the file until they are needed.
+
+        >>> plan = load_plan("plans/demo.plan")
+        >>> plan.signature.architecture, plan.grid.tokens, len(plan.segments)
+        ('WanTransformer3DModel', 4608, 8)
+        >>> 0 < plan.schedule(time=0.9, layer=0).density < 1  # share of the blocks of dense attention
+        True
 
     Args:
         path: The file.
@@ -194,6 +208,10 @@ def load_plan(path: str | PathLike[str], *, prove: bool = True) -> Plan:
 
 def load_plans(folder: str | PathLike[str], *, prove: bool = True) -> PlanSet:
     """Loads every ``.plan`` file of a folder, not of the folders in it.
+
+        >>> plans = load_plans("plans/")
+        >>> {name: plan.grid.tokens for name, plan in plans.plans.items()}
+        {'demo.plan': 4608}
 
     Args:
         folder: Where the files are.

@@ -1,12 +1,16 @@
 """Settings of all tests.
 
 Without a GPU the triton kernels run in triton's interpreter, which has to be asked for before anything imports triton.
+Where several processes share the tests (``pytest -n 2``), each computes on one core, and so do those that it starts.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

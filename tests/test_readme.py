@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -12,21 +13,24 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
-    "docs/comfyui.md",
-    "docs/design.md",
-    "docs/evaluation.md",
-    "docs/models.md",
-    "docs/benchmarks/README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
     "plans/FORMAT.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
 )
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     assert links or page != "README.md"
-    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+    for path, _, section in links:
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        if section:
+            titles = re.findall(r"^#+ (.*)", target.read_text("utf-8"), re.MULTILINE)
+            assert section in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, section
 
 
 def test_every_picture_is_shown() -> None:
@@ -42,5 +46,12 @@ def test_commands_are_there(page: str) -> None:
     assert set(re.findall(r"\bcalibatt-[a-z]+", text)) <= scripts
     modules = re.findall(r"python -m\s+(calibatt[\w.]+\w)", text)
     assert [module for module in modules if find_spec(module) is None] == []
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
-    assert set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)) <= {*targets}
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= {*targets}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_is_python(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        ast.parse(block)

@@ -23,6 +23,7 @@ from calibatt.tools.calibrate.chain import ChainError
 from calibatt.tools.calibrate.pipeline import PipelineSampler
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),  # of DPM++ itself

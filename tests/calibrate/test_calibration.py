@@ -162,6 +162,7 @@ STOPS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STOPS)
 def test_an_interrupted_sampling_is_continued(
     kind: str, reference: Store, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -405,6 +406,7 @@ print(kills)
 """
 
 
+@pytest.mark.slow
 def test_kills_lose_the_step_in_progress_alone(reference: Store, tmp_path: Path):
     """A job that is killed ten times, or ``KILLS``, at any moment ends with the store of one that was not."""
     here = Path(__file__).parent

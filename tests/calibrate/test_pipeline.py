@@ -30,7 +30,7 @@ from calibatt.tools.calibrate.sampler import Latent, parts
 from calibatt.tools.calibrate.work import make_manifest, plan_work
 from calibatt.tools.evaluate.__main__ import main as evaluate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def invoke(command, *arguments: object) -> Result:

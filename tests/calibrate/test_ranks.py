@@ -18,6 +18,8 @@ from calibatt.tools.calibrate import __main__, command
 from calibatt.tools.calibrate.calibration import sampling_name
 from calibatt.tools.calibrate.ranks import RankLostError, Ranks
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a", "bb", "ccc", "dddd", "eeeee"]
 
 

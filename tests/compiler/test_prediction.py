@@ -205,6 +205,7 @@ class World:
         return MemoryStore(of, parts, tables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("target", [15.0, 25.0, 35.0])
 def test_the_prediction_is_right_on_samplings_that_were_never_seen(seed: int, target: float) -> None:

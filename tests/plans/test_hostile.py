@@ -32,6 +32,7 @@ def read_within(megabytes: int, paths: list[Path], **environment: str) -> list[s
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 @linux_only
 def test_hostile_plans_end_in_their_error_within_200_mb(tmp_path: Path) -> None:
     cases = hostile.plans()

@@ -179,6 +179,7 @@ def test_only_self_attention_is_taken(calls: list[Any]) -> None:
     assert calls == expected
 
 
+@pytest.mark.slow
 def test_compiled_model_takes_every_time_in_one_graph(calls: list[Any]) -> None:
     model, plan = make_model(), make_plan()
     timesteps = (999, 937, 700, 100)
@@ -215,6 +216,7 @@ def test_changing_plans_recompiles_nothing() -> None:
     assert graphs == graphs[:1] * 4
 
 
+@pytest.mark.slow
 def test_attach_after_compile_and_detach() -> None:
     model, plan = make_model(), make_plan()
     expected, stock = masked(model, plan), run(model)
@@ -255,6 +257,7 @@ def test_two_models_with_two_plans(first: int) -> None:
     assert torch.equal(run(models[1 - first]), stock[1 - first])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_nested_plans_detach_in_any_order(first: int, compiled: bool) -> None:
@@ -301,6 +304,7 @@ def test_another_resolution_raises_before_any_work(compiled: bool) -> None:
         run(call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_another_resolution_may_run_the_models_own_attention(compiled: bool) -> None:
     model, plan = make_model(), make_plan()

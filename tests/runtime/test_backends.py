@@ -105,6 +105,7 @@ def test_triton(core: CoreSchedule, dtype: torch.dtype, layout: str, batch: int,
 
 
 BACKENDS = pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.float32), ("triton", torch.float16)])
+SLOW_TRITON = pytest.param("triton", torch.float16, marks=pytest.mark.slow)
 NARROW = TokenGrid(frames=1, height=2, width=3)
 """Six tokens: shorter than any block."""
 WIDE = TokenGrid(frames=2, height=4, width=26)
@@ -116,7 +117,7 @@ def schedule(grid: TokenGrid, blocks: Blocks, **options: object) -> CoreSchedule
     return random_schedule(np.random.default_rng(5), grid, blocks, 3, **options)
 
 
-@BACKENDS
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.float32), SLOW_TRITON])
 @pytest.mark.parametrize("block", [16, 64, 128, 256])
 @pytest.mark.parametrize("grid", [NARROW, WIDE], ids=["narrow", "wide"])
 def test_every_block_size(backend: str, dtype: torch.dtype, grid: TokenGrid, block: int) -> None:
@@ -128,7 +129,7 @@ def test_one_block_a_tile(backend: str, dtype: torch.dtype) -> None:
     check(schedule(WIDE, Blocks(32, 16), density=0.0), backend, dtype)
 
 
-@BACKENDS
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.float32), SLOW_TRITON])
 @pytest.mark.parametrize("anchors", ANCHORS)
 def test_only_anchored_heads(backend: str, dtype: torch.dtype, anchors: str) -> None:
     check(
@@ -156,8 +157,18 @@ def test_triton_head_sizes_of_real_models(head_dim: int) -> None:
     check(schedule(WIDE, Blocks(128, 128), density=0.5), "triton", torch.float16, head_dim=head_dim)
 
 
-@pytest.mark.parametrize("sm", TABLE)
-@pytest.mark.parametrize("head_dim", [64, 256])
+def different_programs(head_dim: int) -> list[tuple[int, int]]:
+    """(sm, head_dim) of every row of `TABLE` that makes another program; the interpreter knows no warps or stages."""
+    found = {}
+    for sm, row in TABLE.items():
+        config = row[head_dim].fit(128, 64)
+        cut = config if DEVICE == "cuda" else (config.block_m, config.block_n)
+        found.setdefault((cut, sm >= triton_backend.TMA_SINCE), (sm, head_dim))
+    return list(found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sm", "head_dim"), different_programs(64) + different_programs(256))
 def test_triton_as_on_every_device(monkeypatch: pytest.MonkeyPatch, sm: int, head_dim: int) -> None:
     """By addresses and by TMA."""
     monkeypatch.setattr(triton_backend, "device_sm", lambda _: sm)
@@ -166,6 +177,7 @@ def test_triton_as_on_every_device(monkeypatch: pytest.MonkeyPatch, sm: int, hea
         check(core, "triton", torch.float16, head_dim=head_dim, layout="packed qkv", batch=2, **around)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_k", [16, 32, 256])
 def test_triton_by_addresses(monkeypatch: pytest.MonkeyPatch, block_k: int) -> None:
     monkeypatch.setattr(triton_backend, "device_sm", lambda _: 80)
@@ -191,7 +203,7 @@ def test_output_is_laid_out_as_q(backend: str, dtype: torch.dtype) -> None:
     assert planned_attention(q, k, v, LayerSchedule(core), backend=backend).stride() == q.stride()
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("which", "value", "start"),
     [(which, value, 0) for which in "kv" for value in (torch.nan, torch.inf, -torch.inf)] + [("v", torch.nan, 5)],

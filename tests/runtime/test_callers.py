@@ -80,6 +80,7 @@ def differences(model: Any, expected: dict[int, torch.Tensor]) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("large", [False, True], ids=["lists", "bits"])
 @pytest.mark.parametrize("compiled", ["not", "blocks", "whole"])
 def test_threads_share_a_model(large: bool, compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +249,7 @@ def test_autocast_mixes_types_as_in_the_models_own_attention(compiled: bool, mon
     assert types[2:] == [{torch.float32}] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's own
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_forward_for_gradients_is_refused(compiled: bool) -> None:

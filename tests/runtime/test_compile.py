@@ -10,6 +10,8 @@ from support.releases import OLDER_TRITON, run_program
 
 from calibatt.runtime.backends.hopper import TESTED_RELEASES, refused_release
 
+pytestmark = pytest.mark.slow
+
 TABLE = [
     {"sm": sm, "head_dim": head_dim, "block_q": 128, "block_k": 128, "dtype": "bf16", "anchored": True}
     for sm in (80, 89, 90, 100, 120)

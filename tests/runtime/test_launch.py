@@ -10,6 +10,8 @@ import pytest
 from support import launch_kernels
 from support.releases import OLDER_TRITON, run_program
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     {"backend": "hopper", "anchored": False, "lse": False, "head_dim": 128, "layout": "fused"},
     {"backend": "hopper", "anchored": True, "lse": True, "head_dim": 64, "layout": "fused"},

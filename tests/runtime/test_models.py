@@ -424,6 +424,7 @@ def test_a_sparse_plan_is_the_stock_code_with_masks(family: Family, time: float)
     assert not torch.allclose(found, run(model, family, time), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "HunyuanVideo 1.5"], indirect=True)
 def test_compiled_once_for_all_times(family: Family, calls: list) -> None:
     model = model_of(family)
@@ -440,6 +441,7 @@ def test_compiled_once_for_all_times(family: Family, calls: list) -> None:
         assert counter.frame_count <= 2, "the hook and the forward"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Wan T2V", "LTX", "LTX-2", "HunyuanVideo", "HunyuanVideo 1.5", "MiniMax-H3"])
 def test_compiled_block_by_block(name: str, calls: list) -> None:
     """What diffusers calls regional compilation; CogVideoX and Mochi do not offer it."""
@@ -464,6 +466,7 @@ def with_padding(family: Family, *padding: int) -> dict[str, Any]:
     return {**family.arguments(0.9, len(padding)), "encoder_attention_mask": mask, "return_dict": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PADDED)
 def test_prompts_of_any_length(name: str, calls: list) -> None:
     """Compiled once, whatever is padding; and samples do not see each other."""
@@ -488,6 +491,7 @@ def test_prompts_of_any_length(name: str, calls: list) -> None:
 LENGTHS = (37, 300, 1001, 300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CogVideoX 5B", "Mochi", "HunyuanVideo", "MiniMax-H3"])
 def test_one_plan_for_text_of_every_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the model's own code with masks; no array is made twice, and nothing is compiled that the model would not."""
@@ -500,16 +504,16 @@ def test_one_plan_for_text_of_every_length(name: str, monkeypatch: pytest.Monkey
     with masked(model, plan):
         expected = [run(model, family, 0.9, 2, text) for text in LENGTHS]
 
-    def compiled() -> tuple[list[torch.Tensor], int]:
+    def compiled(backend: str) -> tuple[list[torch.Tensor], int]:
         torch._dynamo.reset()
-        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
         called = torch.compile(model, backend=counter, fullgraph=True)
         return [run(called, family, 0.9, 2, text) for text in LENGTHS], counter.frame_count
 
-    _, alone = compiled()
+    _, alone = compiled("eager")  # only counted
     with plan.attach(model):
         eager = [run(model, family, 0.9, 2, text) for text in LENGTHS]
-        planned, frames = compiled()
+        planned, frames = compiled("aot_eager")
     assert len(bound) == LAYERS * len(SEGMENTS), "every array once, for the segment at work and the next"
     assert frames <= alone + 2, "the hook, for one length and for any"
     for found in (eager, planned):

@@ -135,3 +135,25 @@ def test_the_two_experts_of_a_pipeline() -> None:
     with pytest.raises(PlanMismatchError, match="layers must be 3, got 2"):
         attach(pipeline, {**plans, "transformer_2": make_plan(make_model(layers=3), SMALL)})
     assert torch.equal(run(models["transformer"], SMALL), stock["transformer"]), "all or nothing"
+
+
+def test_one_verb_attaches_to_a_model_and_to_a_pipeline() -> None:
+    model = make_model()
+    plan, pipeline = make_plan(model, SMALL), types.SimpleNamespace(components={"transformer": model, "vae": None})
+    stock = run(model, SMALL)
+    with plan.attach(model):
+        expected = run(model, SMALL)
+    assert not torch.equal(stock, expected)
+    for target in (model, pipeline):
+        for plans in (plan, PlanSet({"small": plan})):
+            with attach(target, plans, backend="reference"):
+                assert torch.equal(run(model, SMALL), expected)
+            assert torch.equal(run(model, SMALL), stock)
+
+    pipeline.components["transformer_2"] = make_model(seed=2)
+    with pytest.raises(PlanMismatchError, match=r"each of the transformers \['transformer', 'transformer_2'\], by the"):
+        attach(pipeline, plan)
+    with pytest.raises(TypeError, match="attached to a model or a pipeline, got str"):
+        attach("Wan", plan)
+    with pytest.raises(TypeError, match="a pipeline, whose transformers the plans name, got WanTransformer3DModel"):
+        attach(model, {"transformer": plan})

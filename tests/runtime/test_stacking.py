@@ -23,6 +23,8 @@ from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
 from calibatt.runtime import Plan, ops
 from calibatt.runtime.adapters import adapter_for
 
+pytestmark = pytest.mark.slow
+
 GRID = TokenGrid(frames=5, height=8, width=12)
 BLOCKS = Blocks(32, 32)
 STEPS, LAYERS = 8, 2

@@ -204,6 +204,7 @@ def child(path: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_killed_while_it_adds(tmp_path):
     """At fifteen random moments, or ``KILLS``; every time the store opens, and in the end it holds all it should."""
     rng = random.Random(0)

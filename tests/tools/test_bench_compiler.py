@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from click.testing import CliRunner
 from support import stats
 
@@ -14,6 +15,7 @@ from calibatt.tools.bench.compiler import main
 from calibatt.tools.bench.synthetic import Synthetic
 
 
+@pytest.mark.slow
 def test_both_paths_are_measured(tmp_path: Path) -> None:
     store = stats.write_store(tmp_path / "store", stats.manifest())
     arguments = ["--store", store, "--arguments", "--target-density 0.6", "-o"]

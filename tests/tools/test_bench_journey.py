@@ -21,7 +21,11 @@ from calibatt.tools.calibrate.models import make_sampler
 MODULE = "calibatt.tools.bench.structured"
 TINY = ("tiny", "mochi_tiny")
 STAGES = "calibrate,compile,inspect,generate"
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:In CPU autocast")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast"),
+]
 
 
 def bench(folder: Path, *options: str, code: int = 0) -> Any:

@@ -35,7 +35,7 @@ def bench(command: str, output: Path, *options: str) -> Any:
     return json.loads(output.read_text("utf-8"))
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,14 @@ class PipelineSampler:
     times are learnt from two runs of one seed with transformers that compute next to nothing, which also prove that a
     run can be repeated. They call `prompt_arguments` for the prompt "nothing".
 
+        >>> sampler = PipelineSampler(
+        ...     pipe, num_inference_steps=2, height=128, width=192, num_frames=17, prompt_arguments=embed
+        ... )
+        >>> sampler.grid
+        TokenGrid(frames=5, height=8, width=12)
+        >>> [round(time, 2) for time in sampler.times]  # denoising times of the steps, 1 is pure noise
+        [1.0, 0.75]
+
     Args:
         pipe: The pipeline, where it shall run.
         transformer: Which of its denoisers is meant: a pipeline of two experts has two plans.
