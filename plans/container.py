@@ -282,7 +282,7 @@ class Container:
                 self._fail(SectionError, f"'{_CRC_KEY}' of {what}", "be an integer below 2^32", crc32)
             entry = _Entry(**self._known(SectionError, what, fields, _ENTRY_KEYS, kinds), crc32=crc32)
             self._check_entry(entry, last)
-            if not self.newer:
+            if not self.newer or (entry.codec == "raw" and entry.dtype in DTYPES):
                 self._check_decodable(entry)
             last = entry.name
             found[last] = entry

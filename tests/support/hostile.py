@@ -10,7 +10,9 @@ import resource
 import struct
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -112,18 +114,37 @@ def in_order(value: Any) -> Any:
     return {key: in_order(value[key]) for key in sorted(value)} if isinstance(value, dict) else value
 
 
-def rebuilt(header: Header, sections: Sections) -> bytes:
-    """A plan file, whatever its header, put together without the code under test."""
+def rebuilt(
+    header: Header,
+    sections: Sections,
+    magic: bytes = MAGIC,
+    version: tuple[int, int] = VERSION,
+    crc: bool = False,
+    entries_to: Callable[[Any], Any] = lambda entries: entries,
+    packed_to: Callable[[bytes], bytes] = lambda packed: packed,
+) -> bytes:
+    """A file of the container, whatever its header, put together without the code under test.
+
+    Args:
+        header: The map ``header``.
+        sections: Arrays by name.
+        magic: Of a plan, where nothing else is said.
+        version: Major and minor.
+        crc: A CRC-32 of each section, as statistics have.
+        entries_to: What becomes of the list ``sections``.
+        packed_to: What becomes of the packed header; the digest is that of the result.
+    """
     entries, data = [], b""
     for name in sorted(sections):
         data += bytes(-len(data) % 64)
         raw = np.ascontiguousarray(sections[name]).tobytes()
-        facts = {"checksum": blake2b(raw, digest_size=16).digest(), "codec": "raw", "dtype": sections[name].dtype.name}
-        entries.append(facts | {"length": len(raw), "name": name, "offset": len(data)})
-        entries[-1]["shape"] = list(sections[name].shape)
+        facts = {"checksum": blake2b(raw, digest_size=16).digest(), "codec": "raw"}
+        facts |= {"crc32": zlib.crc32(raw)} if crc else {}
+        facts |= {"dtype": sections[name].dtype.name, "length": len(raw), "name": name, "offset": len(data)}
+        entries.append(facts | {"shape": list(sections[name].shape)})
         data += raw
-    packed = msgpack.packb({"header": in_order(header), "sections": entries})
-    start = MAGIC + struct.pack("<HHI", *VERSION, len(packed))
+    packed = packed_to(msgpack.packb({"header": in_order(header), "sections": in_order(entries_to(entries))}))
+    start = magic + struct.pack("<HHI", *version, len(packed))
     head = start + blake2b(start + packed, digest_size=16).digest() + packed
     return head + bytes(-len(head) % 64) + data
 
@@ -137,6 +158,7 @@ def literal(data: bytes) -> Callable[[Path], None]:
     return lambda path: path.write_bytes(data) and None
 
 
+@cache
 def plans() -> dict[str, tuple[Callable[[Path], None], str, str]]:
     """By name: what writes the file, the error it must end in, and words of it."""
     every_group = np.zeros(140, np.int32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from calibatt.plans import (
     Segment,
     TokenGrid,
 )
+from calibatt.plans.packed import PackedLayer, StoredLayers, encode
+from support.schedules import ANCHORS, random_schedule
 
 GRID = TokenGrid(frames=2, height=3, width=13)
 BLOCKS = Blocks(16, 16)
@@ -79,3 +83,48 @@ def frames_plan() -> PlanFile:
     """`tiny_plan` with anchor frames in its second segment."""
     first, second = tiny_plan().schedules
     return tiny_plan(schedules=(first, tuple(tiny_schedule(4 + layer, frames=True) for layer, _ in enumerate(second))))
+
+
+def random_plan(seed: int) -> PlanFile:
+    """A small plan of any kind: grid, blocks, segments and their bases, layers, heads and lists are drawn."""
+    rng = np.random.default_rng(seed)
+    grid = TokenGrid(*(int(rng.integers(1, most)) for most in (4, 6, 20)))
+    blocks = Blocks(*(int(rng.choice([16, 16, 32, 64])) for _ in range(2)))
+    count, layers, heads = int(rng.choice([1, 1, 1, 2, 2, 3, 6])), int(rng.integers(1, 4)), int(rng.integers(1, 5))
+    edges = [0.0, *np.sort(rng.random(count - 1)).tolist(), 1.0]
+    segments = tuple(Segment(start, stop, (start + stop) / 2) for start, stop in pairwise(edges))
+    bases: list[int] = []
+    for segment in range(count):  # each of the one before it, of the first of all, or of itself
+        bases.append(int(rng.choice([max(segment - 1, 0), 0, segment])))
+    drawn = [[_random_layer(rng, grid, blocks, heads) for _ in range(layers)] for _ in range(count)]
+    packed = [[PackedLayer.of(schedule) for schedule in each] for each in drawn]
+    encoded = [
+        [encode(layer, None if base == at else packed[base][index]) for index, layer in enumerate(packed[at])]
+        for at, base in enumerate(bases)
+    ]
+    return PlanFile(
+        signature=ModelSignature("Any", layers, heads, 8),
+        grid=grid,
+        blocks=blocks,
+        segments=segments,
+        schedules=StoredLayers("", grid, blocks, heads, bases, encoded),
+        predicted={
+            "planned_ms": rng.random((count, layers)).tolist(),
+            "head_price": rng.random((count, layers, heads)).tolist(),
+            "latent_db": {"mean": -1.5, "standard_error": 1, "samplings": 3},
+        }
+        if seed % 2
+        else {},
+    )
+
+
+def _random_layer(rng: np.random.Generator, grid: TokenGrid, blocks: Blocks, heads: int) -> LayerSchedule:
+    def some() -> list[int]:
+        return np.flatnonzero(rng.random(heads) < 0.3).tolist()
+
+    found = random_schedule(
+        rng, grid, blocks, heads, float(rng.choice([0, 0.3, 1])), dense_heads=some(), shared_heads=some(),
+        anchored_heads=some(), anchors=ANCHORS, patterns=[None, 1][int(rng.integers(2))],
+    )  # fmt: skip
+    natural = PackedLayer.of(found).natural_order
+    return found if rng.random() < 0.5 else replace(found, tile_order=natural)
