@@ -116,7 +116,8 @@ def reach(loss: Float64, use: Float64, enough: Callable[[Int64], bool]) -> Choic
             high, least = middle, found.use
     top = best.use
     while top - least > max(1.0, TOLERANCE * top):
-        limit = float(np.floor((top + least) / 2))
+        middle = (top + least) / 2
+        limit = float(np.floor(middle)) if np.floor(middle) > least else middle  # uses may be no integers
         between = choose(loss, use, limit)
         if between is not None and enough(between.pick):
             best, top = between, limit

@@ -23,7 +23,7 @@ from calibatt.compiler.errors import CompileError, PassSyntaxError
 from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.language import DEFAULT_PASSES, parse_passes
 from calibatt.compiler.passes import Pass
-from calibatt.compiler.passes.select import Select
+from calibatt.compiler.passes.select import CHOICES, Select
 from calibatt.compiler.pipeline import Map, Work, processes, run
 from calibatt.compiler.shelf import DiskShelf
 from calibatt.compiler.stats import Store, StoreError
@@ -37,20 +37,27 @@ NAME = "calibatt-compile"
 BUDGETS = ("target_density", "target_db")
 
 
-def with_budget(text: str, budget: dict[str, float | None]) -> tuple[Pass, ...]:
-    """The passes of a pass string, with the budget of the command line given to every `select`.
+def with_budget(text: str, budget: dict[str, float | None], precision: str | None = None) -> tuple[Pass, ...]:
+    """The passes of a pass string, with the budget and precision of the command line given to every `select`.
 
     Args:
         text: The pass string.
         budget: By name of `BUDGETS`; at most one is not None.
+        precision: As of `Select`; None: what the text says.
 
     Raises:
-        PassSyntaxError: Several budgets, or one here and another in the text, or no `select` to give it to.
+        PassSyntaxError: Several budgets, or one here and another in the text, or no `select` to give it to; likewise
+            the precision.
         CompileError: The pass string or an option is wrong.
     """
     passes = parse_passes(text)
     given = [name for name, value in budget.items() if value is not None]
     options = [f"--{name.replace('_', '-')}" for name in budget]
+    if precision is not None:
+        if "precision=" in text.replace(" ", "") or not any(isinstance(each, Select) for each in passes):
+            rule = "be given in --passes or on the command line, and to a select"
+            raise PassSyntaxError(f"--precision must {rule}, got it with {text!r}")
+        passes = tuple(replace(each, precision=precision) if isinstance(each, Select) else each for each in passes)
     if not given:
         return passes
     if len(given) > 1:
@@ -65,9 +72,9 @@ def with_budget(text: str, budget: dict[str, float | None]) -> tuple[Pass, ...]:
 
 EPILOG = """\b
 Passes run in the order in which they are given; options and their defaults:
-  select{target-density=0.5,target-db,menu=windows+cuts}
-      each head's mask at each time: least error within one density over all, or fewest blocks that are predicted to
-      reach so many dB of the final latent
+  select{target-density=0.5,target-db,menu=windows+cuts,precision=bf16}
+      each head's mask, and with precision=auto its precision, at each time: least error within one cost over all, or
+      least cost that is predicted to reach so many dB of the final latent
   anchors{max-group-rows=4,max-group-frames=8}  rows, or frames, computed once and copied to neighbours
   merge-heads{max-growth=0.01}  heads of a layer share their masks at all times
   schedule  the order of the work
@@ -95,11 +102,22 @@ written, the report is not; 130 interrupted.
 @click.option(
     "--passes", "text", default=DEFAULT_PASSES, show_default=True, help="name{option=value,...},name,... as below."
 )
-@click.option("--target-density", type=float, help="Most of dense attention's blocks to compute. Default 0.5.")
+@click.option(
+    "--target-density",
+    type=float,
+    help="Most that attention may cost, as a share of dense attention in 16 bit. Default 0.5. If all heads are in 16 "
+    "bit, this is the share of blocks that are computed, the density; with --precision auto a plan computes more.",
+)
 @click.option(
     "--target-db",
     type=float,
     help="Least predicted signal-to-noise of the final latent, instead; see docs/evaluation.md.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(CHOICES),
+    help="auto: heads compute in 8 bits where that is worth its measured error; such a plan runs only where a backend "
+    "has 8 bits. bf16, the default: all heads compute in the 16 bits of their inputs, which runs everywhere.",
 )
 @click.option("--device", default="h200-hopper", show_default=True, help=f"Whose time: {', '.join(DEVICES)}.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes; the plan is the same.")
@@ -115,6 +133,7 @@ def command(
     text: str,
     target_density: float | None,
     target_db: float | None,
+    precision: str | None,
     device: str,
     jobs: int,
     report_path: Path | None,
@@ -128,7 +147,7 @@ def command(
     the same bytes; the passes are stored in the plan.
     """
     _check_targets(output, report_path, force)
-    passes = with_budget(text, dict(zip(BUDGETS, (target_density, target_db), strict=True)))
+    passes = with_budget(text, dict(zip(BUDGETS, (target_density, target_db), strict=True)), precision)
     require_lowered(passes)
     store = Store.open(stats_dirs)
     source = StatisticsSource(store)

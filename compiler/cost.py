@@ -1,11 +1,25 @@
-"""Predicted milliseconds of attention from the blocks that it computes, on a named device."""
+"""Predicted milliseconds of attention from the blocks that it computes, and in what precision, on a named device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from calibatt.compiler.errors import CompileError
-from calibatt.plans import Blocks
+from calibatt.plans import BF16, INT8, INT8_FP8, Blocks
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a head of some precision costs.
+
+    Args:
+        block: Time of a computed block / that of one in 16 bit, kernel alone.
+        prepass_ns: Of rounding a head's inputs before the kernel, for each token and channel.
+    """
+
+    block: float
+    prepass_ns: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -18,16 +32,26 @@ class Device:
         tflops: Floating-point throughput of computed blocks, 10^12 operations a second; a block of ``bq`` queries and
             ``bk`` keys of ``d`` channels takes ``4 bq bk d`` operations. Measured over whole calls, so that it has in
             it what tiles and stores take.
+        eight_bit: By precision, where the device has it and it was measured.
     """
 
     name: str
     source: str
     tflops: float
+    eight_bit: Mapping[int, Speed] = field(default_factory=dict)
 
     def block_ms(self, blocks: Blocks, head_dim: int) -> float:
         """Milliseconds of one computed block."""
         return 4.0 * blocks.block_q * blocks.block_k * head_dim / (self.tflops * 1e9)
 
+    @property
+    def speeds(self) -> dict[int, Speed]:
+        """By precision."""
+        return {BF16: Speed(1.0), **self.eight_bit}
+
+
+PREPASS_NS = 1.1e6 / (40 * 75_600 * 128)
+"""1.1 ms for 40 heads of 128 channels at 75,600 tokens."""
 
 DEVICES = {
     device.name: device
@@ -35,8 +59,10 @@ DEVICES = {
         Device(
             name="h200-hopper",
             source="660 TFLOP/s: whole calls at 720p, density 0.3, 128x128 blocks, 128 channels, 2026-11-26 "
-            "(docs/benchmarks/kernels_h200.json)",
+            "(docs/benchmarks/kernels_h200.json); 8 bits: one H200, 720p, 2026-11-30, int8 QK 1.17 times as fast, "
+            "with fp8 PV 1.35 times, 1.30 times with the pre-pass of 1.1 ms for 40 heads",
             tflops=660.0,
+            eight_bit={INT8: Speed(1 / 1.17, PREPASS_NS), INT8_FP8: Speed(1 / 1.35, PREPASS_NS)},
         ),
         Device(
             name="h200-triton",

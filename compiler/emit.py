@@ -74,6 +74,7 @@ def make_plan(
         "planned_ms": [[unit.predicted_ms for unit in units] for units in by_time],
         "dense_ms": [[job.unit_dense_blocks * job.block_ms] * layers for _ in times],
         "density": done.accounts[-1].density,
+        "cost": done.accounts[-1].cost,
         "latent_db": None if latent is None else asdict(latent),
         "head_price": [[unit.head_error.tolist() for unit in units] for units in by_time],
     }
@@ -127,14 +128,16 @@ def predicted_snr(job: Job, done: Run) -> Prediction | str:
         return np.stack([np.asarray(each) for each in values]).reshape(shape)
 
     copied = table(unit.copy_error for unit in done.units)
+    rounding = table(unit.precision_error for unit in done.units)
     own = np.stack([unit.share_error for unit in done.units])
     known = {"dense": DENSE, **windows}
     masks = Masks(
         kind=table([known.get(choice, CUT) for choice in unit.choice] for unit in done.units),
         density=table(unit.density for unit in done.units),
-        error=np.maximum(table(unit.head_error for unit in done.units) - copied, 0.0),
+        error=np.maximum(table(unit.head_error for unit in done.units) - copied - rounding, 0.0),
         copied=copied,
         share_error=own.reshape(*shape[:2], *own.shape[1:]),
+        precision=table(unit.precision for unit in done.units),
     )
     return predict(job.table, job.levels, job.manifest.shares, masks)
 

@@ -9,7 +9,8 @@ effects of windows.
 
 With n measurements w = n / (n + `PRIOR`). Whoever picks the least of many noisy prices picks the luckiest, so what is
 measured of a head counts by w, and the rest is what is known from others: R is drawn to that of the layer's heads, a
-window to the price that its blocks say, a copy to the mean of all rows, or frames, at that offset.
+window to the price that its blocks say, a copy to the mean of all rows, or frames, at that offset, a precision to the
+mean of the layer's heads. The price of a precision is added to that of the mask.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class HeadPrices:
 
 
 def copy_prices(effect: Float64, measurements: float) -> Float64:
-    """Prices of copies, each drawn to the mean of all at its offset.
+    """Prices of copies, each drawn to the mean of all at its offset; of precisions, where heads are the members.
 
     Args:
         effect: float64 ``(H, members, 2 R)``: mean squared effects; NaN where there is no such member.

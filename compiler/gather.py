@@ -72,11 +72,13 @@ class StatisticsSource:
             prices, window_error[:, head] = heads.of(head, effect)
             peaks[head] = prices.max()
             codes[head] = fast_codes(prices, peaks[head])
+        eight = copy_prices(table.precision_error[time_index, layer].T[None] * level, measurements)[0]
         means = UnitMeans(
             error_code=codes,
             error_peak=peaks * np.float32(level),
             window_error=window_error * level,
             row_error=copy_prices(unit.row_effect * level, measurements),
+            precision_error=np.concatenate([np.zeros((1, shape[0])), eight.T]),
             frame_error=None if unit.frame_effect is None else copy_prices(unit.frame_effect * level, measurements),
             votes=unit.votes,
             vote_samples=unit.vote_samples,

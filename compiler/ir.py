@@ -19,7 +19,7 @@ import numpy.typing as npt
 from calibatt.compiler.bits import Bits, count, pack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.stats import Manifest, Table
-from calibatt.plans import ROWS, Blocks, PackedLayer, TokenGrid
+from calibatt.plans import BF16, ROWS, Blocks, PackedLayer, TokenGrid
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -59,6 +59,7 @@ class UnitMeans:
         error_peak: float32 ``(H,)``, what code 0 stands for.
         window_error: float64 ``(W, H)``, measured.
         row_error: float64 ``(H, Y, 2 R)``, what a row adds where it is a copy, NaN where the offset leaves the frame.
+        precision_error: float64 ``(3, H)``, what each of `plans.PRECISIONS` adds; 0 for 16 bit.
         frame_error: float64 ``(H, F, 2 S)``, of frames; None where S is 0.
         votes: uint16 ``(T, H, Q, K)``, in how many samples a block is in a threshold's set; None in a store without
             thresholds, and once a pass has decided over all units.
@@ -70,6 +71,7 @@ class UnitMeans:
     error_peak: Float32
     window_error: Float64
     row_error: Float64
+    precision_error: Float64
     frame_error: Float64 | None = None
     votes: npt.NDArray[np.uint16] | None = None
     vote_samples: int = 0
@@ -94,6 +96,7 @@ class UnitIR:
         anchors: The anchor groups of each head, or None where every row is computed.
         packed: By head, where it has anchors: the packed mask ``(tiles, ceil(K / 8))`` of its tiles.
         copy_error: float64 ``(H,)``, the part of `error` that copies of the anchors make, as of the last `anchors`.
+        precision: uint8 ``(H,)``, one of `plans.PRECISIONS` for each head.
         menu: What `select` found that heads may choose from: key, blocks and errors; see `menu.Menu`.
         packed_menu: By head, where it has anchors: blocks of each mask of the menu with them.
         tile_order: int32, see `LayerSchedule`; set by `schedule`.
@@ -113,6 +116,7 @@ class UnitIR:
     anchors: list[Groups | None] = field(init=False)
     packed: dict[int, Bits] = field(default_factory=dict)
     copy_error: Float64 = field(init=False)
+    precision: npt.NDArray[np.uint8] = field(init=False)
     menu: Any = None
     packed_menu: dict[int, Int64] = field(default_factory=dict)
     tile_order: npt.NDArray[np.int32] | None = None
@@ -122,6 +126,7 @@ class UnitIR:
         self.keep = np.repeat(full_bits(self.q_blocks, self.k_blocks)[None], self.heads, 0)
         self.choice, self.anchors = ["dense"] * self.heads, [None] * self.heads
         self.error, self.copy_error = np.zeros(self.heads), np.zeros(self.heads)
+        self.precision = np.full(self.heads, BF16, np.uint8)
 
     @property
     def name(self) -> str:
@@ -143,6 +148,12 @@ class UnitIR:
     def dense_blocks(self) -> int:
         """Blocks of one dense head."""
         return self.q_blocks * self.k_blocks
+
+    @property
+    def precision_error(self) -> Float64:
+        """float64 ``(H,)``, the part of `error` that 8 bits make."""
+        found: Float64 = self.means.precision_error[self.precision, np.arange(self.heads)]
+        return found
 
     def tile_bits(self, head: int) -> Bits:
         """Packed ``(tiles, ceil(K / 8))``: the head's mask over its tiles (those of its anchors, where it has any)."""
@@ -200,6 +211,16 @@ class Job:
     def block_ms(self) -> float:
         """Predicted milliseconds of a computed block."""
         return self.device.block_ms(self.manifest.blocks, self.manifest.model.head_dim)
+
+    def block_costs(self, precision: npt.NDArray[np.uint8]) -> Float64:
+        """What a computed block of each head costs, in blocks of 16 bit."""
+        found: Float64 = np.array([self.device.speeds[each].block for each in precision.tolist()])
+        return found
+
+    def cost(self, blocks: Any, precision: int) -> Any:
+        """What heads of a precision cost that compute so many blocks each, in blocks of 16 bit: the pre-pass, too."""
+        speed, size = self.device.speeds[precision], self.manifest.grid.tokens * self.manifest.model.head_dim
+        return blocks * speed.block + speed.prepass_ns * 1e-6 * size / self.block_ms
 
 
 @lru_cache(maxsize=8)

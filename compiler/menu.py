@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +18,22 @@ CUT_STEP = 2
 """Codes from one cut to the next: 4 in a factor of 2."""
 
 
+class Candidate(NamedTuple):
+    """What a head may be.
+
+    Args:
+        column: Of the menu: its mask.
+        anchored: Whether it computes its anchors alone.
+        precision: One of `plans.PRECISIONS`.
+    """
+
+    column: int
+    anchored: bool
+    precision: int
+
+
 class Menu:
-    """The candidates of every head, in the order of a table's columns: dense, windows, cuts.
+    """The masks of every head, in the order of a table's columns: dense, windows, cuts.
 
     Args:
         job: Of the units.
@@ -32,6 +48,11 @@ class Menu:
         """A cut keeps the blocks whose code is below this."""
         self.first_cut = 1 + len(self.windows)
         self.columns = self.first_cut + len(self.cuts)
+
+    def candidates(self, precisions: Sequence[int]) -> list[Candidate]:
+        """Precision by precision: all masks, then all of them with anchors."""
+        columns = range(self.columns)
+        return [Candidate(at, anchored, each) for each in precisions for anchored in (False, True) for at in columns]
 
     def table(self, unit: UnitIR) -> tuple[Int64, Float64]:
         """Blocks int64 and errors float64, both ``(H, columns)``; leaves the errors of cuts at the ladder's shares."""

@@ -25,7 +25,7 @@ from calibatt.compiler.ir import Float64, Job, UnitIR
 from calibatt.compiler.language import print_passes
 from calibatt.compiler.passes import Findings, Pass
 from calibatt.compiler.shelf import Shelf
-from calibatt.plans import ScheduleError
+from calibatt.plans import PRECISIONS, ScheduleError
 
 
 class Source(Protocol):
@@ -50,6 +50,7 @@ class Account:
         seconds: What the pass took, over all processes; reading statistics counts as ``dense``.
         blocks: Computed over all times, layers and heads.
         density: `blocks` / those of dense attention.
+        cost: `predicted_ms` / those of dense attention in 16 bit; equal to `density` where all heads are in 16 bit.
         plan_bytes: Of the block lists as plain CSR, nothing shared; after `lower` with what heads share.
         predicted_ms: Milliseconds of one attention call, summed over all times and layers.
         error: Predicted, summed over all.
@@ -61,6 +62,7 @@ class Account:
     seconds: float
     blocks: int
     density: float
+    cost: float
     plan_bytes: int
     predicted_ms: float
     error: float
@@ -78,6 +80,8 @@ class UnitAccount:
         density: Of each head's mask, before copies.
         choice: Name of each head's mask.
         share_error: See `UnitIR`.
+        precision: Of each head.
+        precision_error: What that adds to `head_error`.
     """
 
     seconds: float
@@ -91,6 +95,8 @@ class UnitAccount:
     density: Float64
     choice: tuple[str, ...]
     share_error: Float64
+    precision: tuple[int, ...]
+    precision_error: Float64
 
 
 @dataclass(frozen=True)
@@ -227,11 +233,12 @@ def _work(source: Source, job: Job, stage: Stage, shelf: Shelf, index: int, deci
 
 def _account(job: Job, unit: UnitIR, seconds: float, findings: Findings) -> UnitAccount:
     tiles, blocks = unit.computed()
+    precision = tuple(unit.precision.tolist())
     return UnitAccount(
         seconds=seconds,
         blocks=int(blocks.sum()),
         plan_bytes=_bytes(unit, tiles, blocks),
-        predicted_ms=int(blocks.sum()) * job.block_ms,
+        predicted_ms=sum(float(job.cost(*each)) for each in zip(blocks, precision, strict=True)) * job.block_ms,
         findings=findings,
         kinds=_kinds(unit, blocks),
         head_error=unit.error,
@@ -239,6 +246,8 @@ def _account(job: Job, unit: UnitIR, seconds: float, findings: Findings) -> Unit
         density=count(unit.keep, (1, 2)) / unit.dense_blocks,
         choice=tuple(unit.choice),
         share_error=unit.share_error,
+        precision=precision,
+        precision_error=unit.precision_error,
     )
 
 
@@ -261,15 +270,17 @@ def _sum(job: Job, each: Pass | None, units: Iterable[UnitAccount]) -> Account:
     findings = {} if each is None else each.report(job, total)
     if each is not None:
         job.findings[each.name] = findings
-    blocks = sum(unit.blocks for unit in found)
+    blocks, predicted_ms = (sum(getattr(unit, name) for unit in found) for name in ("blocks", "predicted_ms"))
+    dense_blocks = job.units * job.unit_dense_blocks
     return Account(
         name="dense" if each is None else each.name,
         passes="" if each is None else print_passes([each]),
         seconds=sum(unit.seconds for unit in found),
         blocks=blocks,
-        density=blocks / (job.units * job.unit_dense_blocks),
+        density=blocks / dense_blocks,
+        cost=predicted_ms / (dense_blocks * job.block_ms),
         plan_bytes=sum(unit.plan_bytes for unit in found),
-        predicted_ms=float(sum(unit.predicted_ms for unit in found)),
+        predicted_ms=predicted_ms,
         error=float(sum(unit.head_error.sum() for unit in found)),
         findings=dict(findings),
     )
@@ -306,6 +317,8 @@ def verify(unit: UnitIR, after: str) -> None:
     require(len(unit.choice) == unit.heads, "choice", f"name {unit.heads} heads", len(unit.choice))
     right = unit.error.shape == (unit.heads,) and bool((np.isfinite(unit.error) & (unit.error >= 0)).all())
     require(right, "error", f"be {unit.heads} finite numbers, none negative", unit.error)
+    right = unit.precision.dtype == np.uint8 and unit.precision.shape == (unit.heads,)
+    require(right and set(unit.precision.tolist()) <= set(PRECISIONS), "precision", "be known", unit.precision)
     require(len(unit.anchors) == unit.heads, "anchors", f"be given for {unit.heads} heads", len(unit.anchors))
     anchored = {head for head, groups in enumerate(unit.anchors) if groups is not None}
     require(set(unit.packed) == anchored, "packed masks", f"be those of heads {anchored}", set(unit.packed))

@@ -1,8 +1,9 @@
 """What a plan does to the final latent, predicted from what the samplings measured of whole masks.
 
-The effects of all heads' masks are signed, and add up: for every sampling whose ladder was measured, and every random
-vector, the effect of a plan is the sum of the effects of the masks it chooses. Its mean square over the vectors is the
-squared error of the final latent, relative to its size; minus ten times its logarithm is the signal-to-noise in dB.
+The effects of all heads' masks and precisions are signed, and add up: for every sampling whose ladder was measured, and
+every random vector, the effect of a plan is the sum of the effects of what it chooses. Its mean square over the vectors
+is the squared error of the final latent, relative to its size; minus ten times its logarithm is the signal-to-noise in
+dB.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ class Masks(NamedTuple):
     Args:
         kind: int64 ``(T, L, H)``: index of a window, `DENSE`, or `CUT` for whatever else.
         density: float64 ``(T, L, H)``: blocks / all blocks, before rows or frames are copied.
-        error: float64 ``(T, L, H)``: by the error model, without that of copies.
+        error: float64 ``(T, L, H)``: by the error model, without that of copies and precisions.
         copied: float64 ``(T, L, H)``: of copies.
         share_error: float64 ``(T, L, C, H)``: by the error model, of the head's own cut at each share of the ladder.
+        precision: int64 ``(T, L, H)``: one of `plans.PRECISIONS`.
     """
 
     kind: Int64
@@ -37,6 +39,7 @@ class Masks(NamedTuple):
     error: Float64
     copied: Float64
     share_error: Float64
+    precision: Int64
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ def _decibels(sampling: SamplingTables, levels: Float64, shares: tuple[float, ..
     own, error = masks.share_error[time, layer, share, head], masks.error[time, layer, head]
     scale = np.where(own > 0, np.sqrt(error / np.where(own > 0, own, 1.0)), error > 0)
     joint += (sampling.ladder_effect[:, time, layer, share, head] * scale).sum(1)
+    time, layer, head = np.nonzero(masks.precision)
+    joint += sampling.precision_effect[:, time, layer, masks.precision[time, layer, head] - 1, head].sum(1, np.float64)
     total = (joint**2).mean() / log_bias(sampling.vectors)
     total += float((masks.copied.sum((1, 2)) / levels) @ sampling.level)
     return float(-10 * np.log10(total)) if total > 0 else np.inf

@@ -18,7 +18,7 @@ from rich.text import Text
 from calibatt.compiler.emit import predicted_snr
 from calibatt.compiler.ir import Job
 from calibatt.compiler.pipeline import Run
-from calibatt.plans import PlanFile
+from calibatt.plans import PlanFile, told_precisions
 from calibatt.plans.files import write_text
 
 KINDS = ("dense", "sparse", "anchored")
@@ -34,6 +34,7 @@ def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, An
     dense = job.manifest.model.heads * job.manifest.q_blocks * job.manifest.k_blocks
     rows = [run.units[index * layers : (index + 1) * layers] for index in times]
     planned_ms, dense_ms = (sum(map(sum, plan.predicted[key])) for key in ("planned_ms", "dense_ms"))
+    precisions = np.array([[unit.precision for unit in units] for units in rows], np.uint8)
     kinds: Counter[str] = Counter()
     for unit in run.units:
         kinds.update({name: number for name, number in unit.kinds.items() if number})
@@ -41,6 +42,9 @@ def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, An
         "passes": plan.passes,
         "accounts": [asdict(each) for each in run.accounts],
         "density": plan.predicted["density"],
+        "attention_cost": plan.predicted["cost"],
+        "precision": told_precisions(precisions),
+        "precision_by_layer": [told_precisions(precisions[:, layer]) for layer in range(layers)],
         "density_by_time_and_layer": [[unit.blocks / dense for unit in units] for units in rows],
         "error_by_time_and_layer": [[float(unit.head_error.sum()) for unit in units] for units in rows],
         "heads_by_time_and_layer": [[{k: unit.kinds[k] for k in KINDS} for unit in units] for units in rows],
@@ -90,13 +94,17 @@ def show(console: Console, value: dict[str, Any]) -> None:
     findings = {each["name"]: _findings(each["findings"]) for each in value["accounts"] if each["findings"]}
     sizes = value["file_bytes"] / 1e6, value["plain_csr_bytes"] / 1e6
     console.print()
+    by_layer = {f"precision, layer {layer}": text for layer, text in enumerate(value["precision_by_layer"])}
     facts = {
         **findings,
         "heads": ", ".join(f"{number} {kind}" for kind, number in value["heads_by_kind"].items()),
         "predicted latent SNR": value["predicted_snr"],
         "predicted attention": f"{sum(value['planned_ms']):.4g} ms planned, {sum(value['dense_ms']):.4g} ms dense, "
         f"{value['attention_speedup']:.2f} times, on {value['device']['name']} ({value['device']['source']})",
-        "density": f"{value['density']:.4f}",
+        "density": f"{value['density']:.4f} of the blocks of dense attention",
+        "attention cost": f"{value['attention_cost']:.4f} of dense attention in 16 bit",
+        "precision": value["precision"],
+        **(by_layer if len(set(by_layer.values())) > 1 else {}),
         "passes": value["passes"],
         "provenance": f"{len(value['provenance']['samples'])} samplings, manifest {value['provenance']['manifest']}",
         "file": f"{sizes[0]:.3g} MB; {sizes[1]:.3g} MB as plain CSR",

@@ -7,6 +7,7 @@ from calibatt.plans.plan import PlanFile, write_plan
 from calibatt.plans.schedule import (
     BF16,
     DENSE,
+    EIGHT_BITS,
     FRAMES,
     INT8,
     INT8_FP8,
@@ -14,6 +15,7 @@ from calibatt.plans.schedule import (
     PRECISIONS,
     ROWS,
     LayerSchedule,
+    told_precisions,
 )
 from calibatt.plans.schema import BLOCK_SIZES, MAX_BLOCKS, Blocks, ModelSignature, Segment, TokenGrid
 
@@ -21,6 +23,7 @@ __all__ = [
     "BF16",
     "BLOCK_SIZES",
     "DENSE",
+    "EIGHT_BITS",
     "FRAMES",
     "INT8",
     "INT8_FP8",
@@ -44,6 +47,7 @@ __all__ = [
     "base_segments",
     "encode",
     "longest_first",
+    "told_precisions",
     "write_container",
     "write_plan",
 ]

@@ -7,9 +7,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 
-from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid, write_plan
+from calibatt.plans import (
+    Blocks,
+    ModelSignature,
+    PlanFile,
+    Segment,
+    StoredLayers,
+    TokenGrid,
+    told_precisions,
+    write_plan,
+)
 from calibatt.runtime.adapters import Adapter, PlanMismatchError, adapter_for
 from calibatt.runtime.attachment import Attachment, check_signature
 from calibatt.runtime.resident import ResidentSchedules
@@ -116,17 +126,21 @@ class Plan(Attachable, ResidentSchedules):
         return self._schedules[self.file.segment_index(time)][layer]
 
     def explain(self) -> list[str]:
-        """Lines of text: what the plan is for, and the density of every layer in every segment."""
+        """Lines of text: what the plan is for, the density of every layer in every segment, and precisions of heads."""
         lines = [f"{self.signature.architecture}, {self.grid}, blocks {self.blocks.block_q}x{self.blocks.block_k}"]
-        lines.append("density (share of dense work) by segment, layers 0 to last:")
-        every = {(segment, layer): packed.density for segment, layer, packed in self.file.walk()}
+        lines.append("density (share of the blocks of dense attention) by segment, layers 0 to last:")
+        every, layers = {}, range(self.signature.layers)
+        precisions = np.zeros((len(self.segments), len(layers), self.signature.heads), np.uint8)
+        for segment, layer, packed in self.file.walk():
+            every[segment, layer], precisions[segment, layer] = packed.density, packed.head_precision
         for index in reversed(range(len(self.segments))):
-            segment = self.segments[index]
-            densities = [every[index, layer] for layer in range(self.signature.layers)]
+            times = f"time {self.segments[index].start:.4f} to {self.segments[index].stop:.4f}"
+            densities = [every[index, layer] for layer in layers]
             row = " ".join(f"{density:.3f}" for density in densities)
-            lines.append(
-                f"  time {segment.start:.4f} to {segment.stop:.4f}: mean {sum(densities) / len(densities):.3f}; {row}"
-            )
+            lines.append(f"  {times}: mean {sum(densities) / len(densities):.3f}; {row}")
+        lines.append(f"precision, over all segments: {told_precisions(precisions)}")
+        if precisions.any():
+            lines += [f"  layer {layer}: {told_precisions(precisions[:, layer])}" for layer in layers]
         return lines
 
     def fitting(self, signature: ModelSignature) -> Sequence[Plan]:

@@ -28,6 +28,8 @@ class Anchors(Pass):
     Another `select` after it spends what was saved: milliseconds are then worth less, and heads whose anchors are no
     longer worth their error lose them again.
 
+    Heads stay in the precision that `select` gave them.
+
     Requires: `select`, whose multiplier prices a millisecond.
     Ensures: no head computes more blocks than before.
 
@@ -126,7 +128,7 @@ class Market:
 
     def __init__(self, job: Job, unit: UnitIR, multiplier: float) -> None:
         self.unit = unit
-        self.block_price = multiplier * job.block_ms
+        self.block_price = multiplier * job.block_ms * job.block_costs(unit.precision)
         _, self.blocks = unit.computed()
         key, self.menu_blocks, self.menu_error = unit.menu
         self.menu = Menu(job, key)
@@ -154,14 +156,16 @@ class Market:
     def offer(self, head: int, groups: Groups, copied: float) -> Offer:
         """The best mask with these anchors, as lowered; where it computes more than the head does now, no gain."""
         unit = self.unit
-        before = self.blocks[head] * self.block_price + float(unit.error[head])
+        price = self.block_price[head]
+        before = self.blocks[head] * price + float(unit.error[head])
         table = self.menu.packed_blocks(unit, head, groups)
-        cost = table * self.block_price + self.menu_error[head]
+        cost = table * price + self.menu_error[head]
         column = int(np.where(table <= self.blocks[head], cost, np.inf).argmin())
         choice, keep = self.menu.mask(unit, head, column)
         packed = packed_bits(keep, unit.grid, unit.blocks, groups)
-        computed, error = int(count(packed, (0, 1))), float(self.menu_error[head, column]) + copied
-        after = computed * self.block_price + error
+        computed = int(count(packed, (0, 1)))
+        error = float(self.menu_error[head, column]) + copied + float(unit.precision_error[head])
+        after = computed * price + error
         gain = float(before - after) if computed <= self.blocks[head] else -1.0
         return Offer(gain, groups, copied, error, choice, keep, packed, table)
 

@@ -62,5 +62,5 @@ def lowered(unit: UnitIR) -> PackedLayer:
         group_start=np.concatenate([empty, *(starts for starts, _ in every)]).astype(np.int32),
         group_anchor=np.concatenate([empty, *(anchors for _, anchors in every)]).astype(np.int32),
         tile_order=np.arange(tiles, dtype=np.int32) if unit.tile_order is None else unit.tile_order,
-        head_precision=np.zeros(unit.heads, np.uint8),
+        head_precision=unit.precision,
     )

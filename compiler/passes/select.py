@@ -1,4 +1,4 @@
-"""Each head's mask at each time, from a menu, under one budget over the whole job."""
+"""Each head's mask and precision at each time, from a menu, under one budget over the whole job."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import numpy as np
 
 from calibatt.compiler.budget import Choice, choose, reach
 from calibatt.compiler.ir import Float64, Int64, Job, UnitIR, packed_bits
-from calibatt.compiler.menu import Menu
+from calibatt.compiler.menu import Candidate, Menu
 from calibatt.compiler.passes import Findings, Pass
 from calibatt.compiler.prediction import CUT, Masks, Prediction, cannot_predict, predict
+from calibatt.plans import BF16
 
 KINDS = ("windows", "cuts")
+CHOICES = ("bf16", "auto")
 DEFAULT_DENSITY = 0.5
 
 
@@ -22,10 +24,11 @@ DEFAULT_DENSITY = 0.5
 class Select(Pass):
     """Picks masks so that the whole job loses least within its budget.
 
-    A head may be dense, keep a window, whose error was measured, or a *cut*: the blocks whose price is above a level. A
-    mask costs its predicted milliseconds and loses its error. One multiplier, the price of a millisecond, decides for
-    all heads and times at once; what it leaves of the budget is spent on single changes, and the distance to a proven
-    bound is reported. Where a signal-to-noise of the final latent is the target instead, the budget is bisected.
+    A head may be dense, keep a window, whose error was measured, or a *cut*: the blocks whose price is above a level;
+    and with `precision` auto compute in 8 bits, whose error was measured, too, and is added. A candidate costs its
+    predicted milliseconds and loses its error. One multiplier, the price of a millisecond, decides for all heads and
+    times at once; what it leaves of the budget is spent on single changes, and the distance to a proven bound is
+    reported. Where a signal-to-noise of the final latent is the target instead, the budget is bisected.
 
     A second `select` after `anchors` spends what those saved: all heads choose anew, those with anchors among all masks
     with them (cheaper, as only anchors are computed) and without.
@@ -33,14 +36,15 @@ class Select(Pass):
     Ensures: every mask keeps the required blocks; the budget holds.
 
     Args:
-        target_density: Most blocks computed, as a share of dense attention over all times, layers and heads; 0.5 if
-            no target is given.
-        target_db: Least predicted signal-to-noise of the final latent, with the fewest blocks that reach it.
+        target_density: Most that attention may cost, as a share of dense attention in 16 bit over all times, layers and
+            heads; 0.5 if no target is given. Where all heads are in 16 bit, cost is density, the share of blocks.
+        target_db: Least predicted signal-to-noise of the final latent, at the least cost that reaches it.
         menu: What heads may choose beside dense: `windows` and `cuts`, joined by ``+``.
+        precision: ``bf16``: all heads compute in the 16 bits of their inputs; ``auto``: or in 8, as `Job.device` has.
 
     Raises:
         PassError: Both targets, one out of range or beyond the best that can be reached (which is named), or a menu
-            that cannot be had.
+            or precision that cannot be had.
     """
 
     name: ClassVar[str] = "select"
@@ -48,6 +52,7 @@ class Select(Pass):
     target_density: float | None = None
     target_db: float | None = None
     menu: str = "windows+cuts"
+    precision: str = "bf16"
 
     def __post_init__(self) -> None:
         density, decibels = self.target_density, self.target_db
@@ -60,11 +65,19 @@ class Select(Pass):
         parts = self.menu.split("+")
         known = set(parts) <= set(KINDS) and len(set(parts)) == len(parts)
         self.require(known, "menu", f"name some of {', '.join(KINDS)}, joined by +", self.menu)
+        self.require(self.precision in CHOICES, "precision", f"be {' or '.join(CHOICES)}", self.precision)
 
     def check(self, job: Job, before: Sequence[Pass]) -> None:
         self.refuse_after(before, "schedule")
         if self.target_db is not None and (why := cannot_predict(job.table)):
             self.require(False, "target-db", "have a prediction to go by", f"{self.target_db}: it {why}")
+        if self.precision == "auto":
+            rule, found = "be bf16 on a device whose 8 bits were not measured", f"auto, {job.device.name}"
+            self.require(bool(job.device.eight_bit), "precision", rule, found)
+
+    def _candidates(self, job: Job) -> list[Candidate]:
+        precisions = sorted(job.device.speeds) if self.precision == "auto" else [BF16]
+        return Menu(job, self.menu).candidates(precisions)
 
     def survey(self, job: Job, unit: UnitIR) -> Any:
         menu = Menu(job, self.menu)
@@ -80,31 +93,36 @@ class Select(Pass):
                 packed = unit.packed_menu.get(head)
                 blocks[head, columns:] = menu.packed_blocks(unit, head, groups) if packed is None else packed
                 error[head, columns:] = error[head, :columns]
-        return blocks, error, unit.copy_error, unit.share_error
+        return blocks, error, unit.copy_error, unit.share_error, unit.means.precision_error.T
 
     def decide(self, job: Job, surveys: Sequence[Any]) -> Sequence[Any]:
-        menu = Menu(job, self.menu)
+        menu, offers = Menu(job, self.menu), self._candidates(job)
+        precisions = list(dict.fromkeys(each.precision for each in offers))
         blocks, error, copied = (np.concatenate([each[part] for each in surveys]) for part in range(3))
-        blocks = blocks.astype(np.float64)
-        masks_of = _masks_of(job, menu, blocks, error.copy(), copied, np.stack([each[3] for each in surveys]))
+        rounding = np.concatenate([each[4] for each in surveys])
+        own = np.stack([each[3] for each in surveys])
+        masks_of = _masks_of(job, menu, offers, blocks, error[:, : menu.columns].copy(), copied, own)
         error[:, menu.columns :] += copied[:, None]
+        cost = np.concatenate([job.cost(blocks, each) for each in precisions], 1)
+        error = np.concatenate([error + rounding[:, each, None] for each in precisions], 1)
 
         def predicted(pick: Int64) -> Prediction | str:
             return predict(job.table, job.levels, job.manifest.shares, masks_of(pick))
 
-        choice = self._solve(job, blocks, error, predicted)
+        choice = self._solve(job, cost, error, predicted)
         rows = np.arange(len(error))
-        shape = (len(surveys), -1)
-        picked = choice.pick.reshape(shape)
+        shape, dense = (len(surveys), -1), job.unit_dense_blocks * job.units
         job.findings[self.name] = {
             "lambda_per_ms": job.multiplier,
             "predicted_error": float(error[rows, choice.pick].sum()),
             "predicted_snr": str(predicted(choice.pick)),
-            "density": float(blocks[rows, choice.pick].sum() / (job.unit_dense_blocks * job.units)),
+            "density": float(blocks[rows, choice.pick % blocks.shape[1]].sum() / dense),
+            "cost": float(cost[rows, choice.pick].sum() / dense),
             "duality_gap": choice.gap,
             "relative_gap": choice.gap / choice.loss if choice.loss else 0.0,
             "candidates": int(np.isfinite(error).sum()),
         }
+        picked = [[offers[at] for at in each] for each in choice.pick.reshape(shape)]
         return list(zip(picked, error[rows, choice.pick].reshape(shape), strict=True))
 
     def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
@@ -112,11 +130,12 @@ class Select(Pass):
         menu = Menu(job, self.menu)
         keep, names = np.empty_like(unit.required), []
         copy_error = unit.copy_error.copy()
-        for head, column in enumerate(pick.tolist()):
-            name, keep[head] = menu.mask(unit, head, column % menu.columns)
+        unit.precision = np.array([each.precision for each in pick], np.uint8)
+        for head, offer in enumerate(pick):
+            name, keep[head] = menu.mask(unit, head, offer.column)
             names.append(name)
             groups = unit.anchors[head]
-            if column >= menu.columns and groups is not None:
+            if offer.anchored and groups is not None:
                 unit.packed[head] = packed_bits(keep[head], unit.grid, unit.blocks, groups)
             elif groups is not None:
                 unit.anchors[head] = None
@@ -135,27 +154,26 @@ class Select(Pass):
         kinds = {kind: int(number) for kind, number in sorted(total.items())}
         return {**job.findings[self.name], "heads_by_kind": kinds, "heads_with_anchors": int(anchored)}
 
-    def _solve(
-        self, job: Job, blocks: Float64, loss: Float64, predicted: Callable[[Int64], Prediction | str]
-    ) -> Choice:
-        dense = job.unit_dense_blocks * len(blocks) // job.manifest.model.heads
-        least = float(np.where(np.isfinite(loss), blocks, np.inf).min(1).sum())
+    def _solve(self, job: Job, cost: Float64, loss: Float64, predicted: Callable[[Int64], Prediction | str]) -> Choice:
+        dense = job.unit_dense_blocks * len(cost) // job.manifest.model.heads
+        least = float(np.where(np.isfinite(loss), cost, np.inf).min(1).sum())
         if self.target_db is not None:
-            found = self._reach(loss, blocks, predicted)
+            found = self._reach(loss, cost, predicted)
         else:
             assert self.target_density is not None
             limit = float(np.floor(self.target_density * dense))
             limit += (limit + 1) / dense <= self.target_density  # 0.3 of 1000 is 300, not 299
-            chosen = choose(loss, blocks, limit)
-            rule = f"leave room for the least that the menu can keep, density {least / dense:.4f}"
+            chosen = choose(loss, cost, limit)
+            what = "density" if self.precision == "bf16" else "cost"
+            rule = f"leave room for the least that the menu can keep, {what} {least / dense:.4f}"
             self.require(chosen is not None, "target-density", rule, self.target_density)
             assert chosen is not None
             found = chosen
         job.multiplier = found.multiplier / job.block_ms
         return found
 
-    def _reach(self, loss: Float64, blocks: Float64, predicted: Callable[[Int64], Prediction | str]) -> Choice:
-        """The choice of fewest blocks whose prediction reaches the target."""
+    def _reach(self, loss: Float64, cost: Float64, predicted: Callable[[Int64], Prediction | str]) -> Choice:
+        """The choice of least cost whose prediction reaches the target."""
         seen = []
 
         def enough(pick: Int64) -> bool:
@@ -165,7 +183,7 @@ class Select(Pass):
             seen.append(told)
             return isinstance(told, Prediction) and self.target_db is not None and told.mean >= self.target_db
 
-        found = reach(loss, blocks, enough)
+        found = reach(loss, cost, enough)
         self.require(
             found is not None, "target-db", f"be at most the best that can be reached, {seen[0]}", self.target_db
         )
@@ -174,15 +192,22 @@ class Select(Pass):
 
 
 def _masks_of(
-    job: Job, menu: Menu, blocks: Float64, error: Float64, copied: Float64, share_error: Float64
+    job: Job,
+    menu: Menu,
+    offers: Sequence[Candidate],
+    blocks: Int64,
+    error: Float64,
+    copied: Float64,
+    share_error: Float64,
 ) -> Callable[[Int64], Masks]:
     """How picks are told to `predict`.
 
     Args:
         job: Whose units.
         menu: From which they choose.
+        offers: What picks are indices of.
         blocks: ``(units x heads, 2 columns)``; the second half is with anchors.
-        error: The same shape, without that of copies.
+        error: ``(units x heads, columns)``, of masks.
         copied: ``(units x heads,)``, error of copies.
         share_error: ``(units, C, H)``.
     """
@@ -191,15 +216,17 @@ def _masks_of(
     kinds = np.concatenate([np.arange(-1, menu.first_cut - 1), np.full(len(menu.cuts), CUT)])
     per_head = blocks[:, : menu.columns] / (job.unit_dense_blocks / model.heads)
     rows = np.arange(len(error))
+    columns, anchored, precisions = (np.array(each) for each in zip(*offers, strict=True))
 
     def masks_of(pick: Int64) -> Masks:
-        column = pick % menu.columns
+        column = columns[pick]
         return Masks(
             kind=kinds[column].reshape(shape),
             density=per_head[rows, column].reshape(shape),
             error=error[rows, column].reshape(shape),
-            copied=np.where(pick >= menu.columns, copied, 0.0).reshape(shape),
+            copied=np.where(anchored[pick], copied, 0.0).reshape(shape),
             share_error=share_error.reshape(*shape[:2], *share_error.shape[1:]),
+            precision=precisions[pick].reshape(shape),
         )
 
     return masks_of

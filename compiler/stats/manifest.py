@@ -17,7 +17,7 @@ from calibatt.plans.errors import ScheduleError, SchemaError
 from calibatt.plans.schedule import check_size
 from calibatt.plans.schema import Blocks, ModelSignature, TokenGrid
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MAX_UNITS, MAX_TIMES = 1 << 16, 1000
 """So many files in a folder; three digits of a name."""
 DEFAULT_SHARES = (0.1, 0.2, 0.35, 0.5, 0.7)

@@ -16,6 +16,7 @@ from calibatt.compiler.stats.errors import SampleError
 from calibatt.compiler.stats.manifest import Manifest
 from calibatt.plans.container import Container, write_container
 from calibatt.plans.errors import PlanError
+from calibatt.plans.schedule import EIGHT_BITS
 
 MAGIC = b"CALIBSMP"
 VERSION = (2, 0)
@@ -32,11 +33,13 @@ class SamplingTables:
         window_effect: float32 (V, T, L, W, H): signed effect of each window.
         ladder_effect: float32 (V, T, L, C, H): signed effect of each mask of the ladder; NaN in all of a (time, layer)
             in which no earlier sampling had been.
+        precision_effect: float32 (V, T, L, 2, H): signed effect of each of `plans.EIGHT_BITS`, of the dense head.
     """
 
     level: Float64
     window_effect: Float
     ladder_effect: Float
+    precision_effect: Float
 
     @property
     def vectors(self) -> int:
@@ -61,6 +64,7 @@ class SamplingTables:
             "level": ("float64", (times,)),
             "window_effect": ("float32", (vectors, times, layers, len(manifest.windows), heads)),
             "ladder_effect": ("float32", (vectors, times, layers, len(manifest.shares), heads)),
+            "precision_effect": ("float32", (vectors, times, layers, len(EIGHT_BITS), heads)),
         }
         for name, (dtype, shape) in shapes.items():
             array = getattr(self, name)
@@ -75,6 +79,7 @@ class SamplingTables:
             ("level", self.level, 1 / MOST, MOST),
             ("window_effect", self.window_effect, -signed, signed),
             ("ladder_effect", self.ladder_effect[~missing], -signed, signed),
+            ("precision_effect", self.precision_effect, -signed, signed),
         ):
             if not (right := (array >= least) & (array <= most)).all():
                 raise SampleError(f"{name} must be from {least:g} to {most:g}, got {array[~right][0]}")

@@ -58,10 +58,17 @@ class Table:
     @cached_property
     def window_error(self) -> Float64:
         """Mean over samplings and vectors of each window's squared effect / level, float64 (T, L, W, H)."""
-        first = self.samplings[0].window_effect
-        total = np.zeros(first.shape[1:])
+        return self._squared("window_effect")
+
+    @cached_property
+    def precision_error(self) -> Float64:
+        """Likewise of each of `plans.EIGHT_BITS`, float64 (T, L, 2, H)."""
+        return self._squared("precision_effect")
+
+    def _squared(self, name: str) -> Float64:
+        total = np.zeros(getattr(self.samplings[0], name).shape[1:])
         for each in self.samplings:
-            squared = sum(vector.astype(np.float64) ** 2 for vector in each.window_effect)
+            squared = sum(vector.astype(np.float64) ** 2 for vector in getattr(each, name))
             total += squared / each.vectors / each.level[:, None, None, None]
         found: Float64 = total / len(self.samplings)
         return found

@@ -74,7 +74,7 @@ def assert_same(found: Store, expected: Store) -> None:
     assert found.samplings == expected.samplings
     assert not found.unfinished
     for ours, theirs in zip(found.table().samplings, expected.table().samplings, strict=True):
-        for name in ("level", "window_effect", "ladder_effect"):
+        for name in ("level", "window_effect", "ladder_effect", "precision_effect"):
             a, b = getattr(ours, name), getattr(theirs, name)
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(np.nan_to_num(b)).max(), err_msg=name)
     for place in itertools.product(range(TIMES), range(LAYERS)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibatt.plans import Blocks, TokenGrid
+from calibatt.plans import INT8, INT8_FP8, Blocks, TokenGrid
 from calibatt.tools.calibrate import effects
 from calibatt.tools.calibrate.attention import attention, kernel_name
 from calibatt.tools.calibrate.gradients import AttentionCall
@@ -85,7 +86,7 @@ def test_effects_are_those_of_masks_that_are_run(
     with pytest.MonkeyPatch.context() as context:
         if at_once:
             context.setattr(effects, "SCORES_AT_ONCE", 1)
-        effect, kept = effects.block_effects(call, effects.mask_words(keeps), masks, blocks)
+        effect, kept, _ = effects.block_effects(call, effects.mask_words(keeps), masks, blocks)
     assert effect.shape == (vectors, HEADS, *shape)
     assert kept.shape == (vectors, masks, HEADS)
     grads = torch.stack(call.grads).double() / scale
@@ -96,12 +97,73 @@ def test_effects_are_those_of_masks_that_are_run(
         torch.testing.assert_close(effect[:, :, row, column].double(), true, rtol=2e-3, atol=2e-3)
 
 
+def rows_of_int8(x: Tensor, group: int) -> Tensor:
+    """One head's rows as the words say: the largest of a group is 127."""
+    found = []
+    for part in x.split(group):
+        unit = part.abs().max() / 127
+        found.append((part / unit).round() * unit)
+    return torch.cat(found)
+
+
+def attention_in_8bit(call: AttentionCall, head: int, blocks: Blocks, precision: int, inputs: bool = True) -> Tensor:
+    """The video's output of a head by definition, float64 ``(V, D)``; with `inputs` False of exact queries and keys."""
+    start, stop = call.span
+    q, k, v = (x[head].double() for x in (call.q, call.k, call.v))
+    q, k, mean = q[start:stop], k - k.mean(0), v.mean(0)
+    if inputs:
+        q = rows_of_int8(q, 64)
+        parts = (part for part in (k[:start], k[start:stop], k[stop:]) if len(part))
+        k = torch.cat([rows_of_int8(part, blocks.block_k) for part in parts])
+    scores = q @ k.T * q.shape[1] ** -0.5
+    if precision == INT8:
+        return scores.softmax(-1) @ v
+    p = (scores - scores.amax(-1, keepdim=True)).exp()
+    rounded, v = (p * 32).to(torch.float8_e4m3fn).double() / 32, v - mean
+    if inputs:
+        unit = v.abs().amax(0) / 448
+        v = (v / unit).to(torch.float8_e4m3fn).double() * unit
+    return rounded @ v / p.sum(-1, keepdim=True) + mean
+
+
+@settings(max_examples=25)
+@given(
+    tokens=st.integers(17, 200), channels=st.sampled_from([8, 24, 32]), blocks=SIZES, seed=st.integers(0, 99),
+    scale=st.sampled_from([1.0, 2.0**-7]), mean=st.sampled_from([0.0, 3.0]), around=AROUND,
+)  # fmt: skip
+def test_effects_of_precisions_are_those_of_heads_that_are_run_in_them(
+    tokens: int, channels: int, blocks: Blocks, seed: int, scale: float, mean: float, around: tuple[int, int]
+):
+    """Probabilities are rounded as if nothing else were, so what all rounding does is of about the right size."""
+    call = make_call(tokens, channels, 32, seed, scale, around)
+    call = replace(call, k=call.k + mean, v=call.v + mean, out=call.out + mean)  # a mean of keys moves no weight
+    none = torch.ones(1, 1, blocks.q_blocks(tokens), blocks.k_blocks(tokens), dtype=torch.bool)
+    *_, rounding = effects.block_effects(call, effects.mask_words(none), 1, blocks)
+    found = effects.precision_effects(call, rounding, blocks)
+    assert found.shape == (32, 2, HEADS)
+    grads = torch.stack(call.grads)[:, :, call.video].double() / scale
+
+    def run(head: int, precision: int, inputs: bool = True) -> tuple[Tensor, float]:
+        """True effects, and their size: gradients are standard normal numbers."""
+        change = attention_in_8bit(call, head, blocks, precision, inputs) - call.out[head, call.video].double()
+        return (grads[:, head] * change).sum((1, 2)), float(change.norm())
+
+    for head in range(HEADS):
+        for ours, (true, size) in (
+            (found[:, 0, head], run(head, INT8)),
+            (rounding[:, head], run(head, INT8_FP8, inputs=False)),
+        ):
+            assert (ours - true).square().mean() ** 0.5 < 0.4 * size  # float32 rounds a number now and then otherwise
+        _, size = run(head, INT8_FP8)
+        assert 0.6 * size < found[:, 1, head].square().mean() ** 0.5 < 1.6 * size
+
+
 def test_one_mask_may_be_for_all_heads():
     blocks, call = Blocks(16, 32), make_call(70, 8, 1)
     one = torch.rand(3, 1, 5, 3, generator=torch.Generator().manual_seed(0)) < 0.5
     one[..., 0] = True
-    effect, kept = effects.block_effects(call, effects.mask_words(one), 3, blocks)
-    same, as_many = effects.block_effects(call, effects.mask_words(one.expand(-1, HEADS, -1, -1)), 3, blocks)
+    effect, kept, _ = effects.block_effects(call, effects.mask_words(one), 3, blocks)
+    same, as_many, _ = effects.block_effects(call, effects.mask_words(one.expand(-1, HEADS, -1, -1)), 3, blocks)
     assert torch.equal(effect, same)
     assert torch.equal(kept, as_many)
 
@@ -118,11 +180,11 @@ def test_no_query_is_left_out():
         alone = torch.zeros_like(call.grads[0])
         alone[:, query] = call.grads[0][:, query]
         one = AttentionCall(0, call.q, call.k, call.v, call.out, None, [alone])
-        effect, kept = effects.block_effects(one, words, 1, blocks)
+        effect, kept, _ = effects.block_effects(one, words, 1, blocks)
         assert (effect[0, :, query // 16] != 0).all()
         assert (kept != 0).all()
         total, masks = total + effect, masks + kept
-    effect, kept = effects.block_effects(call, words, 1, blocks)
+    effect, kept, _ = effects.block_effects(call, words, 1, blocks)
     torch.testing.assert_close(total, effect, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(masks, kept, rtol=1e-4, atol=1e-5)
 
@@ -130,7 +192,7 @@ def test_no_query_is_left_out():
 def test_a_block_with_all_the_mass_counts_as_if_it_had_a_little_less():
     call = make_call(32, 8, 1)
     sharp = AttentionCall(0, call.q * 1000, call.k, call.v, call.out, None, call.grads)
-    effect, kept = effects.block_effects(sharp, torch.zeros(1, 2, 2, dtype=torch.int32), 1, Blocks(16, 16))
+    effect, kept, _ = effects.block_effects(sharp, torch.zeros(1, 2, 2, dtype=torch.int32), 1, Blocks(16, 16))
     assert torch.isfinite(effect).all()
     assert torch.isfinite(kept).all()
 

@@ -76,9 +76,10 @@ def test_real_uses_stay_within_the_budget() -> None:
         assert found.use <= limit
 
 
-@given(st.integers(0, 2**32), st.integers(1, 6), st.floats(0, 1))
-def test_enough_is_reached_with_little_use(seed: int, things: int, share: float) -> None:
+@given(st.integers(0, 2**32), st.integers(1, 6), st.floats(0, 1), st.sampled_from([1.0, 0.77]))
+def test_enough_is_reached_with_little_use(seed: int, things: int, share: float, unit: float) -> None:
     loss, use = table(seed, things, 5)
+    use *= unit
     rows = np.arange(things)
     most = share * float(np.where(np.isfinite(loss), loss, 0).max(1).sum())
 

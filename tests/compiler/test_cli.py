@@ -183,7 +183,7 @@ def test_an_old_store_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "old" / "manifest.json").write_text('{"schema_version": 1}')
     result = invoke(tmp_path / "old", "-o", tmp_path / "p.plan")
     assert result.exit_code == 2
-    assert "schema_version must be 3 (calibrate again: an earlier version measured something else), got 1" in (
+    assert "schema_version must be 4 (calibrate again: an earlier version measured something else), got 1" in (
         result.stderr
     )
     assert result.stderr.count("\n") == 1

@@ -20,6 +20,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "target_db": st.none(),
     "target_density": st.none() | st.floats(0, 1, exclude_min=True),
     "menu": st.sampled_from(["windows", "cuts+windows", "cuts"]),
+    "precision": st.sampled_from(["bf16", "auto"]),
     "max_difference": st.floats(0, 1),
     "group": st.integers(2, 9),
     "max_growth": st.floats(0, 1),
@@ -60,9 +61,9 @@ def test_the_registry_gives_frozen_dataclasses_of_that_name(name: str) -> None:
 
 def test_the_default_passes_print_with_every_option_that_has_a_value() -> None:
     assert print_passes(parse_passes(DEFAULT_PASSES)) == (
-        "select{target-density=0.5,menu=windows+cuts},"
+        "select{target-density=0.5,menu=windows+cuts,precision=bf16},"
         "anchors{max-group-rows=4,max-group-frames=8},"
-        "select{target-density=0.5,menu=windows+cuts},schedule,lower"
+        "select{target-density=0.5,menu=windows+cuts,precision=bf16},schedule,lower"
     )
 
 
@@ -97,6 +98,7 @@ def test_the_default_passes_print_with_every_option_that_has_a_value() -> None:
             PassError,
             "target-density and target-db must not be given together, got 0.5, 30.0",
         ),
+        ("select{precision=fp4}", PassError, "select: precision must be bf16 or auto, got fp4"),
         ("select{target-density=0}", PassError, "select: target-density must be in (0, 1], got 0.0"),
         ("select{max-error=1}", PassSyntaxError, "select: an option must be one of target-density, target-db"),
         ("repeat{group=1}", PassError, "repeat: group must be at least 2, got 1"),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import stats
-from support.jobs import DEVICE, MemoryStore, compile_store, memory_store
+from support.jobs import DEVICE, EIGHT, MemoryStore, compile_store, memory_store
 
 from calibatt.compiler.bits import unpack
 from calibatt.compiler.emit import compile_in_memory
@@ -19,7 +19,7 @@ from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.prediction import CUT, DENSE, Masks, Prediction, predict
 from calibatt.compiler.stats import SamplingTables, Table, Unit, window_keep
-from calibatt.plans import TokenGrid
+from calibatt.plans import BF16, EIGHT_BITS, PRECISIONS, TokenGrid
 
 T, L, H, C, W = 3, 2, 4, 3, 2
 SHARES = (0.2, 0.4, 0.8)
@@ -32,14 +32,20 @@ def table(rng: np.random.Generator, samplings: int, vectors: int, signal: np.nda
         scale = np.sqrt(signal[index] / (T * L * H))
         return (rng.normal(size=(vectors, T, L, masks, H)) * scale).astype(np.float32)
 
-    each = [SamplingTables(np.full(T, 2.0), effects(index, W), effects(index, C)) for index in range(samplings)]
+    each = [
+        SamplingTables(np.full(T, 2.0), *(effects(index, masks) for masks in (W, C, len(EIGHT_BITS))))
+        for index in range(samplings)
+    ]
     return Table(tuple(each))
 
 
-def masks(kind: Any, density: float = 0.4, error: float = 1.0, own: float = 1.0, copied: float = 0.0) -> Masks:
+def masks(
+    kind: Any, density: float = 0.4, error: float = 1.0, own: float = 1.0, copied: float = 0.0, precision: Any = BF16
+) -> Masks:
     shape = (T, L, H)
     full = [np.full(shape, value) for value in (density, error, copied)]
-    return Masks(np.broadcast_to(np.asarray(kind), shape), *full, np.full((T, L, C, H), own))
+    of = np.broadcast_to(np.asarray(precision), shape)
+    return Masks(np.broadcast_to(np.asarray(kind), shape), *full, np.full((T, L, C, H), own), of)
 
 
 def told(found: Prediction | str) -> float:
@@ -79,11 +85,12 @@ def _bias(vectors: int) -> float:
     return float(np.exp(11 / 6 - 0.5772156649 - np.log(4)))
 
 
-def test_kinds_are_mixed_and_copies_add_up() -> None:
+def test_kinds_and_precisions_are_mixed_and_copies_add_up() -> None:
     rng = np.random.default_rng(1)
     of = table(rng, 3, 4, np.full(3, 1e-3))
     kind = rng.integers(-2, W, (T, L, H))
-    chosen = masks(kind, 0.4, 4.0, 1.0, copied=1e-5)
+    precision = rng.integers(0, len(PRECISIONS), (T, L, H))
+    chosen = masks(kind, 0.4, 4.0, 1.0, copied=1e-5, precision=precision)
     found = predict(of, np.array([1.0, 2.0, 4.0]), SHARES, chosen)
     decibels = []
     bias = np.exp(1 - 0.5772156649 - np.log(2))
@@ -94,6 +101,8 @@ def test_kinds_are_mixed_and_copies_add_up() -> None:
                 joint += each.window_effect[:, at[0], at[1], kind[at], at[2]]
             elif kind[at] == CUT:
                 joint += 2 * each.ladder_effect[:, at[0], at[1], 1, at[2]]
+            if precision[at] != BF16:
+                joint += each.precision_effect[:, at[0], at[1], EIGHT_BITS.index(precision[at]), at[2]]
         copies = sum(L * H * 1e-5 / level * 2.0 for level in (1.0, 2.0, 4.0))
         decibels.append(-10 * np.log10((joint**2).mean() / bias + copies))
     assert isinstance(found, Prediction)
@@ -172,6 +181,8 @@ class World:
         size *= np.exp(rng.normal(0, 1, (*shape, 1, 1)))
         self.size = size / np.sqrt((size**2).sum((1, 2, 3, 4), keepdims=True)) * 0.1
         """Root of the mean squared effect of each block, ``(T, L, H, Q, K)``, at level 0.01."""
+        self.rounding = np.exp(rng.normal(-4.5, 2, (shape[0], shape[1], len(EIGHT_BITS), shape[2])))
+        """Of each precision, ``(T, L, 2, H)``."""
 
     def noise(self, rng: np.random.Generator, vectors: int) -> np.ndarray:
         """``(V, T, L, H, Q)``, by the root of the sampling's level."""
@@ -182,8 +193,13 @@ class World:
         """Signed effects ``(V, T, L, H)`` of masks that broadcast to ``(T, L, H, Q, K)``."""
         return np.einsum("vtlhq,tlhq->vtlh", noise, (self.size * ~keep).sum(-1))
 
+    def rounded(self, noise: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Signed effects ``(V, T, L, 2, H)`` of precisions, in a sampling of some `noise`, of which they are not."""
+        strength = np.sqrt((noise**2).mean())
+        return rng.normal(size=(len(noise), *self.rounding.shape)) * self.rounding * strength
+
     def measured(self, samplings: int, vectors: int, seed: int) -> MemoryStore:
-        of, rng = self.of, np.random.default_rng(seed)
+        of, rng, other = self.of, np.random.default_rng(seed), np.random.default_rng([seed, 1])
         windows = [window_keep(window, of.grid, of.blocks) for window in of.windows]
         parts, tables = {}, {}
         rank = (-self.size).reshape(*self.size.shape[:3], -1).argsort(-1).argsort(-1).reshape(self.size.shape)
@@ -196,6 +212,7 @@ class World:
                 level,
                 np.stack([self.effect(noise, keep) for keep in windows], 3).astype(np.float32),
                 np.stack(ladder, 3).astype(np.float32),
+                self.rounded(noise, other).astype(np.float32),
             )
             for time, layer in np.ndindex(self.size.shape[:2]):
                 copies = stats.measured(of, copies=1e9)
@@ -207,13 +224,21 @@ class World:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("target", [15.0, 25.0, 35.0])
-def test_the_prediction_is_right_on_samplings_that_were_never_seen(seed: int, target: float) -> None:
+@pytest.mark.parametrize(("target", "precision"), [(15.0, "bf16"), (25.0, "bf16"), (35.0, "bf16"), (35.0, "auto")])
+def test_the_prediction_is_right_on_samplings_that_were_never_seen(seed: int, target: float, precision: str) -> None:
     world = World(seed)
-    job, _ = compile_store(world.measured(16, 8, seed), PASSES.replace("BUDGET", f"target-db={target}"))
+    budget = f"target-db={target},precision={precision}"
+    job, _ = compile_store(world.measured(16, 8, seed), PASSES.replace("BUDGET", budget), EIGHT)
     keep = np.stack([unpack(unit.keep, 20) for unit in job.all]).reshape(world.size.shape)
-    rng = np.random.default_rng(seed + 100)
-    joint = [world.effect(world.noise(rng, 1000), keep).sum((1, 2, 3)) for _ in range(300)]
+    chosen = np.stack([unit.precision for unit in job.all]).reshape(world.size.shape[:3])
+    assert (len(np.unique(chosen)) > 1) == (precision == "auto"), "heads differ"
+    eight = chosen[:, :, None] == np.array(EIGHT_BITS)[:, None]
+    rng, joint = np.random.default_rng(seed + 100), []
+    for _ in range(300):
+        noise = world.noise(rng, 1000)
+        joint.append(world.effect(noise, keep).sum((1, 2, 3)))
+        if eight.any():
+            joint[-1] += world.rounded(noise, rng)[:, eight].sum(1)
     truth = np.mean([-10 * np.log10((each**2).mean()) for each in joint])
     told = float(job.findings["select"]["predicted_snr"].split()[0])
     assert abs(truth - told) < 2

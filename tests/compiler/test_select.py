@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import stats
-from support.jobs import Compiled, MemoryStore, compile_store, compiled, gathered, mask, memory_store
+from support.jobs import EIGHT, Compiled, MemoryStore, compile_store, compiled, gathered, mask, memory_store
 
 from calibatt.compiler.bits import pack, unpack
 from calibatt.compiler.error_model import (
@@ -26,7 +27,7 @@ from calibatt.compiler.error_model import (
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.ir import UnitIR
 from calibatt.compiler.stats import dequantise, window_keep
-from calibatt.plans import ModelSignature, TokenGrid
+from calibatt.plans import BF16, INT8, INT8_FP8, PRECISIONS, ModelSignature, TokenGrid
 
 COARSE = 2 ** (1 / 16) - 1
 
@@ -201,8 +202,8 @@ def test_masks_and_prices_are_those_of_the_choices() -> None:
     assert seen >= {"dense", "cut", "frames"}
 
 
-def brute_force(found: Compiled, limit: float) -> float:
-    """Least error over every combination of windows, four cuts and dense within a number of blocks."""
+def brute_force(found: Compiled, limit: float, precisions: Sequence[int] = (BF16,)) -> float:
+    """Least error over every combination of windows, some cuts, dense and precisions within a cost in blocks."""
     options = []
     for unit in found.all:
         for head in range(unit.heads):
@@ -211,8 +212,10 @@ def brute_force(found: Compiled, limit: float) -> float:
                 bits = pack(window_keep(window, unit.grid, unit.blocks)) | unit.required[head]
                 mine.append((int(unpack(bits, unit.k_blocks).sum()), float(unit.means.window_error[index, head])))
             blocks, error = cuts(unit, head)
-            mine += [(int(blocks[code]), float(error[code])) for code in (8, 16, 24, 48)]
-            options.append(mine)
+            codes = (8, 16, 24, 48) if len(precisions) == 1 else (8, 24)
+            mine += [(int(blocks[code]), float(error[code])) for code in codes]
+            prices = unit.means.precision_error[:, head]
+            options.append([(found.cost(b, each), e + prices[each]) for b, e in mine for each in precisions])
     sums = [(sum(blocks for blocks, _ in each), sum(error for _, error in each)) for each in product(*options)]
     return min(error for blocks, error in sums if blocks <= limit)
 
@@ -226,9 +229,83 @@ def test_as_good_as_every_combination_within_the_gap(seed: int) -> None:
     assert select["predicted_error"] == pytest.approx(accounts[-1].error)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_as_good_as_every_combination_with_precisions_within_the_gap(seed: int) -> None:
+    of = stats.manifest(model=ModelSignature("TinyModel", layers=1, heads=2, head_dim=8))
+    store = rounded(memory_store(of, seed=seed), 0.25)
+    found, accounts = compile_store(store, "select{target-density=0.6,precision=auto}", EIGHT)
+    select = found.findings["select"]
+    least = brute_force(found, 0.6 * accounts[0].blocks, tuple(PRECISIONS))
+    assert select["predicted_error"] - select["duality_gap"] <= least
+    assert select["predicted_error"] == pytest.approx(accounts[-1].error)
+    assert select["cost"] == pytest.approx(accounts[-1].cost)
+    assert accounts[-1].cost <= 0.6
+    assert accounts[-1].blocks == select["density"] * accounts[0].blocks
+
+
+def rounded(store: MemoryStore, by: float) -> MemoryStore:
+    """The same store with effects of precisions so many times as large."""
+    tables = {
+        name: replace(each, precision_effect=each.precision_effect * np.float32(by))
+        for name, each in store.tables.items()
+    }
+    return MemoryStore(store.manifest, store.parts, tables)
+
+
+@given(st.floats(0.45, 1.0), st.integers(0, 5), st.sampled_from([0.01, 0.1, 1.0]), st.sampled_from([0.1, 1.0]))
+def test_the_budget_is_of_cost_and_precisions_are_priced(
+    target: float, seed: int, rounding: float, copies: float
+) -> None:
+    budget = f"select{{target-density={target},precision=auto}}"
+    store = rounded(memory_store(stats.manifest(), seed=seed, copies=copies), rounding)
+    found, accounts = compile_store(store, f"{budget},anchors,{budget},schedule,lower", EIGHT)
+    spent = 0.0
+    speeds = {BF16: (1, 0), INT8: (0.875, 0), INT8_FP8: (0.75, 70 * 8 * 0.01e-6 / found.block_ms)}
+    for unit in found.all:
+        assert unit.lowered.head_precision.tolist() == unit.precision.tolist()
+        errors = unit.means.precision_error[unit.precision, np.arange(unit.heads)]
+        np.testing.assert_array_equal(unit.precision_error, errors)
+        assert (unit.error >= errors * (1 - 1e-12)).all()
+        for head, precision in enumerate(unit.precision.tolist()):
+            factor, prepass = speeds[precision]
+            spent += unit.lowered.computed_blocks(head) * factor + prepass
+    assert spent <= target * accounts[0].blocks * (1 + 1e-12)
+    assert accounts[-1].predicted_ms == pytest.approx(spent * found.block_ms)
+    assert accounts[-1].cost == pytest.approx(spent / accounts[0].blocks)
+
+
+def test_precisions_are_chosen_where_they_are_worth_it() -> None:
+    """Free, all heads take the fastest; dear, none does, and masks are those of bf16; auto never loses more."""
+    plain = "select{target-density=0.55}"
+    auto = plain.replace("}", ",precision=auto}")
+    store = memory_store(stats.manifest())
+    free, _ = compile_store(rounded(store, 0), auto, EIGHT)
+    assert {each for unit in free.all for each in unit.precision.tolist()} == {INT8_FP8}
+    (dear, _), (bf16, least) = compile_store(rounded(store, 1e6), auto, EIGHT), compile_store(store, plain, EIGHT)
+    for unit, other in zip(dear.all, bf16.all, strict=True):
+        assert unit.precision.tolist() == other.precision.tolist() == [BF16] * 3
+        np.testing.assert_array_equal(unit.keep, other.keep)
+    _, some = compile_store(rounded(store, 0.1), auto, EIGHT)
+    assert some[-1].error < least[-1].error
+    assert some[-1].density > 0.55 >= some[-1].cost
+
+
+def test_a_price_of_a_precision_is_drawn_to_the_layers_heads() -> None:
+    store, (job, units) = memory_store(stats.manifest()), gathered()
+    w = trust(3 * stats.VECTORS)
+    for unit in units:
+        at = unit.time_index, unit.layer
+        each = [(x.precision_effect[:, at[0], at[1]] ** 2).mean(0) / x.level[at[0]] for x in store.tables.values()]
+        measured = np.mean(each, 0)
+        expected = (w * measured + (1 - w) * measured.mean(1, keepdims=True)) * job.levels[unit.time_index]
+        np.testing.assert_allclose(unit.means.precision_error[1:], expected, rtol=1e-5)
+        assert not unit.means.precision_error[BF16].any()
+
+
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
+        ("select{precision=auto}", "precision must be bf16 on a device whose 8 bits were not measured, got auto, test"),
         ("select,schedule,select", "select: select must come before schedule, got it after"),
         ("select{target-density=0.1}", "leave room for the least that the menu can keep, density 0.2"),
     ],

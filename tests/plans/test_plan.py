@@ -331,7 +331,7 @@ BAD_FILES |= {
     "a precision of no kind": (
         set_section("1/head_precision", np.array([0, 0, 0, 0, 1, 2, 3, 0], np.uint8)),
         errors.ScheduleError,
-        "segment 1, layer 1: head_precision must be one of 0 (16 bit), 1 (int8 QK), 2 (int8 QK, fp8 PV), got 3",
+        "segment 1, layer 1: head_precision must be one of 0 (16 bit), 1 (int8 QK), 2 (int8 QK with fp8 PV), got 3",
     ),
     "precisions of int32": (
         set_section("0/head_precision", np.zeros(8, np.int32)),

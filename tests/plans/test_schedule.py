@@ -168,7 +168,7 @@ BROKEN = {
     "precision short": (lambda: without_last("head_precision"), "head_precision must have one entry for each of 4"),
     "precision 3": (
         lambda: changed("head_precision", _2=3),
-        "head_precision must be one of 0 (16 bit), 1 (int8 QK), 2 (int8 QK, fp8 PV), got 3 for head 2",
+        "head_precision must be one of 0 (16 bit), 1 (int8 QK), 2 (int8 QK with fp8 PV), got 3 for head 2",
     ),
     "row_ptr empty": (lambda: replace(example(), row_ptr=np.zeros(0, np.int32)), "row_ptr must start at 0"),
     "row_ptr from 1": (lambda: changed("row_ptr", _0=1), "row_ptr must start at 0"),

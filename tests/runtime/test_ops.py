@@ -74,7 +74,7 @@ def test_a_precision_that_a_backend_has_not_is_refused(
     """Before anything is computed, from the outline alone; and so is `auto` if nobody has it."""
     eight = LayerSchedule(replace(schedule.core, head_precision=np.array([INT8_FP8, BF16], np.uint8)))
     module = load_backend(name)
-    reason = "it cannot execute heads of precision 2 (int8 QK, fp8 PV)"
+    reason = "it cannot execute heads of precision 2 (int8 QK with fp8 PV)"
     for has, count in (({BF16}, 1), ({BF16, INT8}, 1), ({BF16, INT8_FP8}, 0)):
         monkeypatch.setattr(module, "PRECISIONS", has, raising=False)
         assert ops.supports(eight, "cpu", torch.float32, 16, name).count(reason) == count

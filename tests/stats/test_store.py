@@ -56,6 +56,7 @@ def assert_whole(store: Store, *names: str, bound: float = 1e-3) -> None:
     for name, found in zip(names, table.samplings, strict=True):
         wanted = tables(M, seed_of(0, name))
         np.testing.assert_array_equal(found.window_effect, wanted.window_effect)
+        np.testing.assert_array_equal(found.precision_effect, wanted.precision_effect)
         np.testing.assert_array_equal(found.level, wanted.level)
 
 
@@ -91,8 +92,9 @@ def test_the_table_divides_by_the_level(tmp_path):
     one, other = (each.level for each in table.samplings)
     assert one.shape == (2,)
     np.testing.assert_allclose(table.time_level, np.sqrt(one * other))
-    wanted = [(each.window_effect**2).mean(0) / each.level[:, None, None, None] for each in table.samplings]
-    np.testing.assert_allclose(table.window_error, np.mean(wanted, 0), rtol=1e-5)
+    for name, found in (("window_effect", table.window_error), ("precision_effect", table.precision_error)):
+        wanted = [(getattr(each, name) ** 2).mean(0) / each.level[:, None, None, None] for each in table.samplings]
+        np.testing.assert_allclose(found, np.mean(wanted, 0), rtol=1e-5)
     for each in table.samplings:
         assert each.window_effect.shape == (2, 2, 2, 2, 3)
         assert each.ladder_effect.shape == (2, 2, 2, 3, 3)

@@ -95,7 +95,7 @@ def test_manifest_round_trip_is_canonical():
         ("row_radius", 5),
         ("frame_radius", 2),
         ("versions", {"torch": 2}),
-        ("schema_version", 4),
+        ("schema_version", 5),
         ("grid", None),
     ],
 )
@@ -109,9 +109,9 @@ def test_manifest_refuses(name, value):
     [
         (lambda value: value.pop("grid"), "must have the field 'grid'"),
         (lambda value: value.update(more=1), "must not have the field 'more'"),
-        (lambda value: value.update(schema_version=4), "schema_version must be 3, got 4"),
-        (lambda value: value.update(schema_version=2), r"must be 3 \(calibrate again: .*\), got 2"),
-        (lambda value: value.update(schema_version=1, query_stride=4), r"must be 3 \(calibrate again: .*\), got 1"),
+        (lambda value: value.update(schema_version=5), "schema_version must be 4, got 5"),
+        (lambda value: value.update(schema_version=3), r"must be 4 \(calibrate again: .*\), got 3"),
+        (lambda value: value.update(schema_version=1, query_stride=4), r"must be 4 \(calibrate again: .*\), got 1"),
         (lambda value: value.update(times=3), "times must be a list, got 3"),
         (lambda value: value["grid"].update(width=0), "grid.width must be a positive integer, got 0"),
         (lambda value: value["windows"][0].update(kind="ball"), "window.kind must be"),
@@ -242,6 +242,11 @@ def edited(name, at, value):
         (edited("ladder_effect", (0, 0, 0, 0, 0), np.nan), r"ladder_effect must be numbers, or NaN in all of a"),
         (edited("ladder_effect", (0, 0, 0), np.nan), r"ladder_effect must be numbers, or NaN in all of a"),
         (edited("ladder_effect", (0, 0, 0, 0, 0), np.inf), "ladder_effect must be from -1e\\+09 to 1e\\+09"),
+        (edited("precision_effect", (0, 0, 0, 1, 2), np.nan), "precision_effect must be from -1e\\+09 to 1e\\+09"),
+        (
+            {"precision_effect": np.ones((2, 2, 2, 1, 3), np.float32)},
+            r"precision_effect must be float32 \(2, 2, 2, 2",
+        ),
         ({"level": np.ones(2, np.float32)}, r"level must be float64 \(2,\), got float32 \(2,\)"),
         ({"window_effect": np.ones((0, 2, 2, 2, 3), np.float32)}, "at least one vector, got none"),
     ],

@@ -34,7 +34,7 @@ from calibatt.compiler.language import parse_passes
 from calibatt.compiler.pipeline import in_turn, run
 from calibatt.compiler.shelf import MemoryShelf
 from calibatt.compiler.stats import Manifest, Table
-from calibatt.plans import Blocks, ModelSignature, TokenGrid
+from calibatt.plans import PRECISIONS, Blocks, ModelSignature, TokenGrid
 from support.jobs import DEVICE
 
 GOLDENS = Path(__file__).parent.parent / "compiler" / "golden"
@@ -59,7 +59,11 @@ class DrawnSource:
         heads = len(keep)
         first = self.keep[time_index].argmax(-1)[..., None] == np.arange(self.keep.shape[-1])
         means = UnitMeans(
-            np.zeros(first.shape, np.uint8), np.zeros(heads, np.float32), np.zeros((0, heads)), np.zeros((0, 0))
+            np.zeros(first.shape, np.uint8),
+            np.zeros(heads, np.float32),
+            np.zeros((0, heads)),
+            np.zeros((0, 0)),
+            np.zeros((len(PRECISIONS), heads)),
         )
         unit = UnitIR(
             time_index, layer, job.manifest.grid, job.manifest.blocks, means, pack(first), np.zeros((0, heads))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from calibatt.compiler.bits import count, unpack
-from calibatt.compiler.cost import Device
+from calibatt.compiler.cost import Device, Speed
 from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.ir import Groups, Job, UnitIR, packed_bits
 from calibatt.compiler.language import parse_passes
@@ -17,10 +18,12 @@ from calibatt.compiler.menu import Menu
 from calibatt.compiler.pipeline import Account, in_turn, run
 from calibatt.compiler.shelf import MemoryShelf
 from calibatt.compiler.stats import Manifest, SamplingTables, Table, Unit, combined
-from calibatt.plans import TokenGrid
+from calibatt.plans import INT8, INT8_FP8, TokenGrid
 from support import stats
 
 DEVICE = Device("test", "made up", tflops=1.0)
+EIGHT = replace(DEVICE, eight_bit={INT8: Speed(0.875), INT8_FP8: Speed(0.75, prepass_ns=0.01)})
+"""A device with 8 bits; the pre-pass of a head of `stats.manifest` takes as long as 0.7 of its blocks."""
 
 
 class MemoryStore:
@@ -86,19 +89,21 @@ class Compiled(Job):
         return self.all[time_index * layers : (time_index + 1) * layers]
 
 
-def compile_store(store: Any, passes: str) -> tuple[Compiled, list[Account]]:
+def compile_store(store: Any, passes: str, device: Device = DEVICE) -> tuple[Compiled, list[Account]]:
     """The job of a store after some passes."""
     source, shelf = StatisticsSource(store), MemoryShelf()
-    found = source.make_job(DEVICE)
+    found = source.make_job(device)
     accounts = run(source, found, parse_passes(passes), shelf, in_turn).accounts
     found.__class__ = Compiled
     found.all = [shelf.units[index] for index in range(found.units)]
     return found, accounts
 
 
-def compiled(passes: str, of: Manifest | None = None, **options: Any) -> tuple[Compiled, list[Account]]:
+def compiled(
+    passes: str, of: Manifest | None = None, device: Device = DEVICE, **options: Any
+) -> tuple[Compiled, list[Account]]:
     """The job of random statistics after some passes."""
-    return compile_store(memory_store(of or stats.manifest(), **options), passes)
+    return compile_store(memory_store(of or stats.manifest(), **options), passes, device)
 
 
 def mask(unit: UnitIR, head: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from calibatt.compiler.stats import Manifest, SamplingTables, StoreWriter, Unit, Window, neighbours
-from calibatt.plans import Blocks, ModelSignature, TokenGrid
+from calibatt.plans import EIGHT_BITS, Blocks, ModelSignature, TokenGrid
 
 VECTORS = 2
 
@@ -74,7 +74,7 @@ def tables(of: Manifest, seed: int = 0, ladder: bool = True, vectors: int = VECT
 
     level = rng.random((times, layers, heads)).sum((1, 2)) * 1e-3
     ladder_effect = effects(len(of.shares)) * (1 if ladder else np.float32(np.nan))
-    return SamplingTables(level, effects(len(of.windows)), ladder_effect)
+    return SamplingTables(level, effects(len(of.windows)), ladder_effect, effects(len(EIGHT_BITS)) / np.float32(4))
 
 
 def seed_of(*parts: object) -> int:

@@ -40,8 +40,19 @@ for number, (tokens, channels, blocks, video) in enumerate(CASES):
             found = kernels.block_effects(call, g, words, masks, blocks)
             for ours, theirs in zip(found, exact, strict=True):
                 assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+            for ours, theirs in zip(found[:2], exact[:2], strict=True):
                 # The only block of a row has all the mass: what is left, rounding, is divided by LEAST_REST.
                 torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 if shape[1] > 1 else 1e-2)
+    # Rounded are multiples of the largest probability so far: of the largest of all, where that comes first.
+    call.q.mul_(0.25)
+    call.q[..., 0], call.k[..., 0], call.k[:, call.span[0], 0] = 4.0, 0.0, 5.0
+    scores = call.q @ call.k.mT * channels**-0.5
+    first = AttentionCall(0, call.q, call.k, v, scores.softmax(-1) @ v, scores.logsumexp(-1), [g], 0.5, video)
+    assert (scores[:, video].argmax(-1) == call.span[0]).all()
+    large = 100 * g
+    exact, found = (of(first, large, words, masks, blocks)[2] for of in (effects._block_effects, kernels.block_effects))
+    assert exact.abs().max() > 0.1, exact
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
     for stride in (1, 3, 8):
         exact = effects.block_statistics(call.q, k, v, blocks, stride, video)
         found = kernels.block_statistics(call.q, k, v, blocks, stride, video)

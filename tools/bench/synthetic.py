@@ -30,7 +30,7 @@ from calibatt.compiler.stats import (
 )
 from calibatt.compiler.stats.files import UNITS, unit_name
 from calibatt.compiler.stats.unit import write_unit
-from calibatt.plans import Blocks, ModelSignature, TokenGrid
+from calibatt.plans import EIGHT_BITS, Blocks, ModelSignature, TokenGrid
 
 Float = npt.NDArray[np.float32]
 
@@ -43,6 +43,8 @@ FIELD_BLOCKS = 2048
 ROW_STRIDE = 8
 """Every so-manieth query block is looked at for what masks cost."""
 VECTORS = 2
+ROUNDING = 0.02
+"""Effects of 8 bits / those of windows."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,8 @@ class Synthetic:
                 signed = rng.normal(0, 1, (VECTORS, *price.shape)) * np.sqrt(price * level[:, None, None, None])
                 signed = signed.astype(np.float32)
                 ladder = signed[:, :, :, windows:] * np.float32(1 if index else np.nan)
-                tables = SamplingTables(level, signed[:, :, :, :windows], ladder)
+                eight = signed[:, :, :, : len(EIGHT_BITS)] * np.float32(ROUNDING)
+                tables = SamplingTables(level, signed[:, :, :, :windows], ladder, eight)
                 writer.finish(name, tables, {"prompt": f"synthetic {name}", "seed": self.seed, "vectors": VECTORS})
 
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from calibatt.compiler.stats import Manifest, SampleExists, SamplingTables, StoreWriter, Unit, window_keep
 from calibatt.compiler.stats.codes import MOST
+from calibatt.plans import EIGHT_BITS
 from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.tools.calibrate import effects
 from calibatt.tools.calibrate.attention import kernel_name
@@ -79,6 +80,7 @@ class LayerSums:
     effect: Tensor
     error: Tensor
     masks: Tensor
+    precisions: Tensor
     rows: Tensor
     frames: Tensor
     votes: Tensor | None = None
@@ -238,6 +240,7 @@ class Calibrator:
             effect=torch.zeros(vectors, heads, *sizes, device=device),
             error=torch.zeros(heads, *sizes, device=device),
             masks=torch.zeros(vectors, len(masks), heads, dtype=torch.float64, device=device),
+            precisions=torch.zeros(vectors, len(EIGHT_BITS), heads, dtype=torch.float64, device=device),
             rows=torch.zeros(vectors, heads, manifest.grid.height, 2 * manifest.row_radius, device=device).double(),
             frames=torch.zeros(vectors, heads, manifest.grid.frames, 2 * manifest.frame_radius, device=device).double(),
         )
@@ -469,9 +472,10 @@ class Recording:
                 self._name, forward.moment, call.layer, call.q.device
             )
         sums = moment.layers[call.layer]
-        effect, masks = effects.block_effects(call, sums.words, sums.masks.shape[1], manifest.blocks)
+        effect, masks, rounding = effects.block_effects(call, sums.words, sums.masks.shape[1], manifest.blocks)
         sums.effect += effect
         sums.masks += masks
+        sums.precisions += effects.precision_effects(call, rounding, manifest.blocks)
         sums.error += effects.block_errors(call, manifest.blocks)
         rows, frames = effects.copy_effects(call, manifest.grid, manifest.row_radius, manifest.frame_radius)
         sums.rows += rows
@@ -514,17 +518,19 @@ class Recording:
         """What is kept of one time of this sampling alone."""
         manifest = self.calibrator.manifest
         windows = len(manifest.windows)
-        window, rungs = [], []
+        window, rungs, precisions = [], [], []
         for layer in range(manifest.model.layers):
             sums = moment.layers[layer]
             masks = sums.masks.float().cpu().numpy()
             window.append(masks[:, :windows])
             none = np.full((len(masks), len(manifest.shares), manifest.model.heads), np.nan, np.float32)
             rungs.append(masks[:, windows:] if sums.has_ladder else none)
+            precisions.append(sums.precisions.float().cpu().numpy())
         return {
             "level": np.array(level),
             "window_effect": np.stack(window, 1),
             "ladder_effect": np.stack(rungs, 1),
+            "precision_effect": np.stack(precisions, 1),
         }
 
     def _unit(self, sums: LayerSums, level: float) -> Unit:
@@ -563,7 +569,7 @@ def _cotangent(latent: Tensor, seed: int, vector: int, index: int) -> Tensor:
 
 def _stacked(key: str, parts: list[np.ndarray]) -> np.ndarray:
     """Tables of all times in one array: the axis of times comes first, or after that of the vectors."""
-    return np.stack(parts, 1 if key in ("window_effect", "ladder_effect") else 0)
+    return np.stack(parts, 0 if key == "level" else 1)
 
 
 def _parameters(model: nn.Module) -> tuple[str, ...]:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calibatt.plans import Blocks, TokenGrid
+from calibatt.plans import EIGHT_BITS, INT8_FP8, Blocks, TokenGrid
 from calibatt.tools.calibrate.gradients import EVERY, AttentionCall
+from calibatt.tools.calibrate.precision import as_e4m3, attend_8bit
 
 SCORES_AT_ONCE = 1 << 19
 """Scores that the PyTorch path holds at a time (2 MiB in float32: they stay in a core's cache)."""
@@ -28,6 +29,9 @@ ERROR_STRIDE = 8
 """Block errors are sums of squares, for which every 8th query is enough."""
 DIAGONAL_SHARE = 1e-3
 """Of the mean of a diagonal, added to all of it: rounding could make a metric negative where there is no gradient."""
+SHIFT = 5
+"""Probabilities are rounded to e4m3 as multiples of the largest of their query, or so far, by 2 to the power of less
+this."""
 MOST_MASKS = 31
 """Masks that are measured together, a bit each."""
 
@@ -46,13 +50,14 @@ def mask_words(masks: Tensor) -> Tensor:
     return words
 
 
-def block_effects(call: AttentionCall, words: Tensor, masks: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """Signed effects of dropping single blocks, and of whole masks.
+def block_effects(call: AttentionCall, words: Tensor, masks: int, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+    """Signed effects of dropping single blocks, of whole masks, and of probabilities in e4m3.
 
     For query i and key block J, with P the attention, dP_ij = <g_i, v_j> and D_i = <g_i, o_i>, let
     a_iJ = sum over J of P_ij (dP_ij - D_i) and p_iJ = sum over J of P_ij. Dropping J alone has the effect
     -a_iJ / (1 - p_iJ), keeping just the blocks of a mask sum of a_iJ / sum of p_iJ. Blocks are of the video's tokens,
-    queries and keys; keys of all other tokens are in both sums, whatever the mask.
+    queries and keys; keys of all other tokens are in both sums, whatever the mask. Where P' is P rounded to e4m3, which
+    multiplies values less their mean m, the effect is the sum over all keys of (P'_ij - P_ij) (dP_ij - <g_i, m>).
 
     Args:
         call: The call, with V gradients.
@@ -62,7 +67,7 @@ def block_effects(call: AttentionCall, words: Tensor, masks: int, blocks: Blocks
 
     Returns:
         Float32 ``(V, H, Q, K)`` effects of blocks, but for their sign, which is the same for all; and float64
-        ``(V, masks, H)`` effects of masks.
+        ``(V, masks, H)`` effects of masks, ``(V, H)`` of rounding.
     """
     if call.q.is_cuda:
         from calibatt.tools.calibrate.kernels import block_effects as measure
@@ -70,36 +75,65 @@ def block_effects(call: AttentionCall, words: Tensor, masks: int, blocks: Blocks
         measure = _block_effects
     words = words.expand(len(call.q), -1, -1)
     found = [measure(call, grad, words, masks, blocks) for grad in call.grads]
-    effects, kept = zip(*found, strict=True)
-    return torch.stack(effects) / call.scale, torch.stack(kept) / call.scale
+    effect, kept, rounding = (torch.stack(each) / call.scale for each in zip(*found, strict=True))
+    return effect, kept, rounding
 
 
 def _block_effects(
     call: AttentionCall, grad: Tensor, words: Tensor, masks: int, blocks: Blocks
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`block_effects` of one gradient by PyTorch, some queries of a head at a time."""
     heads, _, channels = call.q.shape
     tokens, size, k_blocks = grad[:, call.video].shape[1], blocks.block_q, words.shape[2]
     effect = torch.zeros(words.shape)
     kept = torch.zeros(masks, heads, dtype=torch.float64)
+    rounding = torch.zeros(heads, dtype=torch.float64)
     bits = torch.arange(masks, dtype=torch.int32)
     at_once = max(1, SCORES_AT_ONCE // (call.q.shape[1] * size))
     for head in range(heads):
         q, out, g = (x[head, call.video].float() for x in (call.q, call.out, grad))
         k, v = (_in_blocks(x[head, None], call.video, blocks.block_k)[0].float() for x in (call.k, call.v))
+        mean = call.v[head].float().mean(0)
         for first, count, length in _runs(tokens, size, at_once):
             here = slice(first * size, first * size + length)
             scores = (q[here] * channels**-0.5) @ k.T
             scores[:, tokens : k_blocks * blocks.block_k] = -torch.inf
             p = torch.softmax(scores, -1)
-            change = (g[here] @ v.T).mul_(p)
+            change = g[here] @ v.T
+            unit = p.amax(-1, keepdim=True) / 2**SHIFT
+            rounded = as_e4m3(p / unit) * unit - p
+            rounding[head] += (rounded * (change - (g[here] @ mean)[:, None])).sum(-1).double().sum()
+            change *= p
             p, change = (_sums(x, k_blocks, blocks.block_k) for x in (p, change))
             change -= p * (g[here] * out[here]).sum(-1, keepdim=True)
             p, change = p.view(count, -1, k_blocks + 1), change.view(count, -1, k_blocks + 1)
             effect[head, first : first + count] = (change / (1 - p).clamp(min=LEAST_REST))[..., :-1].sum(1)
             keep = F.pad((words[head, first : first + count, :, None] >> bits & 1).float(), (0, 0, 0, 1), value=1.0)
             kept[:, head] += ((change @ keep) / (p @ keep).clamp(min=LEAST_KEPT)).double().sum((0, 1))
-    return effect, kept
+    return effect, kept, rounding
+
+
+def precision_effects(call: AttentionCall, rounding: Tensor, blocks: Blocks) -> Tensor:
+    """Signed effects of heads in 8 bits: the sum over the video's tokens of <g, o' - o>.
+
+    Args:
+        call: The call, with V gradients.
+        rounding: ``(V, H)`` of `block_effects`.
+        blocks: Block sizes.
+
+    Returns:
+        float64 ``(V, len(EIGHT_BITS), H)``.
+    """
+    found = rounding.new_zeros(len(call.grads), len(EIGHT_BITS), len(call.q))
+    for some in _heads_at_once(call.q):
+        for index, precision in enumerate(EIGHT_BITS):
+            eight = attend_8bit(call.q[some], call.k[some], call.v[some], precision, call.video, blocks.block_k)
+            eight -= call.out[some, call.video]
+            for vector, grad in enumerate(call.grads):
+                products = torch.linalg.vecdot(grad[some, call.video].float(), eight)
+                found[vector, index, some] = products.sum(1, dtype=torch.float64) / call.scale
+    found[:, EIGHT_BITS.index(INT8_FP8)] += rounding
+    return found
 
 
 def _in_blocks(x: Tensor, video: slice, block_k: int) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from calibatt.compiler.stats import Manifest
+from calibatt.plans import EIGHT_BITS
 from calibatt.tools.calibrate.calibration import Calibrator
 from calibatt.tools.calibrate.work import device_of
 
@@ -75,7 +76,7 @@ def disk_bytes(manifest: Manifest, samplings: int, forwards: int, vectors: int, 
         * 2
         * (manifest.grid.height * manifest.row_radius + manifest.grid.frames * manifest.frame_radius)
     )
-    masks = len(manifest.windows) + len(manifest.shares)
+    masks = len(manifest.windows) + len(manifest.shares) + len(EIGHT_BITS)
     tables = samplings * units * model.heads * 4 * vectors * masks
     journal = forwards * latent_bytes * (1 + vectors)
     closed, opened = (units * (size * blocks + counts + copies) for size in (CLOSED_BYTES, OPEN_BYTES))

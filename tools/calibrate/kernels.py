@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from calibatt.plans import Blocks
-from calibatt.tools.calibrate.effects import LEAST_KEPT, LEAST_REST
+from calibatt.tools.calibrate.effects import LEAST_KEPT, LEAST_REST, SHIFT
 from calibatt.tools.calibrate.gradients import EVERY, AttentionCall
 
 LOG2E = 1.4426950408889634
@@ -131,6 +131,14 @@ def _rows(ptr, rows, exists, stride, dims, DIMS: tl.constexpr):
     return tl.load(at, mask=exists[:, None] & (dims[None] < DIMS), other=0.0)
 
 
+@triton.jit
+def _as_e4m3(x):
+    """Numbers of float32, none negative and at most 448, rounded to e4m3: in steps of an eighth of their power of 2."""
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    whole = tl.maximum(power * 0.125, 0.001953125) * 12582912.0  # 2^-9, and 1.5 x 2^23: sums end in steps
+    return (x + whole) - whole
+
+
 @triton.jit(do_not_specialize=["tokens", "video_start", "video_stop", "parts"])
 def _block_effects(
     q_ptr,
@@ -139,9 +147,11 @@ def _block_effects(
     g_ptr,
     o_ptr,
     total_ptr,
+    mean_ptr,
     words_ptr,
     effect_ptr,
     kept_ptr,
+    rounding_ptr,
     tokens,
     video_start,
     video_stop,
@@ -165,6 +175,7 @@ def _block_effects(
     LEAST_REST: tl.constexpr,
     LEAST_KEPT: tl.constexpr,
     LOG2E: tl.constexpr,
+    SHIFT: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DIMS: tl.constexpr,
@@ -175,7 +186,7 @@ def _block_effects(
     """One program per (query block, head): for every key block P, dP and dS of the tile, then their sums.
 
     Of dS = P (dP - D) only the sums over the keys of a block are needed, beside those of P; `kept` and `mass` add them
-    up for each mask, a column each.
+    up for each mask, a column each. `rounding` adds up what P in e4m3 changes.
     """
     head = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64)
@@ -187,6 +198,10 @@ def _block_effects(
     out = _rows(o_ptr + head * stride_oh, rows, exists, stride_on, dims, DIMS)
     own = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
     level = tl.load(total_ptr + head * stride_th + rows, mask=exists, other=0.0) * LOG2E
+    mean = tl.load(mean_ptr + head * DIMS + dims, mask=dims < DIMS, other=0.0)
+    of_mean = tl.sum(g.to(tl.float32) * mean[None], 1)
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    rounding = tl.zeros([BLOCK_Q], tl.float32)
     bits = tl.arange(0, MASKS)
     kept = tl.zeros([BLOCK_Q, MASKS], tl.float32)
     mass = tl.zeros([BLOCK_Q, MASKS], tl.float32)
@@ -200,7 +215,12 @@ def _block_effects(
         v = _rows(v_ptr + head * stride_vh, keys, there, stride_vn, dims, DIMS)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         p = tl.where(there[None], tl.exp2(scores - level[:, None]), 0.0)
-        change = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - own[:, None])
+        worth = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        change = p * (worth - own[:, None])
+        top = tl.maximum(top, tl.max(tl.where(there[None], scores, float("-inf")), 1))
+        times = tl.exp2(level - top + SHIFT)
+        large = p * times[:, None]
+        rounding += tl.sum((_as_e4m3(large) - large) * (worth - of_mean[:, None]), 1) / times
         block_mass = tl.sum(p, 1)
         block_change = tl.sum(change, 1)
         alone = block_change / tl.maximum(1.0 - block_mass, LEAST_REST)
@@ -211,12 +231,13 @@ def _block_effects(
         mass += block_mass[:, None] * keep[None]
     share = tl.where(exists[:, None], kept / tl.maximum(mass, LEAST_KEPT), 0.0)
     tl.store(kept_ptr + (head * q_blocks + block) * MASKS + bits, tl.sum(share, 0))
+    tl.store(rounding_ptr + head * q_blocks + block, tl.sum(tl.where(exists, rounding, 0.0), 0))
 
 
 def block_effects(
     call: AttentionCall, grad: Tensor, words: Tensor, masks: int, blocks: Blocks
-) -> tuple[Tensor, Tensor]:
-    """Signed effects of blocks and masks for one gradient by Triton; see `effects.block_effects`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Signed effects of blocks, masks and rounding for one gradient by Triton; see `effects.block_effects`.
 
     Raises:
         ValueError: A block is larger than 128 tokens.
@@ -232,6 +253,7 @@ def block_effects(
     columns = max(16, triton.next_power_of_2(masks))
     effect = torch.empty(shape, device=q.device, dtype=torch.float32)
     kept = torch.empty(*shape[:2], columns, device=q.device, dtype=torch.float32)
+    rounding = torch.empty(shape[:2], device=q.device, dtype=torch.float32)
     words = words if words.stride(-1) == 1 else words.contiguous()
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         _block_effects[shape[1], heads](
@@ -241,9 +263,11 @@ def block_effects(
             g,
             out,
             call.total,
+            v.float().mean(1),
             words,
             effect,
             kept,
+            rounding,
             tokens,
             start,
             stop,
@@ -257,6 +281,7 @@ def block_effects(
             LEAST_REST=LEAST_REST,
             LEAST_KEPT=LEAST_KEPT,
             LOG2E=LOG2E,
+            SHIFT=SHIFT,
             BLOCK_Q=blocks.block_q,
             BLOCK_K=blocks.block_k,
             DIMS=channels,
@@ -266,7 +291,7 @@ def block_effects(
             num_warps=8 if blocks.block_q * blocks.block_k >= 128 * 64 else 4,
             num_stages=2,
         )
-    return effect, kept.double().sum(1).T[:masks]
+    return effect, kept.double().sum(1).T[:masks], rounding.double().sum(1)
 
 
 def _parts(k_blocks: int, start: int, stop: int, tokens: int, block_k: int) -> int:

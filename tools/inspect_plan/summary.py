@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from calibatt.plans import DENSE, FRAMES, NO_ANCHORS, ROWS, PlanFile
+from calibatt.plans import BF16, DENSE, FRAMES, NO_ANCHORS, PRECISIONS, ROWS, PlanFile, told_precisions
 from calibatt.plans.errors import legible
 
 EVALUATION = "evaluation"
@@ -32,12 +32,14 @@ class Heads:
         kinds: ``(segments, layers, heads)``: dense, sparse, or anchored (whatever it lists).
         frames: Heads, over layers and segments, whose anchors are whole frames.
         sharing: Heads, likewise, whose lists another head of the layer uses too.
+        precisions: uint8 ``(segments, layers, heads)``, of `plans.PRECISIONS`.
     """
 
     densities: npt.NDArray[np.float64]
     kinds: npt.NDArray[np.str_]
     frames: int
     sharing: int
+    precisions: npt.NDArray[np.uint8]
 
 
 @lru_cache(maxsize=1)
@@ -49,16 +51,18 @@ def heads_of(plan: PlanFile) -> Heads:
     """
     shape = len(plan.segments), plan.signature.layers, plan.signature.heads
     densities, kinds, frames, sharing = np.zeros(shape), np.zeros(shape, "<U8"), 0, 0
+    precisions = np.zeros(shape, np.uint8)
     dense = plan.blocks.q_blocks(plan.grid.tokens) * plan.blocks.k_blocks(plan.grid.tokens)
     for segment, layer, packed in plan.walk():
         densities[segment, layer] = [packed.computed_blocks(head) / dense for head in range(packed.heads)]
+        precisions[segment, layer] = packed.head_precision
         listed = np.where(packed.head_list == DENSE, "dense", "sparse")
         kinds[segment, layer] = np.where(packed.head_anchor != NO_ANCHORS, "anchored", listed)
         axis = np.append(packed.anchor_axis, ROWS)[packed.head_anchor]  # NO_ANCHORS takes the last
         frames += int((axis == FRAMES).sum())
         _, counts = np.unique(packed.head_list[packed.head_list != DENSE], return_counts=True)
         sharing += int(counts[counts > 1].sum())
-    return Heads(densities, kinds, frames, sharing)
+    return Heads(densities, kinds, frames, sharing, precisions)
 
 
 def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
@@ -86,6 +90,8 @@ def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
             for index, segment in enumerate(plan.segments)
         ],
         "layer_density": densities.mean(axis=2).tolist(),
+        "precisions": {name: int((heads.precisions == each).sum()) for each, name in PRECISIONS.items()},
+        "layer_eight_bit": (heads.precisions != BF16).mean(axis=2).tolist(),
         "heads": _count(kinds) | {"with_anchor_frames": heads.frames, "sharing_lists": heads.sharing},
         "section_bytes": plan.section_bytes(),
         "predicted": dict(plan.predicted),
@@ -147,13 +153,14 @@ def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, st
             f"{plan.blocks.block_q} queries x {plan.blocks.block_k} keys: "
             f"{blocks['q_blocks']:,} x {blocks['k_blocks']:,} blocks a head",
         ),
-        ("density", f"{values['density']:.1%} of dense attention, mean over segments"),
+        ("density", f"{values['density']:.1%} of the blocks of dense attention, mean over segments"),
         (
             "heads",
             f"{heads['dense']:,} dense, {heads['sparse']:,} sparse, {heads['anchored']:,} anchored{frames}; "
             f"{heads['sharing_lists']:,} share lists (of {total:,}: every layer and segment counts)",
         ),
     ]
+    lines += _named("precision", _precision_lines(heads_of(plan).precisions))
     lines += _named("predicted", _predicted_lines(plan, values["predicted_forward_ms"]))
     sections = sorted(values["section_bytes"].items(), key=lambda item: -item[1])
     lines.append(("bytes", ", ".join(f"{name} {_size(size)}" for name, size in sections)))
@@ -167,13 +174,21 @@ def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, st
     return lines
 
 
+def _precision_lines(precisions: npt.NDArray[np.uint8]) -> list[str]:
+    """Of the plan, and of every layer where some heads are in 8 bits; over all segments."""
+    layers = range(precisions.shape[1]) if precisions.any() else ()
+    return [told_precisions(precisions), *(f"layer {at}: {told_precisions(precisions[:, at])}" for at in layers)]
+
+
 def _named(name: str, lines: list[str]) -> list[tuple[str, str]]:
     return [(name if index == 0 else "", line) for index, line in enumerate(lines)]
 
 
 def _predicted_lines(plan: PlanFile, forward: Mapping[str, float] | None) -> list[str]:
     """What the header predicts; of what is listed head by head, sums."""
-    lines, told = [], {"density"}
+    lines, told = [], {"density", "cost"}
+    if isinstance(cost := plan.predicted.get("cost"), float):
+        lines.append(f"cost: {cost:.1%} of that of dense attention in 16 bit")
     if forward:
         told |= {"planned_ms", "dense_ms"}
         gain = forward["dense"] / forward["planned"] if forward["planned"] else float("inf")
