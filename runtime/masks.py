@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from calibatt.plans import (
+    BF16,
     DENSE,
     NO_ANCHORS,
     Blocks,
@@ -134,5 +135,6 @@ def _pack(masks: Any, grid: TokenGrid, blocks: Blocks, where: str) -> PackedLaye
         group_start=none,
         group_anchor=none,
         tile_order=none,
+        head_precision=np.full(len(keep), BF16, np.uint8),
     )
     return replace(packed, tile_order=packed.natural_order)
