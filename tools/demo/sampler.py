@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import diffusers
 import torch
 from torch import Tensor
 
-from calibatt.plans import TokenGrid
 from calibatt.tools.demo import world
-from calibatt.tools.demo.model import STEPS, WEIGHTS, DemoModel, generate, times
+from calibatt.tools.demo.model import FEW, FEW_STEPS, GROWN, STEPS, WEIGHTS, DemoModel, generate, times
 
 
 class DemoSampler:
@@ -21,18 +21,30 @@ class DemoSampler:
         model: The model; the trained one if absent.
         steps: Denoising steps.
         device: Where it runs.
+        new_noise: Every step adds new noise; see `generate`.
+        files: What the model was loaded from.
     """
 
-    def __init__(self, model: DemoModel | None = None, *, steps: int = STEPS, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: DemoModel | None = None,
+        *,
+        steps: int = STEPS,
+        device: str = "cpu",
+        new_noise: bool = False,
+        files: Sequence[Path] = (),
+    ) -> None:
         self.versions = {"diffusers": diffusers.__version__}
         if model is None:
-            model = DemoModel.load(device=device)
-            self.versions["weights"] = hashlib.blake2b(WEIGHTS.read_bytes(), digest_size=16).hexdigest()
-        self._model = model.to(device)
-        self.transformer = model.transformer
-        self.times = times(steps)[:-1].tolist()
-        frames, height, width = model.config["patch_size"]
-        self.grid = TokenGrid(world.FRAMES // frames, world.PIXELS // height, world.PIXELS // width)
+            model, files = DemoModel.load(device=device), (WEIGHTS,)
+        if files:
+            content = b"".join(path.read_bytes() for path in files)
+            self.versions["weights"] = hashlib.blake2b(content, digest_size=16).hexdigest()
+        if new_noise:
+            self.versions["sampler"] = "new noise at every step"
+        self._model, self._new_noise = model.to(device), new_noise
+        self.transformer, self.grid = model.transformer, model.grid
+        self.times = times(steps, model.shift)[:-1].tolist()
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raises `PromptError` for the first prompt that is no sentence of the demo's world."""
@@ -44,11 +56,45 @@ class DemoSampler:
 
     def run_batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Videos ``(n, 3, F, H, W)`` of several prompts in one loop; each as `run` makes it, but for rounding."""
-        return generate(self._model, list(prompts), list(seeds), len(self.times))
+        return generate(self._model, list(prompts), list(seeds), len(self.times), new_noise=self._new_noise)
 
     def decode(self, latent: Tensor) -> Tensor:
         """The latents of this model are videos."""
         return latent
+
+
+def grown(size: str, steps: int | None, device: str, weights: Path = GROWN) -> DemoSampler:
+    """The model of a larger clip of `world.CLIPS`; in bfloat16 on a GPU.
+
+    Raises:
+        ValueError: There are no weights; they are in the repository alone.
+    """
+    if not weights.exists():
+        raise ValueError(f"weights of the {size} demo model must be in {weights} (they come with the repository alone)")
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    model = DemoModel.load(weights, device, world.CLIPS[size], dtype)
+    return DemoSampler(model, steps=steps or STEPS, device=device, files=[weights])
+
+
+def few_steps(steps: int | None, device: str, *, new_noise: bool = False, lora: Path = FEW_STEPS) -> DemoSampler:
+    """The demo model with the LoRA that lets it sample in `FEW` steps.
+
+    Raises:
+        ValueError: There is no LoRA.
+    """
+    if not lora.exists():
+        raise ValueError(f"the LoRA for few steps must be in {lora} (python -m calibatt.tools.demo.distill makes it)")
+    model = DemoModel.load(device=device).load_lora(lora)
+    return DemoSampler(model, steps=steps or FEW, device=device, new_noise=new_noise, files=[WEIGHTS, lora])
+
+
+def named(name: str, steps: int | None, device: str) -> DemoSampler:
+    """The sampler of a ``--model``; see `calibatt.tools.calibrate.models.DEMOS`."""
+    if name in ("demo-medium", "demo-large"):
+        return grown(name.removeprefix("demo-"), steps, device)
+    if name in ("demo-few-steps", "demo-few-steps-noise"):
+        return few_steps(steps, device, new_noise=name.endswith("noise"))
+    return DemoSampler(steps=steps or STEPS, device=device)
 
 
 def training_prompts(count: int, seed: int) -> list[str]:

@@ -36,7 +36,7 @@ from calibatt.compiler.language import DEFAULT_PASSES, parse_passes
 from calibatt.compiler.stats import Store, window_keep
 from calibatt.plans.files import whole_file, write_text
 from calibatt.runtime import Plan
-from calibatt.tools.calibrate.models import FIRST_SEED, MODEL_HELP, make_sampler
+from calibatt.tools.calibrate.models import DEMOS, FIRST_SEED, MODEL_HELP, make_sampler
 from calibatt.tools.calibrate.work import pick_device, plan_work, read_prompts
 from calibatt.tools.evaluate import baselines, bench
 from calibatt.tools.evaluate.bench import Bench, BestOf, Exact, Kept, Measured, Moment, PerInput, Planned, Rule
@@ -423,7 +423,7 @@ def make_study(
     sampler = make_sampler(model, steps, pick_device(device))
     if held_out is not None:
         lines = read_prompts(held_out)[:prompts]
-    elif model == "demo":
+    elif model in DEMOS:
         from calibatt.tools.demo.measure import held_out_prompts
 
         lines = held_out_prompts(prompts)
