@@ -15,9 +15,15 @@ pytest.importorskip("peft")
 
 from diffusers import FlowMatchLCMScheduler
 
-from calibatt.tools.demo import distill, model, sampler, train, world
+from calibatt.compiler.cli import command as compile_command
+from calibatt.runtime import load_plan
+from calibatt.tools.calibrate.__main__ import main as calibrate
+from calibatt.tools.calibrate.models import make_sampler
+from calibatt.tools.demo import __main__ as demo
+from calibatt.tools.demo import distill, model, train, world
 from calibatt.tools.demo.model import DemoModel, generate, noise, times
 from calibatt.tools.demo.world import Clip
+from calibatt.tools.inspect_plan.__main__ import main as inspect_plan
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -168,8 +174,47 @@ def test_what_is_no_lora_is_refused(toy):
         DemoModel.load(toy).load_lora(toy)
 
 
-def test_absent_weights_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"weights of the large demo model must be in .*none"):
-        sampler.grown("large", None, "cpu", tmp_path / "none")
-    with pytest.raises(ValueError, match=r"the LoRA for few steps must be in .*none"):
-        sampler.few_steps(None, "cpu", lora=tmp_path / "none")
+def test_absent_weights_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "GROWN", tmp_path / "none")
+    monkeypatch.setattr(model, "FEW_STEPS", tmp_path / "none")
+    for name, message in (
+        ("large", "weights of the large demo model must"),
+        ("few-steps-noise", "the LoRA for few steps must"),
+    ):
+        with pytest.raises(ValueError, match=rf"{message} be in .*none"):
+            make_sampler(f"demo-{name}", None, "cpu")
+
+
+def random_lora(path: Path, rank: int, like: DemoModel) -> None:
+    """A LoRA of the shape of the trained one, of random values."""
+    config = distill.LoraConfig(r=rank, target_modules=distill.TARGETS, init_lora_weights=False)
+    like.transformer.add_adapter(config, model.LORA)
+    like.save_lora(path)
+
+
+def test_the_few_steps_demo_is_calibrated_compiled_attached_and_shown(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "WEIGHTS", toy)
+    monkeypatch.setattr(model, "FEW_STEPS", tmp_path / "lora.safetensors")
+    torch.manual_seed(1)
+    DemoModel(TOY, Clip(4, 24)).save(toy)
+    random_lora(model.FEW_STEPS, 4, DemoModel(TOY, Clip(4, 24)))
+    commands = {"calibatt-calibrate": calibrate, "calibatt-compile": compile_command, "calibatt-inspect": inspect_plan}
+    typed = []
+
+    def in_this_process(module: str, name: str, arguments: list[str]) -> None:
+        typed.append([name, *arguments])
+        run(commands[name], *arguments)
+
+    monkeypatch.setattr(demo, "_run", in_this_process)
+    out = tmp_path / "out"
+    run(demo.main, "--few-steps", "-o", out, "--calibration-prompts", 1, "--held-out-prompts", 1, "--device", "cpu")
+    assert typed[0][:3] == ["calibatt-calibrate", "--model", "demo-few-steps"]
+    page = (out / "report.html").read_text()
+    assert "calibatt-demo --few-steps" in page
+    plan = load_plan(out / "demo.plan")
+    assert len(plan.file.segments) <= 4
+    few = make_sampler("demo-few-steps-noise", None, "cpu")
+    assert (len(few.times), few.times) == (4, model.trained("demo-few-steps")[0].times()[:-1].tolist())
+    assert few.versions["sampler"] == "new noise at every step"
+    with plan.attach(few.transformer):
+        assert few.run(PROMPT, 1).shape == (1, 3, 4, 24, 24)

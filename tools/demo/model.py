@@ -81,6 +81,7 @@ class DemoModel(nn.Module):
         self.config = config or CONFIG
         self.transformer = WanTransformer3DModel(**self.config)
         self.encoder = PromptEncoder(self.config["text_dim"])
+        self.steps = STEPS
         self.set_clip(clip, shift)
 
     def set_clip(self, clip: Clip, shift: float | None = None) -> None:
@@ -107,6 +108,10 @@ class DemoModel(nn.Module):
         text = self.encoder(words)
         video = video.to(self.transformer.patch_embedding.weight.dtype)
         return self.transformer(video, time * TRAIN_TIMESTEPS, text, return_dict=False)[0]
+
+    def times(self, steps: int | None = None) -> Tensor:
+        """The denoising times of its schedule, of its own number of steps if absent; see `times`."""
+        return times(steps or self.steps, self.shift)
 
     def save(self, path: Path, **notes: object) -> None:
         """Writes bfloat16 weights with the configuration, the clip and its shift; the file is whole or absent."""
@@ -144,7 +149,7 @@ class DemoModel(nn.Module):
         return model.to(device).eval().requires_grad_(False)
 
     def load_lora(self, path: Path) -> DemoModel:
-        """Loads a LoRA beside the weights of the transformer, as diffusers does; the model itself.
+        """Loads a LoRA for `FEW` steps beside the weights of the transformer, as diffusers does; the model itself.
 
         Raises:
             ValueError: The file is no LoRA of a transformer.
@@ -154,6 +159,7 @@ class DemoModel(nn.Module):
             raise ValueError(f"{path} must hold a LoRA of a transformer, got {next(iter(tensors), 'nothing')}")
         tensors = {name: tensor.to(self.transformer.dtype) for name, tensor in tensors.items()}
         self.transformer.load_lora_adapter(tensors, prefix="transformer", adapter_name=LORA)
+        self.steps = FEW
         return self.eval().requires_grad_(False)
 
     def save_lora(self, path: Path) -> None:
@@ -164,6 +170,30 @@ class DemoModel(nn.Module):
         tensors = {f"transformer.{name}": p.to(torch.bfloat16).contiguous().cpu() for name, p in found.items()}
         with whole_file(path) as file:
             file.write(save(tensors, {"format": "pt"}))
+
+
+def trained(name: str, device: str | torch.device = "cpu") -> tuple[DemoModel, list[Path]]:
+    """A trained model and the files that it was loaded from.
+
+    Args:
+        name: ``demo``; ``demo-medium`` or ``demo-large``, which are in bfloat16 on a GPU; or ``demo-few-steps``.
+        device: Where it runs.
+
+    Raises:
+        ValueError: A file is not here.
+    """
+    size = name.removeprefix("demo-")
+    if size in world.CLIPS:
+        if not GROWN.exists():
+            raise ValueError(f"weights of the {size} demo model must be in {GROWN}, which is in the repository alone")
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        return DemoModel.load(GROWN, device, world.CLIPS[size], dtype), [GROWN]
+    model = DemoModel.load(WEIGHTS, device)
+    if name == "demo":
+        return model, [WEIGHTS]
+    if not FEW_STEPS.exists():
+        raise ValueError(f"the LoRA for few steps must be in {FEW_STEPS}: python -m calibatt.tools.demo.distill")
+    return model.load_lora(FEW_STEPS), [WEIGHTS, FEW_STEPS]
 
 
 def times(steps: int = STEPS, shift: float = SHIFT) -> Tensor:
@@ -187,7 +217,7 @@ def _noises(seeds: list[int], clip: Clip) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def generate(
-    model: DemoModel, prompts: list[str], seeds: list[int], steps: int = STEPS, *, new_noise: bool = False
+    model: DemoModel, prompts: list[str], seeds: list[int], steps: int | None = None, *, new_noise: bool = False
 ) -> Tensor:
     """Videos for prompts, one seed each, float32 ``(n, 3, frames, pixels, pixels)`` in about [-1, 1].
 
@@ -195,12 +225,12 @@ def generate(
         model: The model.
         prompts: Sentences of the world.
         seeds: Of the noise.
-        steps: Of the schedule.
+        steps: Of the schedule; the model's own if absent.
         new_noise: Every step predicts the video and adds new noise, as diffusers' `FlowMatchLCMScheduler` does for
             distilled models; otherwise it goes on along the velocity.
     """
     device = next(model.parameters()).device
-    grid, words = times(steps, model.shift).tolist(), world.words(prompts).to(device)
+    grid, words = model.times(steps).tolist(), world.words(prompts).to(device)
     noises = _noises(seeds, model.clip)
     video = next(noises).to(device)
     for now, then in itertools.pairwise(grid):

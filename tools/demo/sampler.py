@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from calibatt.tools.demo import world
-from calibatt.tools.demo.model import FEW, FEW_STEPS, GROWN, STEPS, WEIGHTS, DemoModel, generate, times
+from calibatt.tools.demo.model import DemoModel, generate, trained
 
 
 class DemoSampler:
@@ -19,7 +19,7 @@ class DemoSampler:
 
     Args:
         model: The model; the trained one if absent.
-        steps: Denoising steps.
+        steps: Denoising steps; the model's own if absent.
         device: Where it runs.
         new_noise: Every step adds new noise; see `generate`.
         files: What the model was loaded from.
@@ -29,14 +29,14 @@ class DemoSampler:
         self,
         model: DemoModel | None = None,
         *,
-        steps: int = STEPS,
+        steps: int | None = None,
         device: str = "cpu",
         new_noise: bool = False,
         files: Sequence[Path] = (),
     ) -> None:
         self.versions = {"diffusers": diffusers.__version__}
         if model is None:
-            model, files = DemoModel.load(device=device), (WEIGHTS,)
+            model, files = trained("demo", device)
         if files:
             content = b"".join(path.read_bytes() for path in files)
             self.versions["weights"] = hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -44,7 +44,7 @@ class DemoSampler:
             self.versions["sampler"] = "new noise at every step"
         self._model, self._new_noise = model.to(device), new_noise
         self.transformer, self.grid = model.transformer, model.grid
-        self.times = times(steps, model.shift)[:-1].tolist()
+        self.times = model.times(steps)[:-1].tolist()
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raises `PromptError` for the first prompt that is no sentence of the demo's world."""
@@ -63,38 +63,14 @@ class DemoSampler:
         return latent
 
 
-def grown(size: str, steps: int | None, device: str, weights: Path = GROWN) -> DemoSampler:
-    """The model of a larger clip of `world.CLIPS`; in bfloat16 on a GPU.
-
-    Raises:
-        ValueError: There are no weights; they are in the repository alone.
-    """
-    if not weights.exists():
-        raise ValueError(f"weights of the {size} demo model must be in {weights} (they come with the repository alone)")
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    model = DemoModel.load(weights, device, world.CLIPS[size], dtype)
-    return DemoSampler(model, steps=steps or STEPS, device=device, files=[weights])
-
-
-def few_steps(steps: int | None, device: str, *, new_noise: bool = False, lora: Path = FEW_STEPS) -> DemoSampler:
-    """The demo model with the LoRA that lets it sample in `FEW` steps.
-
-    Raises:
-        ValueError: There is no LoRA.
-    """
-    if not lora.exists():
-        raise ValueError(f"the LoRA for few steps must be in {lora} (python -m calibatt.tools.demo.distill makes it)")
-    model = DemoModel.load(device=device).load_lora(lora)
-    return DemoSampler(model, steps=steps or FEW, device=device, new_noise=new_noise, files=[WEIGHTS, lora])
-
-
 def named(name: str, steps: int | None, device: str) -> DemoSampler:
-    """The sampler of a ``--model``; see `calibatt.tools.calibrate.models.DEMOS`."""
-    if name in ("demo-medium", "demo-large"):
-        return grown(name.removeprefix("demo-"), steps, device)
-    if name in ("demo-few-steps", "demo-few-steps-noise"):
-        return few_steps(steps, device, new_noise=name.endswith("noise"))
-    return DemoSampler(steps=steps or STEPS, device=device)
+    """The sampler of a ``--model``; see `calibatt.tools.calibrate.models.DEMOS`.
+
+    Raises:
+        ValueError: Its files are not here.
+    """
+    model, files = trained(name.removesuffix("-noise"), device)
+    return DemoSampler(model, steps=steps, device=device, new_noise=name.endswith("-noise"), files=files)
 
 
 def training_prompts(count: int, seed: int) -> list[str]:

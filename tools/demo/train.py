@@ -7,8 +7,8 @@
 
 Rectified flow on videos rendered on the fly. The matrices of the blocks are trained by Muon (orthogonalised momentum,
 K. Jordan et al. 2024), everything else by AdamW; exponential moving average of the weights. From nothing, the first
-part of the time goes to short clips; with --from, training goes on from averaged weights with fresh momenta and a third
-of the rates, so that it can be spread over any number of days. Several sizes take turns, a step each. Writes
+part of the time goes to short clips; with --from, training goes on from averaged weights with fresh momenta and a
+quarter of the rates, so that it can be spread over any number of days. Several sizes take turns, a step each. Writes
 weights.safetensors (every minute, too), train.json (loss curve, settings, checks), a picture of the curve and a sample
 sheet of every size.
 """
@@ -39,7 +39,7 @@ WARMUP_STEPS = 150
 COOLDOWN_SHARE = 0.5
 SHORT_SHARE, SHORT_FRAMES, SHORT_BATCH = 0.15, 2, 128
 BATCH_TOKENS = 32 * 4608
-CONTINUED_RATE, CONTINUED_WARMUP_STEPS, CONTINUED_EMA = 0.33, 40, 0.99
+CONTINUED_RATE, CONTINUED_WARMUP_STEPS, CONTINUED_EMA, CONTINUED_COOLDOWN = 0.25, 40, 0.99, 0.7
 """Of training that goes on from trained weights."""
 TELL_SECONDS, SAVE_SECONDS = 10, 60
 CHECK_BATCH_TOKENS = 16 * 16384
@@ -263,6 +263,7 @@ def main(
         torch._dynamo.config.recompile_limit = 64
         for block in model.transformer.blocks:
             block.compile(dynamic=False)
+    cooldown = CONTINUED_COOLDOWN if start else COOLDOWN_SHARE
     weights, saved = output / "weights.safetensors", time.time()
 
     def save() -> None:
@@ -278,7 +279,7 @@ def main(
         if clip != model.clip:
             model.set_clip(clip)
         batch = SHORT_BATCH if short else max(1, BATCH_TOKENS // model.grid.tokens)
-        cooling = max(0.0, (elapsed / seconds - (1 - COOLDOWN_SHARE)) / COOLDOWN_SHARE)
+        cooling = max(0.0, (elapsed / seconds - (1 - cooldown)) / cooldown)
         loss = training.learn(batch, SHORT_FRAMES if short else None, generator, cooling)
         seen[kind] += batch
         curve.add(kind, loss, batch)
