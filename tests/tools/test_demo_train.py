@@ -218,3 +218,6 @@ def test_the_few_steps_demo_is_calibrated_compiled_attached_and_shown(toy, tmp_p
     assert few.versions["sampler"] == "new noise at every step"
     with plan.attach(few.transformer):
         assert few.run(PROMPT, 1).shape == (1, 3, 4, 24, 24)
+    noisy = tmp_path / "noisy"
+    run(calibrate, "--model", "demo-few-steps-noise", "--samples", 1, "--device", "cpu", "-o", noisy)
+    run(compile_command, noisy, "-o", tmp_path / "noisy.plan")

@@ -154,6 +154,8 @@ class DemoModel(nn.Module):
         Raises:
             ValueError: The file is no LoRA of a transformer.
         """
+        import peft  # noqa: F401  which diffusers needs; said at once where it is missing
+
         tensors = load_file(path)
         if not tensors or not all(name.startswith("transformer.") and ".lora_" in name for name in tensors):
             raise ValueError(f"{path} must hold a LoRA of a transformer, got {next(iter(tensors), 'nothing')}")
