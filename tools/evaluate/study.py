@@ -204,19 +204,24 @@ class Study:
         threshold = bench.quantile_threshold(torch.cat(scores), density)
         return PerInput(self.bench, self.skip_score, self.everywhere(threshold))
 
+    @cached_property
+    def standing(self) -> Tensor:
+        """`sol_attn.standing` of all calls of the calibration prompts, in one row."""
+        found: list[Tensor] = []
+        self.bench.calibrate(lambda m: found.append(sol_attn.standing(m.q, m.k, self.bench.blocks).flatten()))
+        return torch.cat(found)
+
     def sol(self, density: float, dense_steps: int) -> Rule:
         """Sol-Attn; one threshold in standard deviations of a row, found on the calibration prompts.
 
         Raises:
             ValueError: The dense steps alone take more.
         """
-        found = []
-        self.bench.calibrate(lambda m: found.append(sol_attn.standing(m.q, m.k, self.bench.blocks).flatten()))
         steps = len(self.sampler.times)
         rest = (density - dense_steps / steps) / (1 - dense_steps / steps)
         if rest <= 0:
             raise ValueError(f"density must be above that of {dense_steps} dense steps of {steps}, got {density}")
-        threshold = self.everywhere(bench.quantile_threshold(torch.cat(found), rest)).clone()
+        threshold = self.everywhere(bench.quantile_threshold(self.standing, rest)).clone()
         threshold[:dense_steps] = -torch.inf
         return sol_attn.SolAttn(self.bench, threshold)
 
