@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.nn.attention import SDPBackend
 
 pytest.importorskip("diffusers")
 
@@ -160,6 +161,29 @@ def test_sol_attn_counts_what_it_skips_by_means():
     torch.testing.assert_close(
         dense.double(), torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rules_run_on_a_gpu_in_sixteen_bits(dtype):
+    grid, blocks = TokenGrid(4, 16, 16), Blocks(128, 128)
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 1024, 64, device="cuda", generator=generator).to(dtype) for _ in range(3))
+    fake = SimpleNamespace(blocks=blocks, sampler=SimpleNamespace(grid=grid), step=lambda time: 0)
+    dense = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    for rule in (
+        bench.Exact(SDPBackend.CUDNN_ATTENTION),
+        sol_attn.SolAttn(fake, torch.full((1, 1, 2), -torch.inf).cuda()),
+    ):
+        out = rule(q, k, v, 0, 1.0)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), dense, atol=2e-2, rtol=2e-2)
+    keep = random_masks(2, 2, 8, 8).cuda()
+    out, lse = masks.masked_with_lse(q, k, v, keep, grid, blocks)
+    on_cpu = [x.float().cpu() for x in (q, k, v)]
+    want, want_lse = masks.masked_with_lse(*on_cpu, keep.cpu(), grid, blocks)
+    torch.testing.assert_close(out.float().cpu(), want, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse.cpu(), want_lse, atol=1e-2, rtol=1e-2)
 
 
 def test_dense_steps_count_in_sol_attn(store):
