@@ -4,7 +4,7 @@
 
 Progressive distillation (Salimans and Ho, 2022): one Euler step of the student is to arrive where two of the teacher's
 arrive, on the demo's own schedule; the teacher is the demo model without the LoRA. Both begin from rendered videos
-mixed with noise, and part of the time from videos that the student itself has sampled down from noise. Writes
+mixed with noise, and every other time from videos that the student itself has sampled down from noise. Writes
 few_steps.safetensors, distill.json (settings, loss curve, held-out checks of teacher and student) and a sample sheet.
 """
 
@@ -35,8 +35,6 @@ RATE, BETAS = 1e-3, (0.9, 0.98)
 WARMUP_STEPS = 20
 COOLDOWN_SHARE = 0.6
 BATCH = 16
-OWN_SHARE = 0.5
-"""Of the batches, those that begin where the student has arrived by itself."""
 
 
 @contextmanager
@@ -123,7 +121,7 @@ def main(
         cooling = max(0.0, (elapsed / seconds - (1 - COOLDOWN_SHARE)) / COOLDOWN_SHARE)
         for group in adam.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / WARMUP_STEPS) * max(0.01, 1 - cooling)
-        at, own = step % FEW, step // FEW % 100 < 100 * OWN_SHARE
+        at, own = step % FEW, step // FEW % 2 == 1
         scenes = world.scenes(batch, generator)
         video, words = world.render(scenes, generator, model.clip), world.scene_words(scenes)
         noise = torch.randn(video.shape, generator=generator, device=device)
