@@ -1,6 +1,6 @@
 """Trains a LoRA with which the demo model samples in four steps what it samples in eight, on a GPU.
 
-    python -m calibatt.tools.demo.distill --seconds 90 -o out/
+    python -m calibatt.tools.demo.distill --seconds 50 -o out/
 
 Progressive distillation (Salimans and Ho, 2022): one Euler step of the student is to arrive where two of the teacher's
 arrive, on the demo's own schedule; the teacher is the demo model without the LoRA. Both begin from rendered videos
