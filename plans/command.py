@@ -18,7 +18,7 @@ FAILED, WRONG, INCOMPLETE, INTERRUPTED = 1, 2, 3, 130
 EXTRAS = {
     "runtime": ("torch", "triton"),
     "tools": ("matplotlib", "PIL", "safetensors"),
-    "models": ("diffusers", "transformers", "ftfy"),
+    "models": ("diffusers", "transformers", "ftfy", "peft"),
 }
 """What each extra of the package brings, by the names that are imported."""
 NOBODY_READS = "not all could be said: nobody reads the output any more"

@@ -59,6 +59,40 @@ def test_rendering_is_deterministic_and_bounded(test_scenes):
     assert first.abs().max() <= 1
 
 
+def test_the_small_world_is_the_one_that_the_weights_were_trained_on():
+    generator = torch.Generator().manual_seed(5)
+    scenes = world.scenes(16, generator)
+    drawn = [world.render(scenes, generator), world.render(scenes, generator, frames=2)]
+    summary = [round(float(video.double().mul(torch.arange(48)).mean()), 6) for video in drawn]
+    assert summary == [-11.169105, -11.222566]
+
+
+def test_a_clip_shows_the_same_more_finely(test_scenes):
+    scenes = test_scenes[:16]
+    small, fine = (
+        world.render(scenes, torch.Generator().manual_seed(3), world.Clip(n, p)) for n, p in ((8, 48), (15, 96))
+    )
+    coarse = torch.nn.functional.avg_pool2d(fine[:, :, ::2].flatten(0, 2), 2).view(small.shape)
+    assert (coarse - small).abs().mean() < 0.01
+    assert fine.shape == (16, 3, 15, 96, 96)
+
+
+@pytest.mark.parametrize("clip", world.CLIPS.values(), ids=world.CLIPS)
+def test_the_checks_know_rendered_truth_in_every_clip(test_scenes, clip):
+    scenes = test_scenes[:48]
+    video = world.render(scenes, torch.Generator().manual_seed(4), clip)
+    rates = world.measure(video, scenes).rates()
+    assert rates.pop("judged") >= 35
+    assert rates == {"colour": 1.0, "shape": 1.0, "direction": 1.0}
+    wrong = scenes.clone()
+    there = wrong[:, world.FIRST] >= 0
+    wrong[there, world.FIRST + 2] = (wrong[there, world.FIRST + 2] + 3) % len(world.SHAPES)
+    wrong[there, world.FIRST + 3] = (wrong[there, world.FIRST + 3] + 3) % len(world.DIRECTIONS)
+    first = world.measure(video, wrong)
+    assert float(first.shape[first.asked[:, 0], 0].float().mean()) <= 0.1
+    assert float(first.direction[first.asked[:, 0], 0].float().mean()) <= 0.1
+
+
 def test_the_checks_score_rendered_truth_right(test_scenes):
     video = world.render(test_scenes, torch.Generator().manual_seed(4))
     rates = world.measure(video, test_scenes).rates()

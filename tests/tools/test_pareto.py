@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.nn.attention import SDPBackend
 
 pytest.importorskip("diffusers")
 
@@ -20,7 +22,7 @@ from calibatt.runtime.reference import reference_attention
 from calibatt.runtime.schedule import LayerSchedule
 from calibatt.tools.calibrate import models
 from calibatt.tools.calibrate.effects import keep_planes
-from calibatt.tools.evaluate import ablations, baselines, bench, masks, pareto
+from calibatt.tools.evaluate import ablations, baselines, bench, masks, pareto, sizes, sol_attn, study
 from calibatt.tools.evaluate.bench import Bench, Kept
 
 BLOCKS = Blocks(16, 16)
@@ -129,6 +131,70 @@ def test_skip_softmax_skips_what_stays_below_the_running_maximum():
                 assert float(score[0, head, i, j]) == pytest.approx(float((largest - running).max()), abs=1e-5)
 
 
+def test_sol_attn_counts_what_it_skips_by_means():
+    grid = TokenGrid(2, 5, 7)  # 70 tokens: the last block has 6
+    q, k, v = (x.double() for x in qkv(1, 1, grid))
+    score = (
+        torch.stack([block.mean(0) for block in q[0, 0].split(16)])
+        @ torch.stack([block.mean(0) for block in k[0, 0].split(16)]).mT
+    )
+    above = (score - score.mean(1, keepdim=True)) / score.std(1, keepdim=True, correction=0)
+    torch.testing.assert_close(sol_attn.standing(q, k, BLOCKS)[0, 0].double(), above, atol=1e-4, rtol=1e-4)
+    keep = masks.with_top(above > 0.5, above)
+    sampler = SimpleNamespace(grid=grid)
+    fake = SimpleNamespace(blocks=BLOCKS, sampler=sampler, step=lambda time: 0)
+    rule = sol_attn.SolAttn(fake, torch.full((1, 1, 1), 0.5))
+    out = rule(q.float(), k.float(), v.float(), 0, 1.0)[0, 0]
+    assert rule.density == pytest.approx(float(keep.float().mean()))
+    for token in range(70):
+        weights, values = [], []
+        for block, (keys, vectors) in enumerate(zip(k[0, 0].split(16), v[0, 0].split(16), strict=True)):
+            if keep[token // 16, block]:
+                weights += (keys @ q[0, 0, token] / 4).exp().tolist()
+                values += list(vectors)
+            else:
+                weights.append(len(keys) * float((keys.mean(0) @ q[0, 0, token] / 4).exp()))
+                values.append(vectors.sum(0) / len(keys))
+        want = (torch.tensor(weights).double()[:, None] * torch.stack(values)).sum(0) / sum(weights)
+        torch.testing.assert_close(out[token].double(), want, atol=1e-5, rtol=1e-5)
+    dense = sol_attn.SolAttn(fake, torch.full((1, 1, 1), -torch.inf))(q.float(), k.float(), v.float(), 0, 1.0)
+    torch.testing.assert_close(
+        dense.double(), torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rules_run_on_a_gpu_in_sixteen_bits(dtype):
+    grid, blocks = TokenGrid(4, 16, 16), Blocks(128, 128)
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 1024, 64, device="cuda", generator=generator).to(dtype) for _ in range(3))
+    fake = SimpleNamespace(blocks=blocks, sampler=SimpleNamespace(grid=grid), step=lambda time: 0)
+    dense = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    for rule in (
+        bench.Exact(SDPBackend.CUDNN_ATTENTION),
+        sol_attn.SolAttn(fake, torch.full((1, 1, 2), -torch.inf).cuda()),
+    ):
+        out = rule(q, k, v, 0, 1.0)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), dense, atol=2e-2, rtol=2e-2)
+    keep = random_masks(2, 2, 8, 8).cuda()
+    out, lse = masks.masked_with_lse(q, k, v, keep, grid, blocks)
+    on_cpu = [x.float().cpu() for x in (q, k, v)]
+    want, want_lse = masks.masked_with_lse(*on_cpu, keep.cpu(), grid, blocks)
+    torch.testing.assert_close(out.float().cpu(), want, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse.cpu(), want_lse, atol=1e-2, rtol=1e-2)
+
+
+def test_dense_steps_count_in_sol_attn(store):
+    made = study.Study(Bench(TinyVideoSampler(), BLOCKS, WORK, CALIBRATED, batch=2), Store.open(store))
+    rule = made.sol(0.6, 1)
+    assert rule.threshold[0].max() == -torch.inf
+    assert made.bench.judge(rule)["density"] == pytest.approx(0.6, abs=0.1)
+    with pytest.raises(ValueError, match=r"must be above that of 1 dense steps of 3, got 0\.3"):
+        made.sol(0.3, 1)
+
+
 def test_thresholds_give_their_shares():
     scores = torch.rand(2, 3, 4, 2, 5, 10, generator=torch.Generator().manual_seed(0))
     found = bench.head_thresholds(scores, (0.1, 0.5, 1.0))
@@ -159,19 +225,19 @@ def test_errors_are_measured_exactly_and_a_budget_is_kept():
 
 def test_errors_are_priced_as_the_store_prices_windows(store):
     opened = Store.open(store)
-    study = pareto.Study(Bench(TinyVideoSampler(), BLOCKS, WORK, CALIBRATED, batch=2), opened)
+    found = study.Study(Bench(TinyVideoSampler(), BLOCKS, WORK, CALIBRATED, batch=2), opened)
     window = torch.from_numpy(window_keep(opened.manifest.windows[0], GRID, BLOCKS)).expand(1, 2, 16, 16)
-    error = bench.measure(study.bench, lambda moment: window, 1).error[0]
+    error = bench.measure(found.bench, lambda moment: window, 1).error[0]
     table = opened.table()
     told = (table.window_error[:, :, 0] * table.time_level[:, None, None])[::-1]  # steps fall
-    ratio = (error * study.price).log() - torch.from_numpy(told.copy()).log()
+    ratio = (error * found.price).log() - torch.from_numpy(told.copy()).log()
     assert ratio.abs().mean() < 1.5
-    assert study.price[0].sum() > 0
+    assert found.price[0].sum() > 0
 
 
 def test_every_method_runs_and_says_the_same_again(store, tmp_path, monkeypatch):
     monkeypatch.setitem(models.SAMPLERS, "demo", lambda steps, device: TinyVideoSampler())
-    monkeypatch.setattr(pareto, "SHARES", (0.2, 0.6))
+    monkeypatch.setattr(study, "SHARES", (0.2, 0.6))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("three\nfour words\n")
 
@@ -186,7 +252,11 @@ def test_every_method_runs_and_says_the_same_again(store, tmp_path, monkeypatch)
 
     figure = tmp_path / "figure.png"
     first = run("a.json", "--figure", figure)
-    assert {row["method"] for row in first["rows"]} == {"dense: block-sparse kernel", "dense: PyTorch", *pareto.METHODS}
+    assert {row["method"] for row in first["rows"]} == {
+        "dense: block-sparse kernel",
+        "dense: PyTorch",
+        *study.METHODS,
+    }
     assert figure.read_bytes().startswith(b"\x89PNG")
     for row in first["rows"]:
         assert len(row["psnr"]) == 2
@@ -194,7 +264,7 @@ def test_every_method_runs_and_says_the_same_again(store, tmp_path, monkeypatch)
         assert row["density"] <= 1.0 if free else abs(row["density"] - 0.5) < 0.12, row
     exact = [row for row in first["rows"] if row["target"] == 1.0]
     assert all(min(row["psnr"]) > 80 for row in exact)
-    names = f"{pareto.OURS}; budget: random"
+    names = f"{study.OURS}; budget: random"
     again = run("b.json", "--methods", names)
     values = {(row["method"], row["target"]): row["psnr"] for row in first["rows"]}
     assert all(values[row["method"], row["target"]] == row["psnr"] for row in again["rows"])
@@ -202,11 +272,43 @@ def test_every_method_runs_and_says_the_same_again(store, tmp_path, monkeypatch)
     assert np.isfinite([row["mean"] for row in again["difference_from_ours_db"]]).all()
 
 
+def test_the_study_of_sizes_says_density_and_speed_at_equal_quality(store, tmp_path, monkeypatch):
+    for name in ("demo", "demo-medium"):
+        monkeypatch.setitem(models.SAMPLERS, name, lambda steps, device: TinyVideoSampler())
+    output, figure, markdown = (tmp_path / name for name in ("a.json", "a.png", "a.md"))
+    arguments = ["--stats", f"small={store}", "--stats", f"medium={store}", "--densities", "0.3,0.6", "--prompts", 2]
+    arguments += ["--calibration", 2, "--device", "cpu", "-o", output, "--figure", figure, "--table", markdown]
+    found = CliRunner().invoke(sizes.main, [str(argument) for argument in arguments])
+    assert found.exit_code == 0, found.output + repr(found.exception)
+    result = json.loads(output.read_text())
+    assert {row["size"] for row in result["rows"]} == {"small", "medium"}
+    assert {row["method"] for row in result["rows"]} <= {sizes.DENSE, *sizes.CHOSEN}
+    small, medium = ([r["psnr"] for r in result["rows"] if r["size"] == size] for size in ("small", "medium"))
+    assert small == medium
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    text = markdown.read_text()
+    assert text.count("| compiled |") == 1  # the two are of as many tokens here
+    assert "not possible" in text  # Sol-Attn's dense step alone takes 0.33
+    count = len(result["rows"])
+    assert CliRunner().invoke(sizes.main, [str(argument) for argument in arguments]).exit_code == 0
+    assert len(json.loads(output.read_text())["rows"]) == count
+    for text, message in (("huge=x", "SIZE one of small, medium, large; got 'huge=x'"), ("small", "SIZE=FOLDER")):
+        refused = CliRunner().invoke(sizes.main, ["--stats", text, "-o", str(output)])
+        assert refused.exit_code == 2
+        assert message in " ".join(refused.output.split())
+
+
+def test_speed_up_is_read_at_equal_quality():
+    rows = [{"density": d, "psnr": [p, p], "attention_ms": m} for d, p, m in ((0.1, 20.0, 10.0), (0.3, 30.0, 20.0))]
+    assert sizes.speed_up_at(rows, 60.0, 25.0) == pytest.approx((0.2, 4.0))
+    assert sizes.speed_up_at(rows, 60.0, 35.0) is None
+
+
 def test_the_published_table_is_that_of_the_published_rows():
     docs = Path(__file__).parents[2] / "docs"
     result = json.loads((docs / "benchmarks" / "pareto_h200.json").read_text("utf-8"))
     page = (docs / "evaluation.md").read_text("utf-8")
-    rows = {(row["method"], row["target"]): pareto.mean_and_error(row["psnr"]) for row in result["rows"]}
+    rows = {(row["method"], row["target"]): study.mean_and_error(row["psnr"]) for row in result["rows"]}
     methods = {method for method, target in rows if target < 1}
     assert len(methods) == 11
     for method in methods:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,13 +22,16 @@ FIRST_SEED = 5000
 """Of the first held-out video; one more for each."""
 PROMPTS_FILE = Path(__file__).with_name("prompts.txt")
 """Prompts to calibrate on where the user has none: people, animals, places, motion of things and of the camera."""
-MODEL_HELP = "demo, or MODULE:FUNCTION; FUNCTION(steps, device) returns a Sampler, for example a PipelineSampler."
+MODEL_HELP = (
+    "demo (or demo-medium, demo-large, demo-few-steps, demo-few-steps-noise), or MODULE:FUNCTION; "
+    "FUNCTION(steps, device) returns a Sampler, for example a PipelineSampler."
+)
 
 
-def _demo(steps: int | None, device: str) -> Sampler:
-    from calibatt.tools.demo.sampler import STEPS, DemoSampler
+def _demo(name: str, steps: int | None, device: str) -> Sampler:
+    from calibatt.tools.demo.sampler import named
 
-    return DemoSampler(steps=steps or STEPS, device=device)
+    return named(name, steps, device)
 
 
 def _demo_prompts(count: int, seed: int) -> list[str]:
@@ -36,9 +40,10 @@ def _demo_prompts(count: int, seed: int) -> list[str]:
     return training_prompts(count, seed)
 
 
-SAMPLERS: dict[str, Callable[[int | None, str], Sampler]] = {"demo": _demo}
+DEMOS = ("demo", "demo-medium", "demo-large", "demo-few-steps", "demo-few-steps-noise")
+SAMPLERS: dict[str, Callable[[int | None, str], Sampler]] = {name: partial(_demo, name) for name in DEMOS}
 """Samplers that come with us, by name."""
-PROMPTS: dict[str, Callable[[int, int], list[str]]] = {"demo": _demo_prompts}
+PROMPTS: dict[str, Callable[[int, int], list[str]]] = dict.fromkeys(DEMOS, _demo_prompts)
 """Models that have prompts of their own."""
 
 

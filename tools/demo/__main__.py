@@ -39,9 +39,10 @@ def _run(module: str, name: str, arguments: list[str]) -> None:
 )
 @click.option("--calibration-prompts", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--held-out-prompts", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--few-steps", is_flag=True, help="The model distilled to four steps: a LoRA beside its weights.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one.")
 @one_line(NAME)
-def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: str) -> None:
+def main(output: Path, calibration_prompts: int, held_out_prompts: int, few_steps: bool, device: str) -> None:
     """Calibrates a small video model, compiles a plan, attaches it and shows the difference.
 
     \b
@@ -55,18 +56,19 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: 
 
     from calibatt.runtime import load_plan
     from calibatt.tools.demo import measure, report
-    from calibatt.tools.demo.model import DemoModel, times
+    from calibatt.tools.demo.model import trained
     from calibatt.tools.evaluate.harness import executed_density
 
     output.mkdir(parents=True, exist_ok=True)
     stats, path = output / "stats", output / "demo.plan"
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    calibrate = ["--model", "demo", "--samples", str(calibration_prompts), "--device", device, "-o", str(stats)]
+    name = "demo-few-steps" if few_steps else "demo"
+    calibrate = ["--model", name, "--samples", str(calibration_prompts), "--device", device, "-o", str(stats)]
     _run("calibatt.tools.calibrate", "calibatt-calibrate", calibrate)
     _run("calibatt.compiler.cli", "calibatt-compile", [str(stats), "-o", str(path), "--force"])
     _run("calibatt.tools.inspect_plan", "calibatt-inspect", [str(path)])
 
-    model, plan = DemoModel.load(device=device), load_plan(path)
+    (model, _), plan = trained(name, device), load_plan(path)
     prompts = measure.held_out_prompts(held_out_prompts)
     console.print(f"\n[bold]{held_out_prompts} held-out prompts, dense and planned[/bold]")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -78,7 +80,7 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: 
     with console.status("timing attention, dense and planned in turn"):
         calls = measure.attention_ms(model, plan, prompts[0], FIRST_SEED)
     (dense, dense_spread), (planned, planned_spread) = measure.total_ms(calls, 0), measure.total_ms(calls, 1)
-    density = executed_density(plan, times()[:-1].tolist())
+    density = executed_density(plan, model.times()[:-1].tolist())
     console.print(
         f"executed density {density:.3f}; attention of one video: {dense:.0f} ms dense, {planned:.0f} ms planned"
     )
@@ -90,7 +92,7 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, device: 
         "planned_spread_ms": planned_spread,
         "device": measure.device_name(device),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "command": "calibatt-demo",
+        "command": "calibatt-demo --few-steps" if few_steps else "calibatt-demo",
         "date": datetime.date.today().isoformat(),
     }
     target = output / "report.html"

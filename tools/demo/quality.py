@@ -25,7 +25,7 @@ from calibatt.runtime import Plan, load_plan
 from calibatt.tools.calibrate.effects import block_statistics, keep_planes
 from calibatt.tools.calibrate.models import FIRST_SEED
 from calibatt.tools.demo import measure, world
-from calibatt.tools.demo.model import STEPS, DemoModel, generate, times
+from calibatt.tools.demo.model import DemoModel, generate
 from calibatt.tools.evaluate.harness import attending, executed_density, typed, written_out
 from calibatt.tools.evaluate.metrics import psnr_db, summarise
 
@@ -79,7 +79,7 @@ def judge(model: DemoModel, plan: Plan, count: int) -> dict:
     torch.manual_seed(0)
     untrained = DemoModel(model.config).to(next(model.parameters()).device).eval().requires_grad_(False)
     return {
-        "executed_density": round(executed_density(plan, times()[:-1].tolist()), 4),
+        "executed_density": round(executed_density(plan, model.times()[:-1].tolist()), 4),
         "psnr_db": summary(planned_db),
         "floor_db": summary(floor_db),
         "floor_prompts": len(floor_db),
@@ -119,7 +119,7 @@ def main(plan: Path, prompts: int, device: str, output: Path) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "prompts": prompts,
-        "steps": STEPS,
+        "steps": model.steps,
     }
     found = judge(model, found_plan, prompts)
     output.parent.mkdir(parents=True, exist_ok=True)

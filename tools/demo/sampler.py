@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import diffusers
 import torch
 from torch import Tensor
 
-from calibatt.plans import TokenGrid
 from calibatt.tools.demo import world
-from calibatt.tools.demo.model import STEPS, WEIGHTS, DemoModel, generate, times
+from calibatt.tools.demo.model import DemoModel, generate, trained
 
 
 class DemoSampler:
@@ -19,20 +19,32 @@ class DemoSampler:
 
     Args:
         model: The model; the trained one if absent.
-        steps: Denoising steps.
+        steps: Denoising steps; the model's own if absent.
         device: Where it runs.
+        new_noise: Every step adds new noise; see `generate`.
+        files: What the model was loaded from.
     """
 
-    def __init__(self, model: DemoModel | None = None, *, steps: int = STEPS, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: DemoModel | None = None,
+        *,
+        steps: int | None = None,
+        device: str = "cpu",
+        new_noise: bool = False,
+        files: Sequence[Path] = (),
+    ) -> None:
         self.versions = {"diffusers": diffusers.__version__}
         if model is None:
-            model = DemoModel.load(device=device)
-            self.versions["weights"] = hashlib.blake2b(WEIGHTS.read_bytes(), digest_size=16).hexdigest()
-        self._model = model.to(device)
-        self.transformer = model.transformer
-        self.times = times(steps)[:-1].tolist()
-        frames, height, width = model.config["patch_size"]
-        self.grid = TokenGrid(world.FRAMES // frames, world.PIXELS // height, world.PIXELS // width)
+            model, files = trained("demo", device)
+        if files:
+            content = b"".join(path.read_bytes() for path in files)
+            self.versions["weights"] = hashlib.blake2b(content, digest_size=16).hexdigest()
+        if new_noise:
+            self.versions["sampler"] = "new noise at every step"
+        self._model, self._new_noise = model.to(device), new_noise
+        self.transformer, self.grid = model.transformer, model.grid
+        self.times = model.times(steps)[:-1].tolist()
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raises `PromptError` for the first prompt that is no sentence of the demo's world."""
@@ -44,11 +56,21 @@ class DemoSampler:
 
     def run_batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Videos ``(n, 3, F, H, W)`` of several prompts in one loop; each as `run` makes it, but for rounding."""
-        return generate(self._model, list(prompts), list(seeds), len(self.times))
+        return generate(self._model, list(prompts), list(seeds), len(self.times), new_noise=self._new_noise)
 
     def decode(self, latent: Tensor) -> Tensor:
         """The latents of this model are videos."""
         return latent
+
+
+def named(name: str, steps: int | None, device: str) -> DemoSampler:
+    """The sampler of a ``--model``; see `calibatt.tools.calibrate.models.DEMOS`.
+
+    Raises:
+        ValueError: Its files are not here.
+    """
+    model, files = trained(name.removesuffix("-noise"), device)
+    return DemoSampler(model, steps=steps, device=device, new_noise=name.endswith("-noise"), files=files)
 
 
 def training_prompts(count: int, seed: int) -> list[str]:

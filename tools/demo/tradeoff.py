@@ -29,7 +29,7 @@ from calibatt.compiler.stats import Store
 from calibatt.plans.files import write_text
 from calibatt.runtime import Plan, load_plan
 from calibatt.tools.demo import measure
-from calibatt.tools.demo.model import DemoModel, generate, times
+from calibatt.tools.demo.model import DemoModel, generate
 from calibatt.tools.evaluate.harness import executed_density, typed
 
 FIRST_SEED = 5000
@@ -103,7 +103,7 @@ def main(
             for group, reference in zip(groups, dense, strict=True):
                 found += measure.psnr_db(generate(model, held_out[group], seeds[group]), reference).tolist()
         error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
-        density = executed_density(plan, times()[:-1].tolist())
+        density = executed_density(plan, model.times()[:-1].tolist())
         result = {"density": round(density, 4), "psnr_db": round(statistics.mean(found), 2), "error": round(error, 2)}
         click.echo(f"{name}: {result}")
         return {"name": name, **result, "psnr_db_by_prompt": [round(value, 2) for value in found]}

@@ -29,12 +29,42 @@ WORDS = ("", *dict.fromkeys(w for slot in SLOTS[1:] for w in slot), "a", "moving
 MAX_WORDS = 20
 
 FRAMES, PIXELS = 8, 48
+"""Of the world as it was first trained, which lengths and speeds are told in."""
 RGB = [[0.9, -0.8, -0.8], [-0.8, 0.8, -0.7], [-0.7, -0.5, 1.0], [0.9, 0.9, -0.8]]
 RGB += [[0.9, -0.7, 0.9], [-0.7, 0.9, 0.9], [0.95, 0.95, 0.95], [1.0, 0.15, -0.9]]
 GROUND_RGB = [[-0.35, -0.35, -0.35], [-0.85, -0.8, -0.2], [-0.3, -0.6, -0.8]]
 GROUND_RGB += [[-0.8, -0.3, -0.75], [-0.4, -0.85, -0.3], [-0.85, -0.25, -0.25]]
 RADIUS_PIXELS = (5.0, 8.5)
 SPEED_PIXELS = (1.0, 2.7)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """How finely the world is drawn. Prompts mean the same in every clip: shapes are of the same size relative to the
+    picture, and move as far from the first frame to the last.
+
+    Args:
+        frames: Of a video.
+        pixels: Side of its square pictures.
+    """
+
+    frames: int = FRAMES
+    pixels: int = PIXELS
+
+    @property
+    def scale(self) -> float:
+        """Pixels to one of the small clip's."""
+        return self.pixels / PIXELS
+
+    @property
+    def pace(self) -> float:
+        """Frames of the small clip that pass from one frame to the next."""
+        return (FRAMES - 1) / (self.frames - 1)
+
+
+SMALL = Clip()
+CLIPS = {"small": SMALL, "medium": Clip(16, 64), "large": Clip(16, 96)}
+"""Of 4,608, 16,384 and 36,864 tokens where a token is 2 x 2 pixels of a frame."""
 
 
 class PromptError(ValueError):
@@ -171,18 +201,20 @@ def _cover(shape: Tensor, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
     return (0.5 - chosen).clamp(0, 1)
 
 
-def render(scenes: Tensor, generator: torch.Generator, frames: int = FRAMES) -> Tensor:
+def render(scenes: Tensor, generator: torch.Generator, clip: Clip = SMALL, frames: int | None = None) -> Tensor:
     """Draws scenes; a shape's whole path lies inside the picture, so it never turns.
 
     Args:
         scenes: int64 ``(n, 13)``.
         generator: Source of all that the scene leaves free; on the scenes' device.
-        frames: Frames to draw.
+        clip: How finely to draw.
+        frames: Frames to draw, at the clip's pace; all of the clip's if absent.
 
     Returns:
-        float32 ``(n, 3, frames, PIXELS, PIXELS)`` in [-1, 1].
+        float32 ``(n, 3, frames, pixels, pixels)`` in [-1, 1].
     """
     n, device = len(scenes), scenes.device
+    pixels, scale, frames = clip.pixels, clip.scale, frames or clip.frames
 
     def random() -> Tensor:
         return torch.rand(n, generator=generator, device=device)
@@ -190,26 +222,26 @@ def render(scenes: Tensor, generator: torch.Generator, frames: int = FRAMES) -> 
     def column(x: Tensor) -> Tensor:
         return x.view(n, 1, 1, 1)
 
-    axis = torch.arange(PIXELS, device=device) + 0.5
+    axis = torch.arange(pixels, device=device) + 0.5
     x, y = axis.view(1, 1, 1, -1), axis.view(1, 1, -1, 1)
-    period, phase = column(7.5 + 4.5 * random()), column(random() * 2 * torch.pi)
+    period, phase = column((7.5 + 4.5 * random()) * scale), column(random() * 2 * torch.pi)
     pattern = column(scenes[:, PATTERN])
-    shade = torch.where(pattern == 1, 0.6 * (y / PIXELS - 0.5) + 0 * x, 0.0)
+    shade = torch.where(pattern == 1, 0.6 * (y / pixels - 0.5) + 0 * x, 0.0)
     for kind, along in ((2, y), (3, x)):
         stripes = (torch.sin(along * 2 * torch.pi / period + phase) * 3).clamp(-1, 1)
         shade = torch.where(pattern == kind, 0.18 * stripes + 0 * x + 0 * y, shade)
     ground = torch.tensor(GROUND_RGB, device=device)[scenes[:, GROUND]].view(n, 3, 1, 1, 1)
-    video = (ground + shade.unsqueeze(1)).expand(n, 3, frames, PIXELS, PIXELS)
-    time = torch.arange(frames, device=device)
+    video = (ground + shade.unsqueeze(1)).expand(n, 3, frames, pixels, pixels)
+    time, step_scale = torch.arange(frames, device=device), scale * clip.pace
     for first in (SECOND, FIRST):  # the first shape lies on top
         size, colour, shape, way, speed = scenes[:, first : first + 5].unbind(1)
         there = column(size >= 0).float()
-        radius = torch.tensor(RADIUS_PIXELS, device=device)[size.clamp(min=0)] * (0.95 + 0.15 * random())
-        pace = torch.tensor(SPEED_PIXELS, device=device)[speed.clamp(min=0)] * (0.9 + 0.2 * random())
+        radius = torch.tensor(RADIUS_PIXELS, device=device)[size.clamp(min=0)] * (0.95 + 0.15 * random()) * scale
+        pace = torch.tensor(SPEED_PIXELS, device=device)[speed.clamp(min=0)] * (0.9 + 0.2 * random()) * step_scale
         angle = way * (torch.pi / 4)
         centre = []
         for step in (pace * torch.cos(angle), pace * torch.sin(angle)):
-            low, high = radius + 1, PIXELS - radius - 1
+            low, high = radius + scale, pixels - radius - scale
             travel = step * (frames - 1)
             start = low - travel.clamp(max=0) + (high - low - travel.abs()).clamp(min=0) * random()
             centre.append((start[:, None] + step[:, None] * time).view(n, frames, 1, 1))
@@ -224,7 +256,7 @@ class Verdict:
     """What a video shows of the shapes its prompt asks for; all bool ``(n, 2)``, first and second shape.
 
     Args:
-        asked: The prompt has this shape and it is in clear sight in at least three frames, so it can be judged.
+        asked: The prompt has this shape, in clear sight in at least three of eight frames, so that it can be judged.
         colour: The prompt's colour is there, in a fitting amount.
         shape: The outline is the prompt's rather than any other's.
         direction: It moves the prompt's way, within 30 degrees.
@@ -245,22 +277,23 @@ class Verdict:
 def measure(video: Tensor, scenes: Tensor) -> Verdict:
     """Measures colour, shape and direction on generated frames.
 
-    A shape is found by its colour. A frame counts for it where the other shape is at least two pixels away from it.
-    The outline is compared with all six, drawn at the measured area and centroid.
+    A shape is found by its colour. A frame counts for it where the other shape is at least two pixels of the small clip
+    away from it. The outline is compared with all six, drawn at the measured area and centroid.
 
     Args:
-        video: ``(n, 3, frames, PIXELS, PIXELS)`` in [-1, 1].
+        video: ``(n, 3, frames, pixels, pixels)`` in [-1, 1], of any clip.
         scenes: int64 ``(n, 13)``.
     """
     video = video.float()
     found = [_find(video, scenes[:, first + 1]) for first in (FIRST, SECOND)]
     two = (scenes[:, COUNT] == 1)[:, None]
-    near = torch.nn.functional.max_pool2d(found[0].float(), 5, 1, 2) * found[1]
+    reach = round(2 * video.shape[-1] / PIXELS)
+    near = torch.nn.functional.max_pool2d(found[0].float(), 2 * reach + 1, 1, reach) * found[1]
     clear = ~(two & (near.sum((2, 3)) > 0))
     verdicts = []
     for first, mask in zip((FIRST, SECOND), found, strict=True):
         colour, outline, way = _judge(mask.float(), clear, scenes[:, first : first + 5])
-        asked = (scenes[:, first] >= 0) & (clear.sum(1) >= 3)
+        asked = (scenes[:, first] >= 0) & (clear.sum(1) * 8 >= 3 * video.shape[2])
         verdicts.append((asked, colour, outline & colour, way & colour))
     return Verdict(*(torch.stack(part, 1) for part in zip(*verdicts, strict=True)))
 
@@ -280,7 +313,7 @@ def _judge(mask: Tensor, clear: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, 
     area = mask.sum((2, 3))
     cx = (mask * x).sum((2, 3)) / area.clamp(min=1)
     cy = (mask * y).sum((2, 3)) / area.clamp(min=1)
-    seen = clear & (area >= 12)
+    seen = clear & (area >= 12 * (side / PIXELS) ** 2)
     weight = seen.float()
     total = weight.sum(1).clamp(min=1)
     colour = weight.sum(1) >= 0.8 * clear.sum(1)

@@ -26,7 +26,7 @@ from calibatt.tools.calibrate.effects import ladder
 from calibatt.tools.calibrate.models import MODEL_HELP
 from calibatt.tools.evaluate.bench import Kept, Rule
 from calibatt.tools.evaluate.harness import about
-from calibatt.tools.evaluate.pareto import DEFAULTS, METHODS, Study, make_study, mean_and_error
+from calibatt.tools.evaluate.study import DEFAULTS, METHODS, Study, make_study, mean_and_error
 
 DENSITIES = (0.2, 0.35, 0.5)
 BASE = "defaults"

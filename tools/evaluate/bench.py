@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,10 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibatt.compiler.budget import choose
 from calibatt.plans import Blocks
-from calibatt.runtime import Plan
+from calibatt.runtime import Plan, planned_attention
 from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.schedule import DeviceSchedule
 from calibatt.tools.calibrate.effects import block_statistics
@@ -166,24 +168,41 @@ class _Timed:
 
 
 class Exact:
-    """Dense attention by PyTorch, in the dtype in which the block-sparse kernel computes: half of the floor."""
+    """Dense attention by PyTorch, in the dtype in which the block-sparse kernel computes: half of the floor.
+
+    Args:
+        kernels: What PyTorch may choose from on a GPU; all if absent.
+    """
 
     density = 1.0
 
+    def __init__(self, *kernels: SDPBackend) -> None:
+        self.kernels = list(kernels)
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, time: float) -> Tensor:
-        dtype = masks.KERNEL_DTYPE if q.is_cuda else q.dtype
-        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype)).to(q.dtype)
+        inputs = [x.to(masks.kernel_dtype(q)) for x in (q, k, v)]
+        with sdpa_kernel(self.kernels) if self.kernels and q.is_cuda else nullcontext():
+            return F.scaled_dot_product_attention(*inputs).to(q.dtype)
 
 
 class Planned:
-    """A plan, executed by the kernel for the device."""
+    """A plan, executed as the runtime does it.
 
-    def __init__(self, bench: Bench, plan: Plan) -> None:
-        self.plan, self.density = plan, executed_density(plan, bench.sampler.times)
+    Args:
+        bench: The bench.
+        plan: The plan.
+        backend: Of the runtime on a GPU, or ``auto``.
+    """
+
+    def __init__(self, bench: Bench, plan: Plan, backend: str = "triton") -> None:
+        self.plan, self.density, self.backend = plan, executed_density(plan, bench.sampler.times), backend
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, time: float) -> Tensor:
-        with self.plan.schedule(time, layer).bind(q.device).lowered() as bound:
-            return masks.attend(q, k, v, bound)
+        inputs = [x.to(masks.kernel_dtype(q)) for x in (q, k, v)]
+        backend = self.backend if q.is_cuda else "torch"
+        out = planned_attention(*inputs, self.plan.schedule(time, layer), backend=backend)
+        assert isinstance(out, Tensor)
+        return out.to(q.dtype)
 
 
 class Kept:

@@ -79,28 +79,43 @@ def bind_mask(keep: Tensor, grid: TokenGrid, blocks: Blocks) -> DeviceSchedule:
     return DeviceSchedule(core, device, tiles, columns, queries, nothing, nothing, nothing)
 
 
+def kernel_dtype(q: Tensor) -> torch.dtype:
+    """The dtype in which q is multiplied: its own where it has 16 bits or is on a CPU."""
+    return KERNEL_DTYPE if q.is_cuda and q.element_size() > 2 else q.dtype
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, bound: DeviceSchedule) -> Tensor:
     """Attention ``(B, H, N, D)`` over a bound schedule of H heads by the kernel for the device, in q's dtype.
 
     Raises:
         ValueError: There are other tokens than those of the video, which these masks do not know.
     """
+    return _run(q, k, v, bound, False)[0]
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, bound: DeviceSchedule, lse: bool) -> tuple[Tensor, Tensor | None]:
     if q.shape[2] != (tokens := bound.core.grid.tokens):
         raise ValueError(f"masks must be of all tokens, {tokens} of the video, got {q.shape[2]}")
-    if not q.is_cuda:
-        backend, inputs = "torch", (q, k, v)
-    else:
-        backend, inputs = "triton", tuple(x.to(KERNEL_DTYPE) for x in (q, k, v))
-    out, _ = load_backend(backend).run(*inputs, bound, q.shape[-1] ** -0.5, False)
-    return out.to(q.dtype)
+    inputs = (x.to(kernel_dtype(q)) for x in (q, k, v))
+    out, sums = load_backend("triton" if q.is_cuda else "torch").run(*inputs, bound, q.shape[-1] ** -0.5, lse)
+    return out.to(q.dtype), sums
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, grid: TokenGrid, blocks: Blocks) -> Tensor:
     """Attention ``(B, H, N, D)`` with a mask for each sample, bool ``(B, H, Q, K)``; all of them in one launch."""
+    return masked_with_lse(q, k, v, keep, grid, blocks)[0]
+
+
+def masked_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, grid: TokenGrid, blocks: Blocks
+) -> tuple[Tensor, Tensor]:
+    """`masked_attention`, and log of the sum of exponentials of the kept, scaled scores ``(B, H, N)``."""
     shape = q.shape
     bound = bind_mask(keep.flatten(0, 1), grid, blocks)
     folded = [x.reshape(1, shape[0] * shape[1], *shape[2:]) for x in (q, k, v)]
-    return attend(*folded, bound).view(shape)
+    out, lse = _run(*folded, bound, True)
+    assert lse is not None
+    return out.view(shape), lse.view(shape[:3])
 
 
 def with_top(keep: Tensor, score: Tensor) -> Tensor:

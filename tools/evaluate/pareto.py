@@ -13,245 +13,17 @@ output error that they make. Run again, it does only what is not in the JSON yet
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-import statistics as stats
-import time
-from collections.abc import Callable, Iterable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from rich.console import Console
-from torch import Tensor
 
-from calibatt.compiler.cost import device_named
-from calibatt.compiler.emit import compile_in_memory
-from calibatt.compiler.gather import StatisticsSource
-from calibatt.compiler.ir import Job, UnitIR
-from calibatt.compiler.language import DEFAULT_PASSES, parse_passes
-from calibatt.compiler.stats import Store, window_keep
-from calibatt.plans.files import whole_file, write_text
-from calibatt.runtime import Plan
-from calibatt.tools.calibrate.models import FIRST_SEED, MODEL_HELP, make_sampler
-from calibatt.tools.calibrate.work import pick_device, plan_work, read_prompts
-from calibatt.tools.evaluate import baselines, bench
-from calibatt.tools.evaluate.bench import Bench, BestOf, Exact, Kept, Measured, Moment, PerInput, Planned, Rule
+from calibatt.plans.files import whole_file
+from calibatt.tools.calibrate.models import MODEL_HELP
+from calibatt.tools.evaluate.bench import Exact
 from calibatt.tools.evaluate.harness import about
-from calibatt.tools.evaluate.masks import with_top
-
-DENSITIES = (0.2, 0.35, 0.5, 0.65)
-SHARES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""Densities of a head's candidates under a budget, besides dense."""
-AGREEMENTS = (0.25, 0.5, 0.75)
-"""Of the paper's own method."""
-RANDOM_SEED = 5
-DEFAULTS = DEFAULT_PASSES.replace("select", "select{target-density=D}")
-"""D stands for the density."""
-OURS = "compiled"
-"""What all others are compared with."""
-
-console = Console(stderr=True)
-
-
-class _Remembered:
-    """Units that are gathered once and compiled many times."""
-
-    def __init__(self, source: StatisticsSource) -> None:
-        self._source = source
-        self._units: dict[tuple[int, int], UnitIR] = {}
-
-    def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
-        key = time_index, layer
-        if key not in self._units:
-            self._units[key] = self._source.unit(job, time_index, layer)
-        return copy.deepcopy(self._units[key])
-
-
-class Study:
-    """All that the methods share, made when first asked for.
-
-    Args:
-        bench: The bench.
-        store: The statistics that plans are compiled from.
-    """
-
-    def __init__(self, bench: Bench, store: Store) -> None:
-        self.bench, self.store = bench, store
-        self.sampler = bench.sampler
-        self._measured: dict[str, tuple[Tensor, Measured]] = {}
-
-    @cached_property
-    def mass(self) -> Tensor:
-        return bench.see(self.bench)
-
-    @cached_property
-    def price(self) -> Tensor:
-        """What a unit of squared output error costs, ``(T, L, H)``: geometric mean over the windows of the store."""
-        of, table, heads = self.store.manifest, self.store.table(), self.bench.shape[2]
-        keep = torch.stack([torch.tensor(window_keep(each, of.grid, of.blocks)) for each in of.windows])
-        each = keep.to(self.bench.device)[:, None].expand(-1, heads, -1, -1)
-        error = bench.measure(self.bench, lambda moment: each, len(each)).error.movedim(0, 2)
-        at = [min(range(len(of.times)), key=lambda i: abs(of.times[i] - now)) for now in self.sampler.times]
-        prices = torch.tensor((table.window_error * table.time_level[:, None, None, None])[at]).to(error)
-        known = (prices > 0) & (error > 0)
-        ratio = torch.where(known, prices / error.where(known, 1.0), 1.0).log()
-        return (ratio.sum(2) / known.sum(2).clamp(min=1)).exp()
-
-    @cached_property
-    def source(self) -> _Remembered:
-        return _Remembered(StatisticsSource(self.store))
-
-    def compiled(self, density: float, passes: str = DEFAULTS) -> Rule:
-        """What calibatt-compile makes of the store; D in the passes stands for the density."""
-        parsed = parse_passes(passes.replace("D", f"{density:g}"))
-        return Planned(
-            self.bench, Plan(compile_in_memory(self.store, self.source, parsed, device_named("h200-triton")))
-        )
-
-    @cached_property
-    def papers(self) -> list[Rule]:
-        """Plans of the paper's own method: each threshold of the store with each of `AGREEMENTS`."""
-        passes = "vote{agreement=%g,threshold=%g},repeat,schedule,lower"
-        return [self.compiled(1.0, passes % (a, t)) for t in self.store.manifest.thresholds for a in AGREEMENTS]
-
-    def paper(self, density: float) -> Rule:
-        """Of `papers` the one whose density is nearest; its own density cannot be chosen.
-
-        Raises:
-            ValueError: The store has no thresholds.
-        """
-        if not self.papers:
-            raise ValueError("the store must have thresholds (calibatt-calibrate --thresholds), got none")
-        return min(self.papers, key=lambda rule: abs(rule.density - density))
-
-    # scores of static masks, (T, L, H, Q, K)
-
-    def score(self, name: str) -> Tensor:
-        """A static score by name: a pattern, ``random``, or ``vote`` (top-p, agreed on by half of the samples)."""
-        steps, layers, heads = self.bench.shape
-        if name == "vote":
-            return baselines.mass_before(self.mass).median(2).values
-        tokens, blocks = self.sampler.grid.tokens, self.bench.blocks
-        sizes = blocks.q_blocks(tokens), blocks.k_blocks(tokens)
-        if name == "random":
-            return baselines.random_score((steps, layers, heads, *sizes), RANDOM_SEED).to(self.bench.device)
-        order = self.order if name == "cubes" else None
-        score = baselines.pattern(name, self.sampler.grid, blocks, order, self.bench.device)
-        return score.expand(steps, layers, heads, *sizes)
-
-    @cached_property
-    def order(self) -> Tensor:
-        return baselines.cube_order(self.sampler.grid).to(self.bench.device)
-
-    def uniform(self, name: str, density: float) -> Rule:
-        """One rule for all: patterns at one density everywhere, others at one threshold everywhere."""
-        score = self.score(name)
-        threshold = bench.quantile_threshold(score, density)
-        return Kept(self.bench, with_top(score > threshold, score), self.order if name == "cubes" else None)
-
-    def ladder(self, name: str, order: Tensor | None = None) -> tuple[Tensor, Measured]:
-        """A score's masks at `SHARES` in every head, bool ``(C, T, L, H, Q, K)``, and what they cost; dense is last."""
-        if name not in self._measured:
-            score = self.score(name)
-            thresholds = bench.head_thresholds(score, (*SHARES, 1.0))
-            keep = with_top(score > thresholds[..., None, None], score.expand(len(thresholds), *score.shape))
-            found = bench.measure(self.bench, lambda m: keep[:, m.step, m.layer], len(keep), order)
-            self._measured[name] = keep, found
-        return self._measured[name]
-
-    def under_budget(self, names: Iterable[str], density: float, order: Tensor | None = None) -> Rule:
-        """Each head's mask from the ladders of these scores, by measured error x price under one budget."""
-        ladders = [self.ladder(name, order) for name in names]
-        keep = torch.cat([masks for masks, _ in ladders])
-        found = Measured.joined([measured for _, measured in ladders])
-        pick = bench.budgeted(found, self.price, density)
-        chosen = keep.gather(0, pick[None, ..., None, None].expand(1, *keep.shape[1:]))[0]
-        return Kept(self.bench, chosen, order)
-
-    # rules that look at the input
-
-    def mass_score(self, q: Tensor, k: Tensor, v: Tensor, step: int, layer: int) -> Tensor:
-        return baselines.mass_before(bench.block_mass(q, k, v, self.bench.blocks))
-
-    def skip_score(self, q: Tensor, k: Tensor, v: Tensor, step: int, layer: int) -> Tensor:
-        if q.is_cuda:
-            q, k = q.half(), k.half()
-        return baselines.skip_softmax_score(q, k, self.bench.blocks)
-
-    def everywhere(self, threshold: Tensor) -> Tensor:
-        return threshold.expand(self.bench.shape)
-
-    def dynamic_uniform(self, density: float) -> Rule:
-        scores = baselines.mass_before(self.mass)
-        return PerInput(self.bench, self.mass_score, self.everywhere(bench.quantile_threshold(scores, density)))
-
-    def dynamic_budget(self, density: float) -> Rule:
-        """Top-p with a p for each head at each time, under our budget."""
-        if "dynamic" not in self._measured:
-            scores = baselines.mass_before(self.mass)
-            thresholds = bench.head_thresholds(scores, (*SHARES, 1.0))
-
-            def candidates(moment: Moment) -> Tensor:
-                score = self.mass_score(moment.q, moment.k, moment.v, moment.step, moment.layer)
-                over = thresholds[:, moment.step, moment.layer, :, None, None]
-                return with_top(score > over[:, None], score.expand(len(over), *score.shape))
-
-            self._measured["dynamic"] = thresholds, bench.measure(self.bench, candidates, len(thresholds))
-        thresholds, found = self._measured["dynamic"]
-        pick = bench.budgeted(found, self.price, density)
-        return PerInput(self.bench, self.mass_score, thresholds.gather(0, pick[None])[0])
-
-    def skip_softmax(self, density: float) -> Rule:
-        """A tile is skipped where its scores stay far below; one threshold, found on the calibration prompts."""
-        scores = []
-        self.bench.calibrate(lambda m: scores.append(self.skip_score(m.q, m.k, m.v, m.step, m.layer).flatten()))
-        threshold = bench.quantile_threshold(torch.cat(scores), density)
-        return PerInput(self.bench, self.skip_score, self.everywhere(threshold))
-
-    def svg(self, density: float) -> Rule:
-        keeps = []
-        for name in ("spatial", "temporal"):
-            score = self.score(name)[0, 0]
-            keeps.append(with_top(score > bench.quantile_threshold(score, density), score))
-        return BestOf(self.bench, keeps)
-
-
-SELECT = "select{target-density=D}"
-METHODS: dict[str, Callable[[Study, float], Rule]] = {
-    OURS: lambda study, d: study.compiled(d),
-    "compiled, no anchors": lambda study, d: study.compiled(d, f"{SELECT},schedule,lower"),
-    "compiled, anchor rows alone": lambda study, d: study.compiled(
-        d, f"{SELECT},anchors{{max-group-frames=1}},{SELECT},schedule,lower"
-    ),
-    "compiled, anchor frames alone": lambda study, d: study.compiled(
-        d, f"{SELECT},anchors{{max-group-rows=1}},{SELECT},schedule,lower"
-    ),
-    "compiled, windows alone": lambda study, d: study.compiled(
-        d, "select{target-density=D,menu=windows},schedule,lower"
-    ),
-    "the paper's own method": lambda study, d: study.paper(d),
-    "budget: votes": lambda study, d: study.under_budget(("vote",), d),
-    "budget: cubes (STA)": lambda study, d: study.under_budget(("cubes",), d, order=study.order),
-    "budget: spatial or temporal (SVG)": lambda study, d: study.under_budget(("spatial", "temporal"), d),
-    "budget: radial": lambda study, d: study.under_budget(("radial",), d),
-    "budget: random": lambda study, d: study.under_budget(("random",), d),
-    "dynamic: top-p, budget": lambda study, d: study.dynamic_budget(d),
-    "dynamic: top-p, one p": lambda study, d: study.dynamic_uniform(d),
-    "dynamic: skip-softmax": lambda study, d: study.skip_softmax(d),
-    "dynamic: spatial or temporal (SVG)": lambda study, d: study.svg(d),
-    "uniform: votes, one threshold": lambda study, d: study.uniform("vote", d),
-    "uniform: cubes (STA)": lambda study, d: study.uniform("cubes", d),
-    "uniform: radial": lambda study, d: study.uniform("radial", d),
-    "uniform: frames": lambda study, d: study.uniform("frames", d),
-    "uniform: rows": lambda study, d: study.uniform("rows", d),
-    "uniform: box": lambda study, d: study.uniform("box", d),
-    "uniform: random": lambda study, d: study.uniform("random", d),
-}
-"""Methods by name, the most telling first."""
+from calibatt.tools.evaluate.study import DENSITIES, METHODS, OURS, Judgements, console, make_study, mean_and_error
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -264,11 +36,6 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             difference = [a - b for a, b in zip(row["psnr"], base["psnr"], strict=True)]
             found.append({"method": row["method"], "target": row["target"], **mean_and_error(difference)})
     return found
-
-
-def mean_and_error(values: list[float]) -> dict[str, float]:
-    error = stats.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return {"mean": stats.fmean(values), "standard_error": error}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -365,73 +132,20 @@ def main(
     names = [name.strip() for name in methods.split(";")] if methods else list(METHODS)
     if unknown := [name for name in names if name not in METHODS]:
         raise click.UsageError(f"--methods must be some of {'; '.join(METHODS)}; got {unknown[0]!r}")
-    began = time.perf_counter()
-    study = make_study(model, stores, held_out, prompts, calibration, steps, batch, device)
-    result = json.loads(output.read_text("utf-8")) if output.exists() else {"rows": []}
+    judged = Judgements(output, seconds)
+    study, result = make_study(model, stores, held_out, prompts, calibration, steps, batch, device), judged.result
     result |= {"about": about("python -m calibatt.tools.evaluate.pareto", study.sampler)}
     result |= {"prompts": prompts, "calibration": calibration, "steps": len(study.sampler.times)}
-    done = {(row["method"], row["target"]) for row in result["rows"]}
-
-    def judge(name: str, target: float, make: Callable[[], Rule]) -> None:
-        if (name, target) in done or time.perf_counter() - began > seconds:
-            return
-        start = time.perf_counter()
-        try:
-            rule = make()
-        except ValueError as error:
-            console.print(f"{name} @{target:g}: {error}", markup=False)
-            return
-        row = {"method": name, "target": target, **study.bench.judge(rule)}
-        rounded = {
-            key: [round(x, 4) for x in value] if isinstance(value, list) else value for key, value in row.items()
-        }
-        result["rows"].append(rounded)
-        quality = mean_and_error(row["psnr"])
-        console.print(
-            f"{time.perf_counter() - began:6.1f} s (+{time.perf_counter() - start:.1f})  {name} @{target:g}: density "
-            f"{row['density']:.3f}, {quality['mean']:.2f} ± {quality['standard_error']:.2f} dB, "
-            f"{row['attention_ms']:.2f} ms",
-            markup=False,
-        )
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, json.dumps(result) + "\n")
-
-    judge("dense: block-sparse kernel", 1.0, lambda: study.uniform("random", 1.0))
-    judge("dense: PyTorch", 1.0, Exact)
+    judged.judge(study, "dense: block-sparse kernel", 1.0, lambda: study.uniform("random", 1.0))
+    judged.judge(study, "dense: PyTorch", 1.0, Exact)
     for name in names:
         for density in map(float, densities.split(",")):
-            judge(name, density, lambda name=name, density=density: METHODS[name](study, density))
+            judged.judge(study, name, density, lambda name=name, density=density: METHODS[name](study, density))
     result["difference_from_ours_db"] = summary(result["rows"])
-    write_text(output, json.dumps(result) + "\n")
+    judged.write()
     if figure is not None:
         draw(result, figure)
-    console.print(f"{time.perf_counter() - began:.1f} s: {output}")
-
-
-def make_study(
-    model: str,
-    stores: tuple[Path, ...],
-    held_out: Path | None,
-    prompts: int,
-    calibration: int,
-    steps: int | None,
-    batch: int,
-    device: str,
-) -> Study:
-    """The study of a model from its statistics; the sampler's steps must be the times of the store."""
-    store = Store.open(stores)
-    sampler = make_sampler(model, steps, pick_device(device))
-    if held_out is not None:
-        lines = read_prompts(held_out)[:prompts]
-    elif model == "demo":
-        from calibatt.tools.demo.measure import held_out_prompts
-
-        lines = held_out_prompts(prompts)
-    else:
-        raise click.UsageError(f"--held-out must be given for --model {model}, got none")
-    work = [(prompt, FIRST_SEED + index) for index, prompt in enumerate(lines)]
-    calibrated = plan_work(model, None, calibration, 0)
-    return Study(Bench(sampler, store.manifest.blocks, work, calibrated, batch), store)
+    console.print(f"{judged.elapsed:.1f} s: {output}")
 
 
 if __name__ == "__main__":
