@@ -15,10 +15,6 @@ tile) the accumulator is therefore added to a total in fp32 and starts anew.
 Queries are those of the video, packed. Outputs of heads with anchors are stored packed, too, and copied to their groups
 afterwards (`kernels.anchors`): copied here as in `kernels.hopper`, they leave ptxas too few registers, which serialises
 the products.
-
-For ptxas: P is carried through the loop as words of four bytes (single ones would take a register each), becomes an
-operand before the products that it runs beside are issued, and is used once more after them in the rare branch; else
-its registers are written while a product reads them, which ptxas sees and mends by serialising the products.
 """
 
 from triton.experimental import gluon
@@ -27,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -40,102 +35,19 @@ from calibatt.runtime.kernels.hopper import (
     SMALL_BYTES,
     registers,
 )
-from calibatt.runtime.kernels.hopper_producer import CONSUMERS, FACTS, Q_SLOTS, advance, facts_of_tile, producer
-from calibatt.runtime.kernels.hopper_softmax import (
-    GROUP_Q,
-    any_overshoots,
-    hold,
-    row_max,
-    vote_bound,
-    without,
+from calibatt.runtime.kernels.hopper_eight_products import (
+    SHIFT,
+    add_product,
+    carried_of,
+    eight_bound,
+    operand_of,
+    promoted,
+    scores_of,
+    sums_of,
+    used,
 )
-
-SHIFT = gl.constexpr(5.0)
-"""As of `runtime.quantise`."""
-PROMOTED = gl.constexpr(4)
-"""Blocks of keys that are summed in e4m3's accumulator; a power of two."""
-
-
-@gluon.constexpr_function
-def eight_bound(dtype):
-    """As `vote_bound`; of e4m3, whose last number is 448."""
-    return "0f43E00000" if dtype == gl.float8e4nv else vote_bound(dtype)
-
-
-@gluon.jit
-def _sums_of(p, BLOCK_K: gl.constexpr, DTYPE: gl.constexpr):
-    """As `lane_sums_of`, and what the vote looks at."""
-    x = p.reshape([GROUP_Q, BLOCK_K // 32, 4, 4, 2])
-    x = gl.sum(gl.sum(x, axis=4), axis=2)
-    sums = gl.sum(x, axis=1)
-    if DTYPE == gl.float8e4nv:
-        return sums, gl.max(x, axis=1)
-    else:
-        return sums, sums
-
-
-@gluon.jit
-def _packed(p, BLOCK_K: gl.constexpr, DTYPE: gl.constexpr, OPERAND: gl.constexpr):
-    """What the loop carries of P: 16 bits as an operand, e4m3 by four as int32 ``[64, BLOCK_K / 4]``."""
-    if DTYPE == gl.float8e4nv:
-        x = p.reshape([GROUP_Q, BLOCK_K // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([GROUP_Q, BLOCK_K // 4, 2, 2])
-        even, odd = gl.split(x)
-        p0, p2 = gl.split(even)
-        p1, p3 = gl.split(odd)
-        return gl.inline_asm_elementwise(
-            "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3;"
-            " mov.b32 $0, {l, h}; }",
-            "=r,f,f,f,f", [p0, p1, p2, p3], dtype=gl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return gl.convert_layout(p.to(DTYPE), OPERAND)
-
-
-@gluon.jit
-def _operand(packed, BLOCK_K: gl.constexpr, DTYPE: gl.constexpr, OPERAND: gl.constexpr):
-    """Packed P as the operand of a product: four equal words become their four bytes, without an instruction."""
-    if DTYPE == gl.float8e4nv:
-        twice = gl.join(packed, packed)
-        words = gl.convert_layout(gl.join(twice, twice).reshape([GROUP_Q, BLOCK_K]), OPERAND)
-        bytes_of = gl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r,r,r", [words], dtype=gl.int8, is_pure=False, pack=4
-        )
-        return bytes_of.to(gl.float8e4nv, bitcast=True)
-    else:
-        return packed
-
-
-@gluon.jit
-def _used(packed, DTYPE: gl.constexpr):
-    """A use without effect, since P has no signs."""
-    if DTYPE == gl.float8e4nv:
-        gl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.eq.u32 p, $1, 0xffffffff; @p nanosleep.u32 $1; mov.b32 $0, $1; }",
-            "=r,r", [packed], dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@gluon.jit
-def _scores(q, k, NOTHING):
-    return warpgroup_mma(q, k.permute((1, 0)), NOTHING, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _product(operand, v, acc, block, DTYPE: gl.constexpr):
-    """Begins to add P V of a tile's block to the sum; 16 bits have one accumulator."""
-    if DTYPE == gl.float8e4nv:
-        return warpgroup_mma(operand, v.permute((1, 0)), acc, use_acc=block % PROMOTED != 0, is_async=True)
-    else:
-        return warpgroup_mma(operand, v, acc, is_async=True)
-
-
-@gluon.jit
-def _promoted(acc, total, block, DTYPE: gl.constexpr):
-    """The total, before the product of a tile's block is begun."""
-    if DTYPE == gl.float8e4nv:
-        if block % PROMOTED == 0:
-            total = total + acc
-    return total
+from calibatt.runtime.kernels.hopper_producer import CONSUMERS, FACTS, Q_SLOTS, advance, facts_of_tile, producer
+from calibatt.runtime.kernels.hopper_softmax import GROUP_Q, any_overshoots, hold, row_max, without
 
 
 @gluon.jit
@@ -149,10 +61,10 @@ def _first(s, c, valid, BLOCK_K: gl.constexpr, SCORES: gl.constexpr, ROW: gl.con
 
 @gluon.jit
 def _step(
-    q, acc, total, packed, lane_sums, m, valid, block, q_scale, k_slots, v_slots, scale_slots, k_full, v_full, kv_read,
+    q, acc, total, carried, lane_sums, m, valid, block, q_scale, k_slots, v_slots, scale_slots, k_full, v_full, kv_read,
     k_at, k_parity, v_at, v_parity,
-    GROUP: gl.constexpr, KV_SLOTS: gl.constexpr, MASKED: gl.constexpr, SCORES: gl.constexpr, OUTPUT: gl.constexpr,
-    OPERAND: gl.constexpr, LANES: gl.constexpr, ONE: gl.constexpr, LIFT: gl.constexpr,
+    GROUP: gl.constexpr, KV_SLOTS: gl.constexpr, MASKED: gl.constexpr, OTHERS: gl.constexpr, SCORES: gl.constexpr,
+    OUTPUT: gl.constexpr, OPERAND: gl.constexpr, LANES: gl.constexpr, ONE: gl.constexpr, LIFT: gl.constexpr,
 ):  # fmt: skip
     """The scores of block `block` + 1 of a tile beside the product of `block`; see `kernels.hopper`."""
     DTYPE: gl.constexpr = v_slots.dtype
@@ -162,23 +74,23 @@ def _step(
     mbarrier.wait(k_full.index(k_at), k_parity)
     mbarrier.wait(v_full.index(v_at), v_parity)
     c = q_scale * gl.max(scale_slots.index(k_at).load(ONE), axis=0)
-    total = _promoted(acc, total, block, DTYPE)
-    operand = _operand(packed, BLOCK_K, DTYPE, OPERAND)
-    s = _scores(q, k_slots.index(k_at), nothing)
-    acc = _product(operand, v_slots.index(v_at), acc, block, DTYPE)
+    total = promoted(acc, total, block, DTYPE)
+    operand = operand_of(carried, BLOCK_K, DTYPE, OPERAND, OTHERS)
+    s = scores_of(q, k_slots.index(k_at), nothing)
+    acc = add_product(operand, v_slots.index(v_at), acc, block, DTYPE)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
     if MASKED:
         p = gl.exp2(without(s.to(gl.float32) * c, valid, BLOCK_K, SCORES) - m[:, None])
     else:
         p = gl.exp2(s.to(gl.float32) * c - m[:, None])
-    sums, seen = _sums_of(p, BLOCK_K, DTYPE)
-    following = _packed(p, BLOCK_K, DTYPE, OPERAND)
+    sums, seen = sums_of(p, BLOCK_K, DTYPE)
+    following = carried_of(p, BLOCK_K, DTYPE, OPERAND, OTHERS)
     NAME: gl.constexpr = "masked" if MASKED else "overshoot"
     overshoots = any_overshoots(seen, GROUP, eight_bound(DTYPE), NAME)
-    acc, packed = warpgroup_mma_wait(num_outstanding=0, deps=[acc, packed])
+    acc, carried = warpgroup_mma_wait(num_outstanding=0, deps=[acc, carried])
     if overshoots != 0:
-        _used(packed, DTYPE)
-        s = _scores(q, k_slots.index(k_at), nothing)
+        used(carried, DTYPE)
+        s = scores_of(q, k_slots.index(k_at), nothing)
         s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
         x = s.to(gl.float32) * c
         if MASKED:
@@ -187,8 +99,8 @@ def _step(
         fade = gl.exp2(m - higher)
         m = higher
         p = gl.exp2(x - m[:, None])
-        sums, seen = _sums_of(p, BLOCK_K, DTYPE)
-        following = _packed(p, BLOCK_K, DTYPE, OPERAND)
+        sums, seen = sums_of(p, BLOCK_K, DTYPE)
+        following = carried_of(p, BLOCK_K, DTYPE, OPERAND, OTHERS)
         lane_sums = lane_sums * gl.convert_layout(fade, LANES)[:, None]
         fade_out = gl.convert_layout(fade, gl.SliceLayout(1, OUTPUT))[:, None]
         acc = acc * fade_out
@@ -242,15 +154,15 @@ def _consumer(
     # the first block of the first tile; every later tile's first block overlaps the end of the tile before it
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(k_full.index(0), 0)
-    s = _scores(q_slots.index(GROUP), k_slots.index(0), nothing)
+    s = scores_of(q_slots.index(GROUP), k_slots.index(0), nothing)
     s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
     c = q_scale * gl.max(scale_slots.index(0).load(ONE), axis=0)
     mbarrier.arrive(kv_read.index(0), count=1)
     k_at, k_parity = advance(k_at, k_parity, KV_SLOTS)
     p, m = _first(s, c, valid, BLOCK_K, SCORES, ROW, LIFT)
-    lane_sums, _ = _sums_of(p, BLOCK_K, DTYPE)
+    lane_sums, _ = sums_of(p, BLOCK_K, DTYPE)
     LANES: gl.constexpr = gl.SliceLayout(1, lane_sums.type.layout)
-    packed = _packed(p, BLOCK_K, DTYPE, OPERAND)
+    carried = carried_of(p, BLOCK_K, DTYPE, OPERAND, OTHERS)
     acc = gl.zeros([GROUP_Q, HEAD_DIM], gl.float32, OUTPUT)
     if IN_E4M3:
         total = gl.zeros([GROUP_Q, HEAD_DIM], gl.float32, OUTPUT)
@@ -264,17 +176,17 @@ def _consumer(
             lead = gl.max(facts.index(q_at * HERE + FACTS + 2).load(ONE), axis=0)
             for i in range(lead):
                 valid = gl.max(facts.index(q_at * HERE + FACTS + i).load(ONE), axis=0)
-                acc, total, packed, lane_sums, m, block, k_at, k_parity, v_at, v_parity = _step(
-                    q, acc, total, packed, lane_sums, m, valid, block, q_scale, k_slots, v_slots, scale_slots, k_full,
+                acc, total, carried, lane_sums, m, block, k_at, k_parity, v_at, v_parity = _step(
+                    q, acc, total, carried, lane_sums, m, valid, block, q_scale, k_slots, v_slots, scale_slots, k_full,
                     v_full, kv_read, k_at, k_parity, v_at, v_parity,
-                    GROUP, KV_SLOTS, True, SCORES, OUTPUT, OPERAND, LANES, ONE, LIFT,
+                    GROUP, KV_SLOTS, True, OTHERS, SCORES, OUTPUT, OPERAND, LANES, ONE, LIFT,
                 )  # fmt: skip
             steps -= lead
         for _ in range(steps):
-            acc, total, packed, lane_sums, m, block, k_at, k_parity, v_at, v_parity = _step(
-                q, acc, total, packed, lane_sums, m, 0, block, q_scale, k_slots, v_slots, scale_slots, k_full,
+            acc, total, carried, lane_sums, m, block, k_at, k_parity, v_at, v_parity = _step(
+                q, acc, total, carried, lane_sums, m, 0, block, q_scale, k_slots, v_slots, scale_slots, k_full,
                 v_full, kv_read, k_at, k_parity, v_at, v_parity,
-                GROUP, KV_SLOTS, False, SCORES, OUTPUT, OPERAND, LANES, ONE, LIFT,
+                GROUP, KV_SLOTS, False, OTHERS, SCORES, OUTPUT, OPERAND, LANES, ONE, LIFT,
             )  # fmt: skip
         # the last product of this tile beside the first scores of the next one
         next_q, next_parity = advance(q_at, q_parity, Q_SLOTS)
@@ -305,20 +217,20 @@ def _consumer(
         mbarrier.wait(q_full.index(next_q), next_parity, pred=next_count > 0)
         mbarrier.wait(k_full.index(k_at), k_parity, pred=next_count > 0)
         mbarrier.wait(v_full.index(v_at), v_parity)
-        total = _promoted(acc, total, block, DTYPE)
-        operand = _operand(packed, BLOCK_K, DTYPE, OPERAND)
-        s = _scores(q_slots.index(next_q * CONSUMERS + GROUP), k_slots.index(k_at), nothing)
-        acc = _product(operand, v_slots.index(v_at), acc, block, DTYPE)
+        total = promoted(acc, total, block, DTYPE)
+        operand = operand_of(carried, BLOCK_K, DTYPE, OPERAND, OTHERS)
+        s = scores_of(q_slots.index(next_q * CONSUMERS + GROUP), k_slots.index(k_at), nothing)
+        acc = add_product(operand, v_slots.index(v_at), acc, block, DTYPE)
         c = q_scale * gl.max(scale_slots.index(k_at).load(ONE), axis=0)
         s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
         p, m = _first(s, c, valid, BLOCK_K, SCORES, ROW, LIFT)
-        lane_sums, _ = _sums_of(p, BLOCK_K, DTYPE)
-        following = _packed(p, BLOCK_K, DTYPE, OPERAND)
+        lane_sums, _ = sums_of(p, BLOCK_K, DTYPE)
+        following = carried_of(p, BLOCK_K, DTYPE, OPERAND, OTHERS)
         hold(lane_sums, GROUP)
-        acc, packed = warpgroup_mma_wait(num_outstanding=0, deps=[acc, packed])
-        _used(packed, DTYPE)
+        acc, carried = warpgroup_mma_wait(num_outstanding=0, deps=[acc, carried])
+        used(carried, DTYPE)
         mbarrier.arrive(kv_read.index(k_at), count=1)
-        packed = following
+        carried = following
         k_at, k_parity = advance(k_at, k_parity, KV_SLOTS)
         v_at, v_parity = advance(v_at, v_parity, KV_SLOTS - 1)
         share_out = gl.convert_layout(share, OUTPUT_ROW)[:, None]

@@ -103,6 +103,10 @@ def compile_case(
         cubin.write_bytes(compiled.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(compiled.asm["ptx"])
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", "/dev/null"]
+        told = subprocess.run(command, check=True, capture_output=True, text=True)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {
         "triton": triton.__version__,
@@ -110,6 +114,7 @@ def compile_case(
         "stack_bytes": int(stack),
         "shared_bytes": compiled.metadata.shared,
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "serialised": "are serialized" in told.stdout + told.stderr,
     }
 
 
