@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import triton
 from support.schedules import random_schedule
 
 from calibatt.plans import INT8, INT8_FP8, Blocks, TokenGrid
@@ -14,11 +13,9 @@ from calibatt.runtime.quantise import QUERY_GROUP, e4m3_channels, int8_rows
 from calibatt.runtime.schedule import LayerSchedule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
 ORDER = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
 """Which key of every 16 is where in `quantise_values`."""
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not triton.knobs.runtime.interpret, reason="needs a GPU or TRITON_INTERPRET=1"
-)
 
 
 def quantised(
@@ -51,16 +48,12 @@ def check_codes(found: torch.Tensor, scales: torch.Tensor, expected: tuple[torch
     assert (differences > 0).float().mean() < 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("head_dim", "block_k"), [(64, 128), (128, 64), (128, 128)])
-@pytest.mark.parametrize(
-    ("prefix", "suffix", "padded"), [(0, 0, False), (7, 33, True), (130, 0, False), (0, 200, True)]
-)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "block_k"), [(64, 128), (128, 64)])
+@pytest.mark.parametrize(("prefix", "suffix", "padded"), [(0, 0, False), (7, 33, True), (130, 140, True)])
 def test_kernels_are_as_the_definition(
     head_dim: int, block_k: int, dtype: torch.dtype, prefix: int, suffix: int, padded: bool
 ) -> None:
-    if DEVICE == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("triton's interpreter does not compute in bfloat16")
     core = random_schedule(
         np.random.default_rng(0), TokenGrid(2, 4, 26), Blocks(128, block_k), 4, anchored_heads=[2],
         precisions=[INT8, 0, INT8_FP8, INT8_FP8],
@@ -132,3 +125,33 @@ def check_values(
         found = found.where((mantissa.abs() != 0.5) | (2 * found != expected), expected)
     assert ((found != expected).float().mean() < 1e-3).item()
     assert ((found - expected).abs() <= expected.abs() / 7 + 2**-9).all()
+
+
+@pytest.mark.parametrize("anchors", ["random", "frames"])
+def test_outputs_of_anchors_go_to_their_groups(anchors: str) -> None:
+    core = random_schedule(
+        np.random.default_rng(0), TokenGrid(3, 4, 26), Blocks(128, 128), 4, anchored_heads=[1, 3], anchors=anchors,
+        precisions=[INT8_FP8, INT8_FP8, 0, INT8_FP8],
+    )  # fmt: skip
+    bound, start = LayerSchedule(core).bind(DEVICE), 5
+    ready = bound.derived(hopper.prepare)
+    (eight,) = ready.eight
+    out = torch.zeros(2, start + core.grid.tokens + 9, 4, 64, dtype=torch.float16, device=DEVICE).transpose(1, 2)
+    lse = torch.zeros(out.shape[:3], device=DEVICE)
+    room = hopper_eight.room_for(eight, bound, out, start, True)
+    memory = torch.zeros(room.nbytes, dtype=torch.uint8, device=DEVICE)
+    packed, packed_lse = (room.views(memory)[name] for name in ("packed_out", "packed_lse"))
+    packed.normal_()
+    packed_lse.normal_()
+    for call in hopper_eight.unpacking(out, lse, room, memory, eight, bound, ready.most_copies, start):
+        call.kernel[call.grid](**call.arguments)
+    for head in range(4):
+        found, found_lse = out[:, head], lse[:, head]
+        if head in (1, 3):
+            row_of = torch.zeros(core.grid.tokens, dtype=torch.long)
+            row_of[core.packed_queries(head)] = torch.arange(core.packed_tokens(head))
+            row, slot = row_of[core.token_source(head)].to(DEVICE), int(eight.slots[head])
+            assert torch.equal(found[:, start : start + core.grid.tokens], packed[:, slot, row])
+            assert torch.equal(found_lse[:, start : start + core.grid.tokens], packed_lse[:, slot, row])
+            found = torch.cat([found[:, :start], found[:, start + core.grid.tokens :]], 1)
+        assert not found.any()
