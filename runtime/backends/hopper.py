@@ -73,9 +73,9 @@ class Prepared:
     """What the kernel needs of a schedule besides `DeviceSchedule`, on the same device.
 
     Args:
-        tiles: int32 ``(tiles, 4)``: place, start, stop, last key block; see `kernels.hopper.hopper_forward`. Of heads
-            of 16 bits, and so are the next two.
-        anchored: int32, the heads that compute anchors only.
+        all_tiles: int32 ``(tiles, 4)``: place, start, stop, last key block; see `kernels.hopper.hopper_forward`. Those
+            of heads of one precision follow each other, by precision.
+        anchored: int32, the heads of 16 bits that compute anchors only.
         packed_tokens: The most packed queries of such a head; 0 if there is none.
         receivers: int64 ``(patterns, tiles_of_pattern * 128)``; see `kernels.hopper.hopper_forward`.
         most_copies: The most tokens that receive the output of one query.
@@ -83,13 +83,18 @@ class Prepared:
         launches: What was launched for this schedule, by all that decides about it but addresses.
     """
 
-    tiles: torch.Tensor
+    all_tiles: torch.Tensor
     anchored: torch.Tensor
     packed_tokens: int
     receivers: torch.Tensor
     most_copies: int
     eight: list[EightHeads]
     launches: dict[Any, Launches] = field(default_factory=dict)
+
+    @property
+    def tiles(self) -> torch.Tensor:
+        """Of the heads of 16 bits."""
+        return self.all_tiles[: len(self.all_tiles) - sum(len(eight.tiles) for eight in self.eight)]
 
     @property
     def tiles_of_pattern(self) -> int:
@@ -134,12 +139,12 @@ def prepare(bound: DeviceSchedule) -> Prepared:
     is_anchored = core.head_anchor != NO_ANCHORS
     anchored = np.flatnonzero(is_anchored & (core.head_precision == BF16)).astype(np.int32)
     sizes = core.pattern_tokens.tolist()
-    packed = max(sizes, default=0) if is_anchored.any() else 0
+    longest = max(sizes, default=0) if is_anchored.any() else 0
     most_copies = max((int(core.group_sizes(pattern).max()) for pattern in range(len(sizes))), default=1)
     head, tile, start, stop = bound.tiles.long().unbind(1)
     last = bound.columns.view(torch.int16)[stop - 1].int() & 0xFFFF
     place = (head << 16 | tile).int()
-    of_pattern = -(-packed // BLOCKS_Q[0]) * BLOCKS_Q[0]
+    of_pattern = -(-longest // BLOCKS_Q[0]) * BLOCKS_Q[0]
     receivers = torch.zeros(len(sizes), of_pattern, dtype=torch.int64, device=device)
     if is_anchored.any():
         pattern = move(torch.from_numpy(core.head_anchor.astype(np.int32)), device)[head]
@@ -153,23 +158,21 @@ def prepare(bound: DeviceSchedule) -> Prepared:
     tiles = torch.stack([place, start.int(), stop.int(), last], 1).contiguous()
     head_of_tile = np.repeat(np.arange(core.heads), np.diff(core.head_tile_ptr))[core.tile_order]
     precision_of_tile = core.head_precision[head_of_tile]
-
-    def tiles_of(precision: int) -> torch.Tensor:
-        chosen = np.flatnonzero(precision_of_tile == precision)
-        return tiles if len(chosen) == len(tiles) else tiles[move(torch.from_numpy(chosen), device)]
-
+    counts = np.bincount(precision_of_tile, minlength=len(PRECISIONS))
+    if counts.max() < len(tiles):
+        tiles = tiles[move(torch.from_numpy(precision_of_tile.argsort(kind="stable")), device)]
     eight = []
     for precision in sorted(set(core.head_precision.tolist()) - {BF16}):
         heads = np.flatnonzero(core.head_precision == precision)
         slots = np.zeros(core.heads, np.int32)
         slots[heads] = np.arange(len(heads))
         parts = (heads, slots, heads[is_anchored[heads]])
-        heads_there, slots, with_anchors = (move(torch.from_numpy(each.astype(np.int32)), device) for each in parts)
-        most = max(core.tiles(int(each)) for each in heads)
-        eight.append(EightHeads(precision, heads_there, slots, tiles_of(precision), most, with_anchors))
-    packed = packed if len(anchored) else 0
-    anchored_heads = move(torch.from_numpy(anchored), device)
-    return Prepared(tiles_of(BF16), anchored_heads, packed, receivers, most_copies, eight)
+        there = [move(torch.from_numpy(each.astype(np.int32)), device) for each in parts]
+        first = int(counts[:precision].sum())
+        theirs, most = tiles[first : first + counts[precision]], max(core.tiles(int(each)) for each in heads)
+        eight.append(EightHeads(precision, there[0], there[1], theirs, most, there[2]))
+    with_anchors = move(torch.from_numpy(anchored), device)
+    return Prepared(tiles, with_anchors, longest if len(anchored) else 0, receivers, most_copies, eight)
 
 
 def run(
