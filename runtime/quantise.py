@@ -7,6 +7,9 @@ back. With `INT8_FP8`, values less their mean over all keys are e4m3, with one s
 2^`SHIFT` times those whose largest is 1; row sums are of what was not rounded. The mean is added to the output.
 
 Queries of the prefix and the suffix are computed in 16 bits in every head.
+
+Codes are what fp32 makes of them, a factor and one product, whatever the dtype: half of a group's largest query, which
+16-bit numbers often are, lies exactly between two codes, and another order of roundings would take the other one.
 """
 
 from __future__ import annotations
@@ -46,8 +49,9 @@ def int8_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     groups = -(-x.shape[-2] // group)
     blocks = F.pad(x, (0, 0, 0, -x.shape[-2] % group)).unflatten(-2, (groups, group))
     most = blocks.abs().amax((-2, -1)).clamp(min=TINY)
-    codes = (blocks * (INT8_MOST / most)[..., None, None]).nan_to_num(0.0, 0.0, 0.0).round().to(torch.int8)
-    return codes.flatten(-3, -2), most / INT8_MOST
+    factor = torch.full_like(most, INT8_MOST, dtype=torch.float32) / most.float()  # 127 / x would be 127 * (1 / x)
+    codes = (blocks.float() * factor[..., None, None]).nan_to_num(0.0, 0.0, 0.0).round()
+    return codes.to(torch.int8).flatten(-3, -2), most / INT8_MOST
 
 
 def rounded_rows(x: torch.Tensor, group: int) -> torch.Tensor:
@@ -61,7 +65,8 @@ def e4m3_channels(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     """Values less their mean in e4m3: codes ``(..., n, D)``; scales and means, one a channel, ``(..., 1, D)``."""
     mean = v.mean(-2, keepdim=True)
     scales = (v - mean).abs().amax(-2, keepdim=True).clamp(min=TINY) / E4M3_MOST
-    return as_e4m3((v - mean) / scales), scales, mean
+    codes = as_e4m3((v - mean).float() * scales.float().reciprocal())
+    return codes.to(v.dtype), scales, mean
 
 
 def as_e4m3(x: torch.Tensor) -> torch.Tensor:

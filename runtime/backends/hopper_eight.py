@@ -158,7 +158,7 @@ def quantising(
         arrays = {name: views[source] for name, source in moving.items() if source in views}
         found = {**common, **arguments, **arrays}
         kept = {name: found[name] for name in kernel.arg_names if name in found}
-        return Call(kernel, grid, {**kept, "num_warps": found["num_warps"]}, places)
+        return Call(kernel, grid, {**kept, "num_warps": found["num_warps"], "enable_fp_fusion": False}, places)
 
     made = [
         call(

@@ -73,7 +73,7 @@ def producer(
 ):  # fmt: skip
     """Steps run over the blocks of all tiles of this CTA: step g brings K of block g and V of block g - 1."""
     HERE: gl.constexpr = facts_of_tile(OTHERS, EIGHT)
-    VALUES_TOO: gl.constexpr = v_desc.dtype == gl.float8e4nv  # are in e4m3
+    E4M3_VALUES: gl.constexpr = v_desc.dtype == gl.float8e4nv
     OTHER_TILES: gl.constexpr = OTHERS and not EIGHT
     q_full, q_free, k_full, v_full, kv_read, told = barriers
     BLOCK_K: gl.constexpr = k_slots.type.shape[1]
@@ -206,7 +206,7 @@ def producer(
             if step > 0:
                 full = v_full.index(v_at)
                 mbarrier.expect(full, V_BYTES)
-                if VALUES_TOO:
+                if E4M3_VALUES:
                     load_tile(v_desc, [v_batch, v_head, 0, v_key], full, v_slots.index(v_at))
                 else:
                     load_tile(v_desc, [v_batch, v_head, v_key, 0], full, v_slots.index(v_at))
@@ -215,7 +215,7 @@ def producer(
             v_batch = batch
             v_head = head
             v_key = key
-            if VALUES_TOO:
+            if E4M3_VALUES:
                 v_head = slot_of_head
             elif EIGHT and OTHERS:  # values are where they were
                 v_key -= gl.where(key >= video_key, video_key - video_start, 0)
@@ -228,16 +228,9 @@ def producer(
                 gl.store(counter, 0, mask=next_index == gl.num_programs(0) + work - 1)
                 next_batch = next_index // tiles_of_batch
                 next_place, next_start, next_stop, next_last = _tile_of(
-                    tiles,
-                    next_index,
-                    next_batch,
-                    others,
-                    tokens,
-                    tiles_of_batch,
-                    next_index < work,
-                    BLOCK_K,
+                    tiles, next_index, next_batch, others, tokens, tiles_of_batch, next_index < work, BLOCK_K,
                     OTHER_TILES,
-                )
+                )  # fmt: skip
         index = next_index
         batch = next_batch
         place = next_place
@@ -252,7 +245,7 @@ def producer(
         mbarrier.wait(kv_read.index(read_at), read_parity)
     full = v_full.index(v_at)
     mbarrier.expect(full, V_BYTES)
-    if VALUES_TOO:
+    if E4M3_VALUES:
         load_tile(v_desc, [v_batch, v_head, 0, v_key], full, v_slots.index(v_at))
     else:
         load_tile(v_desc, [v_batch, v_head, v_key, 0], full, v_slots.index(v_at))

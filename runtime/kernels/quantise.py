@@ -4,7 +4,8 @@
 
 Programs of one block of all heads follow each other, since channels of heads lie side by side in a token. Arrays of
 quantised heads have the heads in the order of `heads_ptr`. Blocks of keys begin anew with the prefix, the video and the
-suffix and are whole: what no key fills is 0. Kernels only.
+suffix and are whole: what no key fills is 0. Divisions are exact and no product is fused with a sum (launchers say so),
+so that codes are those of the definition, bit by bit. Kernels only.
 """
 
 import triton
@@ -112,7 +113,7 @@ def settle(
         mean = tl.sum(v_sum, 0) / count
         most = tl.maximum(tl.max(v_most, 0) - mean, mean - tl.min(v_least, 0))
         tl.store(target + HEAD_DIM, mean)
-        tl.store(target + 2 * HEAD_DIM, tl.maximum(most, TINY) / MOST)
+        tl.store(target + 2 * HEAD_DIM, tl.div_rn(tl.maximum(most, TINY), MOST))
 
 
 @triton.jit
@@ -165,8 +166,8 @@ def quantise_queries(
     groups = tl.num_programs(1)
     most = _largest(x, TINY)
     to = (of_head * groups * ROWS + row) * HEAD_DIM
-    tl.store(codes_ptr + to[:, None] + channel[None, :], _as_int8(x * (MOST / most)))
-    tl.store(scales_ptr + of_head * groups + group, most / MOST * scale_log2)
+    tl.store(codes_ptr + to[:, None] + channel[None, :], _as_int8(x * tl.div_rn(MOST, most)))
+    tl.store(scales_ptr + of_head * groups + group, tl.div_rn(most, MOST) * scale_log2)
     if lse_shift_ptr is not None:
         mean = tl.load(channels_ptr + of_head * 3 * HEAD_DIM + channel)
         tl.store(lse_shift_ptr + of_head * groups * ROWS + row, tl.sum(x * mean[None, :], 1) * scale)
@@ -200,8 +201,8 @@ def quantise_keys(
     x = tl.where(exists[:, None], x - mean[None, :], 0.0)
     most = _largest(x, TINY)
     to = (of_head * tl.num_programs(1) + block) * BLOCK_K + at
-    tl.store(codes_ptr + to[:, None] * HEAD_DIM + channel[None, :], _as_int8(x * (MOST / most)))
-    tl.store(scales_ptr + of_head * tl.num_programs(1) + block, most / MOST)
+    tl.store(codes_ptr + to[:, None] * HEAD_DIM + channel[None, :], _as_int8(x * tl.div_rn(MOST, most)))
+    tl.store(scales_ptr + of_head * tl.num_programs(1) + block, tl.div_rn(most, MOST))
 
 
 @triton.jit(do_not_specialize=BY_CALL)
@@ -233,6 +234,7 @@ def quantise_values(
     of_head = (batch * tl.num_programs(0) + slot).to(tl.int64)
     mean = tl.load(channels_ptr + (of_head * 3 + 1) * HEAD_DIM + channel)
     scale = tl.load(channels_ptr + (of_head * 3 + 2) * HEAD_DIM + channel)
-    x = tl.where(exists[:, None], (x - mean[None, :]) / scale[None, :], 0.0)
+    factor = tl.div_rn(1.0, scale)
+    x = tl.where(exists[:, None], (x - mean[None, :]) * factor[None, :], 0.0)
     to = (of_head * HEAD_DIM + channel) * tl.num_programs(1) * BLOCK_K + block * BLOCK_K
     tl.store(codes_ptr + to[:, None] + at[None, :], tl.trans(x.to(tl.float8e4nv)))

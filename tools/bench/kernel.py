@@ -181,6 +181,9 @@ def cases(
     if ("hopper", schedule.density) in found:
         for precision in sorted(PRECISIONS.keys() - {BF16}):
             eight = LayerSchedule(replace(schedule.core, head_precision=np.full(size.heads, precision, dtype=np.uint8)))
+            if reasons := supports(eight, device, size.dtype, size.head_dim, "hopper"):
+                missing[f"hopper {PRECISIONS[precision]}"] = "; ".join(reasons)
+                continue
             found[f"hopper {PRECISIONS[precision]}", schedule.density] = partial(attend, q, k, v, eight, "hopper")
     if device.type == "cuda" and density < 1 and ("hopper", schedule.density) in found:
         for name, axis in (("hopper anchored", ROWS), ("hopper anchored frames", FRAMES)):
