@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from calibatt.plans.schedule import BF16, INT8, INT8_FP8
+from calibatt.runtime.quantise import eight_bit, rounded_weights
 from calibatt.runtime.schedule import DeviceSchedule, LayerSchedule, Outline
 
+PRECISIONS = {BF16, INT8, INT8_FP8}
 CHUNK_SCORES = 1 << 24
 """Scores held at a time: 64 MiB in fp32."""
 
@@ -20,10 +23,12 @@ def reference_attention(
     queries: torch.Tensor | None = None,
     video_start: int = 0,
     lengths: torch.Tensor | None = None,
+    exact_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out[b, h, i] = softmax over the keys that query i keeps of (q[b, h, source[i]] . k[b, h, j]) * scale, times v.
 
     A video query keeps the blocks keep[i] of the video, and all that is not video; another query keeps everything.
+    What video queries of heads of 8 bits multiply is rounded as `runtime.quantise` says; sums are of this dtype.
 
     Args:
         q: ``(B, H, N, D)``, any floating dtype; the computation is in this dtype.
@@ -34,6 +39,7 @@ def reference_attention(
         queries: int64 ``(M,)``; compute these tokens only (default: all N).
         video_start: Tokens before the video.
         lengths: int32 ``(B,)``; keys from there on do not exist.
+        exact_weights: Do not round probabilities.
 
     Returns:
         out: ``(B, H, M, D)``, dtype of q.
@@ -49,6 +55,7 @@ def reference_attention(
     ends = torch.full((batch,), tokens, device=q.device) if lengths is None else lengths
     padding = torch.arange(tokens, device=q.device) >= ends[:, None]
     chunk = max(1, CHUNK_SCORES // max(1, batch * tokens))
+    in_video = (queries >= video.start) & (queries < video.stop)
     for head in range(heads):
         source, keep = (
             torch.arange(tokens, device="cpu"),
@@ -56,16 +63,57 @@ def reference_attention(
         )
         source[video], keep[video] = schedule.dense(head)
         source[video] += video_start
-        for start in range(0, len(queries), chunk):
-            part = slice(start, start + chunk)
-            rows = queries[part]
-            scores = q[:, head, source[rows].to(q.device)] @ k[:, head].transpose(-1, -2) * scale
-            dropped = padding[:, None].repeat(1, len(rows), 1)
-            dropped[..., video] |= ~keep[rows][:, block_of_key].to(q.device)
-            scores.masked_fill_(dropped, -torch.inf)
-            out[:, head, part] = _weighted(scores.softmax(-1), v[:, head], dropped)
-            lse[:, head, part] = scores.logsumexp(-1)
+        plain = _Operands(q[:, head], k[:, head], v[:, head])
+        precision = int(schedule.core.head_precision[head])
+        kinds = [(torch.ones_like(in_video), plain)]
+        if precision != BF16:
+            rounded = _rounded(plain, schedule, head, precision, scale, video, ends.tolist(), exact_weights)
+            kinds = [(~in_video, plain), (in_video, rounded)]
+        for which, operands in kinds:
+            for part in which.nonzero()[:, 0].split(chunk) if which.any() else ():
+                rows = queries[part]
+                at = source[rows].to(q.device)
+                scores = operands.q[:, at] @ operands.k.transpose(-1, -2) * scale
+                dropped = padding[:, None].repeat(1, len(rows), 1)
+                dropped[..., video] |= ~keep[rows][:, block_of_key].to(q.device)
+                scores.masked_fill_(dropped, -torch.inf)
+                weights = rounded_weights(scores, operands.rounds)
+                out[:, head, part] = _weighted(weights, operands.v, dropped) + operands.out_shift
+                lse[:, head, part] = scores.logsumexp(-1) + operands.lse_shift[:, at]
     return out, lse
+
+
+class _Operands:
+    """What queries of one head multiply: ``(B, N, D)``, and what is added to their output and lse."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.q, self.k, self.v = q, k, v
+        self.out_shift, self.lse_shift = q.new_zeros(len(q), 1, q.shape[-1]), q.new_zeros(q.shape[:2])
+        self.rounds = False
+
+
+def _rounded(
+    plain: _Operands,
+    schedule: LayerSchedule,
+    head: int,
+    precision: int,
+    scale: float,
+    video: slice,
+    ends: list[int],
+    exact_weights: bool,
+) -> _Operands:
+    """What video queries of a head of 8 bits multiply, in the dtype of the plain ones."""
+    made = _Operands(plain.q.clone(), torch.zeros_like(plain.k), torch.zeros_like(plain.v))
+    for sample, end in enumerate(ends):
+        each = slice(sample, sample + 1)
+        found = eight_bit(
+            plain.q[each, video], plain.k[each, :end], plain.v[each, :end], schedule.core, [head], precision, scale,
+            video.start,
+        )  # fmt: skip
+        made.q[each, video], made.k[each, :end], made.v[each, :end] = found.q, found.k, found.v
+        made.lse_shift[each, video], made.out_shift[each] = found.lse_shift, found.out_shift
+        made.rounds = found.rounds and not exact_weights
+    return made
 
 
 def _weighted(weights: torch.Tensor, v: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:

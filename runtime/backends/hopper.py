@@ -1,4 +1,8 @@
-"""The hopper backend: one launch of `kernels.hopper` for all heads of a layer, a small one before for anchors. sm90."""
+"""The hopper backend, sm90: one launch of `kernels.hopper` for all heads of a layer that have 16 bits, a small one
+before for anchors, and those of `hopper_eight` for each precision of 8 bits.
+
+Queries of the prefix and the suffix are computed in 16 bits, those of all heads in the launch of `kernels.hopper`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,9 @@ import torch
 import triton
 from triton.runtime import driver
 
-from calibatt.plans.schedule import FRAMES, NO_ANCHORS
+from calibatt.plans.schedule import BF16, FRAMES, INT8, INT8_FP8, NO_ANCHORS
+from calibatt.runtime.backends import hopper_eight
+from calibatt.runtime.backends.hopper_eight import EightHeads
 from calibatt.runtime.kernels.anchors import pack_queries
 from calibatt.runtime.launch import (
     Launch,
@@ -28,6 +34,9 @@ from calibatt.runtime.schedule import DeviceSchedule, Outline, move, other_tiles
 TESTED_RELEASES = ("3.6.0", "3.9.0")
 """Of Triton. Gluon is experimental: the tests compile the kernel under both, and it was executed under the first."""
 BLOCKS_Q = (128,)
+PRECISIONS = {BF16, INT8, INT8_FP8}
+VERIFIED = {BF16}
+"""Those whose tests on a GPU (tests/runtime/test_eight_gpu.py) have passed; others are refused."""
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128)
 BLOCKS_K = (64, 128)
@@ -47,14 +56,18 @@ class Launches:
     """Of one layout of q, k and v.
 
     Args:
-        pack: Of `pack_queries`, where some heads compute anchors only.
-        forward: Of `hopper_forward`.
+        pack: Of `pack_queries`, where some heads of 16 bits compute anchors only.
+        forward: Of `hopper_forward`; None where it has nothing to do.
         by_address: Whether that stores some outputs by address.
+        eight: Of the heads of each precision of 8 bits.
+        rooms: Bytes that each of these works in.
     """
 
     pack: Launch | None
-    forward: Launch
+    forward: Launch | None
     by_address: bool
+    eight: list[hopper_eight.Again]
+    rooms: list[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,20 +75,28 @@ class Prepared:
     """What the kernel needs of a schedule besides `DeviceSchedule`, on the same device.
 
     Args:
-        tiles: int32 ``(tiles, 4)``: place, start, stop, last key block; see `kernels.hopper.hopper_forward`.
-        anchored: int32, the heads that compute anchors only.
+        all_tiles: int32 ``(tiles, 4)``: place, start, stop, last key block; see `kernels.hopper.hopper_forward`. Those
+            of heads of one precision follow each other, by precision.
+        anchored: int32, the heads of 16 bits that compute anchors only.
         packed_tokens: The most packed queries of such a head; 0 if there is none.
         receivers: int64 ``(patterns, tiles_of_pattern * 128)``; see `kernels.hopper.hopper_forward`.
         most_copies: The most tokens that receive the output of one query.
+        eight: The heads of 8 bits, by precision.
         launches: What was launched for this schedule, by all that decides about it but addresses.
     """
 
-    tiles: torch.Tensor
+    all_tiles: torch.Tensor
     anchored: torch.Tensor
     packed_tokens: int
     receivers: torch.Tensor
     most_copies: int
+    eight: list[EightHeads]
     launches: dict[Any, Launches] = field(default_factory=dict)
+
+    @property
+    def tiles(self) -> torch.Tensor:
+        """Of the heads of 16 bits."""
+        return self.all_tiles[: len(self.all_tiles) - sum(len(eight.tiles) for eight in self.eight)]
 
     @property
     def tiles_of_pattern(self) -> int:
@@ -101,6 +122,8 @@ def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_di
     ):
         if value not in known:
             reasons.append(f"{what} must be {' or '.join(str(each) for each in known)}, got {value}")
+    if outline.precisions - VERIFIED:
+        reasons.append("heads of 8 bits are not yet verified on a GPU")
     for what, most, value in (("heads", MOST_HEADS, outline.heads), ("query blocks", MOST_TILES, outline.q_blocks)):
         if value > most:
             reasons.append(f"the number of {what} must be at most {most}, got {value}")
@@ -117,16 +140,17 @@ def refused_release(version: str = triton.__version__) -> str | None:
 def prepare(bound: DeviceSchedule) -> Prepared:
     """`Prepared` of a schedule; nothing waits for the device."""
     core, device = bound.core, bound.device
-    anchored = np.flatnonzero(core.head_anchor != NO_ANCHORS).astype(np.int32)
+    is_anchored = core.head_anchor != NO_ANCHORS
+    anchored = np.flatnonzero(is_anchored & (core.head_precision == BF16)).astype(np.int32)
     sizes = core.pattern_tokens.tolist()
-    packed = max(sizes, default=0) if len(anchored) else 0
+    longest = max(sizes, default=0) if is_anchored.any() else 0
     most_copies = max((int(core.group_sizes(pattern).max()) for pattern in range(len(sizes))), default=1)
     head, tile, start, stop = bound.tiles.long().unbind(1)
     last = bound.columns.view(torch.int16)[stop - 1].int() & 0xFFFF
     place = (head << 16 | tile).int()
-    of_pattern = -(-packed // BLOCKS_Q[0]) * BLOCKS_Q[0]
+    of_pattern = -(-longest // BLOCKS_Q[0]) * BLOCKS_Q[0]
     receivers = torch.zeros(len(sizes), of_pattern, dtype=torch.int64, device=device)
-    if len(anchored):
+    if is_anchored.any():
         pattern = move(torch.from_numpy(core.head_anchor.astype(np.int32)), device)[head]
         is_packed = pattern != NO_ANCHORS
         place = torch.where(is_packed, place | -(1 << 31), place)
@@ -136,7 +160,23 @@ def prepare(bound: DeviceSchedule) -> Prepared:
         both = bound.query_copies.long() << 32 | bound.query_first.long()
         receivers.view(-1)[move(torch.from_numpy(used), device)] = both[: len(used)] | far
     tiles = torch.stack([place, start.int(), stop.int(), last], 1).contiguous()
-    return Prepared(tiles, move(torch.from_numpy(anchored), device), packed, receivers, most_copies)
+    head_of_tile = np.repeat(np.arange(core.heads), np.diff(core.head_tile_ptr))[core.tile_order]
+    precision_of_tile = core.head_precision[head_of_tile]
+    counts = np.bincount(precision_of_tile, minlength=len(PRECISIONS))
+    if counts.max() < len(tiles):
+        tiles = tiles[move(torch.from_numpy(precision_of_tile.argsort(kind="stable")), device)]
+    eight = []
+    for precision in sorted(set(core.head_precision.tolist()) - {BF16}):
+        heads = np.flatnonzero(core.head_precision == precision)
+        slots = np.zeros(core.heads, np.int32)
+        slots[heads] = np.arange(len(heads))
+        parts = (heads, slots, heads[is_anchored[heads]])
+        there = [move(torch.from_numpy(each.astype(np.int32)), device) for each in parts]
+        first = int(counts[:precision].sum())
+        theirs, most = tiles[first : first + counts[precision]], max(core.tiles(int(each)) for each in heads)
+        eight.append(EightHeads(precision, there[0], there[1], theirs, most, there[2]))
+    with_anchors = move(torch.from_numpy(anchored), device)
+    return Prepared(tiles, with_anchors, longest if len(anchored) else 0, receivers, most_copies, eight)
 
 
 def run(
@@ -177,6 +217,12 @@ def run(
             made = _first_launches(q, k, v, out, lse, packed_q, counter, bound, scale, video_start, lengths)
             keep(ready.launches, layout, made)
             return out, lse
+        for again, nbytes in zip(launches.eight, launches.rooms, strict=True):
+            room = q.new_empty(nbytes, dtype=torch.uint8)
+            there = (x.data_ptr() if x is not None else 0 for x in (room, out, lse, lengths, counter))
+            again(stream, *addresses, *there)
+        if launches.forward is None:
+            return out, lse
         q_at, video = addresses[0], video_start * q.element_size()
         addresses += [out.data_ptr() + video * out.stride(2), counter.data_ptr()]
         if packed_q is not None:
@@ -206,12 +252,16 @@ def _first_launches(
 
     batch, heads, all_tokens, head_dim = q.shape
     tokens = bound.core.grid.tokens
+    again, rooms = _first_eight(q, k, v, out, lse, counter, bound, scale, video_start, lengths)
     others, padded = all_tokens > tokens, lengths is not None and all_tokens > tokens
-    by_address = others or bound.anchored
-    video = slice(video_start, video_start + tokens)
     ready, block_k = bound.derived(prepare), bound.core.blocks.block_k
+    anchored = ready.packed_tokens > 0
+    by_address = others or anchored
+    video = slice(video_start, video_start + tokens)
     head_tiles = other_tiles(bound, all_tokens, video_start)
     tiles = len(ready.tiles) + heads * head_tiles
+    if tiles == 0:
+        return Launches(None, None, False, again, rooms)
     group_q, described = hopper.GROUP_Q.value, hopper.described_layout()
     moving = ["q_desc", "k_desc", "v_desc", "out_desc", "counter"]
     pack = None
@@ -248,10 +298,10 @@ def _first_launches(
         "out_ptr": out if by_address else None,
         "lse_ptr": lse,
         "lengths": lengths,
-        "tiles": ready.tiles,
+        "tiles": ready.all_tiles,  # those of 16 bits come first; never an empty array, of which entries would be read
         "columns": bound.columns,
         "counter": counter,
-        "receivers": ready.receivers if bound.anchored else None,
+        "receivers": ready.receivers if anchored else None,
         **dict(zip(("out_stride_b", "out_stride_h", "out_stride_n"), tile_strides(out), strict=False)),
         "row_tokens": bound.core.grid.width,
         "frame_tokens": bound.core.grid.height * bound.core.grid.width,
@@ -266,7 +316,7 @@ def _first_launches(
         "tiles_of_pattern": ready.tiles_of_pattern,
         "work": tiles * batch,
         "scale_log2": scale * math.log2(math.e),
-        "ANCHORED": bound.anchored,
+        "ANCHORED": anchored,
         "LSE": lse is not None,
         "KV_SLOTS": hopper.kv_slots(head_dim, block_k),
         "OTHERS": others,
@@ -274,7 +324,34 @@ def _first_launches(
         **hopper.LAUNCH_OPTIONS,
     }
     grid = (min(processors(q.device), tiles * batch), 1, 1)
-    return Launches(pack, Launch(hopper.hopper_forward, grid, arguments, moving), by_address)
+    return Launches(pack, Launch(hopper.hopper_forward, grid, arguments, moving), by_address, again, rooms)
+
+
+def _first_eight(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    counter: torch.Tensor,
+    bound: DeviceSchedule,
+    scale: float,
+    video_start: int,
+    lengths: torch.Tensor | None,
+) -> tuple[list[hopper_eight.Again], list[int]]:
+    """The launches of the heads of 8 bits, and the bytes that each precision works in."""
+    ready, again, rooms = bound.derived(prepare), [], []
+    for eight in ready.eight:
+        room = hopper_eight.room_for(eight, bound, q, video_start, lse is not None)
+        memory = q.new_empty(room.nbytes, dtype=torch.uint8)
+        calls = hopper_eight.quantising(q, k, v, lengths, room, memory, eight, bound, scale, video_start)
+        last = hopper_eight.forward(
+            q, v, out, lse, lengths, counter, room, memory, eight, bound, video_start, processors(q.device)
+        )
+        copies = hopper_eight.unpacking(out, lse, room, memory, eight, bound, ready.most_copies, video_start)
+        again.append(hopper_eight.Again([*calls, last, *copies]))
+        rooms.append(room.nbytes)
+    return again, rooms
 
 
 def work_counter(device: torch.device, stream: int) -> torch.Tensor:

@@ -7,6 +7,8 @@ not in the schedule: its keys are put before those that a tile keeps, and its qu
 On a CPU, Python threads share the work, and the operators of each run on one core: a tile's keys and values stay in
 that core's cache, and no core waits for another until the end. Operators that use every core meet at a barrier after
 every few tiles, which was measured slower, and many times slower while another process was using one of the cores.
+
+Heads of 8 bits are computed in fp32 (fp64 for fp64 input) on what `runtime.quantise` rounds, apart from the others.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from calibatt.plans.schedule import DENSE
+from calibatt.plans.schedule import BF16, DENSE, INT8, INT8_FP8
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
+from calibatt.runtime.quantise import EightBit, eight_bit, rounded_weights
 from calibatt.runtime.schedule import DeviceSchedule, Outline
 
+PRECISIONS = {BF16, INT8, INT8_FP8}
 CPU_GATHER_BYTES = 1 << 20
 """Keys and values gathered at a time on a CPU, at least one tile's: what the cache of one core holds."""
 DEVICE_GATHER_BYTES = 1 << 28
@@ -32,7 +36,9 @@ DEVICE_GATHER_BYTES = 1 << 28
 CPU_DENSE_QUERIES = 768
 """Queries of a dense head that one core takes at a time; from here on torch's kernel cuts them its widest way."""
 LSE_SCORES = 1 << 24
-"""Scores held at a time where the log of the sum of exponentials is asked for: 64 MiB in fp32, for each thread."""
+"""Scores held at a time where they are held (for the log of the sum of exponentials, for probabilities that are
+rounded): 64 MiB in fp32, for each thread.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +60,21 @@ class _Batch:
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """A schedule in the order of its execution: the tiles of the batches, then the dense heads.
+    """The heads of one precision in the order of their execution: the tiles of the batches, then the dense heads.
 
     Args:
+        chosen: Which heads of the schedule; None: all.
+        precision: What they multiply in.
+        core: The schedule of these heads; all numbers of heads below are its.
         batches: The batches, most keys first.
         dense: Head, first computed row and end of its rows, of each dense head.
         queries: int64; the query ``head * V + token`` of each computed row. A partial tile repeats its last query.
         position: int64 ``(H * V,)``; the computed row that is the output of query ``head * V + token``.
     """
 
+    chosen: list[int] | None
+    precision: int
+    core: CoreSchedule
     batches: list[_Batch]
     dense: list[tuple[int, int, int]]
     queries: torch.Tensor
@@ -87,13 +99,23 @@ def run(
     """See `runtime.backends`."""
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)) if return_lse else None
-    work = bound.derived(_plan)
+    works = bound.derived(_plans)
     ends = [q.shape[2]] * len(q) if lengths is None else lengths.tolist()
 
     def run_batch(threads: int) -> None:
         for batch, end in enumerate(ends):
-            one = q[batch], k[batch, :, :end], v[batch, :, :end], out[batch], lse[batch] if lse is not None else None
-            _run_one(*one, bound.core, work, scale, threads, video_start)
+            one = q[batch], k[batch, :, :end], v[batch, :, :end], out[batch]
+            for work in works:
+                some_lse = lse[batch] if lse is not None else None
+                if work.chosen is None:
+                    _run_one(*one, some_lse, work, scale, threads, video_start)
+                    continue
+                some_q, some_k, some_v, some_out = (x[work.chosen] for x in one)
+                some_lse = some_lse[work.chosen] if some_lse is not None else None
+                _run_one(some_q, some_k, some_v, some_out, some_lse, work, scale, threads, video_start)
+                out[batch, work.chosen] = some_out
+                if lse is not None and some_lse is not None:
+                    lse[batch, work.chosen] = some_lse
 
     # Autocast is a thread's own: the calling thread alone would compute its tiles in another precision.
     with torch.autocast(q.device.type, enabled=False):
@@ -115,7 +137,6 @@ def _run_one(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    core: CoreSchedule,
     work: _Work,
     scale: float,
     threads: int,
@@ -126,19 +147,29 @@ def _run_one(
     Of k and v ``(H, n, D)`` there are only the keys that count.
     """
     heads, _, head_dim = q.shape
+    core = work.core
     block_q, block_k, tokens = core.blocks.block_q, core.blocks.block_k, core.grid.tokens
     on_cpu = q.device.type == "cpu"
     video = slice(video_start, video_start + tokens)
     prefix, suffix = slice(video.start), slice(video.stop, None)
-    rows = q[:, video].reshape(heads * tokens, head_dim).index_select(0, work.queries)
-    k_blocks, v_blocks = (_as_blocks(x[:, video], block_k) for x in (k, v))
-    others = [torch.cat([x[:, prefix], x[:, suffix]], 1) for x in (k, v)]
+    video_q, keys, values = q[:, video], k, v
+    rounded: EightBit | None = None
+    if work.precision != BF16:
+        rounded = eight_bit(q[:, video], k, v, core, range(heads), work.precision, scale, video_start)
+        video_q, keys, values = rounded.q, rounded.k, rounded.v
+    rows = video_q.reshape(heads * tokens, head_dim).index_select(0, work.queries)
+    k_blocks, v_blocks = (_as_blocks(x[:, video], block_k) for x in (keys, values))
+    others = [torch.cat([x[:, prefix], x[:, suffix]], 1) for x in (keys, values)]
     row_out = torch.empty_like(rows)
     row_lse = lse.new_empty(len(rows)) if lse is not None else None
 
     def attend(first: int, stop: int, k: torch.Tensor, v: torch.Tensor) -> None:
         queries = rows[first:stop].view(len(k), 1, -1, head_dim)
-        row_out[first:stop] = F.scaled_dot_product_attention(queries, k, v, scale=scale).reshape(-1, head_dim)
+        if rounded is not None and rounded.rounds:
+            found = _attention_rounded(queries, k, v, scale)
+        else:
+            found = F.scaled_dot_product_attention(queries, k, v, scale=scale)
+        row_out[first:stop] = found.reshape(-1, head_dim)
         if row_lse is not None:
             row_lse[first:stop] = _lse(queries, k, scale).reshape(-1)
 
@@ -167,14 +198,19 @@ def _run_one(
     for head, first, stop in work.dense:
         step = CPU_DENSE_QUERIES if on_cpu else stop - first
         for start in range(first, stop, step):
-            tasks.append(partial(attend, start, min(start + step, stop), k[None, None, head], v[None, None, head]))
+            ends = start, min(start + step, stop)
+            tasks.append(partial(attend, *ends, keys[None, None, head], values[None, None, head]))
     gather_bytes = CPU_GATHER_BYTES if on_cpu else DEVICE_GATHER_BYTES
     for batch in work.batches:
-        tile_bytes = 2 * batch.blocks.shape[1] * block_k * head_dim * q.element_size()
+        tile_bytes = 2 * batch.blocks.shape[1] * block_k * head_dim * keys.element_size()
         step = max(1, gather_bytes // tile_bytes)
         for start in range(0, len(batch.blocks), step):
             tasks.append(partial(attend_tiles, batch, slice(start, start + step)))
     _run_all(tasks, threads)
+    if rounded is not None:
+        row_out += rounded.out_shift[work.queries // tokens, 0]
+        if row_lse is not None:
+            row_lse += rounded.lse_shift.reshape(-1)[work.queries]
     out[:, video] = row_out.index_select(0, work.position).view(heads, tokens, head_dim)
     if lse is not None and row_lse is not None:
         lse[:, video] = row_lse.index_select(0, work.position).view(heads, tokens)
@@ -220,8 +256,25 @@ def _lse(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     return torch.cat([(part.to(dtype) @ k * scale).logsumexp(-1) for part in q.split(step, dim=2)], dim=2)
 
 
-def _plan(bound: DeviceSchedule) -> _Work:
-    core = bound.core
+def _attention_rounded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """`scaled_dot_product_attention` with probabilities in e4m3: ``(B, 1, M, D)``, ``(B, 1, L, D)``."""
+    step = max(1, LSE_SCORES // (len(q) * k.shape[2]))
+    parts = [rounded_weights(part @ k.mT * scale, True) @ v for part in q.split(step, dim=2)]
+    return torch.cat(parts, dim=2)
+
+
+def _plans(bound: DeviceSchedule) -> list[_Work]:
+    """The work of each precision."""
+    core, found = bound.core, []
+    for precision in np.unique(core.head_precision).tolist():
+        chosen = np.flatnonzero(core.head_precision == precision).tolist()
+        if len(chosen) == core.heads:
+            return [_plan(core, None, precision, bound.device)]
+        found.append(_plan(core.select(chosen), chosen, precision, bound.device))
+    return found
+
+
+def _plan(core: CoreSchedule, chosen: list[int] | None, precision: int, device: torch.device) -> _Work:
     tokens, block_q, block_k, k_blocks = core.grid.tokens, core.blocks.block_q, core.blocks.block_k, core.k_blocks
     missing = k_blocks * block_k - tokens
     packed = [head * tokens + core.packed_queries(head) for head in range(core.heads)]
@@ -234,8 +287,8 @@ def _plan(bound: DeviceSchedule) -> _Work:
     batches, dense, queries, rows = [], [], [], 0
     for keys, tiles in sorted(by_keys.items(), reverse=True):
         blocks = np.stack([head * k_blocks + core.columns(head, tile).astype(np.int64) for head, tile in tiles])
-        heads = torch.tensor([head for head, _ in tiles], device="cpu").to(bound.device)
-        batches.append(_Batch(rows, heads, torch.from_numpy(blocks).to(bound.device), keys))
+        heads = torch.tensor([head for head, _ in tiles], device="cpu").to(device)
+        batches.append(_Batch(rows, heads, torch.from_numpy(blocks).to(device), keys))
         rows += len(tiles) * block_q
         for head, tile in tiles:
             row = np.minimum(np.arange(tile * block_q, (tile + 1) * block_q), len(packed[head]) - 1)
@@ -248,6 +301,5 @@ def _plan(bound: DeviceSchedule) -> _Work:
     row_of_query = np.empty(core.heads * tokens, dtype=np.int64)
     row_of_query[computed] = np.arange(len(computed))
     position = row_of_query[np.concatenate([head * tokens + core.token_source(head) for head in range(core.heads)])]
-    return _Work(
-        batches, dense, torch.from_numpy(computed).to(bound.device), torch.from_numpy(position).to(bound.device)
-    )
+    queries_of, rows_of = (torch.from_numpy(each).to(device) for each in (computed, position))
+    return _Work(chosen, precision, core, batches, dense, queries_of, rows_of)

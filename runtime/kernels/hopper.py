@@ -43,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from calibatt.runtime.kernels.hopper_outputs import receivers_of, store_queries
-from calibatt.runtime.kernels.hopper_producer import CONSUMERS, FACTS, MORE_FACTS, Q_SLOTS, advance, producer
+from calibatt.runtime.kernels.hopper_producer import CONSUMERS, FACTS, Q_SLOTS, advance, facts_of_tile, producer
 from calibatt.runtime.kernels.hopper_softmax import (
     GROUP_Q,
     any_overshoots,
@@ -130,7 +130,7 @@ def _consumer(
     GROUP: gl.constexpr, ANCHORED: gl.constexpr, LSE: gl.constexpr, KV_SLOTS: gl.constexpr, OTHERS: gl.constexpr,
 ):  # fmt: skip
     """The 64 queries of one warpgroup, of every tile of this CTA."""
-    HERE: gl.constexpr = FACTS + MORE_FACTS if OTHERS else FACTS
+    HERE: gl.constexpr = facts_of_tile(OTHERS, False)
     q_full, q_free, k_full, v_full, kv_read, told = barriers
     BLOCK_K: gl.constexpr = k_slots.type.shape[1]
     HEAD_DIM: gl.constexpr = k_slots.type.shape[2]
@@ -342,7 +342,7 @@ def hopper_forward(
     q_slots = gl.allocate_shared_memory(q_desc.dtype, [Q_SLOTS * CONSUMERS, GROUP_Q, HEAD_DIM], ROWS)
     k_slots = gl.allocate_shared_memory(q_desc.dtype, [KV_SLOTS, BLOCK_K, HEAD_DIM], ROWS)
     v_slots = gl.allocate_shared_memory(q_desc.dtype, [V_SLOTS, BLOCK_K, HEAD_DIM], ROWS)
-    HERE: gl.constexpr = FACTS + MORE_FACTS if OTHERS else FACTS
+    HERE: gl.constexpr = facts_of_tile(OTHERS, False)
     facts = gl.allocate_shared_memory(gl.int32, [Q_SLOTS * HERE, 1], FLAT)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_SLOTS, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [Q_SLOTS, 1], mbarrier.MBarrierLayout())
@@ -372,8 +372,8 @@ def hopper_forward(
                      others, row_tokens, frame_tokens, most_copies, tokens, heads, scale_log2,
                      1, ANCHORED, LSE, KV_SLOTS, OTHERS)),
         (producer, (q_desc, packed_q_desc, k_desc, v_desc, q_slots, k_slots, v_slots, facts, barriers, tiles, columns,
-                     counter, lengths, others, tokens, tiles_of_batch, tiles_of_pattern, work,
-                     ANCHORED, KV_SLOTS, OTHERS, PADDED)),
+                     counter, lengths, others, tokens, tiles_of_batch, tiles_of_pattern, work, None,
+                     ANCHORED, KV_SLOTS, OTHERS, PADDED, False)),
     ], [4, 1], REGISTERS)  # fmt: skip
 
 

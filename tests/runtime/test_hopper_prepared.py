@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.schedules import layer_schedules
 
-from calibatt.plans import Blocks
+from calibatt.plans import BF16, PRECISIONS, Blocks
 from calibatt.plans import LayerSchedule as CoreSchedule
 from calibatt.plans.schedule import NO_ANCHORS
 from calibatt.runtime.backends.hopper import BLOCKS_K, BLOCKS_Q, prepare
@@ -16,7 +16,7 @@ from calibatt.runtime.schedule import LayerSchedule
 BLOCKS = st.builds(Blocks, st.sampled_from(BLOCKS_Q), st.sampled_from(BLOCKS_K))
 
 
-@given(layer_schedules(blocks=BLOCKS))
+@given(layer_schedules(blocks=BLOCKS, precisions=tuple(PRECISIONS)))
 def test_tiles_and_receivers(core: CoreSchedule) -> None:
     """Following every tile to who receives its outputs gives the oracle's view of every head."""
     core.check()
@@ -24,9 +24,11 @@ def test_tiles_and_receivers(core: CoreSchedule) -> None:
     ready = prepare(bound)
     block_q = core.blocks.block_q
     source = torch.full((core.heads, core.grid.tokens), -1)
-    for place, start, stop, last in ready.tiles.tolist():
+    parts = [(BF16, ready.tiles), *((eight.precision, eight.tiles) for eight in ready.eight)]
+    for precision, (place, start, stop, last) in ((of, tile) for of, tiles in parts for tile in tiles.tolist()):
         head, tile = place >> 16 & 0x7FFF, place & 0xFFFF
         assert bound.columns[start:stop].tolist() == core.columns(head, tile).tolist()
+        assert core.head_precision[head] == precision
         assert last & 0xFFFF == bound.columns[stop - 1]
         query = torch.arange(tile * block_q, (tile + 1) * block_q)
         assert (place < 0) == (core.head_anchor[head] != NO_ANCHORS)
@@ -47,3 +49,9 @@ def test_tiles_and_receivers(core: CoreSchedule) -> None:
                 source[head, first + copy * step] = bound.query_token[start_of_head + at]
     for head in range(core.heads):
         assert source[head].tolist() == core.token_source(head).tolist()
+    for eight in ready.eight:
+        heads = eight.heads.tolist()
+        assert heads == [head for head in range(core.heads) if core.head_precision[head] == eight.precision]
+        assert eight.slots[heads].tolist() == list(range(len(heads)))
+        assert eight.anchored.tolist() == [head for head in heads if core.head_anchor[head] != NO_ANCHORS]
+        assert eight.most_tiles == max(core.tiles(head) for head in heads)

@@ -10,6 +10,8 @@ import pytest
 from support import launch_kernels
 from support.releases import OLDER_TRITON, run_program
 
+from calibatt.plans import BF16, INT8_FP8
+
 pytestmark = pytest.mark.slow
 
 CASES = [
@@ -18,6 +20,16 @@ CASES = [
     {"backend": "hopper", "anchored": True, "lse": False, "head_dim": 128, "layout": "heads first"},
     {"backend": "hopper", "anchored": False, "lse": True, "head_dim": 128, "layout": "fused", "others": True},
     {"backend": "hopper", "anchored": True, "lse": True, "head_dim": 128, "layout": "heads first", "others": True},
+    {"backend": "hopper", "anchored": False, "lse": False, "head_dim": 128, "layout": "fused", "precision": INT8_FP8},
+    {
+        "backend": "hopper",
+        "anchored": True,
+        "lse": True,
+        "head_dim": 128,
+        "layout": "heads first",
+        "others": True,
+        "precision": INT8_FP8,
+    },
     {"backend": "triton", "anchored": True, "lse": True, "head_dim": 128, "layout": "fused", "others": True},
     {"backend": "triton", "anchored": False, "lse": False, "head_dim": 128, "layout": "fused"},
     {"backend": "triton", "anchored": True, "lse": True, "head_dim": 64, "layout": "heads first"},
@@ -37,14 +49,17 @@ def test_later_launches_are_those_that_triton_made(tmp_path: Path, release: str)
     launch_kernels.build_driver(tmp_path)
     folders = dict.fromkeys(("LD_LIBRARY_PATH", "TRITON_LIBCUDA_PATH"), str(tmp_path))
     lengths = [{"backend": backend, "lengths": LENGTHS} for backend in THREADS]
+    lengths.append({"backend": "hopper", "lengths": LENGTHS, "precision": INT8_FP8})
     records = run_program(launch_kernels, CASES + lengths, older if release == "oldest" else None, **folders)
-    assert [records.pop(), records.pop()] == [1, 1], "text of another length compiles nothing"
+    assert [records.pop() for _ in lengths] == [1, 1, 1], "text of another length compiles nothing"
     for case, found in zip(CASES, records, strict=True):
         assert found["again"] == found["first"], case
         assert found["moved"] == found["first"], case
-        forward = found["first"][-1]
+        eight = case.get("precision", BF16) != BF16
+        forward = next(each for each in found["first"][::-1] if each["block"] == THREADS[case["backend"]])
         assert forward["block"] == THREADS[case["backend"]]
         assert forward["stream"] == launch_kernels.STREAM
         moving = {"q", "k", "v", "out"} | ({"lengths"} if case.get("others") else set())
-        assert moving <= set(forward["parameters"])
-        assert len(found["first"]) == 1 + (case["anchored"] and case["backend"] == "hopper")
+        assert moving <= {parameter for each in found["first"] for parameter in each["parameters"]}
+        others = eight and case.get("others", False)
+        assert len(found["first"]) == 1 + (case["anchored"] and case["backend"] == "hopper") + 5 * eight + others

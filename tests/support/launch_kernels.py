@@ -23,16 +23,20 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from calibatt.plans import Blocks, TokenGrid
+from calibatt.plans import BF16, Blocks, TokenGrid
 from calibatt.runtime.backends import hopper, load_backend
-from calibatt.runtime.kernels.anchors import pack_queries
+from calibatt.runtime.kernels import quantise
+from calibatt.runtime.kernels.anchors import pack_queries, unpack_outputs
 from calibatt.runtime.kernels.block_sparse import block_sparse_forward
 from calibatt.runtime.kernels.hopper import hopper_forward
+from calibatt.runtime.kernels.hopper_eight import hopper_eight_forward
 from calibatt.runtime.schedule import LayerSchedule
 from support.schedules import random_schedule
 
 DRIVER = "libcuda.so.1"
 STREAM = 77
+MOST_LAUNCHES = 16
+"""Of a call; as stub_cuda.c has room for."""
 MOST_BYTES = 8192
 SIZES = {"64": 8, "32": 4, "16": 2, "8": 1}
 CALLS = 2000
@@ -83,16 +87,19 @@ def declare(cuda: ctypes.CDLL, kernel: Any) -> None:
     cuda.declare(compiled.name.encode(), len(sizes), (ctypes.c_int * len(sizes))(*sizes))
 
 
-def records(cuda: ctypes.CDLL, count: int, names: dict[int, str]) -> list[dict[str, Any]]:
-    """The last launches; addresses by name, or by the order in which they are met."""
+def records(cuda: ctypes.CDLL, count: int, names: dict[int, str], room: tuple[int, int]) -> list[dict[str, Any]]:
+    """The last launches; addresses by name, those in the room (its start and stop) by their distance from its start."""
     found = []
-    for record in (Record * 2).in_dll(cuda, "last")[2 - count :]:
+    for record in (Record * MOST_LAUNCHES).in_dll(cuda, "last")[MOST_LAUNCHES - count :]:
         words = np.frombuffer(bytes(record.parameters[: record.bytes + -record.bytes % 4]), dtype=np.uint32).tolist()
         text: list[Any] = []
         while words:
             address = words[0] | words[1] << 32 if len(words) > 1 else 0
             if address in names:
                 text.append(names[address])
+                words = words[2:]
+            elif room[0] <= address < room[1]:
+                text.append(f"room + {address - room[0]}")
                 words = words[2:]
             else:
                 text.append(words.pop(0))
@@ -101,18 +108,37 @@ def records(cuda: ctypes.CDLL, count: int, names: dict[int, str]) -> list[dict[s
     return found
 
 
+def kernels_of(backend: str, anchored: bool, others: bool, precision: int) -> list[Any]:
+    """What a call launches, in order, where all heads have one precision: 16 bits or `INT8_FP8`."""
+    if backend == "triton":
+        return [block_sparse_forward]
+    if precision == BF16:
+        return [*([pack_queries] if anchored else []), hopper_forward]
+    first = [quantise.survey, quantise.settle, quantise.quantise_queries, quantise.quantise_keys]
+    last = [*([unpack_outputs] if anchored else []), *([hopper_forward] if others else [])]
+    return [*first, quantise.quantise_values, hopper_eight_forward, *last]
+
+
 def launch_case(
-    cuda: ctypes.CDLL, backend: str, anchored: bool, lse: bool, head_dim: int, layout: str, others: bool = False
+    cuda: ctypes.CDLL,
+    backend: str,
+    anchored: bool,
+    lse: bool,
+    head_dim: int,
+    layout: str,
+    others: bool = False,
+    precision: int = BF16,
 ) -> dict[str, Any]:
     """What is launched at a first, a second and a third call, and microseconds of later ones."""
     grid, heads, batch = TokenGrid(2, 12, 26), 4, 2
     start, tokens = (7, 7 + grid.tokens + 40) if others else (0, grid.tokens)
     core = random_schedule(
-        np.random.default_rng(0), grid, Blocks(128, 128), heads, 0.5, anchored_heads=[1, 3] if anchored else []
-    )
+        np.random.default_rng(0), grid, Blocks(128, 128), heads, 0.5, anchored_heads=[1, 3] if anchored else [],
+        precisions=[precision] * heads,
+    )  # fmt: skip
     bound = LayerSchedule(core).bind("cpu")
     run = load_backend(backend).run
-    kernels = [block_sparse_forward] if backend == "triton" else [*([pack_queries] if anchored else []), hopper_forward]
+    kernels = kernels_of(backend, anchored, others, precision)
     kept: list[torch.Tensor] = []
     made: list[torch.Tensor] = []
     empty = torch.Tensor.new_empty
@@ -139,7 +165,10 @@ def launch_case(
         kept.extend((out, *made, *([lengths] if others else [])))
         video = {"video of q": q[:, :, start:], "video of out": out[:, :, start:], "lengths": lengths} if others else {}
         moved = {**video, "q": q, "k": k, "v": v, "out": out, **{f"made {i}": x for i, x in enumerate(made)}}
-        return records(cuda, len(kernels), {x.data_ptr(): name for name, x in moved.items()})
+        room = next((x for x in made if x.dtype == torch.uint8), None)
+        at = (0, 0) if room is None else (room.data_ptr(), room.data_ptr() + room.numel())
+        names = {x.data_ptr(): name for name, x in moved.items() if x is not room}
+        return records(cuda, len(kernels), names, at)
 
     tensors = inputs()
     for kernel in kernels:
@@ -158,18 +187,21 @@ def launch_case(
     return {**found, "us": (time.perf_counter() - begin) / CALLS * 1e6, "triton": triton.__version__}
 
 
-def count_variants(cuda: ctypes.CDLL, backend: str, lengths: list[list[int]]) -> int:
-    """How many variants of a kernel are compiled for so many tokens before the video and after it, in turns."""
+def count_variants(cuda: ctypes.CDLL, backend: str, lengths: list[list[int]], precision: int = BF16) -> int:
+    """The most variants of a kernel that are compiled for so many tokens before the video and after it, in turns."""
     grid = TokenGrid(2, 12, 26)
-    core = random_schedule(np.random.default_rng(0), grid, Blocks(128, 128), 4, 0.5, anchored_heads=[1])
-    bound, kernel = LayerSchedule(core).bind("cpu"), hopper_forward if backend == "hopper" else block_sparse_forward
-    kernel.device_caches.clear()
-    cuda.declare(kernel.fn.__name__.encode(), 0, None)  # of an earlier case
+    core = random_schedule(
+        np.random.default_rng(0), grid, Blocks(128, 128), 4, 0.5, anchored_heads=[1], precisions=[precision] * 4
+    )
+    bound, kernels = LayerSchedule(core).bind("cpu"), kernels_of(backend, True, True, precision)
+    for kernel in kernels:
+        kernel.device_caches.clear()
+        cuda.declare(kernel.fn.__name__.encode(), 0, None)  # of an earlier case
     for before, after in lengths:
         x = torch.zeros(1, before + grid.tokens + after, 4, 128, dtype=torch.bfloat16).transpose(1, 2)
         valid = torch.tensor([x.shape[2] - after // 3], dtype=torch.int32)
         load_backend(backend).run(x, x, x, bound, 0.125, False, before, valid)
-    return len(next(iter(kernel.device_caches.values()))[0])
+    return max(len(next(iter(kernel.device_caches.values()))[0]) for kernel in kernels)
 
 
 if __name__ == "__main__":

@@ -10,32 +10,40 @@ queues and to wrap them. Results are compared with the oracle, so that it also s
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from calibatt.plans import Blocks, TokenGrid
+from calibatt.plans import BF16, INT8, INT8_FP8, Blocks, TokenGrid
 from calibatt.runtime.backends import hopper as hopper_backend
 from calibatt.runtime.ops import planned_attention
 from calibatt.runtime.schedule import LayerSchedule
 from support.budget import check_against_oracle
 from support.schedules import random_schedule
 
-CASES = {
+CASES: dict[str, list[tuple[Any, ...]]] = {
     "hopper": [(128, 128, torch.bfloat16, True), (64, 64, torch.float16, True), (128, 128, torch.bfloat16, False)],
+    "hopper eight": [
+        (128, 128, torch.bfloat16, True, (INT8_FP8, INT8, INT8_FP8)),
+        (64, 64, torch.float16, True, (INT8, BF16, INT8_FP8)),
+    ],
     "triton": [(128, 128, torch.bfloat16, True), (64, 64, torch.float16, False)],
 }
-"""Head size, block_k, dtype and whether some heads have anchors."""
+"""Head size, block_k, dtype, whether some heads have anchors; precisions of heads where not all have 16 bits."""
 FEW_PROCESSORS = 3
 """That the hopper kernel is told of: a few CTAs then take all tiles."""
 
 
-def run_case(backend: str, head_dim: int, block_k: int, dtype: torch.dtype, anchored: bool) -> None:
+def run_case(
+    backend: str, head_dim: int, block_k: int, dtype: torch.dtype, anchored: bool, precisions: Sequence[int] = ()
+) -> None:
     """Twice, so that the second launch is one of `runtime.launch.Launch`; once with scores that overshoot."""
     grid = TokenGrid(2, 9, 26)
     core = random_schedule(
         np.random.default_rng(0), grid, Blocks(128, block_k), 3, 0.7, dense_heads=[2],
-        anchored_heads=[1, 2] if anchored else [], anchors=("random", "frames"),
+        anchored_heads=[1, 2] if anchored else [], anchors=("random", "frames"), precisions=precisions,
     )  # fmt: skip
     core.check()
     schedule = LayerSchedule(core)
@@ -52,5 +60,5 @@ if __name__ == "__main__":
     hopper_backend.processors = lambda device: FEW_PROCESSORS
     for name in sys.argv[1:] or CASES:
         for case in CASES[name]:
-            run_case(name, *case)
+            run_case(name.split()[0], *case)
             print(name, *case, "as the oracle", flush=True)

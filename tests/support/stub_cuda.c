@@ -3,7 +3,8 @@
 #include <string.h>
 #include "cuda.h"
 
-#define MOST_FUNCTIONS 8
+#define MOST_FUNCTIONS 16
+#define MOST_LAUNCHES 16
 #define MOST_PARAMETERS 128
 #define MOST_BYTES 8192
 
@@ -22,7 +23,7 @@ typedef struct {
 static Function functions[MOST_FUNCTIONS];
 static int known = 0;
 int launches = 0;
-Launch last[2];  /* The launch before the last one, and the last one. */
+Launch last[MOST_LAUNCHES];  /* The last launch comes last. */
 
 /* The number of a function, from 1; 0 if there are too many. */
 int find(const char *name) {
@@ -103,8 +104,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
   Function *called = &functions[(uintptr_t)function - 1];
-  Launch *launch = &last[1];
-  last[0] = last[1];
+  Launch *launch = &last[MOST_LAUNCHES - 1];
+  memmove(last, last + 1, (MOST_LAUNCHES - 1) * sizeof(Launch));
   memset(launch, 0, sizeof(Launch));
   launch->function = (int)(uintptr_t)function;
   launch->grid[0] = config->gridDimX;

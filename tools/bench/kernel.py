@@ -27,7 +27,7 @@ import click
 import numpy as np
 import torch
 
-from calibatt.plans import FRAMES, ROWS, Blocks, TokenGrid
+from calibatt.plans import BF16, FRAMES, PRECISIONS, ROWS, Blocks, TokenGrid
 from calibatt.plans import LayerSchedule as CoreSchedule
 from calibatt.plans.files import whole_file, write_text
 from calibatt.runtime.backends import load_backend
@@ -178,6 +178,13 @@ def cases(
         found[name, schedule.density] = partial(attend, q, k, v, schedule, name)
     if peers and device.type == "cuda":
         found.update({(name, schedule.density): sparse_peer(name, q, k, v, schedule) for name in SPARSE_PEERS})
+    if ("hopper", schedule.density) in found:
+        for precision in sorted(PRECISIONS.keys() - {BF16}):
+            eight = LayerSchedule(replace(schedule.core, head_precision=np.full(size.heads, precision, dtype=np.uint8)))
+            if reasons := supports(eight, device, size.dtype, size.head_dim, "hopper"):
+                missing[f"hopper {PRECISIONS[precision]}"] = "; ".join(reasons)
+                continue
+            found[f"hopper {PRECISIONS[precision]}", schedule.density] = partial(attend, q, k, v, eight, "hopper")
     if device.type == "cuda" and density < 1 and ("hopper", schedule.density) in found:
         for name, axis in (("hopper anchored", ROWS), ("hopper anchored frames", FRAMES)):
             anchored = anchored_schedule(schedule, axis)
