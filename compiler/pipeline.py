@@ -186,8 +186,13 @@ def in_turn(work: Work, arguments: Sequence[Any]) -> Iterator[tuple[int, Any]]:
 def _serve() -> None:
     """In each process: Ctrl-C is for the one that waits for them, and they end when that one is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
     if parent := parent_process():
-        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager
