@@ -6,15 +6,17 @@ next pass that decides over all units; so a unit is read, changed and put away o
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any, Protocol
 
 import numpy as np
@@ -181,9 +183,16 @@ def in_turn(work: Work, arguments: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         yield index, work(index, argument)
 
 
-def _leave_interrupts() -> None:
-    """To the process that waits for this one: Ctrl-C is for all of them."""
+def _serve() -> None:
+    """In each process: Ctrl-C is for the one that waits for them, and they end when that one is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager
@@ -192,11 +201,13 @@ def processes(jobs: int) -> Iterator[Map]:
     if jobs == 1:
         yield in_turn
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_leave_interrupts) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_serve) as pool:
 
         def over(work: Work, arguments: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-            waiting = {pool.submit(work, index, argument): index for index, argument in enumerate(arguments)}
+            waiting: dict[Future[Any], int] = {}
             try:
+                for index, argument in enumerate(arguments):
+                    waiting[pool.submit(work, index, argument)] = index
                 for future in as_completed(waiting):
                     yield waiting[future], future.result()
             except BrokenProcessPool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from support import stats
+from support import kills, stats
 from support.jobs import die
 
 from calibatt.compiler.cli import command
@@ -80,6 +84,24 @@ def test_what_a_killed_job_left_goes_with_the_next_one(store: Path, tmp_path: Pa
 def test_a_process_that_is_killed_is_told() -> None:
     with processes(2) as over, pytest.raises(CompileError, match="all 2 processes must go on to the end, got one that"):
         list(over(die, [None] * 4))
+
+
+def test_a_process_that_is_killed_before_all_work_is_given_out_is_told() -> None:
+    def arguments() -> Iterator[None]:
+        yield None
+        while pool._broken is False:  # the one that dies of it takes the pool with it
+            time.sleep(0.01)
+        yield None
+
+    with processes(2) as over:
+        pool = inspect.getclosurevars(over).nonlocals["pool"]
+        with pytest.raises(CompileError, match="all 2 processes must go on to the end, got one that was killed"):
+            list(over(die, arguments()))
+
+
+def test_processes_end_with_the_job_that_is_killed(store: Path, tmp_path: Path) -> None:
+    """They would wait for its next word for ever, and keep their memory."""
+    assert kills.kill_compilation(store, tmp_path / "p.plan", random.Random(0), jobs=2, all_of_it=True)
 
 
 def flip(path: Path) -> None:
