@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from support import stats
+from support.jobs import EIGHT
 
+from calibatt.compiler import cost
 from calibatt.compiler.cli import command
 from calibatt.compiler.emit import segments
-from calibatt.compiler.language import option_name
+from calibatt.compiler.language import DEFAULT_PASSES, option_name
 from calibatt.compiler.passes import PASSES
 from calibatt.compiler.stats import StoreWriter
-from calibatt.plans import PlanFile
+from calibatt.plans import PlanFile, told_precisions
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -60,6 +62,31 @@ def test_a_store_in_two_folders_is_the_same_whatever_their_order(tmp_path: Path)
         assert invoke(*order, "-o", tmp_path / f"{name}.plan").exit_code == 0
     assert (tmp_path / "a.plan").read_bytes() == (tmp_path / "b.plan").read_bytes()
     assert PlanFile.read(tmp_path / "a.plan").provenance["samples"] == ["s0", "s1", "s2"]
+
+
+@pytest.mark.parametrize("places", [("--precision",), ("--passes",)])
+def test_precisions_are_asked_for_and_told(
+    store: Path, tmp_path: Path, places: tuple[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cost.DEVICES, "test", EIGHT)
+    (place,) = places
+    more = [place, "auto" if place == "--precision" else DEFAULT_PASSES.replace("select", "select{precision=auto}")]
+    report = tmp_path / "r.json"
+    result = invoke(store, "-o", tmp_path / "p.plan", "--device", "test", *more, "--report", report)
+    assert result.exit_code == 0, result.output
+    plan, value = PlanFile.read(tmp_path / "p.plan"), json.loads(report.read_text())
+    precisions = np.array([[schedule.head_precision for schedule in layers] for layers in plan.schedules])
+    assert precisions.any()
+    assert plan.passes.count("precision=auto") == 2
+    assert value["precision"] == told_precisions(precisions)
+    assert value["precision"] in result.output
+    assert value["precision_by_layer"] == [told_precisions(precisions[:, layer]) for layer in range(2)]
+    assert value["attention_cost"] == plan.predicted["cost"] <= 0.5 < plan.predicted["density"] == value["density"]
+    assert f"{plan.predicted['cost']:.4f} of dense attention in 16 bit" in result.output
+    invoke(store, "-o", tmp_path / "q.plan", "--device", "test")
+    plain = PlanFile.read(tmp_path / "q.plan")
+    assert not any(schedule.head_precision.any() for layers in plain.schedules for schedule in layers)
+    assert plain.predicted["cost"] == pytest.approx(plain.predicted["density"])
 
 
 def test_the_report(store: Path, tmp_path: Path) -> None:
@@ -133,6 +160,15 @@ def test_the_report_as_a_page(store: Path, tmp_path: Path) -> None:
         (
             ["--passes", "select{ target-db = 1},lower", "--target-density", "1"],
             "a budget must be given in --passes or on the command line, got both",
+        ),
+        (
+            ["--passes", "select{precision=bf16},lower", "--precision", "auto"],
+            "--precision must be given in --passes or on the command line, and to a select, got it with 'select{",
+        ),
+        (["--passes", "lower", "--precision", "bf16"], "--precision must be given in --passes or on the command line"),
+        (
+            ["--precision", "auto", "--device", "h200-triton"],
+            "precision must be bf16 on a device whose 8 bits were not measured, got auto, h200-triton",
         ),
         (["--target-density", "2"], "select: target-density must be in (0, 1], got 2.0"),
         (["--target-db", "inf"], "select: target-db must be finite, got inf"),

@@ -125,7 +125,7 @@ def precision_effects(call: AttentionCall, rounding: Tensor, blocks: Blocks) -> 
         float64 ``(V, len(EIGHT_BITS), H)``.
     """
     found = rounding.new_zeros(len(call.grads), len(EIGHT_BITS), len(call.q))
-    for some in _heads_at_once(call.q):
+    for some in _heads_at_once(call.q, copies=4):
         for index, precision in enumerate(EIGHT_BITS):
             eight = attend_8bit(call.q[some], call.k[some], call.v[some], precision, call.video, blocks.block_k)
             eight -= call.out[some, call.video]
@@ -341,7 +341,7 @@ def ladder(order: Tensor, shares: Sequence[float]) -> Tensor:
     return torch.stack([(order > flat[:, index, None, None]) | top for index in at])
 
 
-def _heads_at_once(x: Tensor) -> Iterator[slice]:
-    """Slices of the heads of ``(H, N, D)``, about `NUMBERS_AT_ONCE` numbers each."""
-    step = max(1, NUMBERS_AT_ONCE // (x.shape[1] * x.shape[2]))
+def _heads_at_once(x: Tensor, copies: int = 1) -> Iterator[slice]:
+    """Slices of the heads of ``(H, N, D)``, about `NUMBERS_AT_ONCE` numbers in so many copies each."""
+    step = max(1, NUMBERS_AT_ONCE // (copies * x.shape[1] * x.shape[2]))
     return (slice(first, min(first + step, len(x))) for first in range(0, len(x), step))

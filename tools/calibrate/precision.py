@@ -39,11 +39,11 @@ def attend_8bit(q: Tensor, k: Tensor, v: Tensor, precision: int, video: slice, b
     q, k, v = q[:, video].float(), k.float(), v.float()
     parts = (k - k.mean(1, keepdim=True)).tensor_split((start, stop), 1)
     q, k = rounded_rows(q, QUERY_GROUP), torch.cat([rounded_rows(part, block_k) for part in parts], 1)
-    mean = torch.zeros_like(v[:, :1])
+    mean = v.mean(1, keepdim=True)
+    v = v - mean
     if precision == INT8_FP8:
-        mean = v.mean(1, keepdim=True)
-        scales = (v - mean).abs().amax(1, keepdim=True).clamp(min=TINY) / E4M3_MOST
-        v = as_e4m3((v - mean) / scales) * scales
+        scales = v.abs().amax(1, keepdim=True).clamp(min=TINY) / E4M3_MOST
+        v = as_e4m3(v / scales) * scales
     out, _ = attention(*(x[None].to(dtype) for x in (q, k, v)))
     return out[0].float() + mean
 
