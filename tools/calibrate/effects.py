@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calibatt.plans import EIGHT_BITS, INT8_FP8, Blocks, TokenGrid
+from calibatt.runtime.quantise import SHIFT, as_e4m3
 from calibatt.tools.calibrate.gradients import EVERY, AttentionCall
-from calibatt.tools.calibrate.precision import as_e4m3, attend_8bit
+from calibatt.tools.calibrate.precision import attend_8bit
 
 SCORES_AT_ONCE = 1 << 19
 """Scores that the PyTorch path holds at a time (2 MiB in float32: they stay in a core's cache)."""
@@ -29,9 +30,6 @@ ERROR_STRIDE = 8
 """Block errors are sums of squares, for which every 8th query is enough."""
 DIAGONAL_SHARE = 1e-3
 """Of the mean of a diagonal, added to all of it: rounding could make a metric negative where there is no gradient."""
-SHIFT = 5
-"""Probabilities are rounded to e4m3 as multiples of the largest of their query, or so far, by 2 to the power of less
-this."""
 MOST_MASKS = 31
 """Masks that are measured together, a bit each."""
 

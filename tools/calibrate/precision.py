@@ -8,16 +8,11 @@ other probabilities to round.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from calibatt.plans import INT8_FP8
+from calibatt.runtime.quantise import QUERY_GROUP, e4m3_channels, rounded_rows
 from calibatt.tools.calibrate.attention import attention
-
-QUERY_GROUP = 64
-"""Queries of the video that share a scale."""
-INT8_MOST, E4M3_MOST = 127, 448
-TINY = 1e-20
 
 
 def attend_8bit(q: Tensor, k: Tensor, v: Tensor, precision: int, video: slice, block_k: int) -> Tensor:
@@ -39,22 +34,7 @@ def attend_8bit(q: Tensor, k: Tensor, v: Tensor, precision: int, video: slice, b
     q, k, v = q[:, video].float(), k.float(), v.float()
     parts = (k - k.mean(1, keepdim=True)).tensor_split((start, stop), 1)
     q, k = rounded_rows(q, QUERY_GROUP), torch.cat([rounded_rows(part, block_k) for part in parts], 1)
-    mean = v.mean(1, keepdim=True)
-    v = v - mean
-    if precision == INT8_FP8:
-        scales = v.abs().amax(1, keepdim=True).clamp(min=TINY) / E4M3_MOST
-        v = as_e4m3(v / scales) * scales
+    codes, scales, mean = e4m3_channels(v)
+    v = codes * scales if precision == INT8_FP8 else v - mean
     out, _ = attention(*(x[None].to(dtype) for x in (q, k, v)))
     return out[0].float() + mean
-
-
-def rounded_rows(x: Tensor, group: int) -> Tensor:
-    """Rows ``(H, n, D)`` as multiples up to 127 of one scale for every `group` of them; the last may be fewer."""
-    blocks = F.pad(x, (0, 0, 0, -x.shape[1] % group)).unflatten(1, (-1, group))
-    scales = blocks.abs().amax((2, 3), keepdim=True).clamp(min=TINY) / INT8_MOST
-    return ((blocks / scales).round() * scales).flatten(1, 2)[:, : x.shape[1]]
-
-
-def as_e4m3(x: Tensor) -> Tensor:
-    """The nearest numbers of e4m3."""
-    return x.clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn).to(x.dtype)
