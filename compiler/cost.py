@@ -50,8 +50,8 @@ class Device:
         return {BF16: Speed(1.0), **self.eight_bit}
 
 
-PREPASS_NS = 1.1e6 / (40 * 75_600 * 128)
-"""1.1 ms for 40 heads of 128 channels at 75,600 tokens."""
+_CHANNELS_720P = 40 * 75_600 * 128
+"""Of 40 heads of 128 channels at 75,600 tokens, for which pre-passes were timed."""
 
 DEVICES = {
     device.name: device
@@ -59,10 +59,13 @@ DEVICES = {
         Device(
             name="h200-hopper",
             source="660 TFLOP/s: whole calls at 720p, density 0.3, 128x128 blocks, 128 channels, 2026-11-26 "
-            "(docs/benchmarks/kernels_h200.json); 8 bits: one H200, 720p, 2026-11-30, int8 QK 1.17 times as fast, "
-            "with fp8 PV 1.35 times, 1.30 times with the pre-pass of 1.1 ms for 40 heads",
+            "(docs/benchmarks/kernels_h200.json); 8 bits: one H200, 720p, density 0.3, 2026-11-30, kernels alone 1.23 "
+            "(int8 QK) and 1.35 times (with fp8 PV) as fast, pre-passes of 40 heads 0.86 and 1.40 ms",
             tflops=660.0,
-            eight_bit={INT8: Speed(1 / 1.17, PREPASS_NS), INT8_FP8: Speed(1 / 1.35, PREPASS_NS)},
+            eight_bit={
+                INT8: Speed(1 / 1.23, 0.86e6 / _CHANNELS_720P),
+                INT8_FP8: Speed(1 / 1.35, 1.40e6 / _CHANNELS_720P),
+            },
         ),
         Device(
             name="h200-triton",
