@@ -129,6 +129,7 @@ def _pack(masks: Any, grid: TokenGrid, blocks: Blocks, where: str) -> PackedLaye
         list_bits=np.frombuffer(b"".join(listed), np.uint8).reshape(-1, bits.shape[2]),
         head_list=np.array(head_list, np.int32),
         head_anchor=np.full(len(keep), NO_ANCHORS, np.int32),
+        head_precision=np.zeros(len(keep), np.uint8),  # the inputs' own
         anchor_ptr=np.zeros(1, np.int32),
         anchor_axis=none,
         group_start=none,
