@@ -1,5 +1,6 @@
 """The trained demo model draws what its prompt says."""
 
+import pytest
 import torch
 
 from calibatt.tools.demo import world
