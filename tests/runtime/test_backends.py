@@ -91,6 +91,7 @@ def test_torch(core: CoreSchedule, dtype: torch.dtype, layout: str, batch: int, 
     check(core, "torch", dtype, layout=layout, batch=batch, head_dim=head_dim, **around)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     layer_schedules(grid=grids(max_frames=2, max_height=3), heads=st.integers(1, 3)),

@@ -215,6 +215,7 @@ def test_copies_of_a_plan_are_plans(twin_of: Callable[[Any], Any], loaded: bool,
         assert torch.equal(forward(model), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of layer norms
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_mixes_types_as_in_the_models_own_attention(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,7 @@ def test_kernel_and_torch_unpack_any_number_of_key_blocks(k_blocks: int, unpack:
     assert columns.tolist() == [*range(k_blocks), *np.nonzero(keep)[1], 0, 7, 7]
 
 
+@pytest.mark.slow
 def test_the_kernel_compiles_and_spills_nothing() -> None:
     cases = [{"sm": sm, "k_blocks": 591} for sm in (80, 90)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -103,6 +104,7 @@ def test_the_kernel_compiles_and_spills_nothing() -> None:
     assert [usage["stack_bytes"] for usage in json.loads(result.stdout)] == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("packed")
 def test_layers_of_a_plan_take_turns_in_one_room() -> None:
     """The triton backend reads columns; every layer finds its own, in any order, from either segment."""

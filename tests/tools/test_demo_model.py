@@ -54,6 +54,7 @@ def test_times_fall_from_noise_to_video():
     assert (schedule.diff() < 0).all()
 
 
+@pytest.mark.slow
 def test_a_held_out_prompt_is_drawn():
     prompt = "a large yellow triangle moving right fast on a plain navy background"
     scene = world.parse(prompt)[None]
