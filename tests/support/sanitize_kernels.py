@@ -4,7 +4,9 @@
     compute-sanitizer --tool racecheck ...       (see race_control.py for why that proves nothing)
 
 Some cases have more tiles than the device has processors, so that a CTA takes several, and steps enough to fill all
-queues and to wrap them. Results are compared with the oracle, so that it also shows what a tool disturbs.
+queues and to wrap them. Results are compared with the oracle, so that it also shows what a tool disturbs. Then come the
+plans of `support.guards`, every extreme of the format, between regions that nobody may read or write; with ``--guards``
+they alone, which needs no tool.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from calibatt.runtime.backends import hopper as hopper_backend
 from calibatt.runtime.ops import planned_attention
 from calibatt.runtime.schedule import LayerSchedule
 from support.budget import check_against_oracle
+from support.guards import adversarial, run_guarded
 from support.schedules import random_schedule
 
 CASES: dict[str, list[tuple[Any, ...]]] = {
@@ -58,7 +61,11 @@ def run_case(
 
 if __name__ == "__main__":
     hopper_backend.processors = lambda device: FEW_PROCESSORS
-    for name in sys.argv[1:] or CASES:
-        for case in CASES[name]:
-            run_case(name.split()[0], *case)
+    for name in [name for name in sys.argv[1:] if name in CASES] or CASES:
+        backend, _, eight = name.partition(" ")
+        for case in CASES[name] if "--guards" not in sys.argv else []:
+            run_case(backend, *case)
             print(name, *case, "as the oracle", flush=True)
+        for what, (core, before, after) in ({} if eight else adversarial(128)).items():
+            run_guarded(core, before, after, backend, "cuda", torch.bfloat16, 128)
+            print(name, what, "untouched", flush=True)
