@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ pytest.importorskip("diffusers")
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
 from calibatt.runtime import Plan
 from calibatt.runtime.adapters import ADAPTERS, adapter_for
-from calibatt.tools.bench import model, variants
+from calibatt.tools.bench import forwards, model, variants
 from calibatt.tools.bench.__main__ import main
 from calibatt.tools.bench.published import MODELS, token_grid
 from calibatt.tools.bench.trace import WAITS, WHOLE, summarised
@@ -53,8 +54,8 @@ def rows(report: Any, kind: str, **wanted: Any) -> list[Any]:
 
 def test_a_report_says_what_was_measured(report: Any) -> None:
     assert report["command"] == (
-        "calibatt-bench model --model tiny --sizes small,smaller --densities 0.5,0.3 --modes eager,regional --layers 3 "
-        "--rounds 2 --steps 3 --samplings 1 --compiler aot_eager --trace"
+        "calibatt-bench model --model tiny --sizes small,smaller --densities 0.5,0.3 --modes eager,regional "
+        "--precisions bf16 --linears bf16 --layers 3 --rounds 2 --steps 3 --samplings 1 --compiler aot_eager --trace"
     )
     assert {"date", "device", "versions", "threads", "weights", "masks", "states"} <= set(report)
     assert report["layers"] == report["published_layers"] == LAYERS
@@ -112,6 +113,23 @@ def test_a_picture_is_drawn(report: Any) -> None:
     assert report["picture"].stat().st_size > 20_000
 
 
+def test_plans_in_8_bits_stand_beside_those_in_16(tmp_path: Path) -> None:
+    options = ["--sizes", "smaller", "--densities", "0.5", "--precisions", "bf16,int8_fp8", "--modes", "eager"]
+    found = bench("model", tmp_path / "model.json", *options, "--rounds", "1", "--steps", "0")
+    names = ["plan 0.5", "plan 0.5 int8_fp8"]
+    assert [row["attention"] for row in found["forwards"]] == ["sdpa", "copy", *names]
+    wide, eight = (rows(found, "checks", attention=name)[0]["difference_to_dense"] for name in names)
+    assert wide != eight
+    assert eight == pytest.approx(wide, rel=0.2)
+
+
+def test_fp8_linears_need_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    result = CliRunner().invoke(main, ["model", "--model", "tiny", "--device", "cpu", "--linears", "fp8"])
+    assert result.exit_code == 2
+    assert "--linears fp8 needs torchao (pip install torchao)" in " ".join(result.output.split())
+
+
 def test_what_follows_from_the_times() -> None:
     times = {("sdpa-cudnn", 1): 10, ("copy", 0): 4, ("flash-attention-4", 1): 9, ("plan", 0.5): 8}
     forwards = [
@@ -143,7 +161,7 @@ def test_wrong_results_and_cases_that_fail_are_told(tmp_path: Path, monkeypatch:
     options = ["model", "--model", "tiny", "--device", "cpu", "--sizes", "small", "--modes", "eager", "--no-peers"]
     options += ["--rounds", "1", "--layers", "1", "-o", str(tmp_path / "report.json")]
     monkeypatch.setattr(variants, "_copy", lambda q, k, v, site, context: v * torch.nan)
-    with pytest.raises(model.BenchError, match="small, eager, copy: the result must be finite, got 4096"):
+    with pytest.raises(forwards.BenchError, match="small, eager, copy: the result must be finite, got 4096"):
         CliRunner().invoke(main, options, catch_exceptions=False)
     monkeypatch.setattr(variants, "_copy", lambda q, k, v, site, context: v[:, 1:])
     result = CliRunner().invoke(main, options, catch_exceptions=False)
@@ -267,9 +285,9 @@ def test_plans_of_the_bench_have_their_density_and_a_segment_for_each_step() -> 
         return hidden_states
 
     noise = {"hidden_states": torch.zeros(1, 4, 4, 16, 16)}
-    model.sample(MODELS["tiny"], forward, noise, 4)
+    forwards.sample(MODELS["tiny"], forward, noise, 4)
     falling = [times.pop(0) for _ in range(4)]
-    model.sample(MODELS["tiny-mochi"], forward, noise, 4)
+    forwards.sample(MODELS["tiny-mochi"], forward, noise, 4)
     assert [1 - time for time in times] == pytest.approx(falling), "Mochi's rise"
     times[:] = falling
     assert [plan.file.segment_index(time) for time in times] == [3, 2, 1, 0]

@@ -41,7 +41,8 @@ from calibatt.compiler.stats import StoreWriter, Unit, neighbours, unit_shapes
 from calibatt.plans import PlanFile
 from calibatt.plans.files import write_text
 from calibatt.runtime import load_plan
-from calibatt.tools.bench.model import OUT_OF_TIME, Clock, allocated_bytes, choose, header, peak_bytes, reset_peak
+from calibatt.tools.bench.forwards import OUT_OF_TIME, Clock, allocated_bytes, peak_bytes, reset_peak
+from calibatt.tools.bench.model import choose, header
 from calibatt.tools.bench.structured import SETTINGS, Setting
 from calibatt.tools.calibrate.calibration import Calibrator
 from calibatt.tools.calibrate.pipeline import PipelineSampler

@@ -7,7 +7,8 @@ Published architectures at published sizes, weights random, in bfloat16. Timed a
 eager, and compiled block by block (regional) or as a whole (full), with self-attention computed by
   sdpa-cudnn         the dense kernel of cuDNN, by diffusers' set_attention_backend (on a CPU: sdpa)
   flash-attention-4  dense, where it is installed
-  plan D             a plan of density D: synthetic masks, every head listed, a segment for each step, from a file
+  plan D             a plan of density D: synthetic masks, every head listed, a segment for each step, from a file;
+                     with --precisions also with heads that multiply in 8 bits
   copy               a copy of the values: what is left is the time of everything but self-attention.
 
 All cases of a size and a mode of running take turns, so that clocks and temperature favour none. The bound of a plan is
@@ -20,312 +21,43 @@ from __future__ import annotations
 
 import datetime
 import gc
+import itertools
 import json
 import platform
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
 from calibatt.plans import Blocks, write_plan
 from calibatt.plans.files import write_text
-from calibatt.runtime import Plan, load_plan
 from calibatt.runtime.adapters import adapter_for
-from calibatt.tools.bench.kernel import milliseconds, state, versions
+from calibatt.tools.bench.forwards import MODES, OUT_OF_TIME, Case, Clock, Runner, SizeBench
+from calibatt.tools.bench.kernel import versions
 from calibatt.tools.bench.model_figure import draw
 from calibatt.tools.bench.published import MODELS, Published, token_grid
-from calibatt.tools.bench.trace import traced
 from calibatt.tools.bench.variants import (
     COPY,
     DISTINCT,
     FLASH_4,
-    SHIFT,
+    NAMES,
     Variant,
     copied,
-    counted_calls,
     dense,
     flash_attention_4,
     plan_shaped,
-    planned,
 )
-
-MODES = ("eager", "regional", "full")
-OUT_OF_TIME = "out of time"
-
 
 DENSE = ("sdpa-cudnn", "sdpa", FLASH_4)
 """Names of the variants that others are measured against."""
-
-
-class BenchError(RuntimeError):
-    """What was to be timed does not compute what it must."""
-
-
-class Clock:
-    """How long the command has run, and whether there is time for more.
-
-    Args:
-        seconds: Nothing that would take it beyond these is begun.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._begun = time.perf_counter()
-
-    @property
-    def spent(self) -> float:
-        return time.perf_counter() - self._begun
-
-    def allows(self, expected_ms: float = 0.0) -> bool:
-        return self.spent + expected_ms / 1e3 <= self.seconds
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing to time: a way to run the model and a way to compute its self-attention."""
-
-    mode: str
-    variant: Variant
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """What identifies its records."""
-        return {"mode": self.mode, "attention": self.variant.name, "density": self.variant.density}
-
-
-class Runner:
-    """Runs one model in every mode.
-
-    Args:
-        model: On its device.
-        modes: Of `MODES`; the model's blocks stay compiled if ``regional`` is one of them.
-        backend: Of `torch.compile`.
-    """
-
-    def __init__(self, model: Any, modes: Sequence[str], backend: str) -> None:
-        self.model = model
-        options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
-        if "regional" in modes:
-            model.compile_repeated_blocks(**options)
-        self._whole = torch.compile(model, **options) if "full" in modes else None
-
-    @contextmanager
-    def running(self, case: Case) -> Iterator[Callable[..., Tensor]]:
-        """A function of the model's arguments, for as long as the context lasts."""
-        whole = self._whole if case.mode == "full" else self.model
-        stance = torch.compiler.set_stance("force_eager") if case.mode == "eager" else nullcontext()
-        with torch.no_grad(), stance, case.variant.attached(self.model):
-            yield lambda **inputs: whole(**inputs)[0]
-
-
-def sample(row: Published, forward: Callable[..., Tensor], inputs: dict[str, Any], steps: int) -> Tensor:
-    """A denoising loop as WanPipeline's, without guidance; returns the final latents, float32."""
-    from diffusers import UniPCMultistepScheduler  # not needed by the commands beside this one
-
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
-    noise = inputs["hidden_states"]
-    scheduler.set_timesteps(steps, device=noise.device)
-    latents = noise.float()
-    for now in scheduler.timesteps:
-        timestep = row.timestep(now).expand(len(noise))
-        found = forward(**{**inputs, "hidden_states": latents.to(noise.dtype), "timestep": timestep})
-        latents = scheduler.step(found, now, latents, return_dict=False)[0]
-    return latents
-
-
-def spread(times_ms: Sequence[float]) -> dict[str, Any]:
-    """Median, spread and number of measurements."""
-    low, median, high = (float(value) for value in np.percentile(times_ms, (10, 50, 90)))
-    return {"median_ms": median, "p10_ms": low, "p90_ms": high, "min_ms": min(times_ms), "rounds": len(times_ms)}
-
-
-class SizeBench:
-    """All that is measured at one size; results go into a report as they come.
-
-    Args:
-        row: The model's.
-        runner: Of the model.
-        size: Its name.
-        inputs: Of a forward.
-        device: Where the model is.
-        clock: When to stop.
-        report: What `main` writes.
-        done: Called after every warming or timed call.
-    """
-
-    def __init__(
-        self,
-        row: Published,
-        runner: Runner,
-        size: str,
-        inputs: dict[str, Any],
-        device: torch.device,
-        clock: Clock,
-        report: dict[str, Any],
-        done: Callable[[], None],
-    ) -> None:
-        self.row, self.runner, self.size, self.inputs, self.device = row, runner, size, inputs, device
-        self.clock, self.report, self.done = clock, report, done
-        self._dense: dict[str, Tensor] = {}
-        self._plans: dict[str, Plan] = {}
-
-    def attach_plan(self, path: Path, density: float) -> Variant:
-        """Loads a plan and attaches it once, timed; the report says what both cost."""
-        begun = time.perf_counter()
-        plan = load_plan(path)
-        load_s, before = time.perf_counter() - begun, allocated_bytes(self.device)
-        begun = time.perf_counter()
-        with plan.attach(self.runner.model):
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            attach_s, after = time.perf_counter() - begun, allocated_bytes(self.device)
-        variant = planned(plan, density)
-        self._plans[variant.name] = plan
-        index_bytes = sum(schedule.bound_bytes for schedule in plan.layers(len(plan.segments) - 1))
-        record = {
-            "size": self.size,
-            "attention": variant.name,
-            "executed_density": variant.density,
-            "segments": len(plan.segments),
-            "file_bytes": path.stat().st_size,
-            "load_s": load_s,
-            "attach_s": attach_s,
-            "index_bytes_a_segment": index_bytes,
-            "attach_device_bytes": None if before is None or after is None else after - before,
-        }
-        self.report["attachments"].append(record)
-        added = "" if record["attach_device_bytes"] is None else f", {record['attach_device_bytes'] / 2**20:.0f} MiB"
-        click.echo(f"{self.size}: {variant.name}: loaded in {load_s:.2f} s, attached in {attach_s:.2f} s{added}")
-        return variant
-
-    def warm_up(self, case: Case) -> bool:
-        """Runs a case once, which compiles it, and proves that it computes what it must; whether it can be timed.
-
-        Raises:
-            BenchError: It does not.
-        """
-        what, due = self._name(case), case.variant.planned * self.report["layers"]
-        before, begun = allocated_bytes(self.device), time.perf_counter()
-        try:
-            with self.runner.running(case) as forward, counted_calls() as calls:
-                out = forward(**self.inputs)
-            finite = bool(out.isfinite().all())
-            first_call_s = time.perf_counter() - begun
-        except Exception as error:  # a kernel that cannot run here must not cost the others' numbers
-            self.report["missing"][what] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
-            return False
-        finally:
-            self.done()
-        if calls() != due:
-            raise BenchError(f"{what}: a forward must call planned attention {due} times, got {calls()}")
-        if not finite:
-            raise BenchError(f"{what}: the result must be finite, got {int((~out.isfinite()).sum())} that are not")
-        after = allocated_bytes(self.device)
-        plan = self._plans.get(case.variant.name)
-        reference = self._dense.setdefault(case.mode, out.float()) if case.variant.density == 1 else None
-        reference = self._dense.get(case.mode) if reference is None else reference
-        self.report["checks"].append(
-            {
-                "size": self.size,
-                **case.key,
-                "finite": finite,
-                "planned_calls": calls(),
-                "difference_to_dense": None
-                if reference is None
-                else float((out.float() - reference).norm() / reference.norm()),
-                "first_call_s": first_call_s,
-                "grown_device_bytes": None if before is None or after is None else after - before - out.nbytes,
-                "plan_bytes": None if plan is None else plan.bound_bytes,
-            }
-        )
-        return True
-
-    def time_forwards(self, cases: Sequence[Case], rounds: int) -> dict[Case, float]:
-        """Milliseconds of a forward of every case, by turns; medians."""
-        times: dict[Case, list[float]] = {case: [] for case in cases}
-        peaks: dict[Case, int | None] = {}
-        graphs: Counter[Case] = Counter()
-        for turn in range(rounds):
-            if not self.clock.allows(sum(float(np.median(each)) for each in times.values() if each)):
-                click.echo(f"{self.size}: out of time after {turn} of {rounds} rounds")
-                break
-            for case in cases:
-                with self.runner.running(case) as forward:
-                    reset_peak(self.device)
-                    known = compiled_graphs()
-                    times[case].append(milliseconds(partial(forward, **self.inputs), self.device))
-                    graphs[case] += compiled_graphs() - known
-                    peaks[case] = peak_bytes(self.device)
-                self.done()
-        for case, found in times.items():
-            if found:
-                more = {"recompiled_graphs": graphs[case], "peak_device_bytes": peaks[case]}
-                self._add("forwards", case, {**spread(found), **more})
-        self.report["states"].append({"size": self.size, "after": "forwards", **state(self.device)})
-        return {case: float(np.median(found)) for case, found in times.items() if found}
-
-    def time_samplings(self, cases: Sequence[Case], steps: int, rounds: int, forward_ms: dict[Case, float]) -> None:
-        """Milliseconds of a sampling of every case, by turns, the last mode first: it matters most.
-
-        Raises:
-            BenchError: A final latent is not finite.
-        """
-        times: dict[Case, list[float]] = {case: [] for case in cases}
-        graphs: Counter[Case] = Counter()
-        for _ in range(rounds):
-            for case in sorted(cases, key=lambda case: MODES.index(case.mode), reverse=True):
-                what = f"{self._name(case)}, sampling"
-                if not self.clock.allows(steps * forward_ms.get(case, 0.0)):
-                    if not times[case]:
-                        self.report["missing"][what] = OUT_OF_TIME
-                    continue
-                final: list[Tensor] = []
-                known = compiled_graphs()
-                with self.runner.running(case) as forward:
-                    run = partial(sample, self.row, forward, self.inputs, steps)
-                    times[case].append(milliseconds(lambda run=run, final=final: final.append(run()), self.device))
-                graphs[case] += compiled_graphs() - known
-                if not final[0].isfinite().all():
-                    raise BenchError(f"{what}: final latents must be finite, got others")
-                self.done()
-        for case, found in times.items():
-            if found:
-                self._add("samplings", case, {"steps": steps, **spread(found), "recompiled_graphs": graphs[case]})
-        self.report["states"].append({"size": self.size, "after": "samplings", **state(self.device)})
-
-    def trace(self, cases: Sequence[Case]) -> None:
-        """Profiles a forward of each case, after one that reads what an attachment reads once."""
-        for case in cases:
-            with self.runner.running(case) as forward:
-                forward(**self.inputs)
-                found = traced(partial(forward, **self.inputs), self.device)
-            self.report["traces"].append({"size": self.size, **case.key, **found})
-            waits = ", ".join(f"{name} {count}" for name, count in found["waits"].items()) or "none"
-            click.echo(f"{self.size}: {case.mode}, {case.variant.name}: waits of the host: {waits}")
-            self.done()
-
-    def _name(self, case: Case) -> str:
-        return f"{self.size}, {case.mode}, {case.variant.name}"
-
-    def _add(self, kind: str, case: Case, found: dict[str, Any]) -> None:
-        self.report[kind].append({"size": self.size, **case.key, **found})
-        click.echo(
-            f"{self.size}: {kind[:-1]:>8}, {case.mode:>8}, {case.variant.name:>17}: {found['median_ms']:10.1f} ms "
-            f"({found['p10_ms']:.1f} to {found['p90_ms']:.1f}, {found['rounds']})"
-        )
+LINEARS = ("bf16", "fp8")
 
 
 def derived(forwards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -369,29 +101,6 @@ def derived(forwards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     }
                 )
     return found
-
-
-def compiled_graphs() -> int:
-    """Graphs that torch.compile has made so far in this process."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
-
-
-def allocated_bytes(device: torch.device) -> int | None:
-    """Held by tensors on a GPU; None elsewhere."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """The most that tensors held on a GPU since `reset_peak`; None elsewhere."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def header(command: str, row: Published, name: str, layers: int, device: torch.device) -> dict[str, Any]:
@@ -464,6 +173,26 @@ def pick_layers(layers: int | None, row: Published) -> int:
     return layers or row.layers
 
 
+def with_linears(model: Any, linears: str) -> Any:
+    """The model with the linears of its blocks as said by one of `LINEARS`.
+
+    Raises:
+        click.UsageError: torchao is not installed.
+    """
+    if linears == "bf16":
+        return model
+    try:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    except ImportError as error:
+        raise click.UsageError(f"--linears fp8 needs torchao (pip install torchao), got {error}") from None
+
+    def of_blocks(module: torch.nn.Module, name: str) -> bool:
+        return isinstance(module, torch.nn.Linear) and any(part.isdigit() for part in name.split("."))
+
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=of_blocks)
+    return model
+
+
 def progress_bar() -> Progress:
     """On the terminal's error stream; silent where that is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -475,6 +204,16 @@ def progress_bar() -> Progress:
 @click.option("--model", type=click.Choice(list(MODELS)), default="wan-14b", show_default=True)
 @click.option("--sizes", help="Names, separated by commas: 480p, 720p [all of the model's].")
 @click.option("--densities", default="0.5,0.3", show_default=True, help="Of the plans.")
+@click.option(
+    "--precisions", default="bf16", show_default=True, help=f"Of the plans' heads: some of {', '.join(NAMES)}."
+)
+@click.option(
+    "--linears",
+    type=click.Choice(LINEARS),
+    default="bf16",
+    show_default=True,
+    help="Of the blocks, in every case: fp8 has weights and activations in e4m3, a scale a row (torchao).",
+)
 @click.option("--modes", help="Of eager, regional, full [eager,regional; eager,full where blocks are no regions].")
 @click.option("--layers", type=click.IntRange(1), help="Fewer layers than the model has; said in the report [all].")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Forwards of each case.")
@@ -491,6 +230,8 @@ def main(
     model: str,
     sizes: str | None,
     densities: str,
+    precisions: str,
+    linears: str,
     modes: str | None,
     layers: int | None,
     rounds: int,
@@ -507,13 +248,16 @@ def main(
     row, where, clock = MODELS[model], torch.device(device), Clock(seconds)
     names, ways = choose(sizes, list(row.sizes), "--sizes"), pick_modes(modes, row)
     shares, count = read_densities(densities), pick_layers(layers, row)
+    multiplied = [NAMES[name] for name in choose(precisions, list(NAMES), "--precisions")]
     compiler = compiler or ("inductor" if where.type == "cuda" else "aot_eager")
     options = f"--model {model} --sizes {','.join(names)} --densities {densities} --modes {','.join(ways)}"
+    options += f" --precisions {precisions} --linears {linears}"
     options += f" --layers {count} --rounds {rounds} --steps {steps} --samplings {samplings}"
     options += f" --compiler {compiler}" + ("" if peers else " --no-peers") + (" --trace" if trace else "")
     report: dict[str, Any] = {
         **header(f"calibatt-bench model {options}", row, model, count, where),
         "masks": "synthetic, structured; every head listed; a segment for each step",
+        "linears": linears,
         "distinct_layers": min(DISTINCT, count),
         "compiler": compiler,
         "sizes": [],
@@ -542,9 +286,10 @@ def main(
         bench = SizeBench(row, runner, size, inputs, where, clock, report, lambda: progress.advance(task))
         progress.reset(task, description=f"{size}: plans", total=None)
         signature, variants = adapter_for(transformer).signature(transformer), [*base]
-        for share in shares:
-            path = folder / f"{size}-{share:g}.plan"
-            write_plan(path, plan_shaped(signature, grid, Blocks(row.block, row.block), share, max(steps, 1)))
+        blocks = Blocks(row.block, row.block)
+        for share, precision in itertools.product(shares, multiplied):
+            path = folder / f"{size}-{share:g}-{precision}.plan"
+            write_plan(path, plan_shaped(signature, grid, blocks, share, max(steps, 1), precision=precision))
             variants.append(bench.attach_plan(path, share))
         cases = [Case(way, variant) for way in ways for variant in variants]
         timed = (rounds + 1) * len(cases) + samplings * (steps > 0) * len(ways) * (len(variants) - 1) + 2 * trace
@@ -565,7 +310,7 @@ def main(
 
     with progress_bar() as progress, tempfile.TemporaryDirectory() as folder:
         task = progress.add_task("making the model", total=None)
-        transformer = row.make(count, where)
+        transformer = with_linears(row.make(count, where), linears)
         report["parameters"] = sum(parameter.numel() for parameter in transformer.parameters())
         base = [dense(transformer), copied()]
         if peers and isinstance(found := flash_attention_4(where), Variant):

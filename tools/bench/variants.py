@@ -7,14 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from calibatt.compiler.emit import segments
-from calibatt.plans import Blocks, EncodedLayer, ModelSignature, PackedLayer, PlanFile, StoredLayers, TokenGrid, encode
+from calibatt.plans import (
+    BF16,
+    INT8,
+    INT8_FP8,
+    Blocks,
+    EncodedLayer,
+    ModelSignature,
+    PackedLayer,
+    PlanFile,
+    StoredLayers,
+    TokenGrid,
+    encode,
+)
 from calibatt.runtime import Plan, ops
 from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.intercept import Interception
@@ -23,6 +36,8 @@ from calibatt.tools.bench.peers import dense_peer
 
 FLASH_4 = "flash-attention-4"
 COPY = "copy"
+NAMES = {"bf16": BF16, "int8": INT8, "int8_fp8": INT8_FP8}
+"""Of precisions of heads."""
 DISTINCT = 8
 """Layers of a plan that have masks of their own; the others repeat them, in index arrays of their own."""
 SHIFT = 5.0
@@ -80,12 +95,22 @@ def planned(plan: Plan, density: float) -> Variant:
         plan: For the models that it will be attached to.
         density: Its name in the report; the executed density is the plan's.
     """
-    executed = [packed.density for _, _, packed in plan.file.walk()]
-    return Variant(f"plan {density:g}", sum(executed) / len(executed), plan.attach, planned=True)
+    layers = [packed for _, _, packed in plan.file.walk()]
+    executed = [packed.density for packed in layers]
+    names = {name for name, precision in NAMES.items() if precision in layers[0].head_precision} - {"bf16"}
+    return Variant(
+        " ".join([f"plan {density:g}", *sorted(names)]), sum(executed) / len(executed), plan.attach, planned=True
+    )
 
 
 def plan_shaped(
-    signature: ModelSignature, grid: TokenGrid, blocks: Blocks, density: float, steps: int, masks: int = DISTINCT
+    signature: ModelSignature,
+    grid: TokenGrid,
+    blocks: Blocks,
+    density: float,
+    steps: int,
+    masks: int = DISTINCT,
+    precision: int = BF16,
 ) -> PlanFile:
     """A plan of `kernel.structured_schedule`'s masks, every head listed, with a segment for each step of a sampling.
 
@@ -96,11 +121,13 @@ def plan_shaped(
         density: Share of key blocks kept, mean over a layer's tiles.
         steps: Of the sampling.
         masks: Layers with masks of their own at most.
+        precision: Of all heads; one of `plans.PRECISIONS`.
     """
     made: list[EncodedLayer] = []
     for seed in range(min(masks, signature.layers)):
-        schedule = structured_schedule(grid, blocks, signature.heads, density, seed=seed)
-        made.append(encode(PackedLayer.of(schedule.core), None))
+        core = structured_schedule(grid, blocks, signature.heads, density, seed=seed).core
+        core = replace(core, head_precision=np.full(core.heads, precision, np.uint8))
+        made.append(encode(PackedLayer.of(core), None))
     # The next segment has the masks of the one before, one layer on: other lists at equal cost.
     stored = [[made[(layer + at) % len(made)] for layer in range(signature.layers)] for at in range(steps)]
     even = [1 - step / steps for step in range(steps)]
