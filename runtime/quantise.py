@@ -8,8 +8,10 @@ back. With `INT8_FP8`, values less their mean over all keys are e4m3, with one s
 
 Queries of the prefix and the suffix are computed in 16 bits in every head.
 
-Codes are what fp32 makes of them, a factor and one product, whatever the dtype: half of a group's largest query, which
-16-bit numbers often are, lies exactly between two codes, and another order of roundings would take the other one.
+All who compute codes get the same ones, so that they can be compared: half of a group's largest query, which 16-bit
+numbers often are, lies exactly between two codes, and another order of roundings would take the other one. Codes are
+therefore what fp32 makes of one factor and one product, whatever the dtype, and means are rounded to bf16: any vector
+would do, and sums in another order seldom give another one.
 """
 
 from __future__ import annotations
@@ -61,9 +63,14 @@ def rounded_rows(x: torch.Tensor, group: int) -> torch.Tensor:
     return blocks.flatten(-3, -2)[..., : x.shape[-2], :]
 
 
+def mean_of(x: torch.Tensor) -> torch.Tensor:
+    """What ``(..., n, D)`` loses: its mean over n in bf16, ``(..., 1, D)`` in the dtype of x."""
+    return x.mean(-2, keepdim=True).bfloat16().to(x.dtype)
+
+
 def e4m3_channels(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Values less their mean in e4m3: codes ``(..., n, D)``; scales and means, one a channel, ``(..., 1, D)``."""
-    mean = v.mean(-2, keepdim=True)
+    mean = mean_of(v)
     scales = (v - mean).abs().amax(-2, keepdim=True).clamp(min=TINY) / E4M3_MOST
     codes = as_e4m3((v - mean).float() * scales.float().reciprocal())
     return codes.to(v.dtype), scales, mean
@@ -118,7 +125,7 @@ def eight_bit(
         video_start: Keys before those of the video.
     """
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
-    mean = k.mean(-2, keepdim=True)
+    mean = mean_of(k)
     queries = q.clone()
     for at, head in enumerate(heads):
         packed = torch.from_numpy(core.packed_queries(head).astype(np.int64)).to(q.device)

@@ -23,7 +23,7 @@ TILE_GROUPS = 2
 """Groups of `QUERY_GROUP` queries in a tile."""
 CHUNK = 512
 """Keys that a program of `survey` adds up."""
-SURVEY = {"CHUNK": CHUNK, "ROWS": 16, "num_warps": 4}
+SURVEY = {"ROWS": 16, "num_warps": 4}
 SETTLE = {"CHUNKS": 32, "CHANNELS": 32, "num_warps": 4}
 ROOM_ALIGNED = 256
 BASES = ("q", "k", "v", "room", "out", "lse", "lengths", "counter")
@@ -164,7 +164,7 @@ def quantising(
         call(
             kernels.survey, (heads, chunks, batch),
             {"k_ptr": k, "v_ptr": v, **strides("k", k), **strides("v", v), "all_tokens": all_tokens, "VALUES": values,
-             **SURVEY},
+             "CHUNK": CHUNK, **SURVEY},
             {"k_ptr": "k", "v_ptr": "v", "partial_ptr": "partial"},
         ),
         call(

@@ -63,8 +63,8 @@ def _first(s, c, valid, BLOCK_K: gl.constexpr, SCORES: gl.constexpr, ROW: gl.con
 def _step(
     q, acc, total, carried, lane_sums, m, valid, block, q_scale, k_slots, v_slots, scale_slots, k_full, v_full, kv_read,
     k_at, k_parity, v_at, v_parity,
-    GROUP: gl.constexpr, KV_SLOTS: gl.constexpr, MASKED: gl.constexpr, OTHERS: gl.constexpr, SCORES: gl.constexpr,
-    OUTPUT: gl.constexpr, OPERAND: gl.constexpr, LANES: gl.constexpr, ONE: gl.constexpr, LIFT: gl.constexpr,
+    GROUP: gl.constexpr, KV_SLOTS: gl.constexpr, MASKED: gl.constexpr, SCORES: gl.constexpr, OUTPUT: gl.constexpr,
+    OPERAND: gl.constexpr, LANES: gl.constexpr, ONE: gl.constexpr, LIFT: gl.constexpr,
 ):  # fmt: skip
     """The scores of block `block` + 1 of a tile beside the product of `block`; see `kernels.hopper`."""
     DTYPE: gl.constexpr = v_slots.dtype
@@ -75,7 +75,7 @@ def _step(
     mbarrier.wait(v_full.index(v_at), v_parity)
     c = q_scale * gl.max(scale_slots.index(k_at).load(ONE), axis=0)
     total = promoted(acc, total, block, DTYPE)
-    operand = operand_of(carried, BLOCK_K, DTYPE, OPERAND, OTHERS)
+    operand = operand_of(carried, BLOCK_K, DTYPE, OPERAND)
     s = scores_of(q, k_slots.index(k_at), nothing)
     acc = add_product(operand, v_slots.index(v_at), acc, block, DTYPE)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
@@ -84,7 +84,7 @@ def _step(
     else:
         p = gl.exp2(s.to(gl.float32) * c - m[:, None])
     sums, seen = sums_of(p, BLOCK_K, DTYPE)
-    following = carried_of(p, BLOCK_K, DTYPE, OPERAND, OTHERS)
+    following = carried_of(p, BLOCK_K, DTYPE, OPERAND)
     NAME: gl.constexpr = "masked" if MASKED else "overshoot"
     overshoots = any_overshoots(seen, GROUP, eight_bound(DTYPE), NAME)
     acc, carried = warpgroup_mma_wait(num_outstanding=0, deps=[acc, carried])
@@ -100,7 +100,7 @@ def _step(
         m = higher
         p = gl.exp2(x - m[:, None])
         sums, seen = sums_of(p, BLOCK_K, DTYPE)
-        following = carried_of(p, BLOCK_K, DTYPE, OPERAND, OTHERS)
+        following = carried_of(p, BLOCK_K, DTYPE, OPERAND)
         lane_sums = lane_sums * gl.convert_layout(fade, LANES)[:, None]
         fade_out = gl.convert_layout(fade, gl.SliceLayout(1, OUTPUT))[:, None]
         acc = acc * fade_out
@@ -162,7 +162,7 @@ def _consumer(
     p, m = _first(s, c, valid, BLOCK_K, SCORES, ROW, LIFT)
     lane_sums, _ = sums_of(p, BLOCK_K, DTYPE)
     LANES: gl.constexpr = gl.SliceLayout(1, lane_sums.type.layout)
-    carried = carried_of(p, BLOCK_K, DTYPE, OPERAND, OTHERS)
+    carried = carried_of(p, BLOCK_K, DTYPE, OPERAND)
     acc = gl.zeros([GROUP_Q, HEAD_DIM], gl.float32, OUTPUT)
     if IN_E4M3:
         total = gl.zeros([GROUP_Q, HEAD_DIM], gl.float32, OUTPUT)
@@ -179,14 +179,14 @@ def _consumer(
                 acc, total, carried, lane_sums, m, block, k_at, k_parity, v_at, v_parity = _step(
                     q, acc, total, carried, lane_sums, m, valid, block, q_scale, k_slots, v_slots, scale_slots, k_full,
                     v_full, kv_read, k_at, k_parity, v_at, v_parity,
-                    GROUP, KV_SLOTS, True, OTHERS, SCORES, OUTPUT, OPERAND, LANES, ONE, LIFT,
+                    GROUP, KV_SLOTS, True, SCORES, OUTPUT, OPERAND, LANES, ONE, LIFT,
                 )  # fmt: skip
             steps -= lead
         for _ in range(steps):
             acc, total, carried, lane_sums, m, block, k_at, k_parity, v_at, v_parity = _step(
                 q, acc, total, carried, lane_sums, m, 0, block, q_scale, k_slots, v_slots, scale_slots, k_full,
                 v_full, kv_read, k_at, k_parity, v_at, v_parity,
-                GROUP, KV_SLOTS, False, OTHERS, SCORES, OUTPUT, OPERAND, LANES, ONE, LIFT,
+                GROUP, KV_SLOTS, False, SCORES, OUTPUT, OPERAND, LANES, ONE, LIFT,
             )  # fmt: skip
         # the last product of this tile beside the first scores of the next one
         next_q, next_parity = advance(q_at, q_parity, Q_SLOTS)
@@ -218,14 +218,14 @@ def _consumer(
         mbarrier.wait(k_full.index(k_at), k_parity, pred=next_count > 0)
         mbarrier.wait(v_full.index(v_at), v_parity)
         total = promoted(acc, total, block, DTYPE)
-        operand = operand_of(carried, BLOCK_K, DTYPE, OPERAND, OTHERS)
+        operand = operand_of(carried, BLOCK_K, DTYPE, OPERAND)
         s = scores_of(q_slots.index(next_q * CONSUMERS + GROUP), k_slots.index(k_at), nothing)
         acc = add_product(operand, v_slots.index(v_at), acc, block, DTYPE)
         c = q_scale * gl.max(scale_slots.index(k_at).load(ONE), axis=0)
         s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
         p, m = _first(s, c, valid, BLOCK_K, SCORES, ROW, LIFT)
         lane_sums, _ = sums_of(p, BLOCK_K, DTYPE)
-        following = carried_of(p, BLOCK_K, DTYPE, OPERAND, OTHERS)
+        following = carried_of(p, BLOCK_K, DTYPE, OPERAND)
         hold(lane_sums, GROUP)
         acc, carried = warpgroup_mma_wait(num_outstanding=0, deps=[acc, carried])
         used(carried, DTYPE)

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from calibatt.runtime.kernels.hopper_softmax import GROUP_Q, packed, unpacked, vote_bound
+from calibatt.runtime.kernels.hopper_softmax import GROUP_Q, vote_bound
 
 SHIFT = gl.constexpr(5.0)
 """As of `runtime.quantise`."""
@@ -36,8 +36,8 @@ def sums_of(p, BLOCK_K: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def carried_of(p, BLOCK_K: gl.constexpr, DTYPE: gl.constexpr, OPERAND: gl.constexpr, OTHERS: gl.constexpr):
-    """What the loop carries of P: 16 bits as of `packed`, e4m3 by four as int32 ``[64, BLOCK_K / 4]``."""
+def carried_of(p, BLOCK_K: gl.constexpr, DTYPE: gl.constexpr, OPERAND: gl.constexpr):
+    """What the loop carries of P: 16 bits as an operand, e4m3 by four as int32 ``[64, BLOCK_K / 4]``."""
     if DTYPE == gl.float8e4nv:
         x = p.reshape([GROUP_Q, BLOCK_K // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([GROUP_Q, BLOCK_K // 4, 2, 2])
         even, odd = gl.split(x)
@@ -49,11 +49,11 @@ def carried_of(p, BLOCK_K: gl.constexpr, DTYPE: gl.constexpr, OPERAND: gl.conste
             "=r,f,f,f,f", [p0, p1, p2, p3], dtype=gl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        return packed(p, DTYPE, BLOCK_K, OPERAND, OTHERS)
+        return gl.convert_layout(p.to(DTYPE), OPERAND)
 
 
 @gluon.jit
-def operand_of(carried, BLOCK_K: gl.constexpr, DTYPE: gl.constexpr, OPERAND: gl.constexpr, OTHERS: gl.constexpr):
+def operand_of(carried, BLOCK_K: gl.constexpr, DTYPE: gl.constexpr, OPERAND: gl.constexpr):
     """Carried P as the operand of a product: four equal words become their four bytes, without an instruction."""
     if DTYPE == gl.float8e4nv:
         twice = gl.join(carried, carried)
@@ -63,7 +63,7 @@ def operand_of(carried, BLOCK_K: gl.constexpr, DTYPE: gl.constexpr, OPERAND: gl.
         )
         return bytes_of.to(gl.float8e4nv, bitcast=True)
     else:
-        return unpacked(carried, DTYPE, BLOCK_K, OPERAND, OTHERS)
+        return carried
 
 
 @gluon.jit

@@ -77,12 +77,19 @@ def survey(
         tl.store(target + 3 * HEAD_DIM, tl.min(v_least, 0))
 
 
+@triton.jit
+def _as_bf16(x):
+    """Rounded to 8 bits in fp32 (Veltkamp's splitting): to nearest also in triton's interpreter, whose bf16 is not."""
+    stretched = x * 65537.0
+    return stretched - (stretched - x)
+
+
 @triton.jit(do_not_specialize=BY_CALL)
 def settle(
     partial_ptr, lengths_ptr, channels_ptr, all_tokens, chunks, MOST: tl.constexpr, TINY: tl.constexpr,
     CHUNKS: tl.constexpr, CHANNELS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """From what `survey` found: what a channel loses and what it is divided by.
+    """From what `survey` found: what a channel loses, in bf16, and what it is divided by.
 
     Grid: quantised heads, batch, D / CHANNELS.
 
@@ -108,9 +115,9 @@ def settle(
             v_least = tl.minimum(v_least, tl.load(here + 3 * HEAD_DIM, mask=at < chunks, other=float("inf")))
     count = _end_of(lengths_ptr, batch, all_tokens).to(tl.float32)
     target = channels_ptr + of_head * 3 * HEAD_DIM + part * CHANNELS + tl.arange(0, CHANNELS)
-    tl.store(target, tl.sum(k_sum, 0) / count)
+    tl.store(target, _as_bf16(tl.sum(k_sum, 0) / count))
     if VALUES:
-        mean = tl.sum(v_sum, 0) / count
+        mean = _as_bf16(tl.sum(v_sum, 0) / count)
         most = tl.maximum(tl.max(v_most, 0) - mean, mean - tl.min(v_least, 0))
         tl.store(target + HEAD_DIM, mean)
         tl.store(target + 2 * HEAD_DIM, tl.div_rn(tl.maximum(most, TINY), MOST))

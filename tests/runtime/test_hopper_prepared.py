@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.schedules import layer_schedules
+from support.schedules import layer_schedules, random_schedule
 
-from calibatt.plans import BF16, PRECISIONS, Blocks
+from calibatt.plans import BF16, INT8, INT8_FP8, PRECISIONS, Blocks, TokenGrid
 from calibatt.plans import LayerSchedule as CoreSchedule
 from calibatt.plans.schedule import NO_ANCHORS
+from calibatt.runtime.backends import hopper, hopper_eight
 from calibatt.runtime.backends.hopper import BLOCKS_K, BLOCKS_Q, prepare
 from calibatt.runtime.schedule import LayerSchedule
 
@@ -55,3 +60,31 @@ def test_tiles_and_receivers(core: CoreSchedule) -> None:
         assert eight.slots[heads].tolist() == list(range(len(heads)))
         assert eight.anchored.tolist() == [head for head in heads if core.head_anchor[head] != NO_ANCHORS]
         assert eight.most_tiles == max(core.tiles(head) for head in heads)
+
+
+@pytest.mark.parametrize("precision", [BF16, INT8, INT8_FP8])
+@pytest.mark.parametrize("others", [0, 40])
+def test_no_kernel_gets_an_empty_array(monkeypatch: pytest.MonkeyPatch, precision: int, others: int) -> None:
+    """Kernels read entries that they do not use; an empty array has no address."""
+    launched: list[dict[str, Any]] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], moving: list[str]) -> None:
+        assert set(moving) <= {name for name, value in arguments.items() if value is not None}
+        assert min(grid) > 0
+        launched.append(arguments)
+
+    monkeypatch.setattr(hopper, "Launch", launch)
+    monkeypatch.setattr(hopper_eight, "Launch", launch)
+    monkeypatch.setattr(hopper, "processors", lambda device: 132)
+    core = random_schedule(
+        np.random.default_rng(0), TokenGrid(2, 4, 26), Blocks(128, 128), 2, precisions=[precision] * 2
+    )
+    q = torch.zeros(1, 2, core.grid.tokens + others, 64, dtype=torch.float16)
+    counter, lengths = torch.zeros(1, dtype=torch.int32), torch.full((1,), q.shape[2], dtype=torch.int32)
+    lse = torch.zeros(q.shape[:3])
+    bound = LayerSchedule(core).bind("cpu")
+    hopper._first_launches(q, q, q, q, lse, None, counter, bound, 1.0, others // 3, lengths)
+    eight = {BF16: 0, INT8: 5, INT8_FP8: 6}[precision]
+    assert len(launched) == eight + (precision == BF16 or others > 0)
+    for value in (value for arguments in launched for value in arguments.values() if isinstance(value, torch.Tensor)):
+        assert value.data_ptr() != 0

@@ -39,6 +39,7 @@ THREADS = {"hopper": 384, "triton": 256}
 """Of a block."""
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("release", ["installed", "oldest"])
 def test_later_launches_are_those_that_triton_made(tmp_path: Path, release: str) -> None:
     if shutil.which("gcc") is None:

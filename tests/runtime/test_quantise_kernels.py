@@ -9,7 +9,7 @@ from support.schedules import random_schedule
 
 from calibatt.plans import INT8, INT8_FP8, Blocks, TokenGrid
 from calibatt.runtime.backends import hopper, hopper_eight
-from calibatt.runtime.quantise import QUERY_GROUP, e4m3_channels, int8_rows
+from calibatt.runtime.quantise import QUERY_GROUP, e4m3_channels, int8_rows, mean_of
 from calibatt.runtime.schedule import LayerSchedule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,8 +43,16 @@ def quantised(
 @pytest.mark.parametrize(("head_dim", "block_k"), [(64, 128), (128, 64)])
 @pytest.mark.parametrize(("prefix", "suffix", "padded"), [(0, 0, False), (7, 33, True), (130, 140, True)])
 def test_kernels_are_as_the_definition(
-    head_dim: int, block_k: int, dtype: torch.dtype, prefix: int, suffix: int, padded: bool
+    head_dim: int,
+    block_k: int,
+    dtype: torch.dtype,
+    prefix: int,
+    suffix: int,
+    padded: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(hopper_eight, "CHUNK", 32)
+    monkeypatch.setitem(hopper_eight.SETTLE, "CHUNKS", 4)  # fewer than there are
     core = random_schedule(
         np.random.default_rng(0), TokenGrid(2, 4, 26), Blocks(128, block_k), 4, anchored_heads=[2],
         precisions=[INT8, 0, INT8_FP8, INT8_FP8],
@@ -74,7 +82,7 @@ def test_kernels_are_as_the_definition(
                 assert torch.equal(room["q_codes"][at][:rows], codes)
                 torch.testing.assert_close(room["q_scales"][at][:groups], scales * (0.2 * np.log2(np.e)))
                 mean = room["channels"][at][0]
-                torch.testing.assert_close(mean, keys[:end].mean(0), rtol=1e-5, atol=1e-4)
+                assert torch.equal(mean, mean_of(keys[:end])[0])
                 shift = (packed @ mean) * 0.2
                 torch.testing.assert_close(room["lse_shift"][at][: len(packed)], shift, rtol=1e-4, atol=1e-3)
                 blocks = 0
@@ -104,7 +112,7 @@ def check_values(
 ) -> None:
     """The values of one part, which is stored from a block on."""
     codes, scales, mean = e4m3_channels(v[:end])
-    torch.testing.assert_close(room["channels"][at][1:], torch.cat([mean, scales]), rtol=1e-5, atol=1e-5)
+    assert torch.equal(room["channels"][at][1:], torch.cat([mean, scales]))
     blocks = -(-count // block_k)
     stored = room["v_codes"][at].float()[:, block * block_k : (block + blocks) * block_k].unflatten(1, (-1, 16))
     found = torch.empty_like(stored)
@@ -112,11 +120,13 @@ def check_values(
     found, expected = found.flatten(1).T, codes[start : start + count]
     assert not found[count:].any()
     found = found[:count]
-    if DEVICE == "cpu":  # triton's interpreter forgets the carry where it rounds up to a power of two
+    if DEVICE == "cpu":  # triton's interpreter forgets the carry where it rounds up to a power of two, and ties are up
         mantissa, _ = expected.frexp()
         found = found.where((mantissa.abs() != 0.5) | (2 * found != expected), expected)
-    assert ((found != expected).float().mean() < 1e-3).item()
-    assert ((found - expected).abs() <= expected.abs() / 7 + 2**-9).all()
+        assert ((found != expected).float().mean() < 1e-2).item()
+        assert ((found - expected).abs() <= expected.abs() / 7).all()
+        return
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("anchors", ["random", "frames"])
