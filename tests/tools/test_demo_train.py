@@ -53,6 +53,7 @@ def run(command: Any, *arguments: object) -> None:
     assert found.exit_code == 0, found.output + repr(found.exception)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_weights_at_sizes_in_turn(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     saved = []
@@ -74,6 +75,7 @@ def test_training_goes_on_from_weights_at_sizes_in_turn(toy, tmp_path, monkeypat
     assert any((new - old).abs().max() > 0 for new, old in changed)
 
 
+@pytest.mark.slow
 def test_training_from_nothing_is_continued_from_its_checkpoint(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "CONFIG", TOY)
     monkeypatch.setattr(world, "SMALL", Clip(4, 24))
@@ -192,6 +194,7 @@ def random_lora(path: Path, rank: int, like: DemoModel) -> None:
     like.save_lora(path)
 
 
+@pytest.mark.slow
 def test_the_few_steps_demo_is_calibrated_compiled_attached_and_shown(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "WEIGHTS", toy)
     monkeypatch.setattr(model, "FEW_STEPS", tmp_path / "lora.safetensors")
