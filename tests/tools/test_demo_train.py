@@ -23,6 +23,7 @@ from calibatt.tools.demo import __main__ as demo
 from calibatt.tools.demo import distill, model, train, world
 from calibatt.tools.demo.model import DemoModel, generate, noise, times
 from calibatt.tools.demo.world import Clip
+from calibatt.tools.evaluate.__main__ import main as evaluate
 from calibatt.tools.inspect_plan.__main__ import main as inspect_plan
 
 pytestmark = [
@@ -53,6 +54,7 @@ def run(command: Any, *arguments: object) -> None:
     assert found.exit_code == 0, found.output + repr(found.exception)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_weights_at_sizes_in_turn(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     saved = []
@@ -74,6 +76,7 @@ def test_training_goes_on_from_weights_at_sizes_in_turn(toy, tmp_path, monkeypat
     assert any((new - old).abs().max() > 0 for new, old in changed)
 
 
+@pytest.mark.slow
 def test_training_from_nothing_is_continued_from_its_checkpoint(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "CONFIG", TOY)
     monkeypatch.setattr(world, "SMALL", Clip(4, 24))
@@ -192,6 +195,7 @@ def random_lora(path: Path, rank: int, like: DemoModel) -> None:
     like.save_lora(path)
 
 
+@pytest.mark.slow
 def test_the_few_steps_demo_is_calibrated_compiled_attached_and_shown(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "WEIGHTS", toy)
     monkeypatch.setattr(model, "FEW_STEPS", tmp_path / "lora.safetensors")
@@ -218,6 +222,11 @@ def test_the_few_steps_demo_is_calibrated_compiled_attached_and_shown(toy, tmp_p
     assert few.versions["sampler"] == "new noise at every step"
     with plan.attach(few.transformer):
         assert few.run(PROMPT, 1).shape == (1, 3, 4, 24, 24)
+    prompts, report = tmp_path / "prompts.txt", tmp_path / "report"
+    prompts.write_text(PROMPT)
+    settings = ["--model", "demo-few-steps", "--head-prompts", 1, "--floor-prompts", 1, "--device", "cpu", "-o", report]
+    run(evaluate, "--plan", out / "demo.plan", "--prompts", prompts, *settings)
+    assert (report / "report.html").exists()
     noisy = tmp_path / "noisy"
     run(calibrate, "--model", "demo-few-steps-noise", "--samples", 1, "--device", "cpu", "-o", noisy)
     run(compile_command, noisy, "-o", tmp_path / "noisy.plan")
