@@ -60,6 +60,7 @@ def test_our_own_modules_are_imported_absolutely() -> None:
             for module in imports(path.read_text("utf-8")):
                 assert not module.startswith("."), f"{path} imports {module}"
                 assert module.split(".")[0] not in OURS, f"{path} imports {module}"
+                assert module != "calibatt", f"{path} comes in by the front door"
 
 
 def test_the_walk_sees_every_form_of_import() -> None:
