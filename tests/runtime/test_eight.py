@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.budget import check_against_oracle
+from support.guards import adversarial, run_guarded
 from support.schedules import OTHERS, layer_schedules, random_schedule
 
 from calibatt.plans import BF16, INT8, INT8_FP8, Blocks, TokenGrid
@@ -19,6 +22,7 @@ from calibatt.runtime.schedule import LayerSchedule
 
 GRID = TokenGrid(2, 4, 26)
 ALL = (BF16, INT8, INT8_FP8)
+EXTREMES = adversarial(128)
 
 
 def made(precisions: tuple[int, ...] = ALL, **options: object) -> LayerSchedule:
@@ -98,6 +102,13 @@ def test_torch_is_as_the_reference(
         torch.testing.assert_close(out, truth)
     else:
         check_against_oracle(out, q, k, v, LayerSchedule(core), lse=lse, **more)
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes_are_computed_inside_their_tensors(name: str) -> None:
+    core, before, after = EXTREMES[name]
+    precisions = ((np.arange(core.heads) + 1) % len(ALL)).astype(np.uint8)
+    run_guarded(replace(core, head_precision=precisions), before, after, "torch", "cpu")
 
 
 @pytest.mark.parametrize("precision", [INT8, INT8_FP8])

@@ -39,6 +39,7 @@ def quantised(
     return eights, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "block_k"), [(64, 128), (128, 64)])
 @pytest.mark.parametrize(("prefix", "suffix", "padded"), [(0, 0, False), (7, 33, True), (130, 140, True)])

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from calibatt.plans import BF16, INT8, INT8_FP8, Blocks, TokenGrid
+from calibatt.plans import BF16, INT8, INT8_FP8, PRECISIONS, Blocks, TokenGrid
 from calibatt.runtime.backends import hopper as hopper_backend
 from calibatt.runtime.ops import planned_attention
 from calibatt.runtime.schedule import LayerSchedule
@@ -67,6 +68,8 @@ if __name__ == "__main__":
         for case in CASES[name] if "--guards" not in sys.argv else []:
             run_case(backend, *case)
             print(name, *case, "as the oracle", flush=True)
-        for what, (core, before, after) in ({} if eight else adversarial(128)).items():
+        for what, (core, before, after) in adversarial(128).items():
+            if eight:
+                core = replace(core, head_precision=((np.arange(core.heads) + 1) % len(PRECISIONS)).astype(np.uint8))
             run_guarded(core, before, after, backend, "cuda", torch.bfloat16, 128)
             print(name, what, "untouched", flush=True)
