@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The oldest release for which the Gluon kernel is tested; only compiled with, beside the installed one.
 OLDER_TRITON := $(VENV)/triton-3.6
+# The oldest release of diffusers that is supported; one test runs under it.
+OLDER_DIFFUSERS := $(VENV)/diffusers-0.38
 # The CPU build of PyTorch where the index has one; a CUDA machine can set TORCH to its own build.
 TORCH ?= torch==2.13.0
 # Each process computes on one core: tests/conftest.py.
@@ -19,13 +21,15 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[runtime,tools,models,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDER_TRITON) triton==3.6.0
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDER_DIFFUSERS) diffusers==0.38.0
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/calibatt-demo -o demo
 
 test: lint
-	CALIBATT_OLDER_TRITON=$(CURDIR)/$(OLDER_TRITON) $(BIN)/python -m pytest $(IN_PARALLEL)
+	CALIBATT_OLDER_TRITON=$(CURDIR)/$(OLDER_TRITON) CALIBATT_OLDER_DIFFUSERS=$(CURDIR)/$(OLDER_DIFFUSERS) \
+		$(BIN)/python -m pytest $(IN_PARALLEL)
 
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow"
