@@ -4,19 +4,8 @@ from calibatt.plans.container import Container, write_container
 from calibatt.plans.errors import PlanError, ScheduleError, SchemaError
 from calibatt.plans.packed import EncodedLayer, PackedLayer, StoredLayers, base_segments, encode, longest_first
 from calibatt.plans.plan import PlanFile, write_plan
-from calibatt.plans.schedule import (
-    BF16,
-    DENSE,
-    EIGHT_BITS,
-    FRAMES,
-    INT8,
-    INT8_FP8,
-    NO_ANCHORS,
-    PRECISIONS,
-    ROWS,
-    LayerSchedule,
-    told_precisions,
-)
+from calibatt.plans.precision import BF16, EIGHT_BITS, INT8, INT8_FP8, PRECISIONS, told_precisions
+from calibatt.plans.schedule import DENSE, FRAMES, NO_ANCHORS, ROWS, LayerSchedule
 from calibatt.plans.schema import BLOCK_SIZES, MAX_BLOCKS, Blocks, ModelSignature, Segment, TokenGrid
 
 __all__ = [

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from calibatt.plans.errors import ScheduleError
+from calibatt.plans.precision import PRECISIONS
 from calibatt.plans.schema import BLOCK_SIZES, INT32_END, MAX_BLOCKS, Blocks, TokenGrid
 
 Int32 = npt.NDArray[np.int32]
@@ -28,13 +29,6 @@ NO_ANCHORS = -1
 """In `head_anchor`: every query of the head is computed."""
 ROWS, FRAMES = 0, 1
 """In `anchor_axis`: what the groups of a pattern are of, rows of a frame or whole frames."""
-
-BF16, INT8, INT8_FP8 = 0, 1, 2
-"""In `head_precision`: the inputs' own 16-bit dtype; int8 queries and keys, values as they are; int8 queries and keys,
-probabilities and values in e4m3, summed in fp32."""
-EIGHT_BITS = INT8, INT8_FP8
-PRECISIONS = {BF16: "16 bit", INT8: "int8 QK", INT8_FP8: "int8 QK with fp8 PV"}
-"""What each is called in reports."""
 
 SMALL_ARRAYS = (
     *("head_list", "head_anchor", "anchor_ptr", "anchor_axis", "group_start", "group_anchor", "tile_order"),
@@ -74,8 +68,7 @@ class LayerSchedule:
         group_anchor: int32 ``(groups,)``; the anchor, a member of its group.
         tile_order: int32 ``(tiles,)``; a permutation of tile ids, in execution order; tile t of head h has id
             ``head_tile_ptr[h] + t``.
-        head_precision: uint8 ``(heads,)``; `BF16`, `INT8` or `INT8_FP8`: what a head multiplies in. All `BF16` if not
-            given.
+        head_precision: uint8 ``(heads,)``; one of `PRECISIONS` for each head, all `BF16` if not given.
 
     The class only holds; `check` proves the promises above once, at load, so that kernels need not.
     """
@@ -268,13 +261,6 @@ class LayerSchedule:
         check_order(self)
 
 
-def told_precisions(heads: UInt8) -> str:
-    """Shares of heads, of any shape, in each of `PRECISIONS`, in words."""
-    counts = np.bincount(heads.reshape(-1), minlength=len(PRECISIONS))
-    shares = [f"{count / heads.size:.1%} in {PRECISIONS[each]}" for each, count in enumerate(counts) if count]
-    return f"heads {', '.join(shares)}"
-
-
 def _starts(counts: npt.NDArray[np.integer]) -> Int32:
     """Where each of so many begins, and where the last ends."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
@@ -318,8 +304,7 @@ def check_types(s: LayerSchedule) -> None:
     for name in ("head_anchor", "head_precision"):
         if s.heads == 0 or len(getattr(s, name)) != s.heads:
             _fail(name, f"have one entry for each of {s.heads} heads (at least 1)", len(getattr(s, name)))
-    bad = np.flatnonzero(s.head_precision > max(PRECISIONS))
-    if len(bad):
+    if len(bad := np.flatnonzero(s.head_precision > max(PRECISIONS))):
         known = ", ".join(f"{value} ({name})" for value, name in PRECISIONS.items())
         _fail("head_precision", f"be one of {known}", f"{s.head_precision[bad[0]]} for head {bad[0]}")
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from calibatt.plans.schedule import INT8_FP8
+from calibatt.plans.precision import INT8_FP8
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 
 QUERY_GROUP = 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from calibatt.plans.schedule import BF16, INT8, INT8_FP8
+from calibatt.plans.precision import BF16, INT8, INT8_FP8
 from calibatt.runtime.quantise import eight_bit, rounded_weights
 from calibatt.runtime.schedule import DeviceSchedule, LayerSchedule, Outline
 

@@ -16,7 +16,7 @@ from calibatt.compiler.stats.errors import SampleError
 from calibatt.compiler.stats.manifest import Manifest
 from calibatt.plans.container import Container, write_container
 from calibatt.plans.errors import PlanError
-from calibatt.plans.schedule import EIGHT_BITS
+from calibatt.plans.precision import EIGHT_BITS
 
 MAGIC = b"CALIBSMP"
 VERSION = (2, 0)

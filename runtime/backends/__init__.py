@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from calibatt.plans.schedule import BF16, PRECISIONS
+from calibatt.plans.precision import BF16, PRECISIONS
 from calibatt.runtime.schedule import Outline
 
 BACKENDS = {

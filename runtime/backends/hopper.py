@@ -16,7 +16,8 @@ import torch
 import triton
 from triton.runtime import driver
 
-from calibatt.plans.schedule import BF16, FRAMES, INT8, INT8_FP8, NO_ANCHORS
+from calibatt.plans.precision import BF16, INT8, INT8_FP8
+from calibatt.plans.schedule import FRAMES, NO_ANCHORS
 from calibatt.runtime.backends import hopper_eight
 from calibatt.runtime.backends.hopper_eight import EightHeads
 from calibatt.runtime.kernels.anchors import pack_queries

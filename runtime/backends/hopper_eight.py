@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from calibatt.plans.schedule import INT8_FP8
+from calibatt.plans.precision import INT8_FP8
 from calibatt.runtime.kernels import quantise as kernels
 from calibatt.runtime.kernels.anchors import unpack_outputs
 from calibatt.runtime.launch import Launch, tile_strides

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from calibatt.plans.schedule import BF16, DENSE, INT8, INT8_FP8
+from calibatt.plans.precision import BF16, INT8, INT8_FP8
+from calibatt.plans.schedule import DENSE
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.runtime.quantise import EightBit, eight_bit, rounded_weights
 from calibatt.runtime.schedule import DeviceSchedule, Outline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from calibatt.plans.schedule import INT8_FP8
+from calibatt.plans.precision import INT8_FP8
 from calibatt.runtime.reference import reference_attention
 from calibatt.runtime.schedule import LayerSchedule
 
