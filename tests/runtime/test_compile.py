@@ -47,8 +47,10 @@ ANCHORED_STACK_BYTES = 64
 """A thread's place in the copies of anchor rows: written once a launch and read once a tile, never within a step."""
 OTHERS_STACK_BYTES = 128
 """The same of prefix and suffix: the consumers' are moved between tiles, a few of the producer's in a step."""
-EIGHT_STACK_BYTES = 176
-"""Of heads of 8 bits: two sums in fp32 leave few registers (8 bytes under the older release, which executed it)."""
+EIGHT_STACK_BYTES = 256
+"""Of heads of 8 bits: two sums in fp32 leave few registers (under the older release, which executed it, 8 bytes, and 64
+with prefix and suffix).
+"""
 MORE_STACK_BYTES = 128
 """With prefix and suffix, beyond `MOST_STACK_BYTES`."""
 
