@@ -255,7 +255,7 @@ def test_effects_of_a_schedule_are_those_of_its_masks_and_copies():
     call = call_of(grid, 3, 2)
     core = random_schedule(np.random.default_rng(0), grid, blocks, 3, 0.4)
     keep = torch.from_numpy(np.stack([core.tile_keep(head) for head in range(3)]))
-    _, expected = block_effects(call, mask_words(keep[None]), 1, blocks)
+    _, expected, _ = block_effects(call, mask_words(keep[None]), 1, blocks)
     torch.testing.assert_close(effects.plan_effects(call, LayerSchedule(core)), expected[:, 0], rtol=1e-3, atol=1e-4)
     anchored = LayerSchedule(random_schedule(np.random.default_rng(0), grid, blocks, 3, 0.4, anchored_heads=[1, 2]))
     out, _ = reference_attention(*(x[None] for x in (call.q, call.k, call.v)), anchored, video_start=BEFORE)
