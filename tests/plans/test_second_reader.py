@@ -39,6 +39,7 @@ def test_what_is_written_means_the_same_to_both(tmp_path: Path) -> None:
         assert isinstance(both(path), PlanFile)
 
 
+@pytest.mark.slow
 def test_hostile_plans_are_refused_by_both(tmp_path: Path) -> None:
     for write, kind, _ in hostile.plans().values():
         write(path := tmp_path / "a.plan")
@@ -94,6 +95,7 @@ def test_the_second_reader_is_no_copy_of_the_first() -> None:
     assert not any(name.startswith("calibatt") for name in imported)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "executions"), [("plans", 500), ("stores", 250)])
 def test_changed_files_end_in_their_error_or_are_safe(tmp_path: Path, kind: str, executions: int) -> None:
     """`support.fuzz` for a moment; docs/reliability.md has what it found when it ran long."""

@@ -17,7 +17,7 @@ from support import stats
 TESTS = Path(__file__).parents[1]
 WRITTEN = 6
 """Samplings that a writer adds."""
-WAIT_SECONDS = 120
+WAIT_SECONDS = 600
 """Until whoever is left has to have ended."""
 
 

@@ -39,6 +39,7 @@ def main() -> None:
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     with fuzz.memory_folder() as folder:
         run = fuzz.Run("plans", Path(folder), chosen.seed, chosen.out.parent)
+        run.limit_memory()
         start = time.monotonic()
 
         def one(data: bytes) -> None:

@@ -125,6 +125,7 @@ def _random_layer(rng: np.random.Generator, grid: TokenGrid, blocks: Blocks, hea
     found = random_schedule(
         rng, grid, blocks, heads, float(rng.choice([0, 0.3, 1])), dense_heads=some(), shared_heads=some(),
         anchored_heads=some(), anchors=ANCHORS, patterns=[None, 1][int(rng.integers(2))],
+        precisions=rng.choice([BF16, BF16, INT8, INT8_FP8], heads).tolist(),
     )  # fmt: skip
     natural = PackedLayer.of(found).natural_order
     return found if rng.random() < 0.5 else replace(found, tile_order=natural)
