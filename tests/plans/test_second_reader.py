@@ -39,6 +39,7 @@ def test_what_is_written_means_the_same_to_both(tmp_path: Path) -> None:
         assert isinstance(both(path), PlanFile)
 
 
+@pytest.mark.slow
 def test_hostile_plans_are_refused_by_both(tmp_path: Path) -> None:
     for write, kind, _ in hostile.plans().values():
         write(path := tmp_path / "a.plan")
