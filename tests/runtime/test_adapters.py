@@ -92,6 +92,7 @@ def test_coordinates_are_read_from_their_device_once_a_run(monkeypatch: pytest.M
     assert len(reads) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @torch.no_grad()
 def test_a_plan_runs_with_coordinates(compiled: bool) -> None:

@@ -77,6 +77,7 @@ def test_a_clip_shows_the_same_more_finely(test_scenes):
     assert fine.shape == (16, 3, 15, 96, 96)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", world.CLIPS.values(), ids=world.CLIPS)
 def test_the_checks_know_rendered_truth_in_every_clip(test_scenes, clip):
     scenes = test_scenes[:48]

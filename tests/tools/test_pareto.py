@@ -235,6 +235,7 @@ def test_errors_are_priced_as_the_store_prices_windows(store):
     assert found.price[0].sum() > 0
 
 
+@pytest.mark.slow
 def test_every_method_runs_and_says_the_same_again(store, tmp_path, monkeypatch):
     monkeypatch.setitem(models.SAMPLERS, "demo", lambda steps, device: TinyVideoSampler())
     monkeypatch.setattr(study, "SHARES", (0.2, 0.6))
@@ -272,6 +273,7 @@ def test_every_method_runs_and_says_the_same_again(store, tmp_path, monkeypatch)
     assert np.isfinite([row["mean"] for row in again["difference_from_ours_db"]]).all()
 
 
+@pytest.mark.slow
 def test_the_study_of_sizes_says_density_and_speed_at_equal_quality(store, tmp_path, monkeypatch):
     for name in ("demo", "demo-medium"):
         monkeypatch.setitem(models.SAMPLERS, name, lambda steps, device: TinyVideoSampler())
