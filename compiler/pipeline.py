@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from threading import Thread
 from typing import Any, Protocol
 
@@ -201,6 +201,7 @@ def processes(jobs: int) -> Iterator[Map]:
     if jobs == 1:
         yield in_turn
         return
+    others = set(active_children())
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_serve) as pool:
 
         def over(work: Work, arguments: Sequence[Any]) -> Iterator[tuple[int, Any]]:
@@ -211,6 +212,8 @@ def processes(jobs: int) -> Iterator[Map]:
                 for future in as_completed(waiting):
                     yield waiting[future], future.result()
             except BrokenProcessPool:
+                for each in set(active_children()) - others:  # the pool would wait for one that was just starting
+                    each.kill()
                 told = f"all {jobs} processes must go on to the end, got one that was killed; fewer take less memory"
                 raise CompileError(told) from None
             finally:

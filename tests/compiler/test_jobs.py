@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import multiprocessing
 import random
 import shutil
 import signal
@@ -87,8 +88,12 @@ def test_a_process_that_is_killed_is_told() -> None:
 
 
 def test_a_process_that_is_killed_before_all_work_is_given_out_is_told() -> None:
+    """And one that starts meanwhile ends, for which the pool would wait for ever."""
+    late = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+
     def arguments() -> Iterator[None]:
         yield None
+        late.start()
         while pool._broken is False:  # the one that dies of it takes the pool with it
             time.sleep(0.01)
         yield None
@@ -97,6 +102,8 @@ def test_a_process_that_is_killed_before_all_work_is_given_out_is_told() -> None
         pool = inspect.getclosurevars(over).nonlocals["pool"]
         with pytest.raises(CompileError, match="all 2 processes must go on to the end, got one that was killed"):
             list(over(die, arguments()))
+    late.join(60)
+    assert late.exitcode == -signal.SIGKILL
 
 
 def test_processes_end_with_the_job_that_is_killed(store: Path, tmp_path: Path) -> None:

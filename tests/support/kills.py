@@ -64,6 +64,7 @@ def until(kills: int, rounds: Callable[[Path, random.Random, int], int], seed: i
         with tempfile.TemporaryDirectory() as folder:
             hit += rounds(Path(folder), rng, kills - hit)
         count += 1
+        print(f"{hit} of {kills} kills", file=sys.stderr, flush=True)
     return {"kills": hit, "rounds": count}
 
 
