@@ -10,20 +10,20 @@ from typing import Any, TypeVar
 import numpy as np
 
 from calibatt.plans.container import Container, write_container
-from calibatt.plans.errors import ScheduleError, SchemaError, SectionError
-from calibatt.plans.files import FilePath
-from calibatt.plans.packed import (
+from calibatt.plans.encoding import (
     MAX_BASES,
     EncodedLayer,
-    PackedLayer,
-    StoredLayers,
     base_segments,
     check_bases,
     encode,
     granted_bytes,
 )
+from calibatt.plans.errors import ScheduleError, SchemaError, SectionError
+from calibatt.plans.files import FilePath
+from calibatt.plans.packed import PackedLayer
 from calibatt.plans.schedule import SMALL_ARRAYS, Int64, LayerSchedule, dtype_of
 from calibatt.plans.schema import Blocks, ModelSignature, Segment, TokenGrid, check_predicted
+from calibatt.plans.stored import StoredLayers
 
 MAGIC = b"CALIBPLN"
 VERSION = (4, 0)

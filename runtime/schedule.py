@@ -10,10 +10,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from calibatt.plans.packed import PackedLayer, StoredLayers
+from calibatt.plans.packed import PackedLayer
 from calibatt.plans.schedule import DENSE, FRAMES, NO_ANCHORS, Int32
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
+from calibatt.plans.stored import StoredLayers
 from calibatt.runtime.workspace import PackedLists, Workspace, expanded
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import calibatt.plans
 from calibatt.compiler.stats import unit
-from calibatt.plans import Container, Segment, container, errors, header, packed, schedule, schema
+from calibatt.plans import Container, Segment, container, encoding, errors, header, schedule, schema, stored
 from calibatt.plans.plan import COLUMNS, MAGIC, MAX_LISTS, VERSION
 
 FORMAT = (Path(calibatt.plans.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
@@ -58,9 +58,9 @@ def test_every_limit_is_specified() -> None:
     ):
         assert re.search(rf"at most {value}\b", FORMAT)
     assert f"MUST have at most {header.MAX_KEY_BYTES} each" in FORMAT
-    assert f"{packed.LAYER_BYTES >> 20} MiB and {packed.FILE_TIMES} times the size" in " ".join(FORMAT.split())
-    assert f"all layers {packed.LAYERS} times as much, tiles not counted" in FORMAT
-    assert f"`{packed.LIMIT_VARIABLE}`" in FORMAT
+    assert f"{encoding.LAYER_BYTES >> 20} MiB and {encoding.FILE_TIMES} times the size" in " ".join(FORMAT.split())
+    assert f"all layers {stored.LAYERS} times as much, tiles not counted" in FORMAT
+    assert f"`{encoding.LIMIT_VARIABLE}`" in FORMAT
     assert ", ".join(container.DTYPES) in FORMAT
     assert f"1 to {container.MAX_NAME_BYTES} bytes" in FORMAT
     assert f"at most {container.MAX_DIMENSIONS} integers" in FORMAT

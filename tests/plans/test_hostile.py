@@ -18,8 +18,8 @@ from support.plans import frames_plan
 
 from calibatt.plans import Container, LayerSchedule, PlanFile, errors, write_plan
 from calibatt.plans import schedule as schedules
+from calibatt.plans.encoding import FILE_TIMES, LAYER_BYTES, LIMIT_VARIABLE, MAX_BASES, layer_bytes
 from calibatt.plans.header import MAX_VALUES, pack_header, unpack_header
-from calibatt.plans.packed import FILE_TIMES, LAYER_BYTES, LIMIT_VARIABLE, MAX_BASES, layer_bytes
 from calibatt.plans.plan import MAGIC, VERSION
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the limit counts as Linux does")

@@ -28,7 +28,8 @@ from calibatt.plans import (
     write_container,
     write_plan,
 )
-from calibatt.plans.packed import PackedLayer, base_segments, check_bases, decode, encode
+from calibatt.plans.encoding import base_segments, check_bases, decode, encode
+from calibatt.plans.packed import PackedLayer
 from calibatt.plans.plan import MAGIC, VERSION
 from calibatt.plans.schedule import ARRAYS
 

@@ -40,7 +40,7 @@ from calibatt.compiler.stats.sampling import MAGIC as SAMPLING
 from calibatt.compiler.stats.unit import MAGIC as UNIT
 from calibatt.compiler.stats.unit import VERSION as STATS_VERSION
 from calibatt.plans import Container, write_plan
-from calibatt.plans.packed import LAYER_BYTES
+from calibatt.plans.encoding import LAYER_BYTES
 from support import hostile, judge, mutations, second_container, stats
 from support.plans import frames_plan, random_plan, tiny_plan
 

@@ -23,7 +23,9 @@ from calibatt.plans import (
     Segment,
     TokenGrid,
 )
-from calibatt.plans.packed import PackedLayer, StoredLayers, encode
+from calibatt.plans.encoding import encode
+from calibatt.plans.packed import PackedLayer
+from calibatt.plans.stored import StoredLayers
 from support.schedules import ANCHORS, random_schedule
 
 GRID = TokenGrid(frames=2, height=3, width=13)

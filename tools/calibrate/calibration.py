@@ -10,25 +10,25 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
-from functools import partial, update_wrapper
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from calibatt.compiler.stats import Manifest, SampleExists, SamplingTables, StoreWriter, Unit, window_keep
+from calibatt.compiler.stats import Manifest, SampleExists, SamplingTables, StoreWriter, window_keep
 from calibatt.compiler.stats.codes import MOST
-from calibatt.plans import EIGHT_BITS
 from calibatt.runtime.adapters import Adapter, adapter_for
-from calibatt.tools.calibrate import effects
 from calibatt.tools.calibrate.attention import kernel_name
 from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, Traced, floating, plain, replaced
 from calibatt.tools.calibrate.gradients import AttentionCall, Transformer
 from calibatt.tools.calibrate.journal import Journal
+from calibatt.tools.calibrate.listening import listening
 from calibatt.tools.calibrate.sampler import Latent, Sampler, parts
+from calibatt.tools.calibrate.sums import LayerSums, Moment, table_of, tables_of
 
 TIME_TOLERANCE = 1e-3
 """How far the time that a forward receives may be from the manifest's: timesteps are rounded to a thousandth."""
@@ -71,32 +71,6 @@ class Forward:
     autocast: tuple[str, torch.dtype, bool]
 
 
-@dataclass(eq=False)
-class LayerSums:
-    """Signed effects of one layer at one time, added up over its calls; see `effects`."""
-
-    words: Tensor
-    has_ladder: bool
-    effect: Tensor
-    error: Tensor
-    masks: Tensor
-    precisions: Tensor
-    rows: Tensor
-    frames: Tensor
-    votes: Tensor | None = None
-    calls: int = 0
-    row_difference: Tensor | float = 0.0
-
-
-@dataclass(eq=False)
-class Moment:
-    """All that is measured at one time: numbers of its forwards, gradients of those done, sums of its layers."""
-
-    numbers: list[int] = field(default_factory=list)
-    pulled: dict[int, Cotangents] = field(default_factory=dict)
-    layers: dict[int, LayerSums] = field(default_factory=dict)
-
-
 class Calibrator:
     """Measures samplings of one sampler.
 
@@ -133,7 +107,7 @@ class Calibrator:
             raise CalibrationError(f"the manifest must be of {signature}, got {self.manifest.model}")
         if sampler.grid != self.manifest.grid:
             raise CalibrationError(f"the manifest must be of {sampler.grid}, got {self.manifest.grid}")
-        self._windows = [
+        self.windows = [
             window_keep(window, self.manifest.grid, self.manifest.blocks) for window in self.manifest.windows
         ]
 
@@ -175,7 +149,7 @@ class Calibrator:
         journal.begin({"vectors": self.vectors})
         recording = Recording(self, journal)
         begun = time.perf_counter()
-        with recording.listening():
+        with listening(self.models, recording.hear):
             yield recording
         if recording.final is None:
             raise CalibrationError("a recorded sampling must give its final latent, got none")
@@ -200,7 +174,7 @@ class Calibrator:
             CalibrationError, ChainError: The model cannot be measured.
         """
         recording = Recording(self, Journal(None), forwards)
-        with suppress(_EnoughError), recording.listening():
+        with suppress(_EnoughError), listening(self.models, recording.hear):
             self.sampler.run(prompt, seed)
         return recording.rehearse()
 
@@ -221,45 +195,6 @@ class Calibrator:
         """Says where what enters the blocks of a forward is kept, of whichever transformer."""
         for each in self.models:
             each.inputs_on_cpu = on_cpu
-
-    def layer_sums(self, name: str, moment: int, layer: int, device: torch.device) -> LayerSums:
-        """Empty sums, and the masks that are measured: all windows, and the ladder that earlier samplings made."""
-        manifest = self.manifest
-        masks = torch.from_numpy(np.array(self._windows, np.bool_).reshape(-1, 1, manifest.q_blocks, manifest.k_blocks))
-        masks = masks.to(device)
-        unit = self.writer.read_unit(moment, layer)
-        has_ladder = unit is not None and name not in unit.samplings
-        if has_ladder:
-            effect, error = (torch.from_numpy(x).to(device) for x in (unit.effect_values(), unit.error_values()))
-            rungs = effects.ladder(effect * error, manifest.shares)
-            masks = torch.cat([masks.expand(-1, len(effect), -1, -1), rungs])
-        heads, sizes, vectors = manifest.model.heads, (manifest.q_blocks, manifest.k_blocks), self.vectors
-        return LayerSums(
-            words=effects.mask_words(masks),
-            has_ladder=has_ladder,
-            effect=torch.zeros(vectors, heads, *sizes, device=device),
-            error=torch.zeros(heads, *sizes, device=device),
-            masks=torch.zeros(vectors, len(masks), heads, dtype=torch.float64, device=device),
-            precisions=torch.zeros(vectors, len(EIGHT_BITS), heads, dtype=torch.float64, device=device),
-            rows=torch.zeros(vectors, heads, manifest.grid.height, 2 * manifest.row_radius, device=device).double(),
-            frames=torch.zeros(vectors, heads, manifest.grid.frames, 2 * manifest.frame_radius, device=device).double(),
-        )
-
-
-class _NoGradient(torch.autograd.Function):
-    """What a network that is no link made of latents: the name, how many tensors it made, these, and the latents."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.name = name
-        return tuple(x.view_as(x) for x in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise ChainError(
-            f"a final latent must come from the transformers of its sampler alone, got {ctx.name} on the way; a "
-            "further denoiser belongs into other_transformers of the sampler"
-        )
 
 
 class _EnoughError(Exception):
@@ -287,49 +222,12 @@ class Recording:
         self._returned: dict[Transformer, Any] = {}
         """What the last computed forward of each transformer returned: so outputs that were kept are given back."""
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Every forward of the transformers adds itself to the chain while the context lasts."""
-        own = [(each.model, each.model.__dict__.get("forward")) for each in self.calibrator.models]
-        for each in self.calibrator.models:
-            run = each.model.forward
-            each.model.forward = update_wrapper(partial(self._forward, each, run), run)  # type: ignore[method-assign]
-        links = {model for model, _ in own}
-        left: dict[int, list[Tensor]] = {}
-
-        def leave(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            """Networks that hold no transformer, such as a VAE, compute without the graph of the sampling."""
-            traced = [x for x in args if isinstance(x, Traced) and x.requires_grad]
-            if not traced or not links.isdisjoint(module.modules()):
-                return None
-            left[id(module)] = traced
-            return tuple(map(plain, args))
-
-        def come_back(module: nn.Module, args: Any, found: Any) -> Any:
-            """What they return has no gradient, and says so if one is asked for."""
-            if (traced := left.pop(id(module), None)) is None or not (made := floating(found)):
-                return None
-            with torch.enable_grad():
-                ends = _NoGradient.apply(type(module).__name__, len(made), *map(plain, made), *traced)
-                return replaced(found, [x.as_subclass(Traced) for x in ends])
-
-        hooks = nn.modules.module
-        handles = hooks.register_module_forward_pre_hook(leave), hooks.register_module_forward_hook(come_back)
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for model, before in own:
-                if before is None:
-                    del model.forward
-                else:
-                    model.forward = before  # type: ignore[method-assign]
-
-    def _forward(self, transformer: Transformer, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def hear(self, transformer: Transformer, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A forward of a transformer: it is run, and adds itself to the chain."""
         if torch.is_inference_mode_enabled():
             raise ChainError("a recorded sampling must run without torch.inference_mode (torch.no_grad is fine)")
-        arguments = dict(zip(_parameters(transformer.model), args, strict=False)) | kwargs
+        names = [*inspect.signature(type(transformer.model).forward).parameters][1:]
+        arguments = dict(zip(names, args, strict=False)) | kwargs
         # Copies of latents: some pipelines write the next ones over them.
         latents = [arguments.get(name) for name in ("hidden_states", "audio_hidden_states")]
         copied = tree_map_only(Tensor, lambda x: x.clone() if any(x is y for y in latents) else x, (args, kwargs))
@@ -383,8 +281,7 @@ class Recording:
         """
         self._name, self._tables = name, self.journal.tables()
         self.differentiate(seed)
-        ordered = [self._tables[index] for index in range(len(self.calibrator.manifest.times))]
-        return SamplingTables(**{key: _stacked(key, [table[key] for table in ordered]) for key in ordered[0]})
+        return tables_of([self._tables[index] for index in range(len(self.calibrator.manifest.times))])
 
     def differentiate(self, seed: int) -> None:
         """Pulls the gradients of random vectors back through the sampling: `collect` is given every measured call.
@@ -464,100 +361,36 @@ class Recording:
 
     def collect(self, forward: Forward, moment: Moment, call: AttentionCall) -> None:
         """Adds what one call says to the sums of its layer."""
-        manifest = self.calibrator.manifest
         self._kernels = kernel_name(call.q)
         assert forward.moment is not None
         if call.layer not in moment.layers:
-            moment.layers[call.layer] = self.calibrator.layer_sums(
-                self._name, forward.moment, call.layer, call.q.device
-            )
-        sums = moment.layers[call.layer]
-        effect, masks, rounding = effects.block_effects(call, sums.words, sums.masks.shape[1], manifest.blocks)
-        sums.effect += effect
-        sums.masks += masks
-        sums.precisions += effects.precision_effects(call, rounding, manifest.blocks)
-        sums.error += effects.block_errors(call, manifest.blocks)
-        rows, frames = effects.copy_effects(call, manifest.grid, manifest.row_radius, manifest.frame_radius)
-        sums.rows += rows
-        sums.frames += frames
-        sums.calls += 1
-        if manifest.thresholds:
-            self._count(sums, call)
+            moment.layers[call.layer] = self._empty_sums(forward.moment, call)
+        moment.layers[call.layer].add(call, self.calibrator.manifest)
 
-    def _count(self, sums: LayerSums, call: AttentionCall) -> None:
-        """Counts for the paper's own method: which blocks hold the mass, how far rows and frames are apart."""
-        manifest = self.calibrator.manifest
-        mass, _ = effects.block_statistics(call.q, call.k, call.v, manifest.blocks, effects.ERROR_STRIDE, call.video)
-        others = call.q.shape[1] > manifest.grid.tokens
-        planes = effects.keep_planes(mass, manifest.thresholds, others).int()
-        if sums.votes is None:
-            sums.votes = torch.zeros(len(planes), *sums.error.shape, dtype=torch.int32, device=mass.device)
-        sums.votes += planes
-        out = call.out[:, call.video]
-        sums.row_difference = sums.row_difference + effects.row_differences(out, manifest.grid, manifest.row_radius)
+    def _empty_sums(self, moment: int, call: AttentionCall) -> LayerSums:
+        """With the masks that are measured: all windows, and the ladder that earlier samplings made."""
+        unit = self.calibrator.writer.read_unit(moment, call.layer)
+        earlier = None if unit is None or self._name in unit.samplings else unit
+        manifest, vectors = self.calibrator.manifest, self.calibrator.vectors
+        return LayerSums.empty(manifest, vectors, self.calibrator.windows, earlier, call.q.device)
 
     def _finish(self, index: int, moment: Moment) -> None:
         """Puts a time that has been measured into the store."""
         manifest, layers = self.calibrator.manifest, range(self.calibrator.manifest.model.layers)
         if absent := [layer for layer in layers if layer not in moment.layers]:
             raise CalibrationError(f"a forward must call every self-attention, got none in layers {absent}")
-        squares = [moment.layers[layer].effect.square().mean(0).sum(dtype=torch.float64) for layer in layers]
-        level = float(torch.stack(squares).sum())
+        level = float(sum(moment.layers[layer].level() for layer in layers))
         if not 1 / MOST <= level <= MOST:
             raise CalibrationError(
                 f"effects at time {manifest.times[index]:.3f} must be {1 / MOST:g} to {MOST:g}, got a sum of {level}"
             )
         if index not in self._tables:
             # Before units hold this sampling: the ladder was made by those before it, and could not be made again.
-            self._tables[index] = self._table(moment, level)
+            self._tables[index] = table_of([moment.layers[layer] for layer in layers], manifest, level)
             self.journal.keep_table(index, self._tables[index])
         for layer in layers:
-            self.calibrator.writer.add(index, layer, self._unit(moment.layers[layer], level))
-
-    def _table(self, moment: Moment, level: float) -> dict[str, np.ndarray]:
-        """What is kept of one time of this sampling alone."""
-        manifest = self.calibrator.manifest
-        windows = len(manifest.windows)
-        window, rungs, precisions = [], [], []
-        for layer in range(manifest.model.layers):
-            sums = moment.layers[layer]
-            masks = sums.masks.float().cpu().numpy()
-            window.append(masks[:, :windows])
-            none = np.full((len(masks), len(manifest.shares), manifest.model.heads), np.nan, np.float32)
-            rungs.append(masks[:, windows:] if sums.has_ladder else none)
-            precisions.append(sums.precisions.float().cpu().numpy())
-        return {
-            "level": np.array(level),
-            "window_effect": np.stack(window, 1),
-            "ladder_effect": np.stack(rungs, 1),
-            "precision_effect": np.stack(precisions, 1),
-        }
-
-    def _unit(self, sums: LayerSums, level: float) -> Unit:
-        manifest = self.calibrator.manifest
-
-        def squares(x: Tensor, members: int) -> np.ndarray:
-            """Mean over vectors of squared effects of copies, NaN where there is no such member."""
-            radius = x.shape[-1] // 2
-            there = np.arange(members)[:, None] + np.array([*range(-radius, 0), *range(1, radius + 1)], np.int64)
-            found = (x.square().mean(0) / level).float().cpu().numpy()
-            return np.where((there >= 0) & (there < members), found, np.float32(np.nan))
-
-        counts = {}
-        if sums.votes is not None:
-            counts = {
-                "votes": sums.votes.cpu().numpy().astype(np.uint16),
-                "vote_samples": sums.calls,
-                "row_difference": (sums.row_difference / sums.calls).cpu().numpy(),
-            }
-        return Unit.of(
-            self._name,
-            effect=(sums.effect.square().mean(0) / level).cpu().numpy(),
-            error=(sums.error / level).cpu().numpy(),
-            row_effect=squares(sums.rows, manifest.grid.height),
-            frame_effect=squares(sums.frames, manifest.grid.frames),
-            **counts,
-        )
+            unit = moment.layers[layer].unit(self._name, manifest, level)
+            self.calibrator.writer.add(index, layer, unit)
 
 
 def _cotangent(latent: Tensor, seed: int, vector: int, index: int) -> Tensor:
@@ -565,12 +398,3 @@ def _cotangent(latent: Tensor, seed: int, vector: int, index: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + vector * 1_009 + index)
     drawn = torch.randn(latent.shape, generator=generator)
     return (drawn / float(plain(latent).double().norm())).to(latent.device)
-
-
-def _stacked(key: str, parts: list[np.ndarray]) -> np.ndarray:
-    """Tables of all times in one array: the axis of times comes first, or after that of the vectors."""
-    return np.stack(parts, 0 if key == "level" else 1)
-
-
-def _parameters(model: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(type(model).forward).parameters)[1:]

@@ -13,11 +13,12 @@ from calibatt.compiler.prediction import log_bias
 from calibatt.compiler.stats import Manifest
 from calibatt.plans import PlanFile
 from calibatt.runtime import LayerSchedule, Plan, planned_attention
-from calibatt.tools.calibrate.calibration import Calibrator, Forward, Moment, Recording
+from calibatt.tools.calibrate.calibration import Calibrator, Forward, Recording
 from calibatt.tools.calibrate.estimate import wants_cpu
 from calibatt.tools.calibrate.gradients import AttentionCall
 from calibatt.tools.calibrate.journal import Journal
 from calibatt.tools.calibrate.sampler import Sampler
+from calibatt.tools.calibrate.sums import Moment
 from calibatt.tools.evaluate.harness import Floats
 
 

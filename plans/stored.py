@@ -1,0 +1,201 @@
+"""The layers of a plan file, decoded when they are used."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, overload
+
+from calibatt.plans.encoding import (
+    LIMIT_VARIABLE,
+    MAX_BASES,
+    EncodedLayer,
+    finish,
+    layer_bytes,
+    unpack,
+)
+from calibatt.plans.errors import LimitError, PlanError, ScheduleError
+from calibatt.plans.packed import PackedLayer
+from calibatt.plans.schedule import LayerSchedule
+from calibatt.plans.schema import Blocks, TokenGrid
+
+CACHE_BYTES = 1 << 27
+"""The layers of a plan that were last used are kept, up to so many bytes in each of `StoredLayers`' three forms."""
+LAYERS = 128
+"""All lists of a file may need as much as so many layers may: what proving it takes."""
+PROVE_BYTES = 1 << 30
+"""Threads that prove share so many bytes, as long as one has enough."""
+
+
+class StoredLayers(Sequence[Sequence[LayerSchedule]]):
+    """The schedules of a plan, decoded and proved when they are asked for; ``[segment][layer]``.
+
+    ``schedule(segment, layer)`` is the lowered form, ``packed(segment, layer)`` the packed one. The layers last used
+    are kept in both, and as what others are the difference from. All methods may be called from many threads.
+
+    Args:
+        where: What errors name.
+        grid: The video tokens.
+        blocks: Block sizes.
+        heads: Of every layer.
+        bases: The base of each segment; `check_bases` holds.
+        layers: ``[segment][layer]``.
+        granted: Most `layer_bytes` of a layer, and of the lists of all `LAYERS` times as many; None: any.
+
+    Raises:
+        LimitError: All lists need more than is granted.
+        ScheduleError: A layer has another number of heads.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        grid: TokenGrid,
+        blocks: Blocks,
+        heads: int,
+        bases: Sequence[int],
+        layers: Sequence[Sequence[EncodedLayer]],
+        granted: int | None = None,
+    ) -> None:
+        self.where, self.grid, self.blocks, self.heads = where, grid, blocks, heads
+        self.bases, self.layers, self.granted = tuple(bases), layers, granted
+        k_blocks = blocks.k_blocks(grid.tokens)
+        needed = [layer_bytes(layer.lists, k_blocks, 0) for each in layers for layer in each]
+        if granted is not None and sum(needed) > LAYERS * granted:
+            rule = f"need at most {LAYERS * granted} bytes for its lists ({LIMIT_VARIABLE} grants more)"
+            raise LimitError(f"{where}the plan must {rule}, got {sum(needed)}")
+        self._most_bytes = max(needed, default=0)
+        for segment, each in enumerate(layers):
+            for at, layer in enumerate(each):
+                if (found := len(layer.small["head_list"])) != heads:
+                    raise ScheduleError(
+                        f"segment {segment}, layer {at}: head_list must have {heads} heads, got {found}"
+                    )
+        mask_blocks = heads * blocks.q_blocks(grid.tokens) * blocks.k_blocks(grid.tokens)
+        packed, lowered = (max(4, int(CACHE_BYTES / (mask_blocks * size))) for size in (1 / 8, 2))
+        self._unpacked = lru_cache(maxsize=packed)(self._unpack)
+        self.packed = lru_cache(maxsize=packed)(self._packed)
+        self.schedule = lru_cache(maxsize=lowered)(self._schedule)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoredLayers, (self.where, self.grid, self.blocks, self.heads, self.bases, self.layers)
+
+    def _unpack(self, segment: int, layer: int) -> PackedLayer:
+        """A layer that is good enough for a base."""
+        base = self.bases[segment]
+        return self._unpack_from(None if base == segment else self._unpacked(base, layer), segment, layer)
+
+    def _unpack_from(self, base: PackedLayer | None, segment: int, layer: int) -> PackedLayer:
+        with self._named(segment, layer):
+            return unpack(self.layers[segment][layer], base, self.grid, self.blocks, self.granted)
+
+    def _finish(self, unpacked: PackedLayer, segment: int, layer: int) -> PackedLayer:
+        with self._named(segment, layer):
+            return finish(unpacked, len(self.layers[segment][layer].small["tile_order"]) == 0)
+
+    @contextmanager
+    def _named(self, segment: int, layer: int) -> Iterator[None]:
+        """Errors say where they are."""
+        try:
+            yield
+        except PlanError as error:
+            raise type(error)(f"{self.where}segment {segment}, layer {layer}: {error}") from None
+        except MemoryError:
+            raise LimitError(
+                f"{self.where}segment {segment}, layer {layer}: must fit in memory, got too little"
+            ) from None
+
+    def _packed(self, segment: int, layer: int) -> PackedLayer:
+        """A layer's packed form, proved.
+
+        Raises:
+            MaskError, ScheduleError: What is stored breaks a promise; names plan, segment and layer.
+        """
+        return self._finish(self._unpacked(segment, layer), segment, layer)
+
+    def _schedule(self, segment: int, layer: int) -> LayerSchedule:
+        return self.packed(segment, layer).schedule()
+
+    def forget(self) -> None:
+        """Lets go of the layers that were kept because they were used."""
+        for cached in (self._unpacked, self.packed, self.schedule):
+            cached.cache_clear()
+
+    def walk(self) -> Iterator[tuple[int, int, PackedLayer]]:
+        """Segment, layer and packed form of every layer: each is decoded once, and few are held at a time.
+
+        Raises:
+            MaskError, ScheduleError: As `packed`, when the layer's turn comes.
+        """
+        for layer in self._every_layer():
+            for segment, unpacked in self._walk(layer):
+                yield segment, layer, self._finish(unpacked, segment, layer)
+
+    def prove(self) -> None:
+        """Decodes every layer and keeps none, on all cores; threads hold `MAX_BASES` + 4 layers each, about.
+
+        Raises:
+            MaskError, ScheduleError: The first broken promise of the first layer that breaks one.
+        """
+        at_once = PROVE_BYTES // ((MAX_BASES + 4) * self._most_bytes + 1)
+        with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, at_once))) as pool:
+            for _ in pool.map(self._prove, self._every_layer()):
+                pass
+
+    def _prove(self, layer: int) -> None:
+        for segment, unpacked in self._walk(layer):
+            with self._named(segment, layer):
+                unpacked.check_bits()
+
+    def _every_layer(self) -> range:
+        return range(len(self.layers[0]) if self.layers else 0)
+
+    def _walk(self, layer: int) -> Iterator[tuple[int, PackedLayer]]:
+        """Every segment of a layer, not finished: a base before what differs from it, which its own proof precedes."""
+        above: dict[int, list[int]] = defaultdict(list)
+        for segment, base in enumerate(self.bases):
+            above[base].append(segment)
+
+        def visit(segment: int, base: PackedLayer | None) -> Iterator[tuple[int, PackedLayer]]:
+            unpacked = self._unpack_from(base, segment, layer)
+            yield segment, unpacked
+            for each in above[segment]:
+                if each != segment:
+                    yield from visit(each, unpacked)
+
+        for segment, base in enumerate(self.bases):
+            if base == segment:
+                yield from visit(segment, None)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence[LayerSchedule]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sequence[LayerSchedule]]: ...
+    def __getitem__(self, index: int | slice) -> Sequence[LayerSchedule] | Sequence[Sequence[LayerSchedule]]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(len(self))[index]]
+        return _StoredSegment(self, range(len(self))[index])
+
+
+class _StoredSegment(Sequence[LayerSchedule]):
+    def __init__(self, of: StoredLayers, segment: int) -> None:
+        self._of, self._segment = of, segment
+
+    def __len__(self) -> int:
+        return len(self._of.layers[self._segment])
+
+    @overload
+    def __getitem__(self, index: int) -> LayerSchedule: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LayerSchedule]: ...
+    def __getitem__(self, index: int | slice) -> LayerSchedule | Sequence[LayerSchedule]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(len(self))[index]]
+        return self._of.schedule(self._segment, range(len(self))[index])
