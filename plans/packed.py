@@ -6,15 +6,17 @@ Bits are what the compiler computes with and what compresses; the lists of a `La
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from calibatt.plans.errors import ScheduleError
+from calibatt.plans.precision import BF16
 from calibatt.plans.schedule import (
     DENSE,
+    NO_ANCHORS,
     SMALL_ARRAYS,
     Int32,
     LayerSchedule,
@@ -67,6 +69,58 @@ class PackedLayer:
             list_bits=np.packbits(keep, axis=1, bitorder="little"),
             **{name: getattr(schedule, name) for name in SMALL_ARRAYS},
         )
+
+    @classmethod
+    def of_heads(
+        cls,
+        grid: TokenGrid,
+        blocks: Blocks,
+        heads: Sequence[UInt8],
+        *,
+        precision: UInt8 | None = None,
+        patterns: Sequence[tuple[int, npt.ArrayLike, npt.ArrayLike]] = (),
+        head_anchor: Sequence[int] | None = None,
+        tile_order: Int32 | None = None,
+    ) -> PackedLayer:
+        """The schedule of these masks: dense heads list nothing, and heads with equal masks share their lists.
+
+        Args:
+            grid: The video's tokens.
+            blocks: Block sizes.
+            heads: Of each head uint8 ``(tiles, ceil(K / 8))``, a bit for each key block; no row is empty.
+            precision: Of each head; `BF16` in all if absent.
+            patterns: Of each anchor pattern its axis, and of each of its groups the first member and the anchor.
+            head_anchor: Of each head its pattern, or `NO_ANCHORS`; none has one if absent.
+            tile_order: In which tiles are executed; the longest of a head first if absent.
+        """
+        k_blocks = blocks.k_blocks(grid.tokens)
+        full = np.packbits(np.ones(k_blocks, np.bool_), bitorder="little")
+        firsts: dict[bytes, int] = {}
+        head_list, listed = [], [np.zeros((0, len(full)), np.uint8)]
+        for bits in heads:
+            if (bits == full).all():
+                head_list.append(DENSE)
+            elif (key := bits.tobytes()) in firsts:
+                head_list.append(firsts[key])
+            else:
+                head_list.append(firsts.setdefault(key, sum(map(len, listed))))
+                listed.append(bits)
+        starts, anchors = ([np.asarray(each[which]) for each in patterns] for which in (1, 2))
+        none = np.zeros(0, np.int64)
+        found = cls(
+            grid=grid,
+            blocks=blocks,
+            list_bits=np.concatenate(listed),
+            head_list=np.array(head_list, np.int32),
+            head_anchor=np.array([NO_ANCHORS] * len(heads) if head_anchor is None else head_anchor, np.int32),
+            anchor_ptr=np.append(0, np.cumsum([len(each) for each in starts])).astype(np.int32),
+            anchor_axis=np.array([axis for axis, _, _ in patterns], np.int32),
+            group_start=np.concatenate([none, *starts]).astype(np.int32),
+            group_anchor=np.concatenate([none, *anchors]).astype(np.int32),
+            tile_order=np.zeros(0, np.int32) if tile_order is None else tile_order,
+            head_precision=np.full(len(heads), BF16, np.uint8) if precision is None else precision,
+        )
+        return replace(found, tile_order=found.natural_order) if tile_order is None else found
 
     @property
     def heads(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,9 +12,6 @@ import torch
 from torch import nn
 
 from calibatt.plans import (
-    BF16,
-    DENSE,
-    NO_ANCHORS,
     Blocks,
     ModelSignature,
     PackedLayer,
@@ -117,24 +113,4 @@ def _pack(masks: Any, grid: TokenGrid, blocks: Blocks, where: str) -> PackedLaye
     if len(empty := np.argwhere(~keep.any(axis=2))):
         head, row = empty[0].tolist()
         raise ValueError(f"masks must keep a key block in every row, got none in {where}, head {head}, row {row}")
-    bits = np.packbits(keep, axis=2, bitorder="little")
-    listed: dict[bytes, int] = {}
-    head_list = [
-        DENSE if mask.all() else listed.setdefault(each.tobytes(), len(listed) * len(each))
-        for each, mask in zip(bits, keep, strict=True)
-    ]
-    none = np.zeros(0, np.int32)
-    packed = PackedLayer(
-        grid=grid,
-        blocks=blocks,
-        list_bits=np.frombuffer(b"".join(listed), np.uint8).reshape(-1, bits.shape[2]),
-        head_list=np.array(head_list, np.int32),
-        head_anchor=np.full(len(keep), NO_ANCHORS, np.int32),
-        anchor_ptr=np.zeros(1, np.int32),
-        anchor_axis=none,
-        group_start=none,
-        group_anchor=none,
-        tile_order=none,
-        head_precision=np.full(len(keep), BF16, np.uint8),
-    )
-    return replace(packed, tile_order=packed.natural_order)
+    return PackedLayer.of_heads(grid, blocks, [*np.packbits(keep, axis=2, bitorder="little")])

@@ -126,6 +126,13 @@ def attention_in_8bit(call: AttentionCall, head: int, blocks: Blocks, precision:
     return rounded @ v / p.sum(-1, keepdim=True) + mean
 
 
+def input_grads(call: AttentionCall) -> list[tuple[Tensor, ...]]:
+    """Gradients of q, k and v by autograd, of the outputs of the video's queries alone."""
+    inputs = tuple(x.double().requires_grad_() for x in (call.q, call.k, call.v))
+    out = torch.nn.functional.scaled_dot_product_attention(*inputs)[:, call.video]
+    return [torch.autograd.grad(out, inputs, grad[:, call.video].double(), retain_graph=True) for grad in call.grads]
+
+
 @settings(max_examples=25)
 @given(
     tokens=st.integers(17, 200), channels=st.sampled_from([8, 24, 32]), blocks=SIZES, seed=st.integers(0, 99),
@@ -137,6 +144,7 @@ def test_effects_of_precisions_are_those_of_heads_that_are_run_in_them(
     """Probabilities are rounded as if nothing else were, so what all rounding does is of about the right size."""
     call = make_call(tokens, channels, 32, seed, scale, around)
     call = replace(call, k=call.k + mean, v=call.v + mean, out=call.out + mean)  # a mean of keys moves no weight
+    call = replace(call, input_grads=input_grads(call))
     none = torch.ones(1, 1, blocks.q_blocks(tokens), blocks.k_blocks(tokens), dtype=torch.bool)
     *_, rounding = effects.block_effects(call, effects.mask_words(none), 1, blocks)
     found = effects.precision_effects(call, rounding, blocks)

@@ -72,6 +72,12 @@ def test_gradients_are_those_of_the_whole_model(family: str):
         assert len(call.grads) == 2
         scores = call.q.double() @ call.k.double().mT * 16**-0.5
         torch.testing.assert_close(scores.softmax(-1) @ call.v.double(), call.out.double(), rtol=1e-4, atol=1e-5)
+        inputs = [x.double().requires_grad_() for x in (call.q, call.k, call.v)]
+        out = nn.functional.scaled_dot_product_attention(*inputs)
+        for grad, of_inputs in zip(call.grads, call.input_grads, strict=True):
+            expected_grads = torch.autograd.grad(out, inputs, grad.double(), retain_graph=True)
+            for ours, theirs in zip(of_inputs, expected_grads, strict=True):
+                assert (ours.double() - theirs).norm() <= 1e-4 * theirs.norm()
 
 
 def test_a_model_is_left_as_it_was(small: Any):

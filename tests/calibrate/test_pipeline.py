@@ -314,7 +314,7 @@ def test_what_cannot_be_sampled_is_refused():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nothing", "must be one of demo, or MODULE:FUNCTION, got 'nothing'"),
+        ("nothing", "must be one of demo, .*, or MODULE:FUNCTION, got 'nothing'"),
         ("no_such_module:f", "must be a function that can be imported, got .*No module named 'no_such_module'"),
         ("support.wan:nothing", "must be a function that can be imported, got .*module 'support.wan' has no attribute"),
         ("support.wan:no_sampler", "must return a Sampler, got WanTransformer3DModel without transformer, grid"),

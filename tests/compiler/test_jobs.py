@@ -108,7 +108,7 @@ def test_a_process_that_is_killed_before_all_work_is_given_out_is_told() -> None
 
 def test_processes_end_with_the_job_that_is_killed(store: Path, tmp_path: Path) -> None:
     """They would wait for its next word for ever, and keep their memory."""
-    assert kills.kill_compilation(store, tmp_path / "p.plan", random.Random(0), jobs=2, all_of_it=True)
+    assert kills.kill_compilation(store, tmp_path / "p.plan", random.Random(0), jobs=2, all_of_it=True, within=0.0)
 
 
 def flip(path: Path) -> None:

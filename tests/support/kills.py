@@ -211,10 +211,15 @@ def ranks_round(folder: Path, rng: random.Random, most: int) -> int:
 # The compiler
 
 
-def kill_compilation(store: Path, plan: Path, rng: random.Random, jobs: int = 4, all_of_it: bool = False) -> bool:
-    """Kills a compilation, or one of its processes, while they are at work; returns whether there was one to kill."""
+def kill_compilation(
+    store: Path, plan: Path, rng: random.Random, jobs: int = 4, all_of_it: bool = False, within: float = 1.5
+) -> bool:
+    """Kills a compilation, or one of its processes, while they are at work; returns whether there was one to kill.
+
+    They are at work for up to `within` seconds before.
+    """
     with compilation(store, plan, jobs=jobs) as job:
-        wait = time.monotonic() + rng.uniform(0.0, 1.5)
+        wait = time.monotonic() + rng.uniform(0.0, within)
         workers: list[int] = []
         while job.poll() is None and (not workers or time.monotonic() < wait):
             workers = [each for each in children(job.pid) if _is_worker(each)]

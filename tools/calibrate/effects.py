@@ -16,7 +16,7 @@ from torch import Tensor
 from calibatt.plans import EIGHT_BITS, INT8_FP8, Blocks, TokenGrid
 from calibatt.runtime.quantise import SHIFT, as_e4m3
 from calibatt.tools.calibrate.gradients import EVERY, AttentionCall
-from calibatt.tools.calibrate.precision import attend_8bit
+from calibatt.tools.calibrate.precision import input_changes
 
 SCORES_AT_ONCE = 1 << 19
 """Scores that the PyTorch path holds at a time (2 MiB in float32: they stay in a core's cache)."""
@@ -112,7 +112,10 @@ def _block_effects(
 
 
 def precision_effects(call: AttentionCall, rounding: Tensor, blocks: Blocks) -> Tensor:
-    """Signed effects of heads in 8 bits: the sum over the video's tokens of <g, o' - o>.
+    """Signed effects of heads in 8 bits, to first order: <gradient of an input, what rounding changes in it>.
+
+    Of INT8 queries and keys, of INT8_FP8 values too, and probabilities. What other tokens' queries make of keys and
+    values is in the gradients of those, though such queries are computed in 16 bits: they are few.
 
     Args:
         call: The call, with V gradients.
@@ -124,12 +127,13 @@ def precision_effects(call: AttentionCall, rounding: Tensor, blocks: Blocks) -> 
     """
     found = rounding.new_zeros(len(call.grads), len(EIGHT_BITS), len(call.q))
     for some in _heads_at_once(call.q, copies=4):
-        for index, precision in enumerate(EIGHT_BITS):
-            eight = attend_8bit(call.q[some], call.k[some], call.v[some], precision, call.video, blocks.block_k)
-            eight -= call.out[some, call.video]
-            for vector, grad in enumerate(call.grads):
-                products = torch.linalg.vecdot(grad[some, call.video].float(), eight)
-                found[vector, index, some] = products.sum(1, dtype=torch.float64) / call.scale
+        changes = input_changes(call.q[some], call.k[some], call.v[some], call.video, blocks.block_k)
+        for vector, grads in enumerate(call.input_grads):
+            for change, grad, precisions in zip(changes, grads, (EIGHT_BITS, EIGHT_BITS, (INT8_FP8,)), strict=True):
+                if grad is not None:
+                    effect = torch.linalg.vecdot(grad[some].float(), change).sum(1, dtype=torch.float64) / call.scale
+                    for precision in precisions:
+                        found[vector, EIGHT_BITS.index(precision), some] += effect
     found[:, EIGHT_BITS.index(INT8_FP8)] += rounding
     return found
 

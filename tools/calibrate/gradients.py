@@ -48,8 +48,9 @@ class AttentionCall:
         out: ``(H, N, D)``, its output.
         total: float32 ``(H, N)``, natural logarithm of the sum of each query's exponentials; None on a CPU.
         grads: V gradients of the output, ``(H, N, D)``.
-        scale: What the gradients are to be divided by.
+        scale: What all gradients are to be divided by.
         video: Which tokens are the video's; the others are keys of every mask, and their queries are dense.
+        input_grads: V times the gradients of q, k and v; None of one that depends on nothing.
     """
 
     layer: int
@@ -61,6 +62,7 @@ class AttentionCall:
     grads: list[Tensor]
     scale: float = 1.0
     video: slice = field(default_factory=lambda: EVERY)
+    input_grads: list[tuple[Tensor | None, ...]] = field(default_factory=list)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -83,7 +85,7 @@ class Transformer:
     def __init__(self, model: nn.Module, adapter: Adapter, *, inputs_on_cpu: bool = False) -> None:
         self.model, self.adapter = model, adapter
         self.inputs_on_cpu = inputs_on_cpu
-        self._calls: list[tuple[int, tuple[Tensor, ...], Tensor | None, list[Tensor], slice]] = []
+        self._calls: list[tuple[int, tuple[Tensor, ...], Tensor | None, list[Tensor], list[list[Tensor]], slice]] = []
         self._listening = False
 
     def pull(self, given: Given, cotangents: Cotangents, on_attention: OnAttention | None = None) -> Cotangents:
@@ -136,10 +138,10 @@ class Transformer:
 
         def tell() -> None:
             """Hands on the calls of the block that was pulled just now."""
-            for layer, (q, k, v, out), total, grads, video in self._calls:
+            for layer, (q, k, v, out), total, grads, inputs, video in self._calls:
                 if on_attention is None:
                     continue
-                if not all(bool(grad.isfinite().all()) for grad in grads):
+                if not all(bool(grad.isfinite().all()) for some in (grads, *inputs) for grad in some):
                     if half:
                         raise OverflowInHalf
                     raise ChainError(f"the gradient of self-attention {layer} must be finite, got NaN or infinity")
@@ -150,7 +152,11 @@ class Transformer:
                         continue
                     tensors = (x[sample] for x in (q, k, v, out))
                     sums = None if total is None else total[sample]
-                    on_attention(AttentionCall(layer, *tensors, sums, [g[sample] for g in grads], scale, video))
+                    of_out = [grad[sample] for grad in grads]
+                    of_inputs = [
+                        tuple(some[vector][sample] if some else None for some in inputs) for vector in range(len(grads))
+                    ]
+                    on_attention(AttentionCall(layer, *tensors, sums, of_out, scale, video, of_inputs))
                     done.add(at)
             self._calls.clear()
 
@@ -183,7 +189,12 @@ class Transformer:
             if torch.is_grad_enabled() and out.requires_grad:
                 grads: list[Tensor] = []
                 out.register_hook(grads.append)
-                self._calls.append((site.layer, tuple(x.detach() for x in (q, k, v, out)), total, grads, video))
+                inputs: list[list[Tensor]] = [[], [], []]
+                for x, found in zip((q, k, v), inputs, strict=True):
+                    if x.requires_grad:
+                        x.register_hook(found.append)
+                detached = tuple(x.detach() for x in (q, k, v, out))
+                self._calls.append((site.layer, detached, total, grads, inputs, video))
             return out.transpose(1, 2)
 
         self._calls.clear()

@@ -1,40 +1,29 @@
-"""What heads would compute in 8 bits: inputs rounded as the runtime rounds them, then exact attention.
-
-Every device can do so. What rounding probabilities to e4m3 does is measured by `effects.block_effects`, which sees
-them all, and added. Left out are that tensor cores cut sums of e4m3 products, and that rounded queries and keys have
-other probabilities to round.
-"""
+"""What rounding to 8 bits changes in the inputs of attention, as the runtime rounds them."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from calibatt.plans import INT8_FP8
 from calibatt.runtime.quantise import QUERY_GROUP, e4m3_channels, rounded_rows
-from calibatt.tools.calibrate.attention import attention
 
 
-def attend_8bit(q: Tensor, k: Tensor, v: Tensor, precision: int, video: slice, block_k: int) -> Tensor:
-    """Attention of the video's queries, whose other inputs than probabilities are rounded.
+def input_changes(q: Tensor, k: Tensor, v: Tensor, video: slice, block_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounded inputs less what they were, float32 ``(H, N, D)`` each.
 
     Args:
-        q: ``(H, N, D)``; one scale for 64 queries, from the first one of the video on.
-        k: ``(H, N, D)``; less its mean, one scale for a block, of the prefix, the video and the suffix.
-        v: ``(H, N, D)``; with `INT8_FP8` less its mean, in e4m3 with one scale a channel.
-        precision: `INT8` or `INT8_FP8`.
+        q: ``(H, N, D)``, to int8: one scale for 64 queries, from the first one of the video on; others stay.
+        k: ``(H, N, D)``, less its mean to int8: one scale for a block, of the prefix, the video and the suffix.
+        v: ``(H, N, D)``, less its mean to e4m3: one scale a channel.
         video: The video's tokens.
         block_k: Keys of a block.
-
-    Returns:
-        float32 ``(H, V, D)``.
     """
     start, stop, _ = video.indices(q.shape[1])
-    dtype = torch.float16 if q.dtype == torch.bfloat16 else q.dtype  # bf16 would round what is rounded again
-    q, k, v = q[:, video].float(), k.float(), v.float()
+    q, k, v = q.float(), k.float(), v.float()
+    queries = q[:, start:stop]
+    of_q = F.pad(rounded_rows(queries, QUERY_GROUP) - queries, (0, 0, start, q.shape[1] - stop))
     parts = (k - k.mean(1, keepdim=True)).tensor_split((start, stop), 1)
-    q, k = rounded_rows(q, QUERY_GROUP), torch.cat([rounded_rows(part, block_k) for part in parts], 1)
+    of_k = torch.cat([rounded_rows(part, block_k) - part for part in parts], 1)
     codes, scales, mean = e4m3_channels(v)
-    v = codes * scales if precision == INT8_FP8 else v - mean
-    out, _ = attention(*(x[None].to(dtype) for x in (q, k, v)))
-    return out[0].float() + mean
+    return of_q, of_k, codes * scales + mean - v

@@ -17,6 +17,7 @@ from calibatt.tools.calibrate.calibration import Calibrator, Forward, Recording
 from calibatt.tools.calibrate.estimate import wants_cpu
 from calibatt.tools.calibrate.gradients import AttentionCall
 from calibatt.tools.calibrate.journal import Journal
+from calibatt.tools.calibrate.listening import listening
 from calibatt.tools.calibrate.sampler import Sampler
 from calibatt.tools.calibrate.sums import Moment
 from calibatt.tools.evaluate.harness import Floats
@@ -84,7 +85,7 @@ def measure_plans(
     calibrator = Calibrator(sampler, NoStore(manifest), vectors=vectors)  # type: ignore[arg-type]
     calibrator.keep_inputs(on_cpu=wants_cpu(calibrator))
     recording = PlanRecording(calibrator, plans)
-    with recording.listening():
+    with listening(calibrator.models, recording.hear):
         recording.final = sampler.run(prompt, seed)
     recording.differentiate(seed)
     return recording.effects
