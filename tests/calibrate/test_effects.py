@@ -146,7 +146,9 @@ def test_effects_of_precisions_are_those_of_heads_that_are_run_in_them(
     call = replace(call, k=call.k + mean, v=call.v + mean, out=call.out + mean)  # a mean of keys moves no weight
     call = replace(call, input_grads=input_grads(call))
     none = torch.ones(1, 1, blocks.q_blocks(tokens), blocks.k_blocks(tokens), dtype=torch.bool)
-    *_, rounding = effects.block_effects(call, effects.mask_words(none), 1, blocks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(effects, "ROUNDED_STRIDE", 1)
+        *_, rounding = effects.block_effects(call, effects.mask_words(none), 1, blocks)
     found = effects.precision_effects(call, rounding, blocks)
     assert found.shape == (32, 2, HEADS)
     grads = torch.stack(call.grads)[:, :, call.video].double() / scale
@@ -164,6 +166,18 @@ def test_effects_of_precisions_are_those_of_heads_that_are_run_in_them(
             assert (ours - true).square().mean() ** 0.5 < 0.4 * size  # float32 rounds a number now and then otherwise
         _, size = run(head, INT8_FP8)
         assert 0.6 * size < found[:, 1, head].square().mean() ** 0.5 < 1.6 * size
+
+
+def test_some_queries_stand_for_all_where_probabilities_are_rounded(monkeypatch: pytest.MonkeyPatch):
+    call, blocks = make_call(160, 16, 256), Blocks(16, 16)
+    monkeypatch.setattr(effects, "SCORES_AT_ONCE", 160 * 16)  # a run is one row of blocks
+    words = effects.mask_words(torch.ones(1, 1, 10, 10, dtype=torch.bool))
+    sizes = []
+    for stride in (1, 4):
+        monkeypatch.setattr(effects, "ROUNDED_STRIDE", stride)
+        sizes.append(effects.block_effects(call, words, 1, blocks)[2].square().mean(0))
+    torch.testing.assert_close(sizes[1], sizes[0], rtol=0.35, atol=0.0)
+    assert not torch.equal(*sizes)
 
 
 def test_one_mask_may_be_for_all_heads():

@@ -15,6 +15,7 @@ from calibatt.tools.calibrate import effects, kernels
 from calibatt.tools.calibrate.gradients import AttentionCall
 
 HEADS, MASKS = 2, 19
+effects.ROUNDED_STRIDE = 1
 # Blocks of one row and several, partial ones, head sizes that are no power of two or below what a tile takes; with
 # tokens before the video and after it.
 CASES = (
