@@ -146,7 +146,7 @@ def unpack(
 
 
 def finish(layer: PackedLayer, natural: bool) -> PackedLayer:
-    """Proves what `_unpack` left, and orders the tiles."""
+    """Proves what `unpack` left, and orders the tiles."""
     layer.check_bits()
     if not natural:
         return layer

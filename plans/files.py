@@ -10,6 +10,16 @@ from pathlib import Path
 from typing import IO, Any
 
 FilePath = str | os.PathLike[str]
+MANIFEST, UNITS = "manifest.json", "units"
+"""By which a store of statistics is known."""
+
+
+def store_around(path: Path) -> Path | None:
+    """The store of statistics that a path is in, if it is in one: nothing but the store's own may be written there."""
+    for folder in path.resolve().parents:
+        if (folder / MANIFEST).is_file() and (folder / UNITS).is_dir():
+            return folder
+    return None
 
 
 @contextmanager

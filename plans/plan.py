@@ -26,7 +26,7 @@ from calibatt.plans.schema import Blocks, ModelSignature, Segment, TokenGrid, ch
 from calibatt.plans.stored import StoredLayers
 
 MAGIC = b"CALIBPLN"
-VERSION = (4, 0)
+VERSION = (5, 0)
 COLUMNS = ("masks", "lists", *SMALL_ARRAYS)
 """Of ``s/layers``; all but ``lists`` are sections."""
 

@@ -1,41 +1,27 @@
-"""Plans at work in a model: which one a forward follows, who executes it, and how all of it is undone."""
+"""Plans at work in a model or a pipeline, and how all of it is undone."""
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from calibatt.plans import ModelSignature, TokenGrid
-from calibatt.runtime import custom_op, ops
 from calibatt.runtime.adapters import (
     Adapter,
-    Arguments,
     PlanMismatchError,
     UnknownModelError,
     adapter_for,
-    naming_the_missing,
     unwrap,
 )
-from calibatt.runtime.backends import UnsupportedBackendError
-from calibatt.runtime.intercept import InterceptedSite, Interception, each_sample
-from calibatt.runtime.parallel import Place, Share, Ulysses, slowest_rank, ulysses_of
-from calibatt.runtime.resident import ResidentSchedules
-from calibatt.runtime.schedule import LayerSchedule
-from calibatt.runtime.timesteps import Timesteps
+from calibatt.runtime.parallel import slowest_rank
+from calibatt.runtime.session import Session, check_signature, intercepted, where_it_runs
 
 if TYPE_CHECKING:
     from calibatt.runtime.plan import Plan, PlanSet
-
-STOCK = -1
-"""In place of an entry: the model's own attention."""
 
 
 class Attachment:
@@ -52,13 +38,13 @@ class Attachment:
         for plan in plans:
             check_signature(plan.signature, adapter.signature(model))
         self.plans = tuple(plans)
-        self._session = _Session(self.plans, adapter, backend, on_mismatch == "dense")
+        self._session = Session(self.plans, adapter, backend, on_mismatch == "dense")
         self._session.join(unwrap(model), adapter.sites(model))
         for plan in plans:
             self._session.check_parallel(plan)
         weight = next(adapter.sites(model)[0].attention.parameters())
-        self._session.prepare(*_where_it_runs(unwrap(model), weight))
-        self._session.interception = _intercept(model, adapter, self._session)
+        self._session.prepare(*where_it_runs(unwrap(model), weight))
+        self._session.interception = intercepted(model, adapter, self._session)
 
     def __reduce__(self) -> Any:
         raise TypeError("an attachment must not be copied or stored: copy the model, and attach the plan to the copy")
@@ -165,6 +151,8 @@ def attach(
     modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
     present = {name for name, part in modules.items() if _is_known(part)}
     if not isinstance(plans, Mapping):
+        if not present:
+            raise PlanMismatchError("a pipeline must have a transformer of a known family (docs/models.md), got none")
         if len(present) != 1:
             rule = f"a plan for each of the transformers {sorted(present)}, by their names"
             raise PlanMismatchError(f"plans must be {rule}, got one for all")
@@ -184,262 +172,3 @@ def _is_known(model: nn.Module) -> bool:
     except UnknownModelError:
         return False
     return True
-
-
-class _Here(threading.local):
-    """Where the forwards of the calling thread are."""
-
-    entry: int | None = None
-
-
-class _Session:
-    """Executes plans in one model, for any number of threads. Knows the model only through its interception, so that
-    models can be freed.
-
-    Args:
-        plans: What to execute, each for a grid of its own.
-        adapter: The model's row.
-        backend: ``auto`` or a name.
-        dense: Whether another grid means the model's own attention instead of an error.
-    """
-
-    interception: Interception
-
-    def __init__(self, plans: Sequence[Plan], adapter: Adapter, backend: str, dense: bool) -> None:
-        self.entries = [(plan, segment) for plan in plans for segment in range(len(plan.segments))]
-        """All segments of all plans: the ops know a segment by its place here."""
-        self.plans = {plan.grid: plan for plan in plans}
-        self.first_entry = {plan.grid: self.entries.index((plan, 0)) for plan in plans}
-        self.adapter = adapter
-        self.timesteps = Timesteps()
-        self.backend = backend
-        self.dense = dense
-        self.warned: set[str] = set()
-        self.number = custom_op.open_session(self)
-        self.device = torch.device("cpu")
-        self.here = _Here()
-        self.after: dict[int, int] = {}
-        """The entry that came after one, the last time."""
-        self.backends: dict[tuple[torch.device, torch.dtype], list[list[str]]] = {}
-        """Who executes each entry and layer, for every device and dtype met so far."""
-        self.ulysses: Ulysses | None = None
-        """The ranks that run each forward together, if any."""
-        self.shares: dict[Plan, ResidentSchedules] = {}
-        """What this rank executes of each plan, if there are several."""
-
-    def join(self, model: nn.Module, places: Sequence[Place]) -> None:
-        """Learns how the model is spread over ranks now.
-
-        Raises:
-            ParallelismError: In a way that plans cannot follow.
-        """
-        found = ulysses_of(model, places)
-        if found != self.ulysses:
-            self.ulysses = found
-            self.shares = {plan: share_plan(plan, found) for plan in self.plans.values()} if found else {}
-
-    def check_parallel(self, plan: Plan) -> None:
-        """Proves that a plan can be spread over the ranks.
-
-        Raises:
-            ParallelismError: It cannot.
-        """
-        if self.ulysses:
-            self.ulysses.check(plan.signature.heads, plan.grid.tokens)
-
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> list[list[str]]:
-        """Chooses who executes every schedule on a device; the noisiest segment of a lone plan is put there.
-
-        Raises:
-            UnsupportedBackendError: Nobody can, or the one asked for cannot; says why for each.
-        """
-        chosen = self.backends.get((device, dtype))
-        if chosen is None:
-            chosen = [
-                [self._choose(plan, segment, layer, device, dtype) for layer in range(plan.signature.layers)]
-                for plan, segment in self.entries
-            ]
-            self.backends[device, dtype] = chosen
-            if len(self.plans) == 1:
-                noisiest = len(self.entries) - 1
-                with self.entries[noisiest][0].lock:
-                    self._enter(noisiest)
-                    for schedule in self._layers(noisiest):
-                        schedule.bind(device)
-        self.device = device
-        return chosen
-
-    def _choose(self, plan: Plan, segment: int, layer: int, device: torch.device, dtype: torch.dtype) -> str:
-        schedule, head_dim = plan.layers(segment)[layer], plan.signature.head_dim
-        if self.backend == "auto":
-            return ops.choose_backend(schedule, device, dtype, head_dim)
-        if reasons := ops.supports(schedule, device, dtype, head_dim, self.backend):
-            raise UnsupportedBackendError(
-                f"backend {self.backend!r} cannot execute segment {segment}, layer {layer}: {'; '.join(reasons)}"
-            )
-        return self.backend
-
-    def device_bytes(self, plan: Plan) -> int:
-        """Bytes of index arrays on all devices: of the plan, and of this rank's shares."""
-        return plan.bound_bytes + (self.shares[plan].bound_bytes if plan in self.shares else 0)
-
-    def _layers(self, entry: int) -> Sequence[LayerSchedule]:
-        """What is executed here: the plan's schedules, or this rank's shares of them."""
-        plan, segment = self.entries[entry]
-        return self.shares.get(plan, plan).layers(segment)
-
-    def _enter(self, entry: int) -> None:
-        plan, segment = self.entries[entry]
-        owner, following = self.entries[self._following(entry)]
-        resident = self.shares.get(plan, plan)
-        resident.make_room(segment, *([following] if owner is plan and following != segment else []))
-
-    def _following(self, entry: int) -> int:
-        """The entry that should be next: time falls, and after the last video comes another."""
-        plan, segment = self.entries[entry]
-        return self.after.get(entry, entry - 1 if segment else entry + len(plan.segments) - 1)
-
-    def read_time(self, time: torch.Tensor) -> float:
-        """The denoising time from what the adapter said of it, or from the timestep itself on whatever device."""
-        if self.adapter.timestep is not None:
-            time = self.adapter.time({self.adapter.timestep: self.timesteps.read(time)})
-        return float(time)
-
-    def resolve(self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None) -> tuple[int, int]:
-        if time.numel() == 0:  # an empty batch
-            return STOCK, 0
-        self.interception.verify()
-        self.join(self.interception.model, self.interception.sites)
-        try:
-            if coordinates is not None:
-                grid = self.adapter.grid(self.interception.model.config, {self.adapter.coordinates: coordinates})
-            *video, start = grid
-            plan = self.plans.get(found := TokenGrid(*video))
-            if plan is None:
-                raise PlanMismatchError(f"grid must be {' or '.join(map(str, self.plans))}, got {found}")
-        except PlanMismatchError as error:
-            message = f"forward does not fit the plan: {error}"
-            if not self.dense:
-                raise PlanMismatchError(message) from None
-            if message not in self.warned:
-                self.warned.add(message)
-                warnings.warn(f"{message}; such forwards run the model's own attention", stacklevel=2)
-            return STOCK, 0
-        self.check_parallel(plan)
-        if self.ulysses and start:  # here, where every rank comes, since who waits for one that does not hangs
-            raise PlanMismatchError(f"a sequence over ranks must begin with the video, got {start} tokens before it")
-        entry, before = self.first_entry[found] + plan.file.segment_index(self.read_time(time)), self.here.entry
-        with plan.lock:
-            if entry != before:
-                if before is not None:
-                    self.after[before] = entry
-                self.here.entry = entry
-                self._enter(entry)
-            self._layers(entry)[0].bind(self.device)
-        return entry, start
-
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lengths: torch.Tensor | None,
-        video_start: int,
-        entry: int,
-        layer: int,
-    ) -> torch.Tensor:
-        if entry == STOCK:
-            stock = self.interception.sites[layer].stock
-            return stock(q, k, v) if lengths is None else each_sample(stock, q, k, v, lengths.tolist())
-        ops.check_alike(q, k, v, lengths)
-        plan, _ = self.entries[entry]
-        with plan.lock:
-            backend = self.prepare(q.device, q.dtype)[entry][layer]
-            self._check_tokens(q, video_start, entry, layer)
-            schedules = self._layers(entry)
-            schedule = schedules[layer]
-            if isinstance(schedule, Share):
-                q, k, v = schedule.tokens_to_heads(q, k, v)
-            parts = (x.transpose(1, 2) for x in (q, k, v))
-            out = ops.attend(*parts, schedule, backend, video_start=video_start, lengths=lengths).transpose(1, 2)
-            if isinstance(schedule, Share):
-                out = schedule.heads_to_tokens(out)
-        # While the device computes, arrays get there: the next layer's, if need be, and this layer's of what follows.
-        following = self._following(entry)
-        owner, _ = self.entries[following]
-        for coming in schedules[layer + 1 : layer + 2]:
-            coming.prefetch(q.device, plan.lock)
-        self._layers(following)[layer].prefetch(q.device, owner.lock)
-        return out
-
-    def _check_tokens(self, q: torch.Tensor, video_start: int, entry: int, layer: int) -> None:
-        """Proves that ``(B, N, H, D)`` queries are of all heads and hold the video.
-
-        Raises:
-            PlanMismatchError: Somebody has split what kernels take for whole.
-        """
-        plan, _ = self.entries[entry]
-        least, heads, tokens = video_start + plan.grid.tokens, plan.signature.heads, q.shape[1]
-        if self.ulysses:
-            least = self.ulysses.lengths(plan.grid.tokens)[self.ulysses.rank]
-        if q.shape[2] != heads or tokens < least or (self.ulysses and tokens > least):
-            rule = str(least) if self.ulysses else f"at least {least}"
-            raise PlanMismatchError(
-                f"attention of layer {layer} must get {rule} tokens of {heads} heads, got {tokens} of {q.shape[2]}"
-            )
-
-
-def _where_it_runs(model: nn.Module, weight: torch.Tensor) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a model's attention, wherever and however its weights wait for their use meanwhile."""
-    # diffusers' own properties know of its group offloading and layerwise casting.
-    device, dtype = getattr(model, "device", weight.device), getattr(model, "dtype", weight.dtype)
-    for module in model.modules():  # accelerate's offloading
-        hook = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            if (found := getattr(each, "execution_device", None)) is not None:
-                return torch.device(found), dtype
-    return device, dtype
-
-
-def share_plan(plan: Plan, ulysses: Ulysses) -> ResidentSchedules:
-    """This rank's shares of all schedules of a plan."""
-    segments = range(len(plan.segments))
-    return ResidentSchedules([[Share(schedule, ulysses) for schedule in plan.layers(each)] for each in segments])
-
-
-def _intercept(model: nn.Module, adapter: Adapter, session: _Session) -> Interception:
-    """The seam that `torch.compile` traces: arguments in, ops out. It keeps the session alive."""
-    config, name = model.config, adapter.timestep
-    said = adapter.time if name is None else naming_the_missing(lambda arguments: arguments[name], adapter.architecture)
-
-    def begin(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
-        coordinates = arguments.get(adapter.coordinates) if adapter.coordinates else None
-        grid = adapter.grid(config, arguments) if coordinates is None else ()
-        segment = torch.ops.calibatt.resolve_segment(said(arguments), grid, coordinates, session.number)
-        return segment, adapter.lengths(config, arguments)
-
-    def attend(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        site: InterceptedSite,
-        context: tuple[torch.Tensor, torch.Tensor | None],
-    ) -> torch.Tensor:
-        segment, lengths = context
-        q, k, v = ops.as_attention_takes(q, k, v)
-        return torch.ops.calibatt.attend(q, k, v, lengths, segment, site.index, session.number)
-
-    return Interception(model, adapter, attend, begin=begin, parallel=True, padded=True)
-
-
-def check_signature(plan: ModelSignature, model: ModelSignature) -> None:
-    """Raises `PlanMismatchError` where a plan is for another model; lists all differences."""
-    wrong = [
-        f"{name} must be {expected!r}, got {found!r}"
-        for name in ("architecture", "layers", "heads", "head_dim")
-        if (expected := getattr(plan, name)) != (found := getattr(model, name))
-    ]
-    if plan.weights_digest and model.weights_digest and plan.weights_digest != model.weights_digest:
-        wrong.append(f"weights_digest must be {plan.weights_digest!r}, got {model.weights_digest!r}")
-    if wrong:
-        raise PlanMismatchError(f"model does not fit the plan: {'; '.join(wrong)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from calibatt.plans.precision import BF16
 from calibatt.runtime.backends import AUTO, UnsupportedBackendError, backend_reasons, load_backend
 from calibatt.runtime.schedule import LayerSchedule
 
@@ -147,12 +148,16 @@ def supports(
 def choose_backend(schedule: LayerSchedule, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
     """The backend that ``auto`` stands for: the first of `AUTO` that can execute the schedule.
 
+    On a GPU `torch` only emulates heads of 8 bits, far slower than 16 bits are, and is taken by its name alone.
+
     Raises:
         UnsupportedBackendError: None can; says why for each.
     """
     refused = []
     for name in AUTO:
         reasons = supports(schedule, device, dtype, head_dim, name)
+        if not reasons and name == "torch" and torch.device(device).type == "cuda" and schedule.precisions - {BF16}:
+            reasons = ["on a GPU it only emulates heads of 8 bits, slowly, and must be asked for by name"]
         if not reasons:
             return name
         refused.append(f"{name}: {'; '.join(reasons)}")

@@ -20,7 +20,8 @@ from calibatt.plans.packed import PackedLayer
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
 from calibatt.runtime.adapters import Place
-from calibatt.runtime.schedule import DeviceSchedule, LayerSchedule, move
+from calibatt.runtime.device_schedule import DeviceSchedule, move
+from calibatt.runtime.schedule import LayerSchedule
 
 Heads = Sequence[torch.Tensor]
 """For each rank, the heads that it computes: int64 ``(heads of the rank,)`` on the device."""

@@ -21,9 +21,10 @@ from calibatt.plans import (
     write_plan,
 )
 from calibatt.runtime.adapters import Adapter, PlanMismatchError, adapter_for
-from calibatt.runtime.attachment import Attachment, check_signature
+from calibatt.runtime.attachment import Attachment
 from calibatt.runtime.resident import ResidentSchedules
 from calibatt.runtime.schedule import LayerSchedule, StoredSchedule
+from calibatt.runtime.session import check_signature
 
 OnMismatch = Literal["error", "dense"]
 

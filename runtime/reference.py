@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from calibatt.plans.precision import BF16, INT8, INT8_FP8
+from calibatt.runtime.device_schedule import DeviceSchedule
 from calibatt.runtime.quantise import eight_bit, rounded_weights
-from calibatt.runtime.schedule import DeviceSchedule, LayerSchedule, Outline
+from calibatt.runtime.schedule import LayerSchedule, Outline
 
 PRECISIONS = {BF16, INT8, INT8_FP8}
 CHUNK_SCORES = 1 << 24

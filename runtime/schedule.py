@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from calibatt.plans.packed import PackedLayer
-from calibatt.plans.schedule import DENSE, FRAMES, NO_ANCHORS, Int32
+from calibatt.plans.schedule import FRAMES, Int32
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
 from calibatt.plans.stored import StoredLayers
-from calibatt.runtime.workspace import PackedLists, Workspace, expanded
-
-T = TypeVar("T")
-EVERY_AT_ONCE = 1024
-"""Queries of a run, where all of a video are computed."""
+from calibatt.runtime.device_schedule import DeviceSchedule, bound_to
+from calibatt.runtime.workspace import Workspace
 
 
 class Outline(Protocol):
@@ -143,7 +138,7 @@ class LayerSchedule:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(f"{self!r} must be on {device} before a CUDA graph is captured: run it once before")
             core = self.core if self.workspace is None else self.packed.later()
-            bound = self._bound[device] = _bind(core, device, self.workspace)
+            bound = self._bound[device] = bound_to(core, device, self.workspace)
         if device.type == "cuda":
             bound.use()
         return bound
@@ -230,174 +225,3 @@ def _most_queries(grid: TokenGrid, anchor_ptr: Int32, anchor_axis: Int32) -> int
         return 0
     rows = int(np.diff(anchor_ptr) @ np.where(anchor_axis == FRAMES, grid.height, 1))
     return rows * grid.width + grid.tokens
-
-
-@dataclass(frozen=True, eq=False)
-class DeviceSchedule:
-    """Index arrays of one schedule on one device: all that a kernel needs besides q, k and v.
-
-    Args:
-        core: The schedule, on the host. Where lists are packed on the device, they are packed here too, until somebody
-            asks for them.
-        device: Where the arrays are.
-        tiles: int32 ``(tiles, 4)``, in execution order: head, tile within the head's packed queries, start and stop of
-            its key blocks in `columns`. `stop` exceeds `start`.
-        columns: uint16: 0, 1, ... ``k_blocks - 1``, the list of dense heads; then `col_idx`; then a 0, so that a kernel
-            may read one column ahead; more may follow. What `lists` are unpacked to holds those of whichever layer came
-            last: `lowered` makes them these. Its address is for ever.
-        heads: int32 ``(heads, 3)``: packed queries of the head, where they start in the three arrays below, and the
-            tokens from one that receives an output to the next.
-        query_token: int32 ``(packed,)``; the token of each packed query, counted from the first one of the video: the
-            queries of the anchor patterns one after the other, then all V. Empty, like the two below, if every head
-            computes every query: packed query p is then token p, written once.
-        query_first: int32 ``(packed,)``; the first token that receives the query's output.
-        query_copies: int32 ``(packed,)``; how many receive it: tokens of the same place in rows, or frames, that follow
-            each other.
-        lists: What is unpacked to `columns` and the three arrays above before each use, as said there; None: all of it
-            is there.
-    """
-
-    core: CoreSchedule
-    device: torch.device
-    tiles: torch.Tensor
-    columns: torch.Tensor
-    heads: torch.Tensor
-    query_token: torch.Tensor
-    query_first: torch.Tensor
-    query_copies: torch.Tensor
-    lists: PackedLists | None = None
-    _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
-    _streams: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
-    _graphs: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
-    _known: set[int] = field(default_factory=set, repr=False)
-    """Handles of `_streams`: a torch stream is made anew each time that one asks for it, which takes longer."""
-
-    @property
-    def captured(self) -> bool:
-        """Whether a CUDA graph uses the arrays: they must then stay where they are."""
-        return len(self._graphs) > 0
-
-    def use(self) -> None:
-        """Before the current CUDA stream uses the arrays: what is queued after this comes after the copies."""
-        capturing = torch.cuda.is_current_stream_capturing()
-        handle = torch._C._cuda_getCurrentRawStream(self.device.index)
-        if handle in self._known and not capturing:
-            return
-        stream = torch.cuda.current_stream(self.device)
-        if capturing:  # which begins by waiting for all streams
-            if stream not in self._graphs:
-                self._graphs.append(stream)
-        elif stream not in self._streams:
-            if self._streams:
-                stream.wait_stream(self._streams[0])
-            self._streams.append(stream)
-            self._known.add(handle)
-
-    def let_go(self) -> None:
-        """Before the arrays are freed: memory goes back to the stream it came from, which first waits for all."""
-        for stream in self._streams:
-            for other in self._streams:
-                if other != stream:
-                    stream.wait_stream(other)
-
-    @property
-    def anchored(self) -> bool:
-        """Whether some head computes anchors only."""
-        return len(self.query_token) > 0
-
-    @contextmanager
-    def lowered(self) -> Iterator[DeviceSchedule]:
-        """This, with its lists in `columns`, for what the current stream is given before the context ends."""
-        if self.lists is None:
-            yield self
-            return
-        with self.lists.room.entered():
-            self.lists.unpack()
-            yield self
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays and of the tensors that backends derived; not of those that other layers share."""
-        arrays = [self.tiles, self.heads]
-        if self.lists is None:
-            arrays += [self.columns, self.query_token, self.query_first, self.query_copies]
-        for derived in tuple(self._derived.values()):
-            arrays += [each for each in getattr(derived, "__dict__", {}).values() if isinstance(each, torch.Tensor)]
-        packed = 0 if self.lists is None else self.lists.nbytes
-        return packed + sum(array.nbytes for array in arrays)
-
-    def derived(self, make: Callable[[DeviceSchedule], T]) -> T:
-        """What a backend derives from the schedule: ``make(self)``, called once and kept."""
-        if make not in self._derived:
-            self._derived[make] = make(self)
-        return self._derived[make]
-
-
-def _bind(core: CoreSchedule, device: torch.device, workspace: Workspace | None = None) -> DeviceSchedule:
-    """Puts a schedule on a device; with a workspace packed, from the packed form."""
-
-    def there(array: np.ndarray) -> torch.Tensor:
-        return move(torch.from_numpy(array), device)
-
-    runs, pattern_start = _query_runs(core)
-    facts = (np.append(core.pattern_tokens, core.grid.tokens), pattern_start, np.append(core.member_tokens, 0))
-    heads = np.stack(facts, axis=1)[core.head_anchor].astype(np.int32)  # -1 where every query is computed: the last
-    tiles = there(_tiles(core))
-    if workspace is None:
-        every = np.arange(core.k_blocks, dtype=np.uint16)
-        columns = there(np.concatenate([every, core.col_idx, np.zeros(1, dtype=np.uint16)]))
-        return DeviceSchedule(core, device, tiles, columns, there(heads), *map(there, expanded(runs)))
-    starts, queries = core.row_ptr + np.int32(core.k_blocks), int(runs[:, 1].sum())
-    room, bits = workspace.on(device), core.packed.list_bits.copy()
-    lists = PackedLists(there(bits), there(starts), core.k_blocks, there(runs), queries, room)
-    return DeviceSchedule(core, device, tiles, room.columns, there(heads), *room.queries(queries), lists=lists)
-
-
-def other_tiles(bound: DeviceSchedule, all_tokens: int, video_start: int) -> int:
-    """Tiles of a head for the queries of the prefix and of the suffix, of which each is cut by itself."""
-    blocks, grid = bound.core.blocks, bound.core.grid
-    return blocks.q_blocks(video_start) + blocks.q_blocks(all_tokens - video_start - grid.tokens)
-
-
-def move(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device, made on the current stream without waiting for it."""
-    if device.type == "cuda":
-        host = host.pin_memory()  # a copy from pageable memory would wait for the stream
-    return host.to(device, non_blocking=True)
-
-
-def _tiles(core: CoreSchedule) -> Int32:
-    """`DeviceSchedule.tiles`, on the host."""
-    counts = np.diff(core.head_tile_ptr)
-    head = np.repeat(np.arange(core.heads), counts)
-    tile = np.arange(len(head)) - np.repeat(core.head_tile_ptr[:-1], counts)
-    listed = core.head_list[head] != DENSE
-    start = np.zeros(len(head), dtype=np.int64)
-    stop = np.full(len(head), core.k_blocks)
-    lists = (core.head_list[head] + tile)[listed]
-    start[listed] = core.k_blocks + core.row_ptr[lists]
-    stop[listed] = core.k_blocks + core.row_ptr[lists + 1]
-    return np.stack([head, tile, start, stop], axis=1).astype(np.int32)[core.tile_order]
-
-
-def _query_runs(core: CoreSchedule) -> tuple[Int32, list[int]]:
-    """`query_token`, `query_first` and `query_copies` as runs (see `workspace.expanded`); where each pattern, then all
-    V start. No runs where every head computes every query.
-    """
-    if (core.head_anchor == NO_ANCHORS).all():
-        return np.zeros((0, 5), dtype=np.int32), [0] * len(core.anchor_ptr)
-    grid = core.grid
-    parts, starts = [], [0]
-    for pattern in range(len(core.anchor_ptr) - 1):
-        group_start, anchor = core.groups(pattern)
-        size = int(core.member_tokens[pattern])
-        row = np.arange(0, size, grid.width)  # of a member: where its rows begin, each a run
-        tokens = ((at.astype(np.int64) * size)[:, None] + row for at in (anchor, group_start))
-        each = np.broadcast_arrays(grid.width, *tokens, core.group_sizes(pattern)[:, None])
-        parts.append(np.stack(each, axis=-1).reshape(-1, 4))
-        starts.append(starts[-1] + int(core.pattern_tokens[pattern]))
-    first = np.arange(0, grid.tokens, EVERY_AT_ONCE)
-    every = np.stack([np.minimum(EVERY_AT_ONCE, grid.tokens - first), first, first, np.ones_like(first)], axis=1)
-    runs = np.concatenate([*parts, every])
-    start = np.cumsum(runs[:, 0]) - runs[:, 0]
-    return np.concatenate([start[:, None], runs], axis=1).astype(np.int32), starts

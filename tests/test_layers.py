@@ -76,3 +76,10 @@ def test_plans_load_without_torch() -> None:
     """In a fresh interpreter in which torch, triton and scipy cannot be imported."""
     code = "import sys; sys.modules.update(torch=None, triton=None, scipy=None); import calibatt.plans"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    lengths = {
+        path: len(path.read_text("utf-8").splitlines()) for folder in OURS | {"calibatt"} for path in files(folder)
+    }
+    assert {str(path): length for path, length in lengths.items() if length > 400} == {}

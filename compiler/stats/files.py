@@ -8,9 +8,9 @@ from pathlib import Path
 
 from calibatt.compiler.stats.errors import ManifestError, SampleError, StoreError
 from calibatt.compiler.stats.manifest import Manifest
-from calibatt.plans.files import sync_folder, write_text
+from calibatt.plans.files import MANIFEST, store_around, sync_folder, write_text
 
-MANIFEST, UNITS, SAMPLINGS, PROGRESS = "manifest.json", "units", "samplings", "progress"
+SAMPLINGS, PROGRESS = "samplings", "progress"
 SUFFIX = ".sampling"
 MAX_MANIFEST_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -37,20 +37,14 @@ def places(manifest: Manifest) -> list[tuple[int, int]]:
     return [(time, layer) for time in range(len(manifest.times)) for layer in range(manifest.model.layers)]
 
 
-def is_store(folder: Path) -> bool:
-    """Whether a folder looks like a store of statistics."""
-    return (folder / MANIFEST).is_file() and (folder / UNITS).is_dir()
-
-
 def require_outside(path: Path) -> None:
     """Refuses to write what would make a store unreadable, or destroy it.
 
     Raises:
         StoreError: `path` is in a store.
     """
-    for folder in path.resolve().parents:
-        if is_store(folder):
-            raise StoreError(f"{path} must not be in a store of statistics, got {folder}")
+    if (folder := store_around(path)) is not None:
+        raise StoreError(f"{path} must not be in a store of statistics, got {folder}")
 
 
 def entries(folder: Path) -> list[Path]:

@@ -21,11 +21,9 @@ from calibatt.compiler.stats.errors import (
     UnitError,
 )
 from calibatt.compiler.stats.files import (
-    MANIFEST,
     PROGRESS,
     SAMPLINGS,
     SUFFIX,
-    UNITS,
     check_name,
     entries,
     finished,
@@ -37,6 +35,7 @@ from calibatt.compiler.stats.manifest import Manifest
 from calibatt.compiler.stats.sampling import Float64, SamplingTables, read_header, read_sampling
 from calibatt.compiler.stats.unit import Unit, combined, read_unit
 from calibatt.compiler.stats.writer import check_place
+from calibatt.plans.files import MANIFEST, UNITS
 
 
 @dataclass(frozen=True, eq=False)

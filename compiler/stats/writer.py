@@ -17,11 +17,9 @@ from typing import Any
 
 from calibatt.compiler.stats.errors import ManifestMismatch, MissingUnits, SampleExists, StoreBusy, UnitError
 from calibatt.compiler.stats.files import (
-    MANIFEST,
     PROGRESS,
     SAMPLINGS,
     SUFFIX,
-    UNITS,
     check_name,
     entries,
     finished,
@@ -34,7 +32,7 @@ from calibatt.compiler.stats.files import (
 from calibatt.compiler.stats.manifest import Manifest
 from calibatt.compiler.stats.sampling import SamplingTables, write_sampling
 from calibatt.compiler.stats.unit import Unit, combined, read_samplings, read_unit, reclosed, write_unit
-from calibatt.plans.files import sync_folder
+from calibatt.plans.files import MANIFEST, UNITS, sync_folder
 
 
 class StoreWriter:

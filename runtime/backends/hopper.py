@@ -20,6 +20,7 @@ from calibatt.plans.precision import BF16, INT8, INT8_FP8
 from calibatt.plans.schedule import FRAMES, NO_ANCHORS
 from calibatt.runtime.backends import hopper_eight
 from calibatt.runtime.backends.hopper_eight import EightHeads
+from calibatt.runtime.device_schedule import DeviceSchedule, move, other_tiles
 from calibatt.runtime.kernels.anchors import pack_queries
 from calibatt.runtime.launch import (
     Launch,
@@ -30,7 +31,7 @@ from calibatt.runtime.launch import (
     on_device,
     tile_strides,
 )
-from calibatt.runtime.schedule import DeviceSchedule, Outline, move, other_tiles
+from calibatt.runtime.schedule import Outline
 
 TESTED_RELEASES = ("3.6.0", "3.9.0")
 """Of Triton. Gluon is experimental: the tests compile the kernel under both, and it was executed under the first."""

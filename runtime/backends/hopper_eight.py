@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from calibatt.plans.precision import INT8_FP8
+from calibatt.runtime.device_schedule import DeviceSchedule
 from calibatt.runtime.kernels import quantise as kernels
 from calibatt.runtime.kernels.anchors import unpack_outputs
 from calibatt.runtime.launch import Launch, tile_strides
 from calibatt.runtime.quantise import E4M3_MOST, INT8_MOST, QUERY_GROUP, TINY
-from calibatt.runtime.schedule import DeviceSchedule
 
 TILE_GROUPS = 2
 """Groups of `QUERY_GROUP` queries in a tile."""

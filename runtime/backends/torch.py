@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from calibatt.plans.precision import BF16, INT8, INT8_FP8
 from calibatt.plans.schedule import DENSE
 from calibatt.plans.schedule import LayerSchedule as CoreSchedule
+from calibatt.runtime.device_schedule import DeviceSchedule
 from calibatt.runtime.quantise import EightBit, eight_bit, rounded_weights
-from calibatt.runtime.schedule import DeviceSchedule, Outline
+from calibatt.runtime.schedule import Outline
 
 PRECISIONS = {BF16, INT8, INT8_FP8}
 CPU_GATHER_BYTES = 1 << 20

@@ -16,6 +16,7 @@ import triton
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from calibatt.runtime.device_schedule import DeviceSchedule, other_tiles
 from calibatt.runtime.kernels.block_sparse import block_sparse_forward
 from calibatt.runtime.launch import (
     Launch,
@@ -27,7 +28,7 @@ from calibatt.runtime.launch import (
     on_device,
     tile_strides,
 )
-from calibatt.runtime.schedule import DeviceSchedule, Outline, other_tiles
+from calibatt.runtime.schedule import Outline
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 32, 64, 128, 256)

@@ -14,7 +14,7 @@ def pack_queries(
     Grid: (anchored heads, packed_tokens / ROWS, batch), so that programs of one time read all heads of a token, which
     lie side by side in a model's tensors. anchored int32: which heads. packed has the shape
     ``(B, H, packed_tokens, D)``. `heads_ptr` and `token_ptr`: `heads` and `query_token` of
-    `runtime.schedule.DeviceSchedule`.
+    `runtime.device_schedule.DeviceSchedule`.
     """
     head = tl.load(anchored_ptr + tl.program_id(0))
     batch = tl.program_id(2).to(tl.int64)

@@ -71,7 +71,7 @@ def block_sparse_forward(
     """Grid: (tiles * BLOCK_Q / BLOCK_M, batch). BLOCK_M divides BLOCK_Q, BLOCK_N divides BLOCK_K. Tiles are those of
     the schedule, and before them, of each head, those of the prefix and of the suffix in BLOCK_Q tokens.
 
-    The index arrays are those of `runtime.schedule.DeviceSchedule`. scale_log2 is scale * log2(e), positive.
+    The index arrays are those of `runtime.device_schedule.DeviceSchedule`. scale_log2 is scale * log2(e), positive.
     With TMA, k and v are descriptors of ``(B, H, N, D)`` in tiles of BLOCK_N tokens, else addresses like q_ptr.
     lse_ptr: fp32 ``(B, H, N)``; only with LSE. lengths_ptr: int32 ``(B,)``, where padding begins; only with PADDED.
     tokens: of the video; all_tokens: N; video_start: tokens of the prefix.

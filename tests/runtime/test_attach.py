@@ -371,13 +371,13 @@ def test_the_model_stays_what_it_was() -> None:
 def binding(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The lists of every schedule that is put on a device, from now on."""
     made: list[bytes] = []
-    bind = runtime_schedule._bind
+    bind = runtime_schedule.bound_to
 
     def spy(core: Any, *args: Any) -> Any:
         made.append(lists_of(core))
         return bind(core, *args)
 
-    monkeypatch.setattr(runtime_schedule, "_bind", spy)
+    monkeypatch.setattr(runtime_schedule, "bound_to", spy)
     return made
 
 

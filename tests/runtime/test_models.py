@@ -496,8 +496,8 @@ LENGTHS = (37, 300, 1001, 300)
 def test_one_plan_for_text_of_every_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the model's own code with masks; no array is made twice, and nothing is compiled that the model would not."""
     bound = []
-    bind = runtime_schedule._bind
-    monkeypatch.setattr(runtime_schedule, "_bind", lambda core, *args: bound.append(core) or bind(core, *args))
+    bind = runtime_schedule.bound_to
+    monkeypatch.setattr(runtime_schedule, "bound_to", lambda core, *args: bound.append(core) or bind(core, *args))
     family = FAMILIES[name]
     model = model_of(family)
     plan = plan_for(model, False)

@@ -67,6 +67,15 @@ def test_auto_on_a_cpu_is_torch(schedule: LayerSchedule, monkeypatch: pytest.Mon
     assert ops.choose_backend(schedule, "cpu", torch.float16, 64) == "torch"
 
 
+def test_heads_of_8_bits_are_emulated_on_a_gpu_by_name_alone(schedule: LayerSchedule, monkeypatch: pytest.MonkeyPatch):
+    eight = LayerSchedule(replace(schedule.core, head_precision=np.array([INT8_FP8, BF16], np.uint8)))
+    monkeypatch.setattr(ops, "backend_reasons", lambda name, *_: [] if name == "torch" else ["no"])
+    with pytest.raises(UnsupportedBackendError, match=r"torch: on a GPU it only emulates .* must be asked for by name"):
+        ops.choose_backend(eight, "cuda", torch.bfloat16, 16)
+    assert ops.choose_backend(eight, "cpu", torch.bfloat16, 16) == "torch"
+    assert ops.choose_backend(schedule, "cuda", torch.bfloat16, 16) == "torch"
+
+
 @pytest.mark.parametrize("name", sorted(BACKENDS))
 def test_a_precision_that_a_backend_has_not_is_refused(
     schedule: LayerSchedule, name: str, monkeypatch: pytest.MonkeyPatch

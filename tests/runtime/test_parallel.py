@@ -114,12 +114,12 @@ def same(found: torch.Tensor, wanted: torch.Tensor) -> None:
 def counted_shares() -> Any:
     """The heads of every share that is put on a device."""
     made: list[int] = []
-    original = runtime_schedule._bind
-    runtime_schedule._bind = lambda core, *args: made.append(core.heads) or original(core, *args)
+    original = runtime_schedule.bound_to
+    runtime_schedule.bound_to = lambda core, *args: made.append(core.heads) or original(core, *args)
     try:
         yield made
     finally:
-        runtime_schedule._bind = original
+        runtime_schedule.bound_to = original
 
 
 def attach_then_spread() -> None:

@@ -12,7 +12,7 @@ from support.schedules import layer_schedules, random_schedule
 
 from calibatt.plans import Blocks, TokenGrid
 from calibatt.plans import LayerSchedule as CoreSchedule
-from calibatt.runtime.schedule import LayerSchedule, _bind
+from calibatt.runtime.schedule import LayerSchedule, bound_to
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self.stream)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: id(self.stream), raising=False)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        monkeypatch.setattr("calibatt.runtime.schedule._bind", lambda core, *_: _bind(core, torch.device("cpu")))
+        monkeypatch.setattr("calibatt.runtime.schedule.bound_to", lambda core, *_: bound_to(core, torch.device("cpu")))
 
 
 def test_streams_wait_for_the_copies_and_memory_for_the_streams(

@@ -153,7 +153,7 @@ class Stores:
                 for layer in range(store.manifest.model.layers)
             ]
             return store, [store.unit(*place) for place in places], store.table()
-        except (StoreError, OSError) as error:  # a folder in the place of a file, say
+        except (StoreError, IsADirectoryError, FileNotFoundError) as error:  # a folder in the place of a file, say
             return error
 
     def judge(self, found: Any) -> str:

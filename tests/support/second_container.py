@@ -102,7 +102,7 @@ class Packed:
 
 
 def container(
-    data: bytes, magic: bytes = b"CALIBPLN", major: int = 4, crc: bool = False
+    data: bytes, magic: bytes = b"CALIBPLN", major: int = 5, crc: bool = False
 ) -> tuple[bool, Any, dict[str, np.ndarray]]:
     """Whether the file is of a later minor version, its `header`, and its sections that can be read.
 

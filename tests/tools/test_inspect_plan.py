@@ -240,6 +240,17 @@ def test_a_missing_matplotlib_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "matplotlib must be installed: pip install 'calibatt[tools]'" in result.output
 
 
+@pytest.mark.parametrize("option", ["--png", "--overview-png"])
+def test_no_picture_is_in_a_store(option: str, tmp_path: Path) -> None:
+    (tmp_path / "store" / "units").mkdir(parents=True)
+    (manifest := tmp_path / "store" / "manifest.json").write_text("{}")
+    what = ["--layer", 0, "--head", 0] if option == "--png" else []
+    result = inspect(GOLDEN, *what, option, manifest)
+    assert result.exit_code == 2
+    assert "must not be in a store of statistics" in " ".join(result.output.split())
+    assert manifest.read_text() == "{}"
+
+
 def test_two_plans_are_compared(tmp_path: Path) -> None:
     assert "the same, byte for byte" in inspect(GOLDEN, "--diff", GOLDEN).output
     first, second = tiny_schedule(1), tiny_schedule(2)

@@ -28,9 +28,10 @@ from torch import Tensor
 from calibatt.plans import Blocks
 from calibatt.plans.files import write_text
 from calibatt.runtime.ops import attend, supports
-from calibatt.tools.bench.kernel import GPU_SIZES, Size, state, structured_schedule, versions
+from calibatt.tools.bench.kernel import GPU_SIZES, Size, state, versions
 from calibatt.tools.bench.model import choose
 from calibatt.tools.bench.peers import DENSE_PEERS, SPARSE_PEERS, dense_peer, sparse_peer
+from calibatt.tools.bench.schedules import structured_schedule
 
 KERNELS = ("hopper", "triton", *SPARSE_PEERS, *DENSE_PEERS, "matmul")
 VALUES = {"random": torch.randn, "zeros": torch.zeros}

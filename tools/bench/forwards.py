@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibatt.runtime import Plan, load_plan
+from calibatt.runtime import Plan, UnsupportedBackendError, load_plan
 from calibatt.tools.bench.kernel import milliseconds, state
 from calibatt.tools.bench.published import Published
 from calibatt.tools.bench.trace import traced
@@ -138,17 +138,20 @@ class SizeBench:
         self._dense: dict[str, Tensor] = {}
         self._plans: dict[str, Plan] = {}
 
-    def attach_plan(self, path: Path, density: float) -> Variant:
-        """Loads a plan and attaches it once, timed; the report says what both cost."""
+    def attach_plan(self, path: Path, density: float) -> Variant | None:
+        """Loads a plan and attaches it once, timed; the report says what both cost, or why it cannot be executed."""
         begun = time.perf_counter()
         plan = load_plan(path)
         load_s, before = time.perf_counter() - begun, allocated_bytes(self.device)
-        begun = time.perf_counter()
-        with plan.attach(self.runner.model):
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            attach_s, after = time.perf_counter() - begun, allocated_bytes(self.device)
-        variant = planned(plan, density)
+        variant, begun = planned(plan, density), time.perf_counter()
+        try:
+            with variant.attached(self.runner.model):
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                attach_s, after = time.perf_counter() - begun, allocated_bytes(self.device)
+        except UnsupportedBackendError as error:
+            self.report["missing"][f"{self.size}, {variant.name}"] = str(error)
+            return None
         self._plans[variant.name] = plan
         index_bytes = sum(schedule.bound_bytes for schedule in plan.layers(len(plan.segments) - 1))
         record = {

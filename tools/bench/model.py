@@ -290,7 +290,8 @@ def main(
         for share, precision in itertools.product(shares, multiplied):
             path = folder / f"{size}-{share:g}-{precision}.plan"
             write_plan(path, plan_shaped(signature, grid, blocks, share, max(steps, 1), precision=precision))
-            variants.append(bench.attach_plan(path, share))
+            if (variant := bench.attach_plan(path, share)) is not None:
+                variants.append(variant)
         cases = [Case(way, variant) for way in ways for variant in variants]
         timed = (rounds + 1) * len(cases) + samplings * (steps > 0) * len(ways) * (len(variants) - 1) + 2 * trace
         progress.reset(task, description=size, total=timed)

@@ -28,9 +28,10 @@ from calibatt.compiler.stats import (
     neighbours,
     window_keep,
 )
-from calibatt.compiler.stats.files import UNITS, unit_name
+from calibatt.compiler.stats.files import unit_name
 from calibatt.compiler.stats.unit import write_unit
 from calibatt.plans import EIGHT_BITS, Blocks, ModelSignature, TokenGrid
+from calibatt.plans.files import UNITS
 
 Float = npt.NDArray[np.float32]
 

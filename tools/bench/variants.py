@@ -31,8 +31,8 @@ from calibatt.plans import (
 from calibatt.runtime import Plan, ops
 from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.intercept import Interception
-from calibatt.tools.bench.kernel import structured_schedule
 from calibatt.tools.bench.peers import dense_peer
+from calibatt.tools.bench.schedules import structured_schedule
 
 FLASH_4 = "flash-attention-4"
 COPY = "copy"

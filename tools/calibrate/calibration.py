@@ -369,21 +369,21 @@ class Recording:
 
     def _empty_sums(self, moment: int, call: AttentionCall) -> LayerSums:
         """With the masks that are measured: all windows, and the ladder that earlier samplings made."""
-        unit = self.calibrator.writer.read_unit(moment, call.layer)
+        ours, unit = self.calibrator, self.calibrator.writer.read_unit(moment, call.layer)
         earlier = None if unit is None or self._name in unit.samplings else unit
-        manifest, vectors = self.calibrator.manifest, self.calibrator.vectors
-        return LayerSums.empty(manifest, vectors, self.calibrator.windows, earlier, call.q.device)
+        return LayerSums.empty(ours.manifest, ours.vectors, ours.windows, earlier, call.q.device)
 
     def _finish(self, index: int, moment: Moment) -> None:
         """Puts a time that has been measured into the store."""
         manifest, layers = self.calibrator.manifest, range(self.calibrator.manifest.model.layers)
         if absent := [layer for layer in layers if layer not in moment.layers]:
             raise CalibrationError(f"a forward must call every self-attention, got none in layers {absent}")
+        what = f"effects at time {manifest.times[index]:.3f} must be"
+        if wrong := [layer for layer in layers if not moment.layers[layer].is_finite()]:
+            raise CalibrationError(f"{what} finite, got NaN or infinity in layers {wrong}")
         level = float(sum(moment.layers[layer].level() for layer in layers))
         if not 1 / MOST <= level <= MOST:
-            raise CalibrationError(
-                f"effects at time {manifest.times[index]:.3f} must be {1 / MOST:g} to {MOST:g}, got a sum of {level}"
-            )
+            raise CalibrationError(f"{what} {1 / MOST:g} to {MOST:g}, got a sum of {level}")
         if index not in self._tables:
             # Before units hold this sampling: the ladder was made by those before it, and could not be made again.
             self._tables[index] = table_of([moment.layers[layer] for layer in layers], manifest, level)

@@ -86,7 +86,6 @@ class Transformer:
         self.model, self.adapter = model, adapter
         self.inputs_on_cpu = inputs_on_cpu
         self._calls: list[tuple[int, tuple[Tensor, ...], Tensor | None, list[Tensor], list[list[Tensor]], slice]] = []
-        self._listening = False
 
     def pull(self, given: Given, cotangents: Cotangents, on_attention: OnAttention | None = None) -> Cotangents:
         """Gradients of a forward's inputs.

@@ -17,6 +17,8 @@ LOG2E = 1.4426950408889634
 MAX_TILE = 128
 ROWS = 128
 """Queries of a program: those measured of one query block, or of several where few of each are."""
+MOST_GAP = 64.0
+"""Of log2 of a probability; 2 to its power is far from the end of float32."""
 
 
 @triton.jit
@@ -176,6 +178,7 @@ def _block_effects(
     LEAST_KEPT: tl.constexpr,
     LOG2E: tl.constexpr,
     SHIFT: tl.constexpr,
+    MOST_GAP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DIMS: tl.constexpr,
@@ -218,7 +221,7 @@ def _block_effects(
         worth = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         change = p * (worth - own[:, None])
         top = tl.maximum(top, tl.max(tl.where(there[None], scores, float("-inf")), 1))
-        times = tl.exp2(level - top + SHIFT)
+        times = tl.exp2(tl.minimum(level - top, MOST_GAP) + SHIFT)  # what is so far below all counts for nothing
         large = p * times[:, None]
         rounding += tl.sum((_as_e4m3(large) - large) * (worth - of_mean[:, None]), 1) / times
         block_mass = tl.sum(p, 1)
@@ -263,7 +266,7 @@ def block_effects(
             g,
             out,
             call.total,
-            v.float().mean(1),
+            v.mean(1, dtype=torch.float32),
             words,
             effect,
             kept,
@@ -282,6 +285,7 @@ def block_effects(
             LEAST_KEPT=LEAST_KEPT,
             LOG2E=LOG2E,
             SHIFT=SHIFT,
+            MOST_GAP=MOST_GAP,
             BLOCK_Q=blocks.block_q,
             BLOCK_K=blocks.block_k,
             DIMS=channels,

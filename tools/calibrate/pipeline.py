@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import wraps
 from typing import Any, NamedTuple
 
 import diffusers
-import numpy as np
 import PIL.Image
 import torch
 from diffusers.utils import load_image
@@ -19,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from calibatt.plans import TokenGrid
-from calibatt.runtime.adapters import Adapter, Arguments, adapter_for, unwrap
+from calibatt.runtime.adapters import Adapter, Arguments, adapter_for
+from calibatt.tools.calibrate.running import Steps, cheap_forward, seeded, with_attributes
 from calibatt.tools.calibrate.sampler import Latent, parts
 
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref")
@@ -183,7 +181,7 @@ class PipelineSampler:
         """Samples prompts one after the other; see `run`."""
         results, made = [], []
         for prompt, seed in zip(prompts, seeds, strict=True):
-            arguments, steps = self._arguments_of(prompt), _Steps()
+            arguments, steps = self._arguments_of(prompt), Steps()
             results.append(self._call(arguments, seed, steps))
             made.append(_Made(arguments, seed, steps.latents))
         found = tuple(map(torch.cat, zip(*results, strict=True)))
@@ -214,7 +212,7 @@ class PipelineSampler:
     def _decoded(self, arguments: dict[str, Any], seed: int, latents: Tensor | None = None) -> Tensor:
         """What the pipeline shows after a run that ends with these latents; if absent, with its own."""
         with self._standing_in():
-            video = self._call(arguments, seed, _Steps(latents), "pt")[0]  # (n, F, 3, H, W) in [0, 1]
+            video = self._call(arguments, seed, Steps(latents), "pt")[0]  # (n, F, 3, H, W) in [0, 1]
         return video.transpose(1, 2).float() * 2 - 1
 
     def _set_images(self, images: Mapping[str, Any]) -> None:
@@ -238,21 +236,21 @@ class PipelineSampler:
         return found
 
     def _call(
-        self, arguments: dict[str, Any], seed: int, steps: _Steps, output_type: str = "latent"
+        self, arguments: dict[str, Any], seed: int, steps: Steps, output_type: str = "latent"
     ) -> tuple[Tensor, ...]:
         """What the pipeline makes: the video or its latents, and the latents of its sound if there are some."""
         arguments = {**arguments, "generator": torch.Generator("cpu").manual_seed(seed)}
         modular, latent = _is_modular(self.pipe), output_type == "latent"
-        with _seeded(seed, self.pipe._execution_device), ExitStack() as stack:
+        with seeded(seed, self.pipe._execution_device), ExitStack() as stack:
             if "callback_on_step_end" in _inputs(self.pipe):
                 arguments["callback_on_step_end"] = steps.on_step_end
             else:
                 scheduler = self.pipe.scheduler
-                stack.enter_context(_replaced(scheduler, step=steps.after(scheduler.step)))
+                stack.enter_context(with_attributes(scheduler, step=steps.after(scheduler.step)))
             if modular and latent:
                 blocks = self.pipe.blocks
                 blocks.sub_blocks.pop("decode", None)
-                stack.enter_context(_replaced(self.pipe, _blocks=blocks))
+                stack.enter_context(with_attributes(self.pipe, _blocks=blocks))
             else:
                 arguments["output_type"] = output_type
             made = self.pipe(**arguments)
@@ -266,7 +264,7 @@ class PipelineSampler:
     def _rehearse(self) -> tuple[tuple[Tensor, ...], list[_Forward | None]]:
         """The latents of a run whose transformers compute next to nothing, and its forwards."""
         forwards: list[_Forward | None] = []
-        steps = _Steps()
+        steps = Steps()
 
         def seen(arguments: Arguments) -> None:
             time = float(self.adapter.time(arguments))
@@ -288,8 +286,8 @@ class PipelineSampler:
                 model = getattr(self.pipe, name, None)
                 if isinstance(model, nn.Module):
                     show = seen if model is self.transformer else others
-                    forward = _cheap_forward(model, self.adapter.channel_axis, show)
-                    stack.enter_context(_replaced(model, forward=forward, _compiled_call_impl=None))
+                    forward = cheap_forward(model, self.adapter.channel_axis, show)
+                    stack.enter_context(with_attributes(model, forward=forward, _compiled_call_impl=None))
             yield
 
 
@@ -304,53 +302,6 @@ def with_images(sampler: Any, images: Mapping[str, Any]) -> PipelineSampler:
     found = copy.copy(sampler)
     found._set_images(images)
     return found
-
-
-class _Steps:
-    """Follows the steps of a pipeline.
-
-    Args:
-        end: The latents after each step, in place of those that the pipeline has; its own if absent.
-    """
-
-    def __init__(self, end: Tensor | None = None) -> None:
-        self.count, self.latents, self._end = 0, end, end
-
-    def on_step_end(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What diffusers calls after every step; it goes on with the latents that are returned, if any are."""
-        self.count += 1
-        self.latents = tensors["latents"]
-        return {} if self._end is None else {"latents": self._end.clone()}  # some are written over
-
-    def after(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """A scheduler's step, for a pipeline that calls nobody after it."""
-
-        def followed(*args: Any, **kwargs: Any) -> Any:
-            found = step(*args, **kwargs)
-            other = self.on_step_end(None, self.count, None, {"latents": found[0]})
-            return (other["latents"], *found[1:]) if other else found
-
-        return followed
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds all global random states, for whatever draws without a generator, and puts them back in the end."""
-    # Another seed than the generator's: noise drawn in a step must not be that which the run began with.
-    seed = random.Random(seed).getrandbits(32)
-    cuda = device.type == "cuda" or torch.cuda.is_initialized()
-    ours, numpys = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else (), device_type="cuda"):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            torch.cuda.manual_seed_all(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(ours)
-            np.random.set_state(numpys)
 
 
 def _is_modular(pipe: Any) -> bool:
@@ -370,38 +321,3 @@ def _needs_image(pipe: Any) -> bool:
     named = any("ImageToVideo" in kind.__name__ for kind in type(pipe).__mro__)
     inputs = _inputs(pipe)
     return "image" in inputs and (named or inputs["image"])
-
-
-def _cheap_forward(model: nn.Module, channel_axis: int, seen: Callable[[Arguments], None]) -> Callable[..., Any]:
-    """A forward that shows its arguments and returns a tenth of its latents and of those of the sound."""
-    names = tuple(inspect.signature(type(unwrap(model)).forward).parameters)[1:]
-
-    @wraps(type(unwrap(model)).forward.__get__(model))  # some pipelines pass what the signature has
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        arguments = dict(zip(names, args, strict=False)) | kwargs
-        seen(arguments)
-        hidden = arguments["hidden_states"]
-        given = hidden.shape[channel_axis]
-        made = next(
-            filter(None, (getattr(model.config, name, None) for name in ("out_channels", "out_visual_dim"))), given
-        )
-        channels = torch.arange(made, device=hidden.device) % given
-        sample, audio = 0.1 * hidden.index_select(channel_axis, channels), arguments.get("audio_hidden_states")
-        if arguments.get("return_dict", True):
-            return diffusers.models.modeling_outputs.Transformer2DModelOutput(sample=sample)
-        return (sample,) if audio is None else (sample, 0.1 * audio)
-
-    return forward
-
-
-@contextmanager
-def _replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Gives something other attributes for a while, among them what offloading and compiling have put there."""
-    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
-    vars(owner).update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del vars(owner)[name]
-        vars(owner).update(before)

@@ -106,6 +106,11 @@ class LayerSums:
         out = call.out[:, call.video]
         self.row_difference = self.row_difference + effects.row_differences(out, manifest.grid, manifest.row_radius)
 
+    def is_finite(self) -> bool:
+        """Whether all that was added is."""
+        every = (self.effect, self.error, self.masks, self.precisions, self.rows, self.frames)
+        return all(bool(x.isfinite().all()) for x in every)
+
     def level(self) -> Tensor:
         """Sum over the blocks of the mean squared effect of each, float64 ``()``."""
         return self.effect.square().mean(0).sum(dtype=torch.float64)

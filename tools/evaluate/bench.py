@@ -22,7 +22,7 @@ from calibatt.compiler.budget import choose
 from calibatt.plans import Blocks
 from calibatt.runtime import Plan, planned_attention
 from calibatt.runtime.adapters import adapter_for
-from calibatt.runtime.schedule import DeviceSchedule
+from calibatt.runtime.device_schedule import DeviceSchedule
 from calibatt.tools.calibrate.effects import block_statistics
 from calibatt.tools.calibrate.sampler import Sampler
 from calibatt.tools.evaluate import masks

@@ -11,7 +11,8 @@ from torch import Tensor
 from calibatt.plans import DENSE, NO_ANCHORS, Blocks, TokenGrid
 from calibatt.plans import LayerSchedule as CoreSchedule
 from calibatt.runtime.backends import load_backend
-from calibatt.runtime.schedule import DeviceSchedule, LayerSchedule
+from calibatt.runtime.device_schedule import DeviceSchedule
+from calibatt.runtime.schedule import LayerSchedule
 
 KERNEL_DTYPE = torch.float16
 """On a GPU, queries, keys and values are rounded to it: normalised values keep 11 bits, and the kernel adds in fp32."""

@@ -10,6 +10,7 @@ import click
 
 from calibatt.plans import PlanFile
 from calibatt.plans.command import one_line
+from calibatt.plans.files import store_around
 from calibatt.tools.inspect_plan import compare, summary
 
 NAME = "calibatt-inspect"
@@ -78,6 +79,9 @@ def main(
     read = [path.resolve() for path in (file, other) if path is not None]
     if len(set(drawn)) < len(drawn) or set(drawn) & set(read):
         raise click.UsageError("--png and --overview-png must name files of their own")
+    for path in drawn:
+        if (folder := store_around(path)) is not None:
+            raise click.UsageError(f"{path} must not be in a store of statistics, got {folder}")
     drawing = _drawing() if png is not None or overview_png is not None else None
     plan = PlanFile.read(file)
     for option, value, count in (("--layer", layer, plan.signature.layers), ("--head", head, plan.signature.heads)):
