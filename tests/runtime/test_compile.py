@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 from support import compile_hopper, compile_kernel
@@ -93,7 +94,7 @@ def test_hopper_compiles_under_the_oldest_tested_triton() -> None:
     assert {usage["triton"] for usage in check_hopper(folder)} == {TESTED_RELEASES[0]}
 
 
-def check_hopper(folder: str | None) -> list[dict[str, int | str]]:
+def check_hopper(folder: str | None) -> list[dict[str, Any]]:
     """Compiles every case with the installed triton or with the one in a folder."""
     cases = HOPPER + [{**case, "others": True} for case in HOPPER[::2]]
     cases += HOPPER_EIGHT + [{**case, "others": True} for case in HOPPER_EIGHT[:2]]
@@ -103,6 +104,9 @@ def check_hopper(folder: str | None) -> list[dict[str, int | str]]:
         most += EIGHT_STACK_BYTES if "precision" in case else 0
         assert usage["stack_bytes"] <= most + (OTHERS_STACK_BYTES if case.get("others") else 0), (case, usage)
         assert usage["registers"] == 168, (case, usage)
+        if case.get("others") and not case.get("precision"):
+            assert usage["words_traced"] > 0, (case, usage)
+            assert usage["words_wrong"] == [], (case, usage)
         assert usage["shared_bytes"] <= compile_kernel.SM_SHARED_BYTES[90] - compile_kernel.RESERVED_BYTES, (
             case,
             usage,

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -20,6 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from calibatt.plans import BF16, INT8_FP8
 from calibatt.runtime.kernels import hopper, hopper_eight
+from support.ptx_order import wrong_operands
 
 BITS = {"bf16": 16, "fp16": 16, "i8": 8, "fp8e4nv": 8}
 POINTERS = {
@@ -48,7 +50,7 @@ def compile_case(
     lse: bool = True,
     others: bool = False,
     precision: int = BF16,
-) -> dict[str, int | str]:
+) -> dict[str, Any]:
     """Registers, stack bytes (spills) and shared memory of the kernel as the launcher would configure it.
 
     With `others` and without `lse`, some of what stands after the video is padding.
@@ -105,6 +107,7 @@ def compile_case(
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         told = "" if precision == BF16 else told_by_ptxas(Path(folder, "kernel.ptx"), compiled.asm["ptx"])
+    traced, wrong = wrong_operands(compiled.asm["ptx"], block_k) if others and precision == BF16 else (0, [])
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {
         "triton": triton.__version__,
@@ -113,6 +116,8 @@ def compile_case(
         "shared_bytes": compiled.metadata.shared,
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
         "serialised": "are serialized" in told,
+        "words_traced": traced,
+        "words_wrong": wrong[:3],
     }
 
 
