@@ -123,6 +123,7 @@ def read_sampling(path: str | PathLike[str], name: str, manifest: Manifest) -> S
     """
     file = _open(path, name, manifest)
     try:
+        file.verify(quick=True)  # what a later version has added, too
         tables = SamplingTables(*(file.section(each.name) for each in fields(SamplingTables)))
         tables.check(manifest)
     except (PlanError, SampleError) as error:

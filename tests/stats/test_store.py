@@ -31,6 +31,10 @@ from calibatt.compiler.stats import (
     StoreWriter,
     UnitError,
 )
+from calibatt.compiler.stats.sampling import MAGIC as SAMPLING_MAGIC
+from calibatt.compiler.stats.sampling import VERSION as SAMPLING_VERSION
+from calibatt.compiler.stats.sampling import read_sampling
+from calibatt.plans.container import Container, write_container
 
 M = manifest()
 PLACES = [(time, layer) for time in range(2) for layer in range(2)]
@@ -411,3 +415,22 @@ def test_a_damaged_table_is_named(tmp_path):
     flip(path / "samplings/a.sampling")
     with pytest.raises(SampleError, match=r"a.sampling: section 'window_effect' must have CRC-32|be zero"):
         Store.open(path).table()
+
+
+def test_a_section_that_a_later_version_has_added_is_proved_too(tmp_path):
+    """Found by support.fuzz: only sections that are used were."""
+    of = manifest()
+    path = write_store(tmp_path / "store", of) / "samplings" / "s0.sampling"
+    file = Container.open(path, magic=SAMPLING_MAGIC, version=SAMPLING_VERSION, crc=True)
+    sections = {name: np.array(file.section(name)) for name in file.names} | {"zz": np.arange(3, dtype=np.int32)}
+    major, minor = SAMPLING_VERSION
+    more = {"magic": SAMPLING_MAGIC, "version": (major, minor + 1), "header": file.header, "sections": sections}
+    write_container(path, **more, crc=True)
+    assert Store.open(tmp_path / "store").samplings
+    read_sampling(path, "s0", of)
+    data = bytearray(path.read_bytes())
+    at = data.rindex(np.arange(3, dtype="<i4").tobytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SampleError, match="section 'zz' must have CRC-32"):
+        read_sampling(path, "s0", of)
