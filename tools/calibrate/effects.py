@@ -97,18 +97,18 @@ def _block_effects(
         k, v = (_in_blocks(x[head, None], call.video, blocks.block_k)[0].float() for x in (call.k, call.v))
         mean = call.v[head].float().mean(0)
         runs = [*_runs(tokens, size, at_once)]
-        rounded_runs = runs[::ROUNDED_STRIDE]
-        for first, count, length in runs:
+        weight = (len(runs) / len(runs[::ROUNDED_STRIDE])) ** 0.5
+        for number, (first, count, length) in enumerate(runs):
             here = slice(first * size, first * size + length)
             scores = (q[here] * channels**-0.5) @ k.T
             scores[:, tokens : k_blocks * blocks.block_k] = -torch.inf
             p = torch.softmax(scores, -1)
             change = g[here] @ v.T
-            if (first, count, length) in rounded_runs:
+            if number % ROUNDED_STRIDE == 0:
                 unit = p.amax(-1, keepdim=True) / 2**SHIFT
                 rounded = as_e4m3(p / unit) * unit - p
                 part = (rounded * (change - (g[here] @ mean)[:, None])).sum(-1).double().sum()
-                rounding[head] += part * (len(runs) / len(rounded_runs)) ** 0.5
+                rounding[head] += part * weight
             change *= p
             p, change = (_sums(x, k_blocks, blocks.block_k) for x in (p, change))
             change -= p * (g[here] * out[here]).sum(-1, keepdim=True)

@@ -138,8 +138,7 @@ class Transformer:
         def tell() -> None:
             """Hands on the calls of the block that was pulled just now."""
             for layer, (q, k, v, out), total, grads, inputs, video in self._calls:
-                if on_attention is None:
-                    continue
+                assert on_attention is not None
                 if not all(bool(grad.isfinite().all()) for some in (grads, *inputs) for grad in some):
                     if half:
                         raise OverflowInHalf
@@ -160,7 +159,10 @@ class Transformer:
             self._calls.clear()
 
         told: list[tuple[int, int]] = []
-        with _frozen(self.model), self._blocks_as_links(chain, tell, given.call(self._video)):
+        with (
+            _frozen(self.model),
+            self._blocks_as_links(chain, tell, given.call(self._video), listening=on_attention is not None),
+        ):
             with torch.enable_grad(), _keeping_weights():
                 out = floating(given.call(self.model, flat))
             found = chain.pull(
@@ -179,13 +181,15 @@ class Transformer:
         return slice(start, start + self.adapter.token_grid(self.model, arguments).tokens)
 
     @contextmanager
-    def _blocks_as_links(self, chain: Chain, tell: Callable[[], None], video: slice) -> Iterator[None]:
-        """Every block of the model adds itself to the chain instead of being differentiated by autograd."""
+    def _blocks_as_links(self, chain: Chain, tell: Callable[[], None], video: slice, listening: bool) -> Iterator[None]:
+        """Every block of the model adds itself to the chain instead of being differentiated by autograd; calls of
+        attention and their gradients are kept for `tell` where somebody listens.
+        """
 
         def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, _: Any) -> Tensor:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out, total = attention(q, k, v)
-            if torch.is_grad_enabled() and out.requires_grad:
+            if listening and torch.is_grad_enabled() and out.requires_grad:
                 grads: list[Tensor] = []
                 out.register_hook(grads.append)
                 inputs: list[list[Tensor]] = [[], [], []]
