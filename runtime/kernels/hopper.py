@@ -23,7 +23,9 @@ ascending and taken from their end, so that a partial last key block comes first
 A schedule is of the video's tokens. With others in the sequence (OTHERS), the first tiles of a batch are those of
 their queries, which attend to all keys, and every tile's list is longer: the last key block of the suffix, the last one
 of the prefix, the tile's own list from its end, and what is left of both. Up to three blocks may thus be partial, and
-the first three are masked. What is stored beyond a part's end would overwrite the next part: outputs of the video have
+the first three are masked. All are steps of one loop: with a loop of its own for those that are masked, skipped where
+there are none, the ptxas of triton 3.6 computed the queries' address in the first loop alone, and the second one used
+what the register held before. What is stored beyond a part's end would overwrite the next part: outputs of the video have
 a descriptor that ends with it, others are stored by address.
 
 Row sums are kept per lane and added across lanes at the end of a tile; every output is the sum of its blocks in list
@@ -50,9 +52,7 @@ from calibatt.runtime.kernels.hopper_softmax import (
     first_reference,
     hold,
     lane_sums_of,
-    packed,
     row_max,
-    unpacked,
     vote_bound,
     without,
 )
@@ -82,33 +82,37 @@ def registers(others):
 
 @gluon.jit
 def _step(
-    q, acc, carried, lane_sums, m, valid, k_slots, v_slots, k_full, v_full, kv_read, k_at, k_parity, v_at, v_parity,
-    scale_log2, GROUP: gl.constexpr, KV_SLOTS: gl.constexpr, DTYPE: gl.constexpr, MASKED: gl.constexpr,
-    OTHERS: gl.constexpr, SCORES: gl.constexpr, OUTPUT: gl.constexpr, LANES: gl.constexpr,
+    q, acc, p_operand, lane_sums, m, number, lead, facts, first_valid, k_slots, v_slots, k_full, v_full, kv_read, k_at,
+    k_parity, v_at, v_parity, scale_log2,
+    GROUP: gl.constexpr, KV_SLOTS: gl.constexpr, DTYPE: gl.constexpr, OTHERS: gl.constexpr, SCORES: gl.constexpr,
+    OUTPUT: gl.constexpr, LANES: gl.constexpr, ONE: gl.constexpr,
 ):  # fmt: skip
-    """One block: its scores beside the product of the block before; with MASKED only `valid` of its keys exist."""
+    """One block: its scores beside the product of the block before.
+
+    With OTHERS, of the first `lead` blocks as many keys exist as facts from `first_valid` on say.
+    """
     BLOCK_K: gl.constexpr = k_slots.type.shape[1]
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     PROBABILITIES: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUT, k_width=2)
     no_scores = gl.zeros([GROUP_Q, BLOCK_K], gl.float32, SCORES)
     mbarrier.wait(k_full.index(k_at), k_parity)
     mbarrier.wait(v_full.index(v_at), v_parity)
-    p_operand = unpacked(carried, DTYPE, BLOCK_K, PROBABILITIES, OTHERS)
     s = warpgroup_mma(q, k_slots.index(k_at).permute((1, 0)), no_scores, use_acc=False, is_async=True)
     acc = warpgroup_mma(p_operand, v_slots.index(v_at), acc, is_async=True)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
-    if MASKED:
-        s = without(s, valid, BLOCK_K, SCORES)
+    if OTHERS:
+        if number < lead:
+            s = without(s, gl.max(facts.index(first_valid + number).load(ONE), axis=0), BLOCK_K, SCORES)
     p = gl.exp2(s * scale_log2 - (m * scale_log2)[:, None])
     sums = lane_sums_of(p, BLOCK_K)
-    NAME: gl.constexpr = "masked" if MASKED else "overshoot"
-    overshoots = any_overshoots(sums, GROUP, vote_bound(DTYPE), NAME)  # also holds the wait below in its place
+    overshoots = any_overshoots(sums, GROUP, vote_bound(DTYPE))  # also holds the wait below in its place
     acc, p_operand = warpgroup_mma_wait(num_outstanding=0, deps=[acc, p_operand])
     if overshoots != 0:
         s = warpgroup_mma(q, k_slots.index(k_at).permute((1, 0)), no_scores, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
-        if MASKED:
-            s = without(s, valid, BLOCK_K, SCORES)
+        if OTHERS:
+            if number < lead:
+                s = without(s, gl.max(facts.index(first_valid + number).load(ONE), axis=0), BLOCK_K, SCORES)
         higher = gl.maximum(m, row_max(s, BLOCK_K, ROW))
         fade = gl.exp2((m - higher) * scale_log2)
         m = higher
@@ -120,7 +124,7 @@ def _step(
     lane_sums = lane_sums + sums
     k_at, k_parity = advance(k_at, k_parity, KV_SLOTS)
     v_at, v_parity = advance(v_at, v_parity, KV_SLOTS - 1)
-    return acc, packed(p, DTYPE, BLOCK_K, PROBABILITIES, OTHERS), lane_sums, m, k_at, k_parity, v_at, v_parity
+    return acc, gl.convert_layout(p.to(DTYPE), PROBABILITIES), lane_sums, m, k_at, k_parity, v_at, v_parity
 
 
 @gluon.jit
@@ -172,24 +176,18 @@ def _consumer(
     p = gl.exp2(s * scale_log2 - (m * scale_log2)[:, None])
     lane_sums = lane_sums_of(p, BLOCK_K)
     LANES: gl.constexpr = gl.SliceLayout(1, lane_sums.type.layout)
-    carried = packed(p, DTYPE, BLOCK_K, PROBABILITIES, OTHERS)
+    p_operand = gl.convert_layout(p.to(DTYPE), PROBABILITIES)
     acc = gl.zeros([GROUP_Q, HEAD_DIM], gl.float32, OUTPUT)
     while count > 0:
         q = q_slots.index(q_at * CONSUMERS + GROUP)
-        steps = count - 1
+        lead = 0
         if OTHERS:
             lead = gl.max(facts.index(q_at * HERE + FACTS + 2).load(ONE), axis=0)
-            for i in range(lead):
-                valid = gl.max(facts.index(q_at * HERE + FACTS + i).load(ONE), axis=0)
-                acc, carried, lane_sums, m, k_at, k_parity, v_at, v_parity = _step(
-                    q, acc, carried, lane_sums, m, valid, k_slots, v_slots, k_full, v_full, kv_read, k_at, k_parity,
-                    v_at, v_parity, scale_log2, GROUP, KV_SLOTS, DTYPE, True, OTHERS, SCORES, OUTPUT, LANES,
-                )  # fmt: skip
-            steps -= lead
-        for _ in range(steps):
-            acc, carried, lane_sums, m, k_at, k_parity, v_at, v_parity = _step(
-                q, acc, carried, lane_sums, m, 0, k_slots, v_slots, k_full, v_full, kv_read, k_at, k_parity,
-                v_at, v_parity, scale_log2, GROUP, KV_SLOTS, DTYPE, False, OTHERS, SCORES, OUTPUT, LANES,
+        for number in range(count - 1):
+            acc, p_operand, lane_sums, m, k_at, k_parity, v_at, v_parity = _step(
+                q, acc, p_operand, lane_sums, m, number, lead, facts, q_at * HERE + FACTS, k_slots, v_slots, k_full,
+                v_full, kv_read, k_at, k_parity, v_at, v_parity, scale_log2, GROUP, KV_SLOTS, DTYPE, OTHERS, SCORES,
+                OUTPUT, LANES, ONE,
             )  # fmt: skip
         # the last product of this tile beside the first scores of the next one
         next_q, next_parity = advance(q_at, q_parity, Q_SLOTS)
@@ -201,7 +199,6 @@ def _consumer(
         mbarrier.wait(q_full.index(next_q), next_parity, pred=next_count > 0)
         mbarrier.wait(k_full.index(k_at), k_parity, pred=next_count > 0)
         mbarrier.wait(v_full.index(v_at), v_parity)
-        p_operand = unpacked(carried, DTYPE, BLOCK_K, PROBABILITIES, OTHERS)
         s = warpgroup_mma(
             q_slots.index(next_q * CONSUMERS + GROUP), k_slots.index(k_at).permute((1, 0)), no_scores,
             use_acc=False, is_async=True,
@@ -245,7 +242,7 @@ def _consumer(
         v_at, v_parity = advance(v_at, v_parity, V_SLOTS)
         acc = acc * gl.convert_layout(share, OUTPUT_ROW)[:, None]
         q.store(acc.to(DTYPE))
-        carried = packed(p, DTYPE, BLOCK_K, PROBABILITIES, OTHERS)
+        p_operand = gl.convert_layout(p.to(DTYPE), PROBABILITIES)
         fence_async_shared()
         if ANCHORED:
             if place < 0:

@@ -61,9 +61,9 @@ def _first(s, c, valid, BLOCK_K: gl.constexpr, SCORES: gl.constexpr, ROW: gl.con
 
 @gluon.jit
 def _step(
-    q, acc, total, carried, lane_sums, m, valid, block, q_scale, k_slots, v_slots, scale_slots, k_full, v_full, kv_read,
-    k_at, k_parity, v_at, v_parity,
-    GROUP: gl.constexpr, KV_SLOTS: gl.constexpr, MASKED: gl.constexpr, SCORES: gl.constexpr, OUTPUT: gl.constexpr,
+    q, acc, total, carried, lane_sums, m, block, lead, facts, first_valid, q_scale, k_slots, v_slots, scale_slots,
+    k_full, v_full, kv_read, k_at, k_parity, v_at, v_parity,
+    GROUP: gl.constexpr, KV_SLOTS: gl.constexpr, OTHERS: gl.constexpr, SCORES: gl.constexpr, OUTPUT: gl.constexpr,
     OPERAND: gl.constexpr, LANES: gl.constexpr, ONE: gl.constexpr, LIFT: gl.constexpr,
 ):  # fmt: skip
     """The scores of block `block` + 1 of a tile beside the product of `block`; see `kernels.hopper`."""
@@ -79,22 +79,23 @@ def _step(
     s = scores_of(q, k_slots.index(k_at), nothing)
     acc = add_product(operand, v_slots.index(v_at), acc, block, DTYPE)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
-    if MASKED:
-        p = gl.exp2(without(s.to(gl.float32) * c, valid, BLOCK_K, SCORES) - m[:, None])
-    else:
-        p = gl.exp2(s.to(gl.float32) * c - m[:, None])
+    x = s.to(gl.float32) * c
+    if OTHERS:
+        if block < lead:
+            x = without(x, gl.max(facts.index(first_valid + block).load(ONE), axis=0), BLOCK_K, SCORES)
+    p = gl.exp2(x - m[:, None])
     sums, seen = sums_of(p, BLOCK_K, DTYPE)
     following = carried_of(p, BLOCK_K, DTYPE, OPERAND)
-    NAME: gl.constexpr = "masked" if MASKED else "overshoot"
-    overshoots = any_overshoots(seen, GROUP, eight_bound(DTYPE), NAME)
+    overshoots = any_overshoots(seen, GROUP, eight_bound(DTYPE))
     acc, carried = warpgroup_mma_wait(num_outstanding=0, deps=[acc, carried])
     if overshoots != 0:
         used(carried, DTYPE)
         s = scores_of(q, k_slots.index(k_at), nothing)
         s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
         x = s.to(gl.float32) * c
-        if MASKED:
-            x = without(x, valid, BLOCK_K, SCORES)
+        if OTHERS:
+            if block < lead:
+                x = without(x, gl.max(facts.index(first_valid + block).load(ONE), axis=0), BLOCK_K, SCORES)
         higher = gl.maximum(m, row_max(x, BLOCK_K, ROW) - LIFT)
         fade = gl.exp2(m - higher)
         m = higher
@@ -110,7 +111,7 @@ def _step(
     lane_sums = lane_sums + sums
     k_at, k_parity = advance(k_at, k_parity, KV_SLOTS)
     v_at, v_parity = advance(v_at, v_parity, KV_SLOTS - 1)
-    return acc, total, following, lane_sums, m, block + 1, k_at, k_parity, v_at, v_parity
+    return acc, total, following, lane_sums, m, k_at, k_parity, v_at, v_parity
 
 
 @gluon.jit
@@ -170,23 +171,14 @@ def _consumer(
         total = 0
     while count > 0:
         q = q_slots.index(q_at * CONSUMERS + GROUP)
-        block = 0
-        steps = count - 1
+        lead = 0
         if OTHERS:
             lead = gl.max(facts.index(q_at * HERE + FACTS + 2).load(ONE), axis=0)
-            for i in range(lead):
-                valid = gl.max(facts.index(q_at * HERE + FACTS + i).load(ONE), axis=0)
-                acc, total, carried, lane_sums, m, block, k_at, k_parity, v_at, v_parity = _step(
-                    q, acc, total, carried, lane_sums, m, valid, block, q_scale, k_slots, v_slots, scale_slots, k_full,
-                    v_full, kv_read, k_at, k_parity, v_at, v_parity,
-                    GROUP, KV_SLOTS, True, SCORES, OUTPUT, OPERAND, LANES, ONE, LIFT,
-                )  # fmt: skip
-            steps -= lead
-        for _ in range(steps):
-            acc, total, carried, lane_sums, m, block, k_at, k_parity, v_at, v_parity = _step(
-                q, acc, total, carried, lane_sums, m, 0, block, q_scale, k_slots, v_slots, scale_slots, k_full,
-                v_full, kv_read, k_at, k_parity, v_at, v_parity,
-                GROUP, KV_SLOTS, False, SCORES, OUTPUT, OPERAND, LANES, ONE, LIFT,
+        for block in range(count - 1):
+            acc, total, carried, lane_sums, m, k_at, k_parity, v_at, v_parity = _step(
+                q, acc, total, carried, lane_sums, m, block, lead, facts, q_at * HERE + FACTS, q_scale, k_slots,
+                v_slots, scale_slots, k_full, v_full, kv_read, k_at, k_parity, v_at, v_parity,
+                GROUP, KV_SLOTS, OTHERS, SCORES, OUTPUT, OPERAND, LANES, ONE, LIFT,
             )  # fmt: skip
         # the last product of this tile beside the first scores of the next one
         next_q, next_parity = advance(q_at, q_parity, Q_SLOTS)
@@ -217,10 +209,10 @@ def _consumer(
         mbarrier.wait(q_full.index(next_q), next_parity, pred=next_count > 0)
         mbarrier.wait(k_full.index(k_at), k_parity, pred=next_count > 0)
         mbarrier.wait(v_full.index(v_at), v_parity)
-        total = promoted(acc, total, block, DTYPE)
+        total = promoted(acc, total, count - 1, DTYPE)
         operand = operand_of(carried, BLOCK_K, DTYPE, OPERAND)
         s = scores_of(q_slots.index(next_q * CONSUMERS + GROUP), k_slots.index(k_at), nothing)
-        acc = add_product(operand, v_slots.index(v_at), acc, block, DTYPE)
+        acc = add_product(operand, v_slots.index(v_at), acc, count - 1, DTYPE)
         c = q_scale * gl.max(scale_slots.index(k_at).load(ONE), axis=0)
         s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
         p, m = _first(s, c, valid, BLOCK_K, SCORES, ROW, LIFT)

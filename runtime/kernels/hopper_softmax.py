@@ -19,25 +19,24 @@ def vote_bound(dtype):
 
 
 @gluon.constexpr_function
-def vote_asm(group, bound, name):
+def vote_asm(group, bound):
     """Votes among the 128 threads of a consumer on whether one of two values exceeds the bound.
 
-    The result goes to a register of function scope, of a name of its own at each place: Gluon turns a tensor into a
-    scalar only by a full reduction.
+    The result goes to a register of function scope: Gluon turns a tensor into a scalar only by a full reduction.
     """
     return (
-        f"\n.reg .b32 {name}{group};\n"
+        f"\n.reg .b32 overshoot{group};\n"
         "{ .reg .pred p, q; .reg .f32 t; max.f32 t, $2, $3;"
         f" setp.gt.f32 p, t, {bound}; bar.red.or.pred q, {FIRST_NAMED_BARRIER + group}, 128, p;"
-        f" selp.b32 {name}{group}, 1, 0, q; mov.f32 $0, $2; mov.f32 $1, $3; }}"
+        f" selp.b32 overshoot{group}, 1, 0, q; mov.f32 $0, $2; mov.f32 $1, $3; }}"
     )
 
 
 @gluon.constexpr_function
-def verdict_asm(group, name):
+def verdict_asm(group):
     """Reads the result of a vote; ``vote.sync`` lets ptxas see that it is the same in all lanes."""
     return (
-        f"{{ .reg .pred p; setp.ne.u32 p, {name}{group}, 0; vote.sync.any.pred p, p, 0xffffffff;"
+        f"{{ .reg .pred p; setp.ne.u32 p, overshoot{group}, 0; vote.sync.any.pred p, p, 0xffffffff;"
         " selp.b32 $0, 1, 0, p; }"
     )
 
@@ -52,11 +51,11 @@ def hold_asm(group):
 
 
 @gluon.jit
-def any_overshoots(sums, GROUP: gl.constexpr, BOUND: gl.constexpr, NAME: gl.constexpr):
+def any_overshoots(sums, GROUP: gl.constexpr, BOUND: gl.constexpr):
     """Whether any partial sum of the consumer exceeds the bound; NaN does not."""
-    vote: gl.constexpr = vote_asm(GROUP, BOUND, NAME)
+    vote: gl.constexpr = vote_asm(GROUP, BOUND)
     gl.inline_asm_elementwise(vote, "=f,=f,f,f", [sums], dtype=gl.float32, is_pure=False, pack=2)
-    return gl.inline_asm_elementwise(verdict_asm(GROUP, NAME), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    return gl.inline_asm_elementwise(verdict_asm(GROUP), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -93,35 +92,3 @@ def first_reference(scores, valid, BLOCK_K: gl.constexpr, SCORES: gl.constexpr, 
     scores = without(scores, valid, BLOCK_K, SCORES)
     reference = row_max(scores, BLOCK_K, ROW)
     return scores, gl.where(reference == float("-inf"), 0.0, reference)
-
-
-@gluon.constexpr_function
-def pack_asm(dtype):
-    """Two fp32 values as one word of two 16-bit ones, the first in the low half."""
-    return f"cvt.rn.{'f16x2' if dtype == gl.float16 else 'bf16x2'}.f32 $0, $2, $1;"
-
-
-@gluon.jit
-def packed(p, DTYPE: gl.constexpr, BLOCK_K: gl.constexpr, LAYOUT: gl.constexpr, WORDS: gl.constexpr):
-    """Probabilities in 16 bits, as loops carry them: an operand, or with WORDS two in each int32.
-
-    Where one loop follows another, single 16-bit values would be carried in a register each: 64 more instructions a
-    step. A lone loop spills 8 bytes with words (triton 3.9) and nothing without.
-    """
-    if WORDS:
-        even, odd = gl.split(p.reshape([GROUP_Q, BLOCK_K // 2, 2]))
-        ASM: gl.constexpr = pack_asm(DTYPE)
-        return gl.inline_asm_elementwise(ASM, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
-    else:
-        return gl.convert_layout(p.to(DTYPE), LAYOUT)
-
-
-@gluon.jit
-def unpacked(carried, DTYPE: gl.constexpr, BLOCK_K: gl.constexpr, LAYOUT: gl.constexpr, WORDS: gl.constexpr):
-    """The operand of what `packed` made, by no instruction: both halves of two equal words."""
-    if WORDS:
-        twice = gl.convert_layout(gl.join(carried, carried).reshape([GROUP_Q, BLOCK_K]), LAYOUT)
-        halves = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [twice], dtype=gl.int16, is_pure=False, pack=2)
-        return halves.to(DTYPE, bitcast=True)
-    else:
-        return carried

@@ -376,3 +376,23 @@ def test_attention_is_exact_and_says_whose_it_is(channels: int):
     assert total is None
     assert kernel_name(q) == "PyTorch on the CPU"
     torch.testing.assert_close(out, (q @ k.mT * channels**-0.5).softmax(-1) @ v, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "channels"), [(torch.float32, 128), (torch.float32, 64), (torch.bfloat16, 256), (torch.bfloat16, 128)]
+)
+def test_every_head_size_is_measured_on_a_gpu(dtype: torch.dtype, channels: int, monkeypatch: pytest.MonkeyPatch):
+    """Also those whose tiles do not fit into shared memory, which PyTorch measures."""
+    monkeypatch.setattr(effects, "ROUNDED_STRIDE", 1)
+    drawn = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(2, 300, channels, generator=drawn).to("cuda", dtype) for _ in range(4))
+    out, total = attention(q[None], k[None], v[None])
+    call = AttentionCall(0, q, k, v, out[0], total[0], [grad], 1.0, slice(7, 290))
+    exact = AttentionCall(0, *(x.cpu().float() for x in (q, k, v, out[0])), None, [grad.cpu().float()], 1.0, call.video)
+    words = effects.mask_words(torch.rand(3, 2, 3, 3, generator=drawn) < 0.5)
+    found = effects.block_effects(call, words.cuda(), 3, Blocks(128, 128))
+    expected = effects.block_effects(exact, words, 3, Blocks(128, 128))
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        scale = float(theirs.double().square().mean() ** 0.5)
+        torch.testing.assert_close(ours.cpu() / scale, theirs / scale, rtol=0, atol=0.02)

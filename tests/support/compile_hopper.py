@@ -21,7 +21,6 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from calibatt.plans import BF16, INT8_FP8
 from calibatt.runtime.kernels import hopper, hopper_eight
-from support.ptx_order import wrong_operands
 
 BITS = {"bf16": 16, "fp16": 16, "i8": 8, "fp8e4nv": 8}
 POINTERS = {
@@ -107,7 +106,6 @@ def compile_case(
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         told = "" if precision == BF16 else told_by_ptxas(Path(folder, "kernel.ptx"), compiled.asm["ptx"])
-    traced, wrong = wrong_operands(compiled.asm["ptx"], block_k) if others and precision == BF16 else (0, [])
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {
         "triton": triton.__version__,
@@ -116,8 +114,6 @@ def compile_case(
         "shared_bytes": compiled.metadata.shared,
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
         "serialised": "are serialized" in told,
-        "words_traced": traced,
-        "words_wrong": wrong[:3],
     }
 
 

@@ -71,10 +71,12 @@ def block_effects(call: AttentionCall, words: Tensor, masks: int, blocks: Blocks
         Float32 ``(V, H, Q, K)`` effects of blocks, but for their sign, which is the same for all; and float64
         ``(V, masks, H)`` effects of masks, ``(V, H)`` of rounding.
     """
+    measure = _block_effects
     if call.q.is_cuda:
-        from calibatt.tools.calibrate.kernels import block_effects as measure
-    else:
-        measure = _block_effects
+        from calibatt.tools.calibrate import kernels
+
+        if kernels.fits(call.q, blocks):
+            measure = kernels.block_effects
     words = words.expand(len(call.q), -1, -1)
     found = [measure(call, grad, words, masks, blocks) for grad in call.grads]
     effect, kept, rounding = (torch.stack(each) / call.scale for each in zip(*found, strict=True))
@@ -87,10 +89,11 @@ def _block_effects(
     """`block_effects` of one gradient by PyTorch, some queries of a head at a time."""
     heads, _, channels = call.q.shape
     tokens, size, k_blocks = grad[:, call.video].shape[1], blocks.block_q, words.shape[2]
-    effect = torch.zeros(words.shape)
-    kept = torch.zeros(masks, heads, dtype=torch.float64)
-    rounding = torch.zeros(heads, dtype=torch.float64)
-    bits = torch.arange(masks, dtype=torch.int32)
+    device = call.q.device
+    effect = torch.zeros(words.shape, device=device)
+    kept = torch.zeros(masks, heads, dtype=torch.float64, device=device)
+    rounding = torch.zeros(heads, dtype=torch.float64, device=device)
+    bits = torch.arange(masks, dtype=torch.int32, device=device)
     at_once = max(1, SCORES_AT_ONCE // (call.q.shape[1] * size))
     for head in range(heads):
         q, out, g = (x[head, call.video].float() for x in (call.q, call.out, grad))

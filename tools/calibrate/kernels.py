@@ -17,6 +17,8 @@ LOG2E = 1.4426950408889634
 MAX_TILE = 128
 ROWS = 128
 """Queries of a program: those measured of one query block, or of several where few of each are."""
+SHARED_BYTES = 232_448
+"""Of a program on sm90."""
 MOST_GAP = 64.0
 """Of log2 of a probability; 2 to its power is far from the end of float32."""
 
@@ -237,6 +239,12 @@ def _block_effects(
     tl.store(rounding_ptr + head * q_blocks + block, tl.sum(tl.where(exists, rounding, 0.0), 0))
 
 
+def fits(q: Tensor, blocks: Blocks) -> bool:
+    """Whether the tiles of `block_effects` fit into shared memory: queries, gradients, keys and values, fp32 in halves."""
+    tile = max(blocks.block_q, blocks.block_k) * triton.next_power_of_2(q.shape[-1]) * q.element_size()
+    return tile * (6 if q.dtype == torch.float32 else 4) <= SHARED_BYTES
+
+
 def block_effects(
     call: AttentionCall, grad: Tensor, words: Tensor, masks: int, blocks: Blocks
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,7 +301,7 @@ def block_effects(
             MASKS=columns,
             PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
             num_warps=8 if blocks.block_q * blocks.block_k >= 128 * 64 else 4,
-            num_stages=2,
+            num_stages=1 if q.dtype == torch.float32 else 2,
         )
     return effect, kept.double().sum(1).T[:masks], rounding.double().sum(1)
 
