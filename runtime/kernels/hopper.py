@@ -25,8 +25,8 @@ their queries, which attend to all keys, and every tile's list is longer: the la
 of the prefix, the tile's own list from its end, and what is left of both. Up to three blocks may thus be partial, and
 the first three are masked. All are steps of one loop: with a loop of its own for those that are masked, skipped where
 there are none, the ptxas of triton 3.6 computed the queries' address in the first loop alone, and the second one used
-what the register held before. What is stored beyond a part's end would overwrite the next part: outputs of the video have
-a descriptor that ends with it, others are stored by address.
+what the register held before. What is stored beyond a part's end would overwrite the next part: outputs of the video
+have a descriptor that ends with it, others are stored by address.
 
 Row sums are kept per lane and added across lanes at the end of a tile; every output is the sum of its blocks in list
 order, so that equal inputs give equal bits, whichever CTA computes a tile.

@@ -240,7 +240,7 @@ def _block_effects(
 
 
 def fits(q: Tensor, blocks: Blocks) -> bool:
-    """Whether the tiles of `block_effects` fit into shared memory: queries, gradients, keys and values, fp32 in halves."""
+    """Whether the tiles of `block_effects` fit into shared memory: of q, the gradient, k and v, more for fp32."""
     tile = max(blocks.block_q, blocks.block_k) * triton.next_power_of_2(q.shape[-1]) * q.element_size()
     return tile * (6 if q.dtype == torch.float32 else 4) <= SHARED_BYTES
 
