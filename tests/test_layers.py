@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,17 @@ def test_the_walk_sees_every_form_of_import() -> None:
         "torch.nn",
         "calibatt.compiler",
     }
+
+
+def test_studies_are_not_installed_and_nothing_installed_imports_them() -> None:
+    """The wheel holds the packages that pyproject.toml lists: all folders with an `__init__.py` but the studies."""
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    packages = re.findall(r'"([\w.]+)"', text[text.index("\npackages = [") : text.index("[tool.setuptools.dynamic]")])
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for folder in OURS for path in files(folder)}
+    assert {*packages} == {"calibatt", *(f"calibatt.{folder}" for folder in folders - {"tools.studies"})}
+    studies = ROOT / "tools" / "studies"
+    for path in (path for folder in OURS for path in files(folder) if studies not in path.parents):
+        assert not crossed(imports(path.read_text("utf-8")), {"calibatt.tools.studies"}), path
 
 
 def test_plans_load_without_torch() -> None:

@@ -29,9 +29,10 @@ from calibatt.tools.calibrate.effects import block_effects, mask_words
 from calibatt.tools.calibrate.gradients import AttentionCall
 from calibatt.tools.calibrate.pipeline import PipelineError
 from calibatt.tools.evaluate import __main__ as command
-from calibatt.tools.evaluate import effects, masks, metrics
-from calibatt.tools.evaluate.masks import schedule_of
+from calibatt.tools.evaluate import effects, metrics
 from calibatt.tools.inspect_plan.__main__ import main as inspect
+from calibatt.tools.studies import masks
+from calibatt.tools.studies.masks import schedule_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

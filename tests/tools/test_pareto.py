@@ -22,8 +22,8 @@ from calibatt.runtime.reference import reference_attention
 from calibatt.runtime.schedule import LayerSchedule
 from calibatt.tools.calibrate import models
 from calibatt.tools.calibrate.effects import keep_planes
-from calibatt.tools.evaluate import ablations, baselines, bench, masks, pareto, sizes, sol_attn, study
-from calibatt.tools.evaluate.bench import Bench, Kept
+from calibatt.tools.studies import ablations, baselines, bench, masks, pareto, sizes, sol_attn, study
+from calibatt.tools.studies.bench import Bench, Kept
 
 BLOCKS = Blocks(16, 16)
 WORK = [("three", 1), ("four words", 2)]

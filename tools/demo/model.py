@@ -194,7 +194,7 @@ def trained(name: str, device: str | torch.device = "cpu") -> tuple[DemoModel, l
     if name == "demo":
         return model, [WEIGHTS]
     if not FEW_STEPS.exists():
-        raise ValueError(f"the LoRA for few steps must be in {FEW_STEPS}: python -m calibatt.tools.demo.distill")
+        raise ValueError(f"the LoRA for few steps must be in {FEW_STEPS}: python -m calibatt.tools.studies.distill")
     return model.load_lora(FEW_STEPS), [WEIGHTS, FEW_STEPS]
 
 

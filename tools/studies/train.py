@@ -1,8 +1,8 @@
 """Trains the demo model on a GPU within a time budget; these commands made the weights in this folder and in grown/.
 
-    python -m calibatt.tools.demo.train --seconds 940 --part-seconds 500 --checkpoint demo.pt -o out/     # twice
-    python -m calibatt.tools.demo.train --from tools/demo/weights.safetensors --size medium --seconds 90 -o medium/
-    python -m calibatt.tools.demo.train --from medium/weights.safetensors --size large --size medium --seconds 130 \\
+    python -m calibatt.tools.studies.train --seconds 940 --part-seconds 500 --checkpoint demo.pt -o out/     # twice
+    python -m calibatt.tools.studies.train --from tools/demo/weights.safetensors --size medium --seconds 90 -o medium/
+    python -m calibatt.tools.studies.train --from medium/weights.safetensors --size large --size medium --seconds 130 \\
         -o large/
 
 Rectified flow on videos rendered on the fly. The matrices of the blocks are trained by Muon (orthogonalised momentum,

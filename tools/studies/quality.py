@@ -1,6 +1,6 @@
 """Judges the demo model and a plan on prompts that neither training nor calibration saw.
 
-    python -m calibatt.tools.demo.quality plans/demo.plan -o docs/benchmarks/demo_quality.json
+    python -m calibatt.tools.studies.quality plans/demo.plan -o docs/benchmarks/demo_quality.json
 
 Generates every prompt dense and planned, some of them dense by a second exact kernel (the floor: what no plan can
 beat), measures what the videos show against what the prompts say, and how concentrated attention is in the trained
@@ -113,7 +113,7 @@ def main(plan: Path, prompts: int, device: str, output: Path) -> None:
     except (PlanError, OSError, RuntimeError) as error:
         raise click.ClickException(" ".join(str(error).split())) from None
     about = {
-        "command": typed("python -m calibatt.tools.demo.quality"),
+        "command": typed("python -m calibatt.tools.studies.quality"),
         "date": datetime.date.today().isoformat(),
         "device": measure.device_name(device),
         "python": platform.python_version(),

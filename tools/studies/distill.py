@@ -1,6 +1,6 @@
 """Trains a LoRA with which the demo model samples in four steps what it samples in eight, on a GPU.
 
-    python -m calibatt.tools.demo.distill --seconds 50 -o out/
+    python -m calibatt.tools.studies.distill --seconds 50 -o out/
 
 Progressive distillation (Salimans and Ho, 2022): one Euler step of the student is to arrive where two of the teacher's
 arrive, on the demo's own schedule; the teacher is the demo model without the LoRA. Both begin from rendered videos
@@ -26,7 +26,7 @@ from torch.nn.attention import sdpa_kernel
 from calibatt.plans.files import write_text
 from calibatt.tools.demo import world
 from calibatt.tools.demo.model import FEW, LORA, STEPS, WEIGHTS, DemoModel, times
-from calibatt.tools.demo.train import ATTENTION, Curve, check, drawn, sample_prompts, sheet
+from calibatt.tools.studies.train import ATTENTION, Curve, check, drawn, sample_prompts, sheet
 
 RANK = 12
 TARGETS = [f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")]
