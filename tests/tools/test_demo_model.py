@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from calibatt.tools.demo import world
-from calibatt.tools.demo.model import FEW_STEPS, GROWN, WEIGHTS, DemoModel, generate, noise, times, trained
+from calibatt.tools.demo_model import world
+from calibatt.tools.demo_model.model import FEW_STEPS, GROWN, WEIGHTS, DemoModel, generate, noise, times, trained
 
 
 def test_the_weights_are_small_enough_for_the_repository():

@@ -20,9 +20,9 @@ from calibatt.runtime import load_plan
 from calibatt.tools.calibrate.__main__ import main as calibrate
 from calibatt.tools.calibrate.models import make_sampler
 from calibatt.tools.demo import __main__ as demo
-from calibatt.tools.demo import model, world
-from calibatt.tools.demo.model import DemoModel, generate, noise, times
-from calibatt.tools.demo.world import Clip
+from calibatt.tools.demo_model import model, world
+from calibatt.tools.demo_model.model import DemoModel, generate, noise, times
+from calibatt.tools.demo_model.world import Clip
 from calibatt.tools.evaluate.__main__ import main as evaluate
 from calibatt.tools.inspect_plan.__main__ import main as inspect_plan
 from calibatt.tools.studies import distill, train

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calibatt.tools.demo import world
+from calibatt.tools.demo_model import world
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from calibatt.plans.files import write_text
-from calibatt.tools.demo import world
-from calibatt.tools.demo.model import FEW, LORA, STEPS, WEIGHTS, DemoModel, times
+from calibatt.tools.demo_model import world
+from calibatt.tools.demo_model.model import FEW, LORA, STEPS, WEIGHTS, DemoModel, times
 from calibatt.tools.studies.train import ATTENTION, Curve, check, drawn, sample_prompts, sheet
 
 RANK = 12

@@ -24,8 +24,9 @@ from calibatt.plans.files import write_text
 from calibatt.runtime import Plan, load_plan
 from calibatt.tools.calibrate.effects import block_statistics, keep_planes
 from calibatt.tools.calibrate.models import FIRST_SEED
-from calibatt.tools.demo import measure, world
-from calibatt.tools.demo.model import DemoModel, generate
+from calibatt.tools.demo import measure
+from calibatt.tools.demo_model import world
+from calibatt.tools.demo_model.model import DemoModel, generate
 from calibatt.tools.evaluate.harness import attending, executed_density, typed, written_out
 from calibatt.tools.evaluate.metrics import psnr_db, summarise
 

@@ -29,7 +29,7 @@ from calibatt.compiler.stats import Store
 from calibatt.plans.files import write_text
 from calibatt.runtime import Plan, load_plan
 from calibatt.tools.demo import measure
-from calibatt.tools.demo.model import DemoModel, generate
+from calibatt.tools.demo_model.model import DemoModel, generate
 from calibatt.tools.evaluate.harness import executed_density, typed
 
 FIRST_SEED = 5000

@@ -1,7 +1,8 @@
 """Trains the demo model on a GPU within a time budget; these commands made the weights in this folder and in grown/.
 
     python -m calibatt.tools.studies.train --seconds 940 --part-seconds 500 --checkpoint demo.pt -o out/     # twice
-    python -m calibatt.tools.studies.train --from tools/demo/weights.safetensors --size medium --seconds 90 -o medium/
+    python -m calibatt.tools.studies.train --from tools/demo_model/weights.safetensors --size medium --seconds 90 \\
+        -o medium/
     python -m calibatt.tools.studies.train --from medium/weights.safetensors --size large --size medium --seconds 130 \\
         -o large/
 
@@ -27,8 +28,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibatt.plans.files import whole_file, write_text
-from calibatt.tools.demo import world
-from calibatt.tools.demo.model import STEPS, DemoModel, generate
+from calibatt.tools.demo_model import world
+from calibatt.tools.demo_model.model import STEPS, DemoModel, generate
 
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MUON_RATE, MUON_MOMENTUM = 3e-3, 0.95

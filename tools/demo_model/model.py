@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from calibatt.plans import TokenGrid
 from calibatt.plans.files import whole_file
-from calibatt.tools.demo import world
-from calibatt.tools.demo.world import SMALL, Clip
+from calibatt.tools.demo_model import world
+from calibatt.tools.demo_model.world import SMALL, Clip
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 GROWN = Path(__file__).parent / "grown" / "weights.safetensors"
