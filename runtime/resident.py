@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid, told_precisions
-from calibatt.runtime.schedule import LayerSchedule, StoredSchedule
+from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule, StoredSchedule
 from calibatt.runtime.workspace import Workspace
 
 RESIDENT_BYTES = 1 << 28
@@ -25,7 +25,7 @@ class ResidentSchedules:
         schedules: By segment, then by layer.
     """
 
-    def __init__(self, schedules: Sequence[Sequence[LayerSchedule]]) -> None:
+    def __init__(self, schedules: Sequence[Sequence[AttentionSchedule]]) -> None:
         self.lock = threading.RLock()
         """Held by threads that put arrays on devices, use them, or let them go."""
         self._schedules = tuple(map(tuple, schedules))
@@ -43,7 +43,7 @@ class ResidentSchedules:
         """Bytes on all devices, of all that is there now."""
         return self._shared_bytes + sum(self._bound_bytes(segment) for segment in range(len(self._schedules)))
 
-    def layers(self, segment: int) -> Sequence[LayerSchedule]:
+    def layers(self, segment: int) -> Sequence[AttentionSchedule]:
         """The schedules of all layers in one segment."""
         return self._schedules[segment]
 
@@ -80,7 +80,7 @@ class LoadedPlan(ResidentSchedules):
             [
                 [StoredSchedule(stored, segment, layer) for layer in layers]
                 if isinstance(stored, StoredLayers)
-                else [LayerSchedule(core) for core in stored[segment]]
+                else [ListedSchedule(core) for core in stored[segment]]
                 for segment in range(len(file.segments))
             ]
         )
@@ -101,7 +101,7 @@ class LoadedPlan(ResidentSchedules):
     def segments(self) -> tuple[Segment, ...]:
         return self.file.segments
 
-    def schedule(self, time: float, layer: int) -> LayerSchedule:
+    def schedule(self, time: float, layer: int) -> AttentionSchedule:
         """What a layer executes at a denoising time; the same object for all times of a segment.
 
         Raises:

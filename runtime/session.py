@@ -21,7 +21,7 @@ from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptedSite, Interception, each_sample
 from calibatt.runtime.parallel import Place, Share, Ulysses, ulysses_of
 from calibatt.runtime.resident import LoadedPlan, ResidentSchedules
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import AttentionSchedule
 from calibatt.runtime.timesteps import Timesteps
 
 STOCK = -1
@@ -125,7 +125,7 @@ class Session:
         """Bytes of index arrays on all devices: of the plan, and of this rank's shares."""
         return plan.bound_bytes + (self.shares[plan].bound_bytes if plan in self.shares else 0)
 
-    def _layers(self, entry: int) -> Sequence[LayerSchedule]:
+    def _layers(self, entry: int) -> Sequence[AttentionSchedule]:
         """What is executed here: the plan's schedules, or this rank's shares of them."""
         plan, segment = self.entries[entry]
         return self.shares.get(plan, plan).layers(segment)
@@ -148,6 +148,16 @@ class Session:
         return float(time)
 
     def resolve(self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None) -> tuple[int, int]:
+        """The entry that a forward runs in, everything it needs made ready, and where the video starts.
+
+        Args:
+            time: What says the denoising time.
+            grid: That of `Adapter.grid`.
+            coordinates: Of the tokens, from which the grid is then read.
+
+        Raises:
+            PlanMismatchError: The forward must not run.
+        """
         if time.numel() == 0:  # an empty batch
             return STOCK, 0
         self.interception.verify()
@@ -190,6 +200,9 @@ class Session:
         entry: int,
         layer: int,
     ) -> torch.Tensor:
+        """Attention of one layer; all ``(B, N, H, D)``. The video's tokens follow each other from `video_start` on.
+        With lengths, int32 ``(B,)`` on the device, what follows them in a sample is padding.
+        """
         if entry == STOCK:
             stock = self.interception.sites[layer].stock
             return stock(q, k, v) if lengths is None else each_sample(stock, q, k, v, lengths.tolist())
