@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 from calibatt.compiler.bits import Bits, count, pack, unpack
 from calibatt.compiler.error_model import CODES, at_shares, cuts
 from calibatt.compiler.ir import Float64, Groups, Int64, Job, UnitIR, full_bits, over_sources, packed_bits, tile_sources
+from calibatt.compiler.prediction import CUT, DENSE
 from calibatt.compiler.stats import Window, window_keep
 from calibatt.plans import Blocks, TokenGrid
 
@@ -18,22 +18,38 @@ CUT_STEP = 2
 """Codes from one cut to the next: 4 in a factor of 2."""
 
 
+class Mask(NamedTuple):
+    """A mask of the menu, for any head.
+
+    Args:
+        name: ``dense``, that of a window, or ``cut``.
+        kind: As in `prediction.Masks`.
+        below: A cut keeps the blocks whose code is below this.
+    """
+
+    name: str
+    kind: int
+    below: int = 0
+
+
 class Candidate(NamedTuple):
     """What a head may be.
 
     Args:
-        column: Of the menu: its mask.
+        mask: What it keeps.
         anchored: Whether it computes its anchors alone.
         precision: One of `plans.PRECISIONS`.
+        error: Expected of all three.
     """
 
-    column: int
+    mask: Mask
     anchored: bool
     precision: int
+    error: float
 
 
 class Menu:
-    """The masks of every head, in the order of a table's columns: dense, windows, cuts.
+    """The masks that heads may choose from, in the order of all tables: dense, windows, cuts.
 
     Args:
         job: Of the units.
@@ -45,59 +61,56 @@ class Menu:
         self.shares = job.manifest.shares
         self.windows = job.manifest.windows if "windows" in parts else ()
         self.cuts = np.arange(0, CODES, CUT_STEP) if "cuts" in parts else np.zeros(0, np.int64)
-        """A cut keeps the blocks whose code is below this."""
-        self.first_cut = 1 + len(self.windows)
-        self.columns = self.first_cut + len(self.cuts)
-
-    def candidates(self, precisions: Sequence[int]) -> list[Candidate]:
-        """Precision by precision: all masks, then all of them with anchors."""
-        columns = range(self.columns)
-        return [Candidate(at, anchored, each) for each in precisions for anchored in (False, True) for at in columns]
+        self.masks = [
+            Mask("dense", DENSE),
+            *(Mask(str(window), kind) for kind, window in enumerate(self.windows)),
+            *(Mask("cut", CUT, below) for below in self.cuts.tolist()),
+        ]
 
     def table(self, unit: UnitIR) -> tuple[Int64, Float64]:
-        """Blocks int64 and errors float64, both ``(H, columns)``; leaves the errors of cuts at the ladder's shares."""
-        blocks = np.full((unit.heads, self.columns), unit.dense_blocks, np.int64)
-        error = np.zeros(blocks.shape)
+        """Blocks int64 and errors float64, both ``(H, masks)``; leaves the errors of cuts at the ladder's shares."""
         required = [np.flatnonzero(unpack(bits, unit.k_blocks)) for bits in unit.required]
         places, starts = np.concatenate(required), np.cumsum([0, *map(len, required[:-1])])
-        for column, window in enumerate(self.windows, 1):
+        blocks, error = [np.full(unit.heads, unit.dense_blocks)], [np.zeros(unit.heads)]
+        for window, measured in zip(self.windows, unit.means.window_error, strict=False):
             keep = window_keep(window, unit.grid, unit.blocks)
             outside = np.add.reduceat(~keep.reshape(-1).take(places), starts, dtype=np.int64)
-            blocks[:, column] = np.count_nonzero(keep) + outside
-            error[:, column] = unit.means.window_error[column - 1]
+            blocks.append(np.count_nonzero(keep) + outside)
+            error.append(measured)
         if len(self.cuts):
-            unit.share_error = np.zeros((len(self.shares), unit.heads))
-            for head in range(unit.heads):
-                number, lost = cuts(unit, head)
-                blocks[head, self.first_cut :], error[head, self.first_cut :] = number[self.cuts], lost[self.cuts]
-                unit.share_error[:, head] = at_shares(number, lost, self.shares, unit.dense_blocks)
-        return blocks, error
+            numbers, losses = np.array([cuts(unit, head) for head in range(unit.heads)]).swapaxes(0, 1)
+            shares = (self.shares, unit.dense_blocks)
+            unit.share_error = np.stack([at_shares(*both, *shares) for both in zip(numbers, losses, strict=True)], 1)
+            blocks.extend(numbers.T[self.cuts])
+            error.extend(losses.T[self.cuts])
+        return np.stack(blocks, 1).astype(np.int64), np.stack(error, 1)
 
     def packed_blocks(self, unit: UnitIR, head: int, groups: Groups) -> Int64:
-        """int64 ``(columns,)``: what each mask of a head computes where only its anchors are, packed into tiles."""
+        """int64 ``(masks,)``: what each mask of a head computes where only its anchors are, packed into tiles."""
         sources = tile_sources(unit.grid, unit.blocks, groups)
         required = packed_bits(unit.required[head], unit.grid, unit.blocks, groups)
         always = np.flatnonzero(unpack(required, unit.k_blocks))
-        found = np.full(self.columns, sources.shape[1] * unit.k_blocks, np.int64)
+        found = [np.array([sources.shape[1] * unit.k_blocks])]
         if self.windows:
-            windows = packed_windows(self.windows, unit.grid, unit.blocks, groups)
-            found[1 : self.first_cut] = count(windows | required, (1, 2))
+            found.append(count(packed_windows(self.windows, unit.grid, unit.blocks, groups) | required, (1, 2)))
         if len(self.cuts):
             least = over_sources(np.minimum, unit.means.error_code[head], sources).reshape(-1)
             others = np.bincount(least, minlength=CODES) - np.bincount(least[always], minlength=CODES)
             below = np.append(0, others.cumsum()) + len(always)
-            found[self.first_cut :] = below[self.cuts]
-        return found
+            found.append(below[self.cuts])
+        blocks: Int64 = np.concatenate(found, dtype=np.int64)
+        return blocks
 
-    def mask(self, unit: UnitIR, head: int, column: int) -> tuple[str, Bits]:
-        """Name and packed mask ``(Q, ceil(K / 8))`` of a candidate."""
-        if column == 0:
-            return "dense", full_bits(unit.q_blocks, unit.k_blocks)
-        if column < self.first_cut:
-            bits = window_bits(self.windows, unit.grid, unit.blocks)[column - 1]
-            return str(self.windows[column - 1]), bits | unit.required[head]
-        below = self.cuts[column - self.first_cut]
-        return "cut", pack(unit.means.error_code[head] < below) | unit.required[head]
+    def bits(self, mask: Mask, unit: UnitIR, head: int) -> Bits:
+        """Packed ``(Q, ceil(K / 8))``: what a mask keeps of a head."""
+        if mask.kind == DENSE:
+            return full_bits(unit.q_blocks, unit.k_blocks)
+        if mask.kind == CUT:
+            bits = pack(unit.means.error_code[head] < mask.below)
+        else:
+            bits = window_bits(self.windows, unit.grid, unit.blocks)[mask.kind].copy()
+        bits |= unit.required[head]
+        return bits
 
 
 @lru_cache(maxsize=8)

@@ -8,13 +8,14 @@ from calibatt.runtime.masks import plan_from_masks
 from calibatt.runtime.ops import planned_attention
 from calibatt.runtime.parallel import ParallelismError
 from calibatt.runtime.plan import Plan, PlanSet, load_plan, load_plans
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule
 
 __all__ = [
     "Adapter",
     "Attachment",
+    "AttentionSchedule",
     "InterceptionLostError",
-    "LayerSchedule",
+    "ListedSchedule",
     "OutsideForwardError",
     "ParallelismError",
     "PipelineAttachment",

@@ -6,22 +6,63 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from torch import nn
 
-from calibatt.runtime.adapters import (
-    Adapter,
-    PlanMismatchError,
-    UnknownModelError,
-    adapter_for,
-    unwrap,
-)
+from calibatt.plans import ModelSignature
+from calibatt.runtime.adapters import Adapter, PlanMismatchError, UnknownModelError, adapter_for, unwrap
 from calibatt.runtime.parallel import slowest_rank
-from calibatt.runtime.session import Session, check_signature, intercepted, where_it_runs
+from calibatt.runtime.resident import LoadedPlan
+from calibatt.runtime.session import Session, intercepted, where_it_runs
 
-if TYPE_CHECKING:
-    from calibatt.runtime.plan import Plan, PlanSet
+OnMismatch = Literal["error", "dense"]
+
+
+class Attachable:
+    """What can be attached to a model: a plan, or a set of them."""
+
+    def fitting(self, signature: ModelSignature) -> Sequence[LoadedPlan]:
+        """The plans that are for a model, each at a resolution of its own.
+
+        Raises:
+            PlanMismatchError: There is none; says what differs.
+        """
+        raise NotImplementedError
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        backend: str = "auto",
+        on_mismatch: OnMismatch = "error",
+        adapter: Adapter | None = None,
+    ) -> Attachment:
+        """Runs the model's self-attention by this plan, from now until `Attachment.detach` or the end of a ``with``.
+
+        Of a set of plans, each call follows the one of its resolution. Inference only. Attach after whatever replaces
+        attention processors. The model's device and dtype may change later: the backend is then chosen, and an explicit
+        one checked, anew. So may `enable_parallelism` of diffusers be called later, with a ulysses_degree: every rank
+        then executes some of the heads, and must attach the same plan. Threads may call the model at the same time; it
+        must be called as ``model(...)``: ``model.forward(...)`` is an `OutsideForwardError`.
+
+        Args:
+            model: The transformer, compiled or not.
+            backend: ``auto``, or the name of the backend that must execute.
+            on_mismatch: What a forward at a resolution that no plan is for does: ``error`` raises before any work,
+                ``dense`` runs the model's own attention, with one warning a resolution. A model of another signature
+                is always an error.
+            adapter: The model's row, for a family that `adapters.ADAPTERS` lacks.
+
+        Raises:
+            ParallelismError: The model is spread over ranks by more than Ulysses, or heads or tokens do not divide.
+            PlanMismatchError: As of `fitting`.
+            UnknownModelError: The model's family is not known.
+            UnsupportedBackendError: The backend cannot execute the plan where the model is now.
+            ValueError: An option has an unknown value.
+        """
+        row = adapter_for(model) if adapter is None else adapter
+        return Attachment(self.fitting(row.signature(model)), model, backend, on_mismatch, row)
 
 
 class Attachment:
@@ -30,13 +71,10 @@ class Attachment:
     """
 
     def __init__(
-        self, plans: Sequence[Plan], model: nn.Module, backend: str, on_mismatch: str, adapter: Adapter | None
+        self, plans: Sequence[LoadedPlan], model: nn.Module, backend: str, on_mismatch: str, adapter: Adapter
     ) -> None:
         if on_mismatch not in ("error", "dense"):
             raise ValueError(f"on_mismatch must be 'error' or 'dense', got {on_mismatch!r}")
-        adapter = adapter_for(model) if adapter is None else adapter
-        for plan in plans:
-            check_signature(plan.signature, adapter.signature(model))
         self.plans = tuple(plans)
         self._session = Session(self.plans, adapter, backend, on_mismatch == "dense")
         self._session.join(unwrap(model), adapter.sites(model))
@@ -65,7 +103,7 @@ class Attachment:
         """Who executes what, as text: the backends, and the density of every layer in every segment."""
         return "\n".join(line for plan in self.plans for line in self._explained(plan))
 
-    def _explained(self, plan: Plan) -> list[str]:
+    def _explained(self, plan: LoadedPlan) -> list[str]:
         first, *densities = plan.explain()
         lines = [first]
         entries = [index for index, (owner, _) in enumerate(self._session.entries) if owner is plan]
@@ -116,7 +154,7 @@ class PipelineAttachment:
 
 
 def attach(
-    model_or_pipeline: Any, plans: Plan | PlanSet | Mapping[str, Plan | PlanSet], **options: Any
+    model_or_pipeline: Any, plans: Attachable | Mapping[str, Attachable], **options: Any
 ) -> Attachment | PipelineAttachment:
     """Runs a model, or the transformers of a pipeline, by plans until `detach` or the end of a ``with``.
 

@@ -18,9 +18,9 @@ from torch import nn
 
 from calibatt.plans import ModelSignature, TokenGrid
 from calibatt.runtime import ops
-from calibatt.runtime.adapters import UnknownModelError, unwrap
-from calibatt.runtime.attachment import PlanMismatchError
-from calibatt.runtime.plan import OnMismatch, Plan, PlanSet, load_plan, load_plans
+from calibatt.runtime.adapters import PlanMismatchError, UnknownModelError, unwrap
+from calibatt.runtime.attachment import OnMismatch
+from calibatt.runtime.plan import Plan, PlanSet, load_plan, load_plans
 
 Options = Mapping[str, Any]
 """ComfyUI's ``transformer_options`` of one call."""

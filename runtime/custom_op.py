@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,37 +18,13 @@ OUTSIDE_GRAPHS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None
 """Tags of the ops. Where torch lacks this one (2.8), it makes no graphs of what has tensors on the CPU."""
 
 
-class Session(Protocol):
-    """Who executes the ops: one plan attached to one model."""
-
-    def resolve(self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None) -> tuple[int, int]:
-        """The segment that a forward runs in, everything it needs made ready, and where the video starts; raises where
-        it must not run.
-
-        The grid is that of `Adapter.grid`; with coordinates of the tokens it is read from them.
-        """
-
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lengths: torch.Tensor | None,
-        video_start: int,
-        entry: int,
-        layer: int,
-    ) -> torch.Tensor:
-        """Attention of one layer; all ``(B, N, H, D)``. The video's tokens follow each other from `video_start` on.
-        With lengths, int32 ``(B,)`` on the device, what follows them in a sample is padding.
-        """
-
-
-_sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()
+_sessions: WeakValueDictionary[int, Any] = WeakValueDictionary()
+"""Each a `session.Session`: plans attached to one model."""
 _numbers = itertools.count()
 
 
-def open_session(session: Session) -> torch.Tensor:
-    """The number, int64 ``()`` on the CPU, by which the ops find a session for as long as it lives."""
+def open_session(session: Any) -> torch.Tensor:
+    """The number, int64 ``()`` on the CPU, by which the ops find a `session.Session` for as long as it lives."""
     number = next(_numbers)
     _sessions[number] = session
     return torch.tensor(number, device="cpu")

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from calibatt.plans.schedule import DENSE, NO_ANCHORS, Int32
-from calibatt.plans.schedule import LayerSchedule as CoreSchedule
+from calibatt.plans.schedule import DENSE, NO_ANCHORS, Int32, LayerSchedule
 from calibatt.runtime.workspace import PackedLists, Workspace, expanded
 
 T = TypeVar("T")
@@ -44,7 +43,7 @@ class DeviceSchedule:
             is there.
     """
 
-    core: CoreSchedule
+    core: LayerSchedule
     device: torch.device
     tiles: torch.Tensor
     columns: torch.Tensor
@@ -120,7 +119,7 @@ class DeviceSchedule:
         return self._derived[make]
 
 
-def bound_to(core: CoreSchedule, device: torch.device, workspace: Workspace | None = None) -> DeviceSchedule:
+def bound_to(core: LayerSchedule, device: torch.device, workspace: Workspace | None = None) -> DeviceSchedule:
     """Puts a schedule on a device; with a workspace packed, from the packed form."""
 
     def there(array: np.ndarray) -> torch.Tensor:
@@ -153,7 +152,7 @@ def move(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host.to(device, non_blocking=True)
 
 
-def _tiles(core: CoreSchedule) -> Int32:
+def _tiles(core: LayerSchedule) -> Int32:
     """`DeviceSchedule.tiles`, on the host."""
     counts = np.diff(core.head_tile_ptr)
     head = np.repeat(np.arange(core.heads), counts)
@@ -167,7 +166,7 @@ def _tiles(core: CoreSchedule) -> Int32:
     return np.stack([head, tile, start, stop], axis=1).astype(np.int32)[core.tile_order]
 
 
-def _query_runs(core: CoreSchedule) -> tuple[Int32, list[int]]:
+def _query_runs(core: LayerSchedule) -> tuple[Int32, list[int]]:
     """`query_token`, `query_first` and `query_copies` as runs (see `workspace.expanded`); where each pattern, then all
     V start. No runs where every head computes every query.
     """

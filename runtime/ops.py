@@ -6,7 +6,7 @@ import torch
 
 from calibatt.plans.precision import BF16
 from calibatt.runtime.backends import AUTO, UnsupportedBackendError, backend_reasons, load_backend
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import AttentionSchedule
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 AUTOCAST_DEVICES = [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)]
@@ -17,7 +17,7 @@ def planned_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: LayerSchedule,
+    schedule: AttentionSchedule,
     *,
     backend: str = "auto",
     scale: float | None = None,
@@ -75,7 +75,7 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: LayerSchedule,
+    schedule: AttentionSchedule,
     backend: str,
     *,
     scale: float | None = None,
@@ -135,7 +135,7 @@ def check_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torc
 
 
 def supports(
-    schedule: LayerSchedule, device: torch.device | str, dtype: torch.dtype, head_dim: int, backend: str
+    schedule: AttentionSchedule, device: torch.device | str, dtype: torch.dtype, head_dim: int, backend: str
 ) -> list[str]:
     """Why `backend` cannot execute `schedule` on `device` for this dtype and head size; empty if it can.
 
@@ -145,7 +145,7 @@ def supports(
     return backend_reasons(backend, schedule, torch.device(device), dtype, head_dim)
 
 
-def choose_backend(schedule: LayerSchedule, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
+def choose_backend(schedule: AttentionSchedule, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
     """The backend that ``auto`` stands for: the first of `AUTO` that can execute the schedule.
 
     On a GPU `torch` only emulates heads of 8 bits, far slower than 16 bits are, and is taken by its name alone.
@@ -168,7 +168,7 @@ def _validate(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: LayerSchedule,
+    schedule: AttentionSchedule,
     video_start: int,
     lengths: torch.Tensor | None,
 ) -> None:

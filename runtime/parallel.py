@@ -17,11 +17,10 @@ import torch.distributed as dist
 from torch import nn
 
 from calibatt.plans.packed import PackedLayer
-from calibatt.plans.schedule import LayerSchedule as CoreSchedule
-from calibatt.plans.schema import Blocks, TokenGrid
+from calibatt.plans.schedule import LayerSchedule
 from calibatt.runtime.adapters import Place
 from calibatt.runtime.device_schedule import DeviceSchedule, move
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import AttentionSchedule
 
 Heads = Sequence[torch.Tensor]
 """For each rank, the heads that it computes: int64 ``(heads of the rank,)`` on the device."""
@@ -112,7 +111,7 @@ class Ulysses:
         return whole
 
 
-class Share(LayerSchedule):
+class Share(AttentionSchedule):
     """This rank's heads of a layer in one segment; which ones is decided, and the rest cut off, when it is bound.
 
     Args:
@@ -120,9 +119,10 @@ class Share(LayerSchedule):
         ulysses: The ranks.
     """
 
-    def __init__(self, whole: LayerSchedule, ulysses: Ulysses) -> None:
+    def __init__(self, whole: AttentionSchedule, ulysses: Ulysses) -> None:
         self._whole, self._ulysses = whole, ulysses
-        self._bound = {}
+        heads = even_counts(whole.heads, ulysses.ranks)[ulysses.rank]
+        super().__init__(whole.grid, whole.blocks, heads, whole.precisions)
         self._heads: dict[torch.device, Heads] = {}
 
     @cached_property
@@ -131,7 +131,7 @@ class Share(LayerSchedule):
         return divide(self._whole.work, self._ulysses.ranks)
 
     @property
-    def core(self) -> CoreSchedule:
+    def core(self) -> LayerSchedule:
         """Of this rank's heads, cut out anew."""
         return self._whole.core.select(self.divided[self._ulysses.rank])
 
@@ -148,24 +148,8 @@ class Share(LayerSchedule):
     def most_queries(self) -> int:
         return self._whole.most_queries
 
-    @property
-    def grid(self) -> TokenGrid:
-        return self._whole.grid
-
-    @property
-    def blocks(self) -> Blocks:
-        return self._whole.blocks
-
-    @property
-    def heads(self) -> int:
-        return even_counts(self._whole.heads, self._ulysses.ranks)[self._ulysses.rank]
-
-    @property
-    def precisions(self) -> frozenset[int]:
-        return self._whole.precisions
-
     def bind(self, device: torch.device | str) -> DeviceSchedule:
-        """As of `LayerSchedule`; also puts there which heads go where."""
+        """As of `AttentionSchedule`; also puts there which heads go where."""
         bound = super().bind(device)
         if bound.device not in self._heads:
             heads = [head for some in self.divided for head in some]
@@ -174,7 +158,7 @@ class Share(LayerSchedule):
         return bound
 
     def unbind(self) -> None:
-        """As of `LayerSchedule`."""
+        """As of `AttentionSchedule`."""
         super().unbind()
         self._heads = {device: heads for device, heads in self._heads.items() if device in self._bound}
 

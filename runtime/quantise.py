@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from calibatt.plans.precision import INT8_FP8
-from calibatt.plans.schedule import LayerSchedule as CoreSchedule
+from calibatt.plans.schedule import LayerSchedule
 
 QUERY_GROUP = 64
 INT8_MOST = 127
@@ -106,7 +106,7 @@ def eight_bit(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    core: CoreSchedule,
+    core: LayerSchedule,
     heads: Sequence[int],
     precision: int,
     scale: float,

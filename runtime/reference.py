@@ -7,7 +7,7 @@ import torch
 from calibatt.plans.precision import BF16, INT8, INT8_FP8
 from calibatt.runtime.device_schedule import DeviceSchedule
 from calibatt.runtime.quantise import eight_bit, rounded_weights
-from calibatt.runtime.schedule import LayerSchedule, Outline
+from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule, Outline
 
 PRECISIONS = {BF16, INT8, INT8_FP8}
 CHUNK_SCORES = 1 << 24
@@ -18,7 +18,7 @@ def reference_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: LayerSchedule,
+    schedule: AttentionSchedule,
     *,
     scale: float | None = None,
     queries: torch.Tensor | None = None,
@@ -95,7 +95,7 @@ class _Operands:
 
 def _rounded(
     plain: _Operands,
-    schedule: LayerSchedule,
+    schedule: AttentionSchedule,
     head: int,
     precision: int,
     scale: float,
@@ -151,5 +151,5 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `runtime.backends`."""
     more = {"scale": scale, "video_start": video_start, "lengths": lengths}
-    out, lse = reference_attention(q, k, v, LayerSchedule(bound.core), **more)
+    out, lse = reference_attention(q, k, v, ListedSchedule(bound.core), **more)
     return out, lse.to(torch.promote_types(lse.dtype, torch.float32)) if return_lse else None

@@ -1,11 +1,14 @@
-"""The schedules of a plan, of which the last used ones stay on devices."""
+"""A plan and its schedules, of which the last used ones stay on devices."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
 
-from calibatt.runtime.schedule import LayerSchedule
+import numpy as np
+
+from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid, told_precisions
+from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule, StoredSchedule
 from calibatt.runtime.workspace import Workspace
 
 RESIDENT_BYTES = 1 << 28
@@ -22,7 +25,7 @@ class ResidentSchedules:
         schedules: By segment, then by layer.
     """
 
-    def __init__(self, schedules: Sequence[Sequence[LayerSchedule]]) -> None:
+    def __init__(self, schedules: Sequence[Sequence[AttentionSchedule]]) -> None:
         self.lock = threading.RLock()
         """Held by threads that put arrays on devices, use them, or let them go."""
         self._schedules = tuple(map(tuple, schedules))
@@ -40,7 +43,7 @@ class ResidentSchedules:
         """Bytes on all devices, of all that is there now."""
         return self._shared_bytes + sum(self._bound_bytes(segment) for segment in range(len(self._schedules)))
 
-    def layers(self, segment: int) -> Sequence[LayerSchedule]:
+    def layers(self, segment: int) -> Sequence[AttentionSchedule]:
         """The schedules of all layers in one segment."""
         return self._schedules[segment]
 
@@ -61,3 +64,67 @@ class ResidentSchedules:
 
     def _bound_bytes(self, segment: int) -> int:
         return sum(schedule.bound_bytes for schedule in self._schedules[segment])
+
+
+class LoadedPlan(ResidentSchedules):
+    """A plan's contents, and its schedules, each decoded when it is put on a device, as lists or as bits.
+
+    Args:
+        file: The contents.
+    """
+
+    def __init__(self, file: PlanFile) -> None:
+        self.file = file
+        layers, stored = range(file.signature.layers), file.schedules
+        super().__init__(
+            [
+                [StoredSchedule(stored, segment, layer) for layer in layers]
+                if isinstance(stored, StoredLayers)
+                else [ListedSchedule(core) for core in stored[segment]]
+                for segment in range(len(file.segments))
+            ]
+        )
+
+    @property
+    def signature(self) -> ModelSignature:
+        return self.file.signature
+
+    @property
+    def grid(self) -> TokenGrid:
+        return self.file.grid
+
+    @property
+    def blocks(self) -> Blocks:
+        return self.file.blocks
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return self.file.segments
+
+    def schedule(self, time: float, layer: int) -> AttentionSchedule:
+        """What a layer executes at a denoising time; the same object for all times of a segment.
+
+        Raises:
+            ValueError: `time` is not in [0, 1], or the model has no such layer.
+        """
+        if not 0 <= layer < self.signature.layers:
+            raise ValueError(f"layer must be 0 to {self.signature.layers - 1}, got {layer}")
+        return self._schedules[self.file.segment_index(time)][layer]
+
+    def explain(self) -> list[str]:
+        """Lines of text: what the plan is for, the density of every layer in every segment, and precisions of heads."""
+        lines = [f"{self.signature.architecture}, {self.grid}, blocks {self.blocks.block_q}x{self.blocks.block_k}"]
+        lines.append("density (share of the blocks of dense attention) by segment, layers 0 to last:")
+        every, layers = {}, range(self.signature.layers)
+        precisions = np.zeros((len(self.segments), len(layers), self.signature.heads), np.uint8)
+        for segment, layer, packed in self.file.walk():
+            every[segment, layer], precisions[segment, layer] = packed.density, packed.head_precision
+        for index in reversed(range(len(self.segments))):
+            times = f"time {self.segments[index].start:.4f} to {self.segments[index].stop:.4f}"
+            densities = [every[index, layer] for layer in layers]
+            row = " ".join(f"{density:.3f}" for density in densities)
+            lines.append(f"  {times}: mean {sum(densities) / len(densities):.3f}; {row}")
+        lines.append(f"precision, over all segments: {told_precisions(precisions)}")
+        if precisions.any():
+            lines += [f"  layer {layer}: {told_precisions(precisions[:, layer])}" for layer in layers]
+        return lines

@@ -2,56 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from calibatt.plans.packed import PackedLayer
-from calibatt.plans.schedule import FRAMES, Int32
-from calibatt.plans.schedule import LayerSchedule as CoreSchedule
+from calibatt.plans.schedule import FRAMES, Int32, LayerSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
 from calibatt.plans.stored import StoredLayers
 from calibatt.runtime.device_schedule import DeviceSchedule, bound_to
 from calibatt.runtime.workspace import Workspace
 
 
-class Outline(Protocol):
-    """What is known of a schedule before its lists: enough to say who can execute it."""
-
-    @property
-    def grid(self) -> TokenGrid: ...
-    @property
-    def blocks(self) -> Blocks: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def q_blocks(self) -> int: ...
-    @property
-    def k_blocks(self) -> int: ...
-    @property
-    def precisions(self) -> frozenset[int]: ...
-
-
-class LayerSchedule:
-    """The schedule of all heads of one layer in one segment; immutable.
+class Outline:
+    """What is known of a schedule before its lists: enough to say who can execute it.
 
     Args:
-        core: The schedule as the plan file means it. It is trusted: `core.check()` has passed.
+        grid: The video tokens.
+        blocks: Block sizes.
+        heads: How many.
+        precisions: What they multiply in; of a share, those of all ranks, so that all choose the same backend.
+    """
+
+    def __init__(self, grid: TokenGrid, blocks: Blocks, heads: int, precisions: Iterable[int]) -> None:
+        self.grid, self.blocks, self.heads, self.precisions = grid, blocks, heads, frozenset(precisions)
+        self.q_blocks, self.k_blocks = blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens)
+
+
+class AttentionSchedule(Outline):
+    """What all heads of one layer compute in one segment; immutable.
+
+    Args:
+        grid: As of `Outline`, like the others.
+        blocks: Block sizes.
+        heads: How many.
+        precisions: What they multiply in.
     """
 
     workspace: Workspace | None = None
     """Where lists are unpacked on devices, as bits of which they wait there; None: lists wait themselves."""
 
-    def __init__(self, core: CoreSchedule) -> None:
-        self._core = core
+    def __init__(self, grid: TokenGrid, blocks: Blocks, heads: int, precisions: Iterable[int]) -> None:
+        super().__init__(grid, blocks, heads, precisions)
         self._bound: dict[torch.device, DeviceSchedule] = {}
 
     @property
-    def core(self) -> CoreSchedule:
-        """The schedule as the plan file means it."""
-        return self._core
+    def core(self) -> LayerSchedule:
+        """The schedule as the plan file means it. It is trusted: `core.check()` has passed."""
+        raise NotImplementedError
 
     @property
     def packed(self) -> PackedLayer:
@@ -61,37 +62,12 @@ class LayerSchedule:
     @property
     def most_lists(self) -> int:
         """How many lists there are, at most: known without unpacking any."""
-        return len(self.core.row_ptr) - 1
+        raise NotImplementedError
 
     @property
     def most_queries(self) -> int:
         """Length of the arrays of queries, at most."""
-        return _most_queries(self.grid, self.core.anchor_ptr, self.core.anchor_axis)
-
-    @property
-    def grid(self) -> TokenGrid:
-        return self.core.grid
-
-    @property
-    def blocks(self) -> Blocks:
-        return self.core.blocks
-
-    @property
-    def heads(self) -> int:
-        return self.core.heads
-
-    @property
-    def q_blocks(self) -> int:
-        return self.blocks.q_blocks(self.grid.tokens)
-
-    @property
-    def k_blocks(self) -> int:
-        return self.blocks.k_blocks(self.grid.tokens)
-
-    @property
-    def precisions(self) -> frozenset[int]:
-        """What its heads multiply in; of a share, those of all ranks, so that all choose the same backend."""
-        return frozenset(self.core.head_precision.tolist())
+        raise NotImplementedError
 
     @property
     def density(self) -> float:
@@ -99,11 +75,8 @@ class LayerSchedule:
         return self.core.density
 
     def __repr__(self) -> str:
-        grid, blocks = self.grid, self.blocks
-        return (
-            f"LayerSchedule({self.heads} heads, {grid.tokens} video tokens, blocks {blocks.block_q}x{blocks.block_k}, "
-            f"density {self.density:.3f})"
-        )
+        of = f"{self.heads} heads, {self.grid.tokens} video tokens, blocks {self.blocks.block_q}x{self.blocks.block_k}"
+        return f"AttentionSchedule({of}, density {self.density:.3f})"
 
     def dense(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The oracle's view of a head.
@@ -163,7 +136,31 @@ class LayerSchedule:
         return sum(bound.nbytes for bound in tuple(self._bound.values()))
 
 
-class StoredSchedule(LayerSchedule):
+class ListedSchedule(AttentionSchedule):
+    """A schedule whose lists are in memory.
+
+    Args:
+        core: The schedule.
+    """
+
+    def __init__(self, core: LayerSchedule) -> None:
+        super().__init__(core.grid, core.blocks, core.heads, core.head_precision.tolist())
+        self._core = core
+
+    @property
+    def core(self) -> LayerSchedule:
+        return self._core
+
+    @property
+    def most_lists(self) -> int:
+        return len(self.core.row_ptr) - 1
+
+    @property
+    def most_queries(self) -> int:
+        return _most_queries(self.grid, self.core.anchor_ptr, self.core.anchor_axis)
+
+
+class StoredSchedule(AttentionSchedule):
     """A schedule that stays packed until it is bound or asked for its lists.
 
     Args:
@@ -174,10 +171,11 @@ class StoredSchedule(LayerSchedule):
 
     def __init__(self, stored: StoredLayers, segment: int, layer: int) -> None:
         self._stored, self._segment, self._layer = stored, segment, layer
-        self._bound = {}
+        self._encoded = stored.layers[segment][layer]
+        super().__init__(stored.grid, stored.blocks, stored.heads, self._encoded.small["head_precision"].tolist())
 
     @property
-    def core(self) -> CoreSchedule:
+    def core(self) -> LayerSchedule:
         """The schedule, decoded and lowered anew unless it was among the last ones used.
 
         Raises:
@@ -187,33 +185,17 @@ class StoredSchedule(LayerSchedule):
 
     @property
     def packed(self) -> PackedLayer:
-        """As of `LayerSchedule`; decoded anew unless it was among the last ones used."""
+        """As of `AttentionSchedule`; decoded anew unless it was among the last ones used."""
         return self._stored.packed(self._segment, self._layer)
 
     @property
     def most_lists(self) -> int:
-        return self._stored.layers[self._segment][self._layer].lists
+        return self._encoded.lists
 
     @property
     def most_queries(self) -> int:
-        small = self._stored.layers[self._segment][self._layer].small
+        small = self._encoded.small
         return _most_queries(self.grid, small["anchor_ptr"], small["anchor_axis"])
-
-    @property
-    def grid(self) -> TokenGrid:
-        return self._stored.grid
-
-    @property
-    def blocks(self) -> Blocks:
-        return self._stored.blocks
-
-    @property
-    def heads(self) -> int:
-        return self._stored.heads
-
-    @property
-    def precisions(self) -> frozenset[int]:
-        return frozenset(self._stored.layers[self._segment][self._layer].small["head_precision"].tolist())
 
     @property
     def density(self) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,12 +20,9 @@ from calibatt.runtime.adapters import (
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptedSite, Interception, each_sample
 from calibatt.runtime.parallel import Place, Share, Ulysses, ulysses_of
-from calibatt.runtime.resident import ResidentSchedules
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.resident import LoadedPlan, ResidentSchedules
+from calibatt.runtime.schedule import AttentionSchedule
 from calibatt.runtime.timesteps import Timesteps
-
-if TYPE_CHECKING:
-    from calibatt.runtime.plan import Plan
 
 STOCK = -1
 """In place of an entry: the model's own attention."""
@@ -51,7 +47,7 @@ class Session:
 
     interception: Interception
 
-    def __init__(self, plans: Sequence[Plan], adapter: Adapter, backend: str, dense: bool) -> None:
+    def __init__(self, plans: Sequence[LoadedPlan], adapter: Adapter, backend: str, dense: bool) -> None:
         self.entries = [(plan, segment) for plan in plans for segment in range(len(plan.segments))]
         """All segments of all plans: the ops know a segment by its place here."""
         self.plans = {plan.grid: plan for plan in plans}
@@ -70,7 +66,7 @@ class Session:
         """Who executes each entry and layer, for every device and dtype met so far."""
         self.ulysses: Ulysses | None = None
         """The ranks that run each forward together, if any."""
-        self.shares: dict[Plan, ResidentSchedules] = {}
+        self.shares: dict[LoadedPlan, ResidentSchedules] = {}
         """What this rank executes of each plan, if there are several."""
 
     def join(self, model: nn.Module, places: Sequence[Place]) -> None:
@@ -84,7 +80,7 @@ class Session:
             self.ulysses = found
             self.shares = {plan: share_plan(plan, found) for plan in self.plans.values()} if found else {}
 
-    def check_parallel(self, plan: Plan) -> None:
+    def check_parallel(self, plan: LoadedPlan) -> None:
         """Proves that a plan can be spread over the ranks.
 
         Raises:
@@ -115,7 +111,7 @@ class Session:
         self.device = device
         return chosen
 
-    def _choose(self, plan: Plan, segment: int, layer: int, device: torch.device, dtype: torch.dtype) -> str:
+    def _choose(self, plan: LoadedPlan, segment: int, layer: int, device: torch.device, dtype: torch.dtype) -> str:
         schedule, head_dim = plan.layers(segment)[layer], plan.signature.head_dim
         if self.backend == "auto":
             return ops.choose_backend(schedule, device, dtype, head_dim)
@@ -125,11 +121,11 @@ class Session:
             )
         return self.backend
 
-    def device_bytes(self, plan: Plan) -> int:
+    def device_bytes(self, plan: LoadedPlan) -> int:
         """Bytes of index arrays on all devices: of the plan, and of this rank's shares."""
         return plan.bound_bytes + (self.shares[plan].bound_bytes if plan in self.shares else 0)
 
-    def _layers(self, entry: int) -> Sequence[LayerSchedule]:
+    def _layers(self, entry: int) -> Sequence[AttentionSchedule]:
         """What is executed here: the plan's schedules, or this rank's shares of them."""
         plan, segment = self.entries[entry]
         return self.shares.get(plan, plan).layers(segment)
@@ -152,6 +148,16 @@ class Session:
         return float(time)
 
     def resolve(self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None) -> tuple[int, int]:
+        """The entry that a forward runs in, everything it needs made ready, and where the video starts.
+
+        Args:
+            time: What says the denoising time.
+            grid: That of `Adapter.grid`.
+            coordinates: Of the tokens, from which the grid is then read.
+
+        Raises:
+            PlanMismatchError: The forward must not run.
+        """
         if time.numel() == 0:  # an empty batch
             return STOCK, 0
         self.interception.verify()
@@ -194,6 +200,9 @@ class Session:
         entry: int,
         layer: int,
     ) -> torch.Tensor:
+        """Attention of one layer; all ``(B, N, H, D)``. The video's tokens follow each other from `video_start` on.
+        With lengths, int32 ``(B,)`` on the device, what follows them in a sample is padding.
+        """
         if entry == STOCK:
             stock = self.interception.sites[layer].stock
             return stock(q, k, v) if lengths is None else each_sample(stock, q, k, v, lengths.tolist())
@@ -247,7 +256,7 @@ def where_it_runs(model: nn.Module, weight: torch.Tensor) -> tuple[torch.device,
     return device, dtype
 
 
-def share_plan(plan: Plan, ulysses: Ulysses) -> ResidentSchedules:
+def share_plan(plan: LoadedPlan, ulysses: Ulysses) -> ResidentSchedules:
     """This rank's shares of all schedules of a plan."""
     segments = range(len(plan.segments))
     return ResidentSchedules([[Share(schedule, ulysses) for schedule in plan.layers(each)] for each in segments])

@@ -101,7 +101,7 @@ class Offer:
         choice: Name of the mask.
         keep: The mask over the original query blocks, packed.
         packed: Over the tiles of the anchors.
-        blocks: int64 ``(columns,)``, blocks of each mask of the menu with these anchors.
+        blocks: int64 ``(masks,)``, blocks of each mask of the menu with these anchors.
     """
 
     gain: float
@@ -160,14 +160,15 @@ class Market:
         before = self.blocks[head] * price + float(unit.error[head])
         table = self.menu.packed_blocks(unit, head, groups)
         cost = table * price + self.menu_error[head]
-        column = int(np.where(table <= self.blocks[head], cost, np.inf).argmin())
-        choice, keep = self.menu.mask(unit, head, column)
+        at = int(np.where(table <= self.blocks[head], cost, np.inf).argmin())
+        mask = self.menu.masks[at]
+        keep = self.menu.bits(mask, unit, head)
         packed = packed_bits(keep, unit.grid, unit.blocks, groups)
         computed = int(count(packed, (0, 1)))
-        error = float(self.menu_error[head, column]) + copied + float(unit.precision_error[head])
+        error = float(self.menu_error[head, at]) + copied + float(unit.precision_error[head])
         after = computed * price + error
         gain = float(before - after) if computed <= self.blocks[head] else -1.0
-        return Offer(gain, groups, copied, error, choice, keep, packed, table)
+        return Offer(gain, groups, copied, error, mask.name, keep, packed, table)
 
 
 def group_errors(member_error: Float64, most_members: int) -> Float64:

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from calibatt.compiler.budget import Choice, choose, reach
 from calibatt.compiler.ir import Float64, Int64, Job, UnitIR, packed_bits
 from calibatt.compiler.menu import Candidate, Menu
 from calibatt.compiler.passes import Findings, Pass
-from calibatt.compiler.prediction import CUT, Masks, Prediction, cannot_predict, predict
+from calibatt.compiler.prediction import Masks, Prediction, cannot_predict, predict
 from calibatt.plans import BF16
 
 KINDS = ("windows", "cuts")
 CHOICES = ("bf16", "auto")
 DEFAULT_DENSITY = 0.5
+
+
+class Survey(NamedTuple):
+    """What the heads of a unit may choose from; H heads, M masks, C shares of the ladder.
+
+    Args:
+        blocks: int32 ``(H, 2, M)``: what each mask computes, without the head's anchors and with them.
+        error: float64 ``(H, M)``: of masks.
+        copied: float64 ``(H,)``: what copies of the head's anchors add; infinite where it has none.
+        rounding: float64 ``(H, 3)``: what each of `plans.PRECISIONS` adds.
+        share_error: float64 ``(C, H)``; see `UnitIR`.
+    """
+
+    blocks: npt.NDArray[np.int32]
+    error: Float64
+    copied: Float64
+    rounding: Float64
+    share_error: Float64
 
 
 @dataclass(frozen=True)
@@ -75,74 +94,78 @@ class Select(Pass):
             rule, found = "be bf16 on a device whose 8 bits were not measured", f"auto, {job.device.name}"
             self.require(bool(job.device.eight_bit), "precision", rule, found)
 
-    def _candidates(self, job: Job) -> list[Candidate]:
-        precisions = sorted(job.device.speeds) if self.precision == "auto" else [BF16]
-        return Menu(job, self.menu).candidates(precisions)
-
-    def survey(self, job: Job, unit: UnitIR) -> Any:
+    def survey(self, job: Job, unit: UnitIR) -> Survey:
         menu = Menu(job, self.menu)
         if unit.menu is None or unit.menu[0] != menu.key:
             unit.menu = (menu.key, *menu.table(unit))
             unit.packed_menu = {}
-        _, blocks, error = unit.menu
-        columns = menu.columns
-        blocks = np.concatenate([blocks, blocks], 1).astype(np.int32)
-        error = np.concatenate([error, np.full((unit.heads, columns), np.inf)], 1)
+        _, every, error = unit.menu
+        blocks = np.stack([every, every], 1).astype(np.int32)
+        copied = np.full(unit.heads, np.inf)
         for head, groups in enumerate(unit.anchors):
             if groups is not None:
                 packed = unit.packed_menu.get(head)
-                blocks[head, columns:] = menu.packed_blocks(unit, head, groups) if packed is None else packed
-                error[head, columns:] = error[head, :columns]
-        return blocks, error, unit.copy_error, unit.share_error, unit.means.precision_error.T
+                blocks[head, 1] = menu.packed_blocks(unit, head, groups) if packed is None else packed
+                copied[head] = unit.copy_error[head]
+        return Survey(blocks, error, copied, unit.means.precision_error.T, unit.share_error)
 
-    def decide(self, job: Job, surveys: Sequence[Any]) -> Sequence[Any]:
-        menu, offers = Menu(job, self.menu), self._candidates(job)
-        precisions = list(dict.fromkeys(each.precision for each in offers))
-        blocks, error, copied = (np.concatenate([each[part] for each in surveys]) for part in range(3))
-        rounding = np.concatenate([each[4] for each in surveys])
-        own = np.stack([each[3] for each in surveys])
-        masks_of = _masks_of(job, menu, offers, blocks, error[:, : menu.columns].copy(), copied, own)
-        error[:, menu.columns :] += copied[:, None]
-        cost = np.concatenate([job.cost(blocks, each) for each in precisions], 1)
-        error = np.concatenate([error + rounding[:, each, None] for each in precisions], 1)
+    def decide(self, job: Job, surveys: Sequence[Survey]) -> Sequence[list[Candidate]]:
+        masks = Menu(job, self.menu).masks
+        precisions = sorted(job.device.speeds) if self.precision == "auto" else [BF16]
+        *parts, share_errors = zip(*surveys, strict=True)
+        blocks, of_masks, copied, rounding = map(np.concatenate, parts)
+        error = of_masks[:, None] + np.stack([np.zeros(len(copied)), copied], 1)[:, :, None]
+        error = np.stack([error + rounding[:, each, None, None] for each in precisions], 1)
+        cost = np.stack([job.cost(blocks, each) for each in precisions], 1)
+        heads, (things, *axes) = np.arange(len(error)), error.shape
+        shape = (len(job.manifest.times), job.manifest.model.layers, -1)
+        kinds, dense = np.array([mask.kind for mask in masks]), job.unit_dense_blocks * job.units
 
         def predicted(pick: Int64) -> Prediction | str:
-            return predict(job.table, job.levels, job.manifest.shares, masks_of(pick))
+            precision, anchored, mask = np.unravel_index(pick, axes)
+            chosen = Masks(
+                kind=kinds[mask].reshape(shape),
+                density=(blocks[heads, 0, mask] / (dense / things)).reshape(shape),
+                error=of_masks[heads, mask].reshape(shape),
+                copied=np.where(anchored, copied, 0.0).reshape(shape),
+                share_error=np.stack(share_errors).reshape(*shape[:2], *share_errors[0].shape),
+                precision=np.array(precisions)[precision].reshape(shape),
+            )
+            return predict(job.table, job.levels, job.manifest.shares, chosen)
 
-        choice = self._solve(job, cost, error, predicted)
-        rows = np.arange(len(error))
-        shape, dense = (len(surveys), -1), job.unit_dense_blocks * job.units
+        choice = self._solve(job, cost.reshape(things, -1), error.reshape(things, -1), predicted)
+        precision, anchored, mask = np.unravel_index(choice.pick, axes)
+        lost = error[heads, precision, anchored, mask]
         job.findings[self.name] = {
             "lambda_per_ms": job.multiplier,
-            "predicted_error": float(error[rows, choice.pick].sum()),
+            "predicted_error": float(lost.sum()),
             "predicted_snr": str(predicted(choice.pick)),
-            "density": float(blocks[rows, choice.pick % blocks.shape[1]].sum() / dense),
-            "cost": float(cost[rows, choice.pick].sum() / dense),
+            "density": float(blocks[heads, anchored, mask].sum() / dense),
+            "cost": float(cost[heads, precision, anchored, mask].sum() / dense),
             "duality_gap": choice.gap,
             "relative_gap": choice.gap / choice.loss if choice.loss else 0.0,
             "candidates": int(np.isfinite(error).sum()),
         }
-        picked = [[offers[at] for at in each] for each in choice.pick.reshape(shape)]
-        return list(zip(picked, error[rows, choice.pick].reshape(shape), strict=True))
+        picked = [
+            Candidate(masks[each], bool(with_anchors), precisions[bits], float(one))
+            for bits, with_anchors, each, one in zip(precision, anchored, mask, lost, strict=True)
+        ]
+        size = len(picked) // len(surveys)
+        return [picked[start : start + size] for start in range(0, len(picked), size)]
 
-    def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
-        pick, error = decision
+    def change(self, job: Job, unit: UnitIR, decision: list[Candidate]) -> Findings:
         menu = Menu(job, self.menu)
-        keep, names = np.empty_like(unit.required), []
-        copy_error = unit.copy_error.copy()
-        unit.precision = np.array([each.precision for each in pick], np.uint8)
-        for head, offer in enumerate(pick):
-            name, keep[head] = menu.mask(unit, head, offer.column)
-            names.append(name)
-            groups = unit.anchors[head]
-            if offer.anchored and groups is not None:
-                unit.packed[head] = packed_bits(keep[head], unit.grid, unit.blocks, groups)
+        unit.keep = np.stack([menu.bits(each.mask, unit, head) for head, each in enumerate(decision)])
+        unit.choice = [each.mask.name for each in decision]
+        unit.precision = np.array([each.precision for each in decision], np.uint8)
+        unit.error, unit.copy_error = np.array([each.error for each in decision]), unit.copy_error.copy()
+        for head, groups in enumerate(unit.anchors):
+            if decision[head].anchored and groups is not None:
+                unit.packed[head] = packed_bits(unit.keep[head], unit.grid, unit.blocks, groups)
             elif groups is not None:
                 unit.anchors[head] = None
-                copy_error[head] = 0.0
+                unit.copy_error[head] = 0.0
                 del unit.packed[head]
-        unit.copy_error = copy_error
-        unit.keep, unit.choice, unit.error = keep, names, error.copy()
         found: Findings = {"with anchors": sum(groups is not None for groups in unit.anchors)}
         for choice in unit.choice:
             kind = choice.split()[0].split("(")[0]
@@ -189,44 +212,3 @@ class Select(Pass):
         )
         assert found is not None
         return found
-
-
-def _masks_of(
-    job: Job,
-    menu: Menu,
-    offers: Sequence[Candidate],
-    blocks: Int64,
-    error: Float64,
-    copied: Float64,
-    share_error: Float64,
-) -> Callable[[Int64], Masks]:
-    """How picks are told to `predict`.
-
-    Args:
-        job: Whose units.
-        menu: From which they choose.
-        offers: What picks are indices of.
-        blocks: ``(units x heads, 2 columns)``; the second half is with anchors.
-        error: ``(units x heads, columns)``, of masks.
-        copied: ``(units x heads,)``, error of copies.
-        share_error: ``(units, C, H)``.
-    """
-    model = job.manifest.model
-    shape = (len(job.manifest.times), model.layers, -1)
-    kinds = np.concatenate([np.arange(-1, menu.first_cut - 1), np.full(len(menu.cuts), CUT)])
-    per_head = blocks[:, : menu.columns] / (job.unit_dense_blocks / model.heads)
-    rows = np.arange(len(error))
-    columns, anchored, precisions = (np.array(each) for each in zip(*offers, strict=True))
-
-    def masks_of(pick: Int64) -> Masks:
-        column = columns[pick]
-        return Masks(
-            kind=kinds[column].reshape(shape),
-            density=per_head[rows, column].reshape(shape),
-            error=error[rows, column].reshape(shape),
-            copied=np.where(anchored[pick], copied, 0.0).reshape(shape),
-            share_error=share_error.reshape(*shape[:2], *share_error.shape[1:]),
-            precision=precisions[pick].reshape(shape),
-        )
-
-    return masks_of

@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from calibatt.plans.precision import BF16, INT8, INT8_FP8
-from calibatt.plans.schedule import DENSE
-from calibatt.plans.schedule import LayerSchedule as CoreSchedule
+from calibatt.plans.schedule import DENSE, LayerSchedule
 from calibatt.runtime.device_schedule import DeviceSchedule
 from calibatt.runtime.quantise import EightBit, eight_bit, rounded_weights
 from calibatt.runtime.schedule import Outline
@@ -76,7 +75,7 @@ class _Work:
 
     chosen: list[int] | None
     precision: int
-    core: CoreSchedule
+    core: LayerSchedule
     batches: list[_Batch]
     dense: list[tuple[int, int, int]]
     queries: torch.Tensor
@@ -276,7 +275,7 @@ def _plans(bound: DeviceSchedule) -> list[_Work]:
     return found
 
 
-def _plan(core: CoreSchedule, chosen: list[int] | None, precision: int, device: torch.device) -> _Work:
+def _plan(core: LayerSchedule, chosen: list[int] | None, precision: int, device: torch.device) -> _Work:
     tokens, block_q, block_k, k_blocks = core.grid.tokens, core.blocks.block_q, core.blocks.block_k, core.k_blocks
     missing = k_blocks * block_k - tokens
     packed = [head * tokens + core.packed_queries(head) for head in range(core.heads)]

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from support.budget import check_against_oracle
 from support.schedules import ANCHORS, OTHERS, grids, layer_schedules, random_schedule
 
-from calibatt.plans import Blocks, TokenGrid
-from calibatt.plans import LayerSchedule as CoreSchedule
+from calibatt.plans import Blocks, LayerSchedule, TokenGrid
 from calibatt.runtime.backends import triton as triton_backend
 from calibatt.runtime.backends.triton import TABLE
 from calibatt.runtime.ops import attend, planned_attention
 from calibatt.runtime.reference import reference_attention
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import ListedSchedule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TORCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,7 +24,7 @@ LAYOUTS = ("BHND", "BNHD", "packed qkv", "broadcast batch", "odd strides")
 
 
 def inputs(
-    core: CoreSchedule,
+    core: LayerSchedule,
     dtype: torch.dtype,
     *,
     head_dim: int = 32,
@@ -49,7 +48,7 @@ def inputs(
 
 
 def check(
-    core: CoreSchedule,
+    core: LayerSchedule,
     backend: str,
     dtype: torch.dtype,
     *,
@@ -61,7 +60,7 @@ def check(
 ) -> None:
     """Executes the schedule and holds out and lse against the oracle; padded: some of the suffix is padding."""
     core.check()
-    schedule = LayerSchedule(core)
+    schedule = ListedSchedule(core)
     q, k, v = inputs(core, dtype, device=DEVICE if backend == "triton" else "cpu", others=prefix + suffix, **options)
     lengths = None
     if padded:
@@ -87,7 +86,7 @@ SURROUNDED = st.fixed_dictionaries(
     st.sampled_from((8, 32)),
     SURROUNDED,
 )
-def test_torch(core: CoreSchedule, dtype: torch.dtype, layout: str, batch: int, head_dim: int, around: dict) -> None:
+def test_torch(core: LayerSchedule, dtype: torch.dtype, layout: str, batch: int, head_dim: int, around: dict) -> None:
     check(core, "torch", dtype, layout=layout, batch=batch, head_dim=head_dim, **around)
 
 
@@ -101,7 +100,7 @@ def test_torch(core: CoreSchedule, dtype: torch.dtype, layout: str, batch: int, 
     st.sampled_from((16, 64)),
     SURROUNDED,
 )
-def test_triton(core: CoreSchedule, dtype: torch.dtype, layout: str, batch: int, head_dim: int, around: dict) -> None:
+def test_triton(core: LayerSchedule, dtype: torch.dtype, layout: str, batch: int, head_dim: int, around: dict) -> None:
     check(core, "triton", dtype, layout=layout, batch=batch, head_dim=head_dim, **around)
 
 
@@ -114,7 +113,7 @@ WIDE = TokenGrid(frames=2, height=4, width=26)
 AROUND = {"prefix": 7, "suffix": 33, "padded": True}
 
 
-def schedule(grid: TokenGrid, blocks: Blocks, **options: object) -> CoreSchedule:
+def schedule(grid: TokenGrid, blocks: Blocks, **options: object) -> LayerSchedule:
     return random_schedule(np.random.default_rng(5), grid, blocks, 3, **options)
 
 
@@ -190,10 +189,10 @@ def test_triton_by_addresses(monkeypatch: pytest.MonkeyPatch, block_k: int) -> N
 def test_channels_need_not_be_side_by_side_in_a_model(backend: str, dtype: torch.dtype) -> None:
     core = schedule(WIDE, Blocks(64, 64), anchored_heads=[2])
     q, k, v = inputs(core, dtype, device=DEVICE if backend == "triton" else "cpu")
-    expected = attend(q, k, v, LayerSchedule(core), backend)
+    expected = attend(q, k, v, ListedSchedule(core), backend)
     apart = [x.mT.contiguous().mT for x in (q, k, v)]
     for parts in (apart, (q, apart[1], v)):
-        torch.testing.assert_close(attend(*parts, LayerSchedule(core), backend), expected)
+        torch.testing.assert_close(attend(*parts, ListedSchedule(core), backend), expected)
 
 
 @BACKENDS
@@ -201,7 +200,7 @@ def test_output_is_laid_out_as_q(backend: str, dtype: torch.dtype) -> None:
     """So that a model's view of (B, N, H * D) needs no copy."""
     core = schedule(WIDE, Blocks(64, 64))
     q, k, v = inputs(core, dtype, layout="BNHD", device=DEVICE if backend == "triton" else "cpu")
-    assert planned_attention(q, k, v, LayerSchedule(core), backend=backend).stride() == q.stride()
+    assert planned_attention(q, k, v, ListedSchedule(core), backend=backend).stride() == q.stride()
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("triton", marks=pytest.mark.slow)])
@@ -215,7 +214,7 @@ def test_what_is_not_finite_stays_with_those_who_keep_it(which: str, value: floa
     if start and backend == "triton":
         pytest.skip("by TMA, the end of a partial prefix is read with the first values of the video")
     core = schedule(WIDE, Blocks(64, 64), dense_heads=[1], anchored_heads=[2], density=0.3)
-    runtime, dtype = LayerSchedule(core), torch.float16 if backend == "triton" else torch.float32
+    runtime, dtype = ListedSchedule(core), torch.float16 if backend == "triton" else torch.float32
     q, k, v = inputs(core, dtype, batch=2, device=DEVICE if backend == "triton" else "cpu")
     q, k, v = (torch.cat([x[:, :, :start], x], 2) for x in (q, k, v))
 
@@ -238,16 +237,16 @@ def test_what_is_not_finite_stays_with_those_who_keep_it(which: str, value: floa
 def test_an_empty_batch_is_an_empty_result(backend: str) -> None:
     core = schedule(WIDE, Blocks(64, 64), anchored_heads=[2])
     nothing = torch.zeros(0, 3, WIDE.tokens, 16, dtype=torch.float16, device=DEVICE if backend == "triton" else "cpu")
-    out, lse = planned_attention(nothing, nothing, nothing, LayerSchedule(core), backend=backend, return_lse=True)
+    out, lse = planned_attention(nothing, nothing, nothing, ListedSchedule(core), backend=backend, return_lse=True)
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == (nothing.shape, torch.float16, out.shape[:3], torch.float32)
-    assert reference_attention(nothing, nothing, nothing, LayerSchedule(core))[0].shape == nothing.shape
+    assert reference_attention(nothing, nothing, nothing, ListedSchedule(core))[0].shape == nothing.shape
 
 
 def test_torch_in_double_precision() -> None:
     core = schedule(WIDE, Blocks(16, 16), anchored_heads=[1])
     q, k, v = inputs(core, torch.float64)
-    out, lse = planned_attention(q, k, v, LayerSchedule(core), backend="torch", return_lse=True)
-    truth, true_lse = planned_attention(q, k, v, LayerSchedule(core), backend="reference", return_lse=True)
+    out, lse = planned_attention(q, k, v, ListedSchedule(core), backend="torch", return_lse=True)
+    truth, true_lse = planned_attention(q, k, v, ListedSchedule(core), backend="reference", return_lse=True)
     torch.testing.assert_close(out, truth)
     torch.testing.assert_close(lse, true_lse)
 
@@ -257,12 +256,12 @@ def test_torch_backend_leaves_torch_as_it_was() -> None:
     threads = torch.get_num_threads()
     with torch.inference_mode():
         q, k, v = inputs(core, torch.float32)
-        assert planned_attention(q, k, v, LayerSchedule(core), backend="torch").is_inference()
+        assert planned_attention(q, k, v, ListedSchedule(core), backend="torch").is_inference()
     assert torch.get_num_threads() == threads
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.nn.functional.scaled_dot_product_attention", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            planned_attention(q, k, v, LayerSchedule(core), backend="torch")
+            planned_attention(q, k, v, ListedSchedule(core), backend="torch")
     assert torch.get_num_threads() == threads
 
 
@@ -270,10 +269,10 @@ def test_one_thread_gives_the_same_bits() -> None:
     core = schedule(WIDE, Blocks(16, 16), dense_heads=[0], anchored_heads=[1])
     q, k, v = inputs(core, torch.float32)
     threads = torch.get_num_threads()
-    many = planned_attention(q, k, v, LayerSchedule(core), backend="torch")
+    many = planned_attention(q, k, v, ListedSchedule(core), backend="torch")
     torch.set_num_threads(1)
     try:
-        assert torch.equal(planned_attention(q, k, v, LayerSchedule(core), backend="torch"), many)
+        assert torch.equal(planned_attention(q, k, v, ListedSchedule(core), backend="torch"), many)
     finally:
         torch.set_num_threads(threads)
 
@@ -284,12 +283,12 @@ def test_autocast_casts_as_for_scaled_dot_product_attention(backend: str) -> Non
     core = schedule(WIDE, Blocks(16, 16), dense_heads=[0])
     q, k, v = inputs(core, torch.float32)
     low = [x.bfloat16() for x in (q, k, v)]
-    plain = planned_attention(*low, LayerSchedule(core), backend=backend)
+    plain = planned_attention(*low, ListedSchedule(core), backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
         for mixed in ((q, k, v), (q, k, low[2]), (low[0], k, v)):
-            found = planned_attention(*mixed, LayerSchedule(core), backend=backend)
+            found = planned_attention(*mixed, ListedSchedule(core), backend=backend)
             assert found.dtype == torch.nn.functional.scaled_dot_product_attention(*mixed).dtype
             torch.testing.assert_close(found, plain)
-        assert planned_attention(*inputs(core, torch.float64), LayerSchedule(core)).dtype == torch.float64
+        assert planned_attention(*inputs(core, torch.float64), ListedSchedule(core)).dtype == torch.float64
     with pytest.raises(ValueError, match=r"v must have q's dtype and device, torch.float32 on cpu, got torch.bfloat16"):
-        planned_attention(q, k, low[2], LayerSchedule(core), backend=backend)
+        planned_attention(q, k, low[2], ListedSchedule(core), backend=backend)

@@ -13,28 +13,27 @@ from support.budget import check_against_oracle
 from support.guards import adversarial, run_guarded
 from support.schedules import OTHERS, layer_schedules, random_schedule
 
-from calibatt.plans import BF16, INT8, INT8_FP8, Blocks, TokenGrid
-from calibatt.plans import LayerSchedule as CoreSchedule
+from calibatt.plans import BF16, INT8, INT8_FP8, Blocks, LayerSchedule, TokenGrid
 from calibatt.runtime.backends import hopper
 from calibatt.runtime.ops import planned_attention, supports
 from calibatt.runtime.quantise import E4M3_MOST, INT8_MOST, as_e4m3, e4m3_channels, int8_rows, rounded_rows
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule
 
 GRID = TokenGrid(2, 4, 26)
 ALL = (BF16, INT8, INT8_FP8)
 EXTREMES = adversarial(128)
 
 
-def made(precisions: tuple[int, ...] = ALL, **options: object) -> LayerSchedule:
+def made(precisions: tuple[int, ...] = ALL, **options: object) -> AttentionSchedule:
     core = random_schedule(
         np.random.default_rng(0), GRID, Blocks(64, 64), len(precisions), precisions=precisions, **options
     )
     core.check()
-    return LayerSchedule(core)
+    return ListedSchedule(core)
 
 
 def inputs(
-    core: CoreSchedule, dtype: torch.dtype, others: int = 0, batch: int = 1, dim: int = 16
+    core: LayerSchedule, dtype: torch.dtype, others: int = 0, batch: int = 1, dim: int = 16
 ) -> list[torch.Tensor]:
     """Normal, with what 8 bits are bad at: keys and values far from 0, and a channel of keys far larger than others."""
     generator = torch.Generator().manual_seed(0)
@@ -86,7 +85,7 @@ def test_e4m3_saturates() -> None:
     st.booleans(),
 )
 def test_torch_is_as_the_reference(
-    core: CoreSchedule, dtype: torch.dtype, batch: int, prefix: int, suffix: int, padded: bool
+    core: LayerSchedule, dtype: torch.dtype, batch: int, prefix: int, suffix: int, padded: bool
 ) -> None:
     core.check()
     q, k, v = inputs(core, dtype, prefix + suffix, batch)
@@ -95,13 +94,13 @@ def test_torch_is_as_the_reference(
         padding = [(5 * sample + 3) % (suffix + 1) for sample in range(batch)]
         lengths = q.shape[2] - torch.tensor(padding, dtype=torch.int32)
     more = {"video_start": prefix, "lengths": lengths}
-    out, lse = planned_attention(q, k, v, LayerSchedule(core), backend="torch", return_lse=True, **more)
+    out, lse = planned_attention(q, k, v, ListedSchedule(core), backend="torch", return_lse=True, **more)
     if dtype == torch.float64:
-        truth, true_lse = planned_attention(q, k, v, LayerSchedule(core), backend="reference", return_lse=True, **more)
+        truth, true_lse = planned_attention(q, k, v, ListedSchedule(core), backend="reference", return_lse=True, **more)
         torch.testing.assert_close(lse, true_lse)
         torch.testing.assert_close(out, truth)
     else:
-        check_against_oracle(out, q, k, v, LayerSchedule(core), lse=lse, **more)
+        check_against_oracle(out, q, k, v, ListedSchedule(core), lse=lse, **more)
 
 
 @pytest.mark.parametrize("name", EXTREMES)

@@ -11,7 +11,7 @@ from support.schedules import random_schedule
 from calibatt.plans import BF16, INT8, INT8_FP8, Blocks, TokenGrid
 from calibatt.runtime.backends import hopper
 from calibatt.runtime.ops import attend, planned_attention
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule
 
 pytestmark = pytest.mark.gpu
 
@@ -30,18 +30,18 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(
     precisions: tuple[int, ...], grid: TokenGrid = SMALL, block_k: int = 128, density: float = 0.4, **options: object
-) -> LayerSchedule:
+) -> AttentionSchedule:
     """Listed heads, the third one dense; with anchors the first and the last but one."""
     core = random_schedule(
         np.random.default_rng(0), grid, Blocks(128, block_k), len(precisions), density, dense_heads=[2],
         precisions=precisions, **options,
     )  # fmt: skip
     core.check()
-    return LayerSchedule(core)
+    return ListedSchedule(core)
 
 
 def inputs(
-    schedule: LayerSchedule,
+    schedule: AttentionSchedule,
     dtype: torch.dtype = torch.bfloat16,
     head_dim: int = 128,
     batch: int = 1,
@@ -72,7 +72,7 @@ def inputs(
 
 
 def check(
-    schedule: LayerSchedule,
+    schedule: AttentionSchedule,
     dtype: torch.dtype = torch.bfloat16,
     head_dim: int = 128,
     batch: int = 1,

@@ -11,21 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.schedules import layer_schedules, random_schedule
 
-from calibatt.plans import BF16, INT8, INT8_FP8, PRECISIONS, Blocks, TokenGrid
-from calibatt.plans import LayerSchedule as CoreSchedule
+from calibatt.plans import BF16, INT8, INT8_FP8, PRECISIONS, Blocks, LayerSchedule, TokenGrid
 from calibatt.plans.schedule import NO_ANCHORS
 from calibatt.runtime.backends import hopper, hopper_eight
 from calibatt.runtime.backends.hopper import BLOCKS_K, BLOCKS_Q, prepare
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import ListedSchedule
 
 BLOCKS = st.builds(Blocks, st.sampled_from(BLOCKS_Q), st.sampled_from(BLOCKS_K))
 
 
 @given(layer_schedules(blocks=BLOCKS, precisions=tuple(PRECISIONS)))
-def test_tiles_and_receivers(core: CoreSchedule) -> None:
+def test_tiles_and_receivers(core: LayerSchedule) -> None:
     """Following every tile to who receives its outputs gives the oracle's view of every head."""
     core.check()
-    bound = LayerSchedule(core).bind("cpu")
+    bound = ListedSchedule(core).bind("cpu")
     ready = prepare(bound)
     block_q = core.blocks.block_q
     source = torch.full((core.heads, core.grid.tokens), -1)
@@ -82,7 +81,7 @@ def test_no_kernel_gets_an_empty_array(monkeypatch: pytest.MonkeyPatch, precisio
     q = torch.zeros(1, 2, core.grid.tokens + others, 64, dtype=torch.float16)
     counter, lengths = torch.zeros(1, dtype=torch.int32), torch.full((1,), q.shape[2], dtype=torch.int32)
     lse = torch.zeros(q.shape[:3])
-    bound = LayerSchedule(core).bind("cpu")
+    bound = ListedSchedule(core).bind("cpu")
     hopper._first_launches(q, q, q, q, lse, None, counter, bound, 1.0, others // 3, lengths)
     eight = {BF16: 0, INT8: 5, INT8_FP8: 6}[precision]
     assert len(launched) == eight + (precision == BF16 or others > 0)

@@ -16,7 +16,7 @@ from calibatt.runtime.kernels.block_sparse import block_sparse_forward
 from calibatt.runtime.kernels.hopper import hopper_forward
 from calibatt.runtime.ops import attend, choose_backend, planned_attention
 from calibatt.runtime.resident import ResidentSchedules
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule
 from calibatt.runtime.workspace import PackedLists, Room, unpack_by_torch
 
 pytestmark = pytest.mark.gpu
@@ -29,16 +29,16 @@ KINDS = ("random", "frames")
 """Of anchors: rows, then frames."""
 
 
-def made(grid: TokenGrid, blocks: Blocks, density: float = 0.2) -> LayerSchedule:
+def made(grid: TokenGrid, blocks: Blocks, density: float = 0.2) -> AttentionSchedule:
     """Four heads: listed, anchored by rows, dense, anchored by frames and dense."""
     rng = np.random.default_rng(0)
     core = random_schedule(rng, grid, blocks, 4, density, dense_heads=[2, 3], anchored_heads=[1, 3], anchors=KINDS)
     core.check()
-    return LayerSchedule(core)
+    return ListedSchedule(core)
 
 
 def inputs(
-    schedule: LayerSchedule, dtype: torch.dtype, head_dim: int, batch: int = 1, others: int = 0
+    schedule: AttentionSchedule, dtype: torch.dtype, head_dim: int, batch: int = 1, others: int = 0
 ) -> tuple[torch.Tensor, ...]:
     """q, k and v, ``(batch, H, N, head_dim)`` as a model makes them: channels of all heads of a token side by side."""
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def inputs(
 
 
 def check(
-    schedule: LayerSchedule,
+    schedule: AttentionSchedule,
     dtype: torch.dtype,
     head_dim: int,
     batch: int = 1,
@@ -123,7 +123,7 @@ def test_prefix_and_suffix_of_any_length(around: tuple[int, int], padded: bool, 
 @pytest.mark.parametrize("around", [(1, 1), (70, 0), (0, 200)], ids=str)
 def test_hopper_short_videos_among_others(around: tuple[int, int], tokens: int) -> None:
     core = random_schedule(np.random.default_rng(tokens), TokenGrid(1, 1, tokens), Blocks(128, 64), 3, 0.5)
-    check(LayerSchedule(core), torch.bfloat16, 128, 2, "hopper", around, padded=True)
+    check(ListedSchedule(core), torch.bfloat16, 128, 2, "hopper", around, padded=True)
 
 
 @pytest.mark.parametrize("size", [6, 40])
@@ -160,7 +160,7 @@ def test_text_of_another_length_compiles_nothing(backend: str) -> None:
 @pytest.mark.parametrize("block_k", [64, 128])
 def test_hopper_tails(tokens: int, block_k: int) -> None:
     core = random_schedule(np.random.default_rng(tokens), TokenGrid(1, 1, tokens), Blocks(128, block_k), 3, 0.5)
-    check(LayerSchedule(core), torch.bfloat16, 128, backend="hopper")
+    check(ListedSchedule(core), torch.bfloat16, 128, backend="hopper")
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -168,7 +168,7 @@ def test_hopper_tails(tokens: int, block_k: int) -> None:
 def test_kernels_take_any_strides(layout: str, backend: str) -> None:
     heads = 1 if layout == "one head" else 4
     grid = TokenGrid(frames=3, height=7, width=26)
-    schedule = LayerSchedule(random_schedule(np.random.default_rng(0), grid, Blocks(128, 128), heads))
+    schedule = ListedSchedule(random_schedule(np.random.default_rng(0), grid, Blocks(128, 128), heads))
     torch.manual_seed(0)
     size = {"side by side": 128, "one tensor": 128, "one head": 128, "not aligned": 132}[layout]
     shape = (2, heads, grid.tokens, size) if layout == "not aligned" else (2, grid.tokens, 3, heads, size)
@@ -199,7 +199,7 @@ def test_hopper_scores_that_overshoot_the_first_blocks_maximum(size: int, rising
 
 def test_hopper_confines_what_is_not_finite_to_its_rows() -> None:
     core = random_schedule(np.random.default_rng(0), TokenGrid(3, 12, 26), Blocks(128, 128), 3, 0.5, dense_heads=[2])
-    schedule = LayerSchedule(core)
+    schedule = ListedSchedule(core)
     q, k, v = inputs(schedule, torch.bfloat16, 128)
     expected = planned_attention(q, k, v, schedule, backend="hopper")
     broken = q.clone()
@@ -240,7 +240,7 @@ def test_hopper_gives_equal_bits_every_time(anchored: list[int]) -> None:
     core = random_schedule(
         np.random.default_rng(0), TokenGrid(9, 30, 52), Blocks(128, 128), 8, 0.3, anchored_heads=anchored, anchors=KINDS
     )
-    schedule = LayerSchedule(core)
+    schedule = ListedSchedule(core)
     q, k, v = inputs(schedule, torch.bfloat16, 128)
     expected = planned_attention(q, k, v, schedule, backend="hopper")
     differ = torch.zeros((), dtype=torch.bool, device="cuda")
@@ -273,7 +273,7 @@ def test_hopper_on_streams_at_once(anchored: list[int]) -> None:
     core = random_schedule(
         np.random.default_rng(0), TokenGrid(3, 30, 52), Blocks(128, 128), 4, 0.3, anchored_heads=anchored, anchors=KINDS
     )
-    schedule = LayerSchedule(core)
+    schedule = ListedSchedule(core)
     q, k, v = inputs(schedule, torch.bfloat16, 128)
     expected = attend(q, k, v, schedule, "hopper")
     torch.cuda.synchronize()
@@ -293,7 +293,7 @@ def test_hopper_graphs_replayed_at_once(anchored: list[int]) -> None:
     core = random_schedule(
         np.random.default_rng(0), TokenGrid(3, 30, 52), Blocks(128, 128), 4, 0.3, anchored_heads=anchored, anchors=KINDS
     )
-    schedule = LayerSchedule(core)
+    schedule = ListedSchedule(core)
     q, k, v = inputs(schedule, torch.bfloat16, 128)
     expected = attend(q, k, v, schedule, "hopper")
     graphs, outs = [], []
@@ -341,7 +341,7 @@ def test_auto_takes_the_fastest_that_can() -> None:
 def test_tensors_beyond_two_to_the_31_elements(backend: str) -> None:
     """The last of six batches, in which element 2^31 lies, is what the same batch is alone."""
     core = random_schedule(np.random.default_rng(0), WAN_720P, Blocks(128, 128), 40, 0.01, anchored_heads=[39])
-    schedule = LayerSchedule(core)
+    schedule = ListedSchedule(core)
     x = inputs(schedule, torch.bfloat16, 128, batch=6)[0]
     assert x.numel() > 2**31
     out = planned_attention(x, x, x, schedule, backend=backend)[5:]
@@ -379,7 +379,7 @@ def test_lists_unpacked_when_they_are_used(backend: str, monkeypatch: pytest.Mon
     q, k, v = inputs(layers[0], torch.bfloat16, 128)
     expected = [attend(q, k, v, layer, backend) for layer in layers]
     monkeypatch.setattr("calibatt.runtime.resident.RESIDENT_BYTES", 0)
-    plan = ResidentSchedules([[LayerSchedule(layer.core) for layer in layers]])
+    plan = ResidentSchedules([[ListedSchedule(layer.core) for layer in layers]])
 
     def run() -> list[torch.Tensor]:
         return [attend(q, k, v, layer, backend) for layer in plan.layers(0)]

@@ -12,14 +12,14 @@ from support.schedules import random_schedule
 from calibatt.plans import BF16, INT8, INT8_FP8, Blocks, TokenGrid
 from calibatt.runtime import ops
 from calibatt.runtime.backends import BACKENDS, UnsupportedBackendError, load_backend
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule
 
 SHAPE = (1, 2, 24, 16)
 
 
 @pytest.fixture
-def schedule() -> LayerSchedule:
-    return LayerSchedule(random_schedule(np.random.default_rng(0), TokenGrid(2, 3, 4), Blocks(16, 16), 2))
+def schedule() -> AttentionSchedule:
+    return ListedSchedule(random_schedule(np.random.default_rng(0), TokenGrid(2, 3, 4), Blocks(16, 16), 2))
 
 
 @pytest.mark.parametrize(
@@ -49,26 +49,28 @@ def schedule() -> LayerSchedule:
         ({"backend": "cuda"}, r"backend must be 'auto' or one of \['hopper', .*, 'triton'\], got 'cuda'"),
     ],
 )
-def test_bad_arguments_are_named(schedule: LayerSchedule, change: dict[str, object], message: str) -> None:
+def test_bad_arguments_are_named(schedule: AttentionSchedule, change: dict[str, object], message: str) -> None:
     good = {"q": torch.zeros(SHAPE), "k": torch.zeros(SHAPE), "v": torch.zeros(SHAPE)}
     with pytest.raises(ValueError, match=message):
         ops.planned_attention(**{**good, "schedule": schedule, **change})
 
 
-def test_an_explicit_backend_never_falls_back(schedule: LayerSchedule) -> None:
+def test_an_explicit_backend_never_falls_back(schedule: AttentionSchedule) -> None:
     x = torch.zeros(1, 2, 24, 20)
     with pytest.raises(UnsupportedBackendError, match=r"'triton' cannot execute .*float32; head_dim must be .* got 20"):
         ops.planned_attention(x, x, x, schedule, backend="triton")
 
 
-def test_auto_on_a_cpu_is_torch(schedule: LayerSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_a_cpu_is_torch(schedule: AttentionSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     assert ops.supports(schedule, "cpu", torch.float16, 64, "triton") != []
     assert ops.choose_backend(schedule, "cpu", torch.float16, 64) == "torch"
 
 
-def test_heads_of_8_bits_are_emulated_on_a_gpu_by_name_alone(schedule: LayerSchedule, monkeypatch: pytest.MonkeyPatch):
-    eight = LayerSchedule(replace(schedule.core, head_precision=np.array([INT8_FP8, BF16], np.uint8)))
+def test_heads_of_8_bits_are_emulated_on_a_gpu_by_name_alone(
+    schedule: AttentionSchedule, monkeypatch: pytest.MonkeyPatch
+):
+    eight = ListedSchedule(replace(schedule.core, head_precision=np.array([INT8_FP8, BF16], np.uint8)))
     monkeypatch.setattr(ops, "backend_reasons", lambda name, *_: [] if name == "torch" else ["no"])
     with pytest.raises(UnsupportedBackendError, match=r"torch: on a GPU it only emulates .* must be asked for by name"):
         ops.choose_backend(eight, "cuda", torch.bfloat16, 16)
@@ -78,10 +80,10 @@ def test_heads_of_8_bits_are_emulated_on_a_gpu_by_name_alone(schedule: LayerSche
 
 @pytest.mark.parametrize("name", sorted(BACKENDS))
 def test_a_precision_that_a_backend_has_not_is_refused(
-    schedule: LayerSchedule, name: str, monkeypatch: pytest.MonkeyPatch
+    schedule: AttentionSchedule, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is computed, from the outline alone; and so is `auto` if nobody has it."""
-    eight = LayerSchedule(replace(schedule.core, head_precision=np.array([INT8_FP8, BF16], np.uint8)))
+    eight = ListedSchedule(replace(schedule.core, head_precision=np.array([INT8_FP8, BF16], np.uint8)))
     module = load_backend(name)
     reason = "it cannot execute heads of precision 2 (int8 QK with fp8 PV)"
     for has, count in (({BF16}, 1), ({BF16, INT8}, 1), ({BF16, INT8_FP8}, 0)):
@@ -93,14 +95,14 @@ def test_a_precision_that_a_backend_has_not_is_refused(
         ops.choose_backend(eight, "cpu", torch.float32, 16)
 
 
-def test_auto_names_every_refusal(schedule: LayerSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_names_every_refusal(schedule: AttentionSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "AUTO", ("triton",))
     with pytest.raises(UnsupportedBackendError, match=r"no backend .*triton: .*float64"):
         ops.choose_backend(schedule, "cpu", torch.float64, 64)
 
 
 def test_a_backend_that_cannot_be_imported_has_a_reason(
-    schedule: LayerSchedule, monkeypatch: pytest.MonkeyPatch
+    schedule: AttentionSchedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(BACKENDS, "triton", "calibatt.runtime.backends.missing")
     (reason,) = ops.supports(schedule, "cpu", torch.float16, 64, "triton")
@@ -114,7 +116,7 @@ def test_every_backend_has_the_two_functions(name: str) -> None:
     assert callable(module.run)
 
 
-def test_attend_is_planned_attention_without_checks(schedule: LayerSchedule) -> None:
+def test_attend_is_planned_attention_without_checks(schedule: AttentionSchedule) -> None:
     q, k, v = torch.randn(3, *SHAPE)
     expected = ops.planned_attention(q, k, v, schedule, backend="torch", return_lse=True)
     for got, want in zip(ops.attend(q, k, v, schedule, "torch", return_lse=True), expected, strict=True):
@@ -122,17 +124,17 @@ def test_attend_is_planned_attention_without_checks(schedule: LayerSchedule) -> 
 
 
 @pytest.mark.parametrize("name", ["reference", "torch", "triton"])
-def test_the_default_device_is_of_no_concern(schedule: LayerSchedule, name: str) -> None:
+def test_the_default_device_is_of_no_concern(schedule: AttentionSchedule, name: str) -> None:
     """`torch.set_default_device` is for what users make, not for index arrays."""
     q, k, v = torch.randn(3, *SHAPE).to(torch.float16 if name == "triton" else torch.float32)
-    fresh = LayerSchedule(schedule.core)
+    fresh = ListedSchedule(schedule.core)
     with torch.device("meta"):
         found = ops.planned_attention(q, k, v, schedule=fresh, backend=name)
     torch.testing.assert_close(found, ops.planned_attention(q, k, v, schedule=schedule, backend=name))
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
-def test_lengths_that_are_none_count_as_the_nearest(schedule: LayerSchedule, backend: str) -> None:
+def test_lengths_that_are_none_count_as_the_nearest(schedule: AttentionSchedule, backend: str) -> None:
     """Kernels cannot be made to read beyond the arrays, or to compute over nothing."""
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ from calibatt.runtime import schedule as runtime_schedule
 from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.intercept import Interception
 from calibatt.runtime.parallel import Share, Ulysses, divide, even_counts, slowest_rank
-from calibatt.runtime.schedule import LayerSchedule, StoredSchedule
+from calibatt.runtime.schedule import ListedSchedule, StoredSchedule
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -342,7 +342,7 @@ def test_a_share_keeps_the_precision_of_its_heads(precisions: list[int], rank: i
     grid, heads = TokenGrid(2, 3, 13), len(precisions)
     core = random_schedule(np.random.default_rng(1), grid, BLOCKS, heads, 0.5, precisions=precisions)
     plan = PlanFile(ModelSignature("M", 1, heads, 8), grid, BLOCKS, (Segment(0, 1, 0),), [[core]])
-    for whole in (LayerSchedule(core), StoredSchedule(plan.stored(), 0, 0)):
+    for whole in (ListedSchedule(core), StoredSchedule(plan.stored(), 0, 0)):
         share = Share(whole, Ulysses(None, rank, 2, uneven=True))  # type: ignore[arg-type]  # nobody is asked
         mine = share.divided[rank]
         assert share.bind("cpu").core.head_precision.tolist() == [precisions[head] for head in mine]

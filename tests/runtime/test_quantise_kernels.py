@@ -10,7 +10,7 @@ from support.schedules import random_schedule
 from calibatt.plans import INT8, INT8_FP8, Blocks, TokenGrid
 from calibatt.runtime.backends import hopper, hopper_eight
 from calibatt.runtime.quantise import QUERY_GROUP, e4m3_channels, int8_rows, mean_of
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
@@ -19,7 +19,7 @@ ORDER = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
 
 
 def quantised(
-    schedule: LayerSchedule,
+    schedule: AttentionSchedule,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -58,7 +58,7 @@ def test_kernels_are_as_the_definition(
         np.random.default_rng(0), TokenGrid(2, 4, 26), Blocks(128, block_k), 4, anchored_heads=[2],
         precisions=[INT8, 0, INT8_FP8, INT8_FP8],
     )  # fmt: skip
-    schedule, tokens = LayerSchedule(core), core.grid.tokens
+    schedule, tokens = ListedSchedule(core), core.grid.tokens
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, prefix + tokens + suffix, 3, 4, head_dim, generator=generator).to(DEVICE, dtype)
     q, k, v = (x[:, :, part].transpose(1, 2) for part in range(3))
@@ -136,7 +136,7 @@ def test_outputs_of_anchors_go_to_their_groups(anchors: str) -> None:
         np.random.default_rng(0), TokenGrid(3, 4, 26), Blocks(128, 128), 4, anchored_heads=[1, 3], anchors=anchors,
         precisions=[INT8_FP8, INT8_FP8, 0, INT8_FP8],
     )  # fmt: skip
-    bound, start = LayerSchedule(core).bind(DEVICE), 5
+    bound, start = ListedSchedule(core).bind(DEVICE), 5
     ready = bound.derived(hopper.prepare)
     (eight,) = ready.eight
     out = torch.zeros(2, start + core.grid.tokens + 9, 4, 64, dtype=torch.float16, device=DEVICE).transpose(1, 2)

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.schedules import OTHERS, grids, layer_schedules, random_schedule
 
-from calibatt.plans import Blocks, TokenGrid
-from calibatt.plans import LayerSchedule as CoreSchedule
+from calibatt.plans import Blocks, LayerSchedule, TokenGrid
 from calibatt.runtime import reference
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import ListedSchedule
 
 
 @settings(max_examples=20)
@@ -23,9 +22,9 @@ from calibatt.runtime.schedule import LayerSchedule
     st.integers(0, 3),
 )
 def test_reference_is_the_definition_one_query_at_a_time(
-    core: CoreSchedule, prefix: int, suffix: int, padding: int
+    core: LayerSchedule, prefix: int, suffix: int, padding: int
 ) -> None:
-    schedule = LayerSchedule(core)
+    schedule = ListedSchedule(core)
     tokens, block_k = prefix + core.grid.tokens + suffix, core.blocks.block_k
     end = tokens - min(padding, suffix)
     rng = np.random.default_rng(0)
@@ -57,9 +56,9 @@ def test_chunks_and_a_choice_of_queries_change_nothing(scores: int, monkeypatch:
     grid = TokenGrid(frames=2, height=3, width=7)
     core = random_schedule(np.random.default_rng(0), grid, Blocks(16, 16), 2, anchored_heads=[1])
     q, k, v = torch.randn(3, 2, 2, grid.tokens, 8, generator=torch.Generator().manual_seed(0)).double()
-    out, lse = reference.reference_attention(q, k, v, LayerSchedule(core))
+    out, lse = reference.reference_attention(q, k, v, ListedSchedule(core))
     monkeypatch.setattr(reference, "CHUNK_SCORES", scores)
     queries = torch.tensor([grid.tokens - 1, 0, 11])
-    part, part_lse = reference.reference_attention(q, k, v, LayerSchedule(core), queries=queries)
+    part, part_lse = reference.reference_attention(q, k, v, ListedSchedule(core), queries=queries)
     torch.testing.assert_close(part, out[:, :, queries])
     torch.testing.assert_close(part_lse, lse[:, :, queries])

@@ -10,21 +10,20 @@ import torch
 from hypothesis import given
 from support.schedules import layer_schedules, random_schedule
 
-from calibatt.plans import Blocks, TokenGrid
-from calibatt.plans import LayerSchedule as CoreSchedule
-from calibatt.runtime.schedule import LayerSchedule, bound_to
+from calibatt.plans import Blocks, LayerSchedule, TokenGrid
+from calibatt.runtime.schedule import ListedSchedule, bound_to
 
 
 @pytest.fixture
-def core() -> CoreSchedule:
+def core() -> LayerSchedule:
     grid = TokenGrid(frames=2, height=3, width=13)
     return random_schedule(np.random.default_rng(1), grid, Blocks(16, 32), 3, dense_heads=[1], anchored_heads=[2])
 
 
 @given(layer_schedules())
-def test_executing_the_arrays_is_executing_the_schedule(core: CoreSchedule) -> None:
+def test_executing_the_arrays_is_executing_the_schedule(core: LayerSchedule) -> None:
     """Every token is written once, for the source and the key blocks that `dense` says, in the order of the tiles."""
-    bound = LayerSchedule(core).bind("cpu")
+    bound = ListedSchedule(core).bind("cpu")
     tokens, block_q = core.grid.tokens, core.blocks.block_q
     columns = bound.columns.numpy()
     source = np.full((core.heads, tokens), -1)
@@ -49,8 +48,8 @@ def test_executing_the_arrays_is_executing_the_schedule(core: CoreSchedule) -> N
         assert np.array_equal(keep[head], expected_keep)
 
 
-def test_properties_and_dense_are_those_of_the_core(core: CoreSchedule) -> None:
-    schedule = LayerSchedule(core)
+def test_properties_and_dense_are_those_of_the_core(core: LayerSchedule) -> None:
+    schedule = ListedSchedule(core)
     assert (schedule.grid, schedule.blocks, schedule.heads) == (core.grid, core.blocks, core.heads)
     assert schedule.density == core.density
     source, keep = schedule.dense(2)
@@ -60,16 +59,16 @@ def test_properties_and_dense_are_those_of_the_core(core: CoreSchedule) -> None:
     assert np.array_equal(keep.numpy(), core.dense(2)[1])
 
 
-def test_bind_is_kept_until_unbind(core: CoreSchedule) -> None:
-    schedule = LayerSchedule(core)
+def test_bind_is_kept_until_unbind(core: LayerSchedule) -> None:
+    schedule = ListedSchedule(core)
     bound = schedule.bind("cpu")
     assert schedule.bind(torch.device("cpu")) is bound
     schedule.unbind()
     assert schedule.bind("cpu") is not bound
 
 
-def test_derived_is_made_once(core: CoreSchedule) -> None:
-    bound = LayerSchedule(core).bind("cpu")
+def test_derived_is_made_once(core: LayerSchedule) -> None:
+    bound = ListedSchedule(core).bind("cpu")
     calls = []
     for _ in range(2):
         bound.derived(calls.append)
@@ -99,9 +98,9 @@ class FakeCuda:
 
 
 def test_streams_wait_for_the_copies_and_memory_for_the_streams(
-    core: CoreSchedule, monkeypatch: pytest.MonkeyPatch
+    core: LayerSchedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cuda, schedule = FakeCuda(monkeypatch), LayerSchedule(core)
+    cuda, schedule = FakeCuda(monkeypatch), ListedSchedule(core)
     first, second = cuda.stream, FakeStream()
     bound = schedule.bind("cuda:0")
     cuda.stream = second
@@ -113,8 +112,8 @@ def test_streams_wait_for_the_copies_and_memory_for_the_streams(
     assert schedule.bind("cuda:0") is not bound
 
 
-def test_what_a_graph_captured_stays(core: CoreSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, schedule = FakeCuda(monkeypatch), LayerSchedule(core)
+def test_what_a_graph_captured_stays(core: LayerSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, schedule = FakeCuda(monkeypatch), ListedSchedule(core)
     cuda.capturing = True
     schedule.prefetch(torch.device("cuda:0"), nullcontext())
     assert schedule.bound_bytes == 0

@@ -17,13 +17,22 @@ from support import compile_kernel
 from support.budget import check_against_oracle
 from support.schedules import layer_schedules, random_schedule
 
-from calibatt.plans import Blocks, ModelSignature, PackedLayer, PlanFile, Segment, StoredLayers, TokenGrid, encode
-from calibatt.plans import LayerSchedule as CoreSchedule
+from calibatt.plans import (
+    Blocks,
+    LayerSchedule,
+    ModelSignature,
+    PackedLayer,
+    PlanFile,
+    Segment,
+    StoredLayers,
+    TokenGrid,
+    encode,
+)
 from calibatt.runtime import Plan, planned_attention, resident
 from calibatt.runtime.backends import hopper
 from calibatt.runtime.parallel import Share, Ulysses
 from calibatt.runtime.resident import ResidentSchedules
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule
 from calibatt.runtime.workspace import PackedLists, Room, Workspace, unpack_by_kernel, unpack_by_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +41,7 @@ BLOCKS = Blocks(16, 32)
 WAN_720P = TokenGrid(frames=21, height=45, width=80)
 
 
-def drawn(seed: int, grid: TokenGrid = GRID, density: float = 0.4) -> CoreSchedule:
+def drawn(seed: int, grid: TokenGrid = GRID, density: float = 0.4) -> LayerSchedule:
     rng = np.random.default_rng(seed)
     return random_schedule(
         rng, grid, BLOCKS, 4, density, dense_heads=[1], shared_heads=[2], anchored_heads=[3], anchors="mixed"
@@ -45,11 +54,11 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resident, "RESIDENT_BYTES", 0)
 
 
-def check_lists(schedule: LayerSchedule, core: CoreSchedule) -> None:
+def check_lists(schedule: AttentionSchedule, core: LayerSchedule) -> None:
     """The columns of every tile are those that the schedule says, a 0 follows the last list; queries are as if written
     out.
     """
-    plain = LayerSchedule(core).bind(DEVICE)
+    plain = ListedSchedule(core).bind(DEVICE)
     assert schedule.workspace is not None
     with schedule.bind(DEVICE).lowered() as bound:
         columns = bound.columns.cpu()
@@ -66,8 +75,8 @@ def check_lists(schedule: LayerSchedule, core: CoreSchedule) -> None:
 
 
 @given(layer_schedules())
-def test_unpacked_lists_are_the_schedules(core: CoreSchedule) -> None:
-    schedule = LayerSchedule(core)
+def test_unpacked_lists_are_the_schedules(core: LayerSchedule) -> None:
+    schedule = ListedSchedule(core)
     schedule.workspace = Workspace((schedule.most_lists + 1) * core.k_blocks + 1, schedule.most_queries)
     check_lists(schedule, core)
 
@@ -108,7 +117,7 @@ def test_the_kernel_compiles_and_spills_nothing() -> None:
 @pytest.mark.usefixtures("packed")
 def test_layers_of_a_plan_take_turns_in_one_room() -> None:
     """The triton backend reads columns; every layer finds its own, in any order, from either segment."""
-    plan = ResidentSchedules([[LayerSchedule(drawn(2 * at + layer)) for layer in range(2)] for at in range(2)])
+    plan = ResidentSchedules([[ListedSchedule(drawn(2 * at + layer)) for layer in range(2)] for at in range(2)])
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 4, GRID.tokens, 16, dtype=torch.float16, device=DEVICE)
     for segment, layer in ((0, 0), (0, 1), (0, 0), (1, 1), (1, 1), (0, 0)):
@@ -124,14 +133,14 @@ def test_layers_of_a_plan_take_turns_in_one_room() -> None:
 
 @pytest.mark.usefixtures("packed")
 def test_shares_are_packed_too() -> None:
-    whole = ResidentSchedules([[LayerSchedule(drawn(seed, density=0.9)) for seed in range(2)]])
+    whole = ResidentSchedules([[ListedSchedule(drawn(seed, density=0.9)) for seed in range(2)]])
     ranks = Ulysses(None, 1, 2, False)
     for schedule in ResidentSchedules([[Share(schedule, ranks) for schedule in whole.layers(0)]]).layers(0):
         check_lists(schedule, schedule.core)
 
 
 def test_small_plans_stay_lists() -> None:
-    plan = ResidentSchedules([[LayerSchedule(drawn(0))]])
+    plan = ResidentSchedules([[ListedSchedule(drawn(0))]])
     with plan.layers(0)[0].bind(DEVICE).lowered() as bound:
         assert bound.lists is None
     assert plan.bound_bytes == plan.layers(0)[0].bound_bytes

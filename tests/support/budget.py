@@ -6,7 +6,7 @@ import torch
 
 from calibatt.plans.precision import INT8_FP8
 from calibatt.runtime.reference import reference_attention
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import AttentionSchedule
 
 EXP_ULPS = 20
 """torch's CPU kernel of scaled_dot_product_attention takes exponentials to 20 units in the last place of fp32."""
@@ -22,7 +22,7 @@ def check_against_oracle(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    schedule: LayerSchedule,
+    schedule: AttentionSchedule,
     *,
     lse: torch.Tensor | None = None,
     scale: float | None = None,

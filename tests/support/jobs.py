@@ -126,6 +126,6 @@ def random_anchors(rng: np.random.Generator, axis: int, grid: TokenGrid) -> Grou
 
 def check_packed_blocks(menu: Menu, unit: UnitIR, head: int, groups: Groups) -> None:
     """`Menu.packed_blocks` against every mask, made and packed."""
-    masks = [menu.mask(unit, head, column)[1] for column in range(menu.columns)]
+    masks = [menu.bits(mask, unit, head) for mask in menu.masks]
     expected = [int(count(packed_bits(bits, unit.grid, unit.blocks, groups), (0, 1))) for bits in masks]
     assert menu.packed_blocks(unit, head, groups).tolist() == expected

@@ -30,7 +30,7 @@ from calibatt.runtime.kernels.anchors import pack_queries, unpack_outputs
 from calibatt.runtime.kernels.block_sparse import block_sparse_forward
 from calibatt.runtime.kernels.hopper import hopper_forward
 from calibatt.runtime.kernels.hopper_eight import hopper_eight_forward
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import ListedSchedule
 from support.schedules import random_schedule
 
 DRIVER = "libcuda.so.1"
@@ -136,7 +136,7 @@ def launch_case(
         np.random.default_rng(0), grid, Blocks(128, 128), heads, 0.5, anchored_heads=[1, 3] if anchored else [],
         precisions=[precision] * heads,
     )  # fmt: skip
-    bound = LayerSchedule(core).bind("cpu")
+    bound = ListedSchedule(core).bind("cpu")
     run = load_backend(backend).run
     kernels = kernels_of(backend, anchored, others, precision)
     kept: list[torch.Tensor] = []
@@ -193,7 +193,7 @@ def count_variants(cuda: ctypes.CDLL, backend: str, lengths: list[list[int]], pr
     core = random_schedule(
         np.random.default_rng(0), grid, Blocks(128, 128), 4, 0.5, anchored_heads=[1], precisions=[precision] * 4
     )
-    bound, kernels = LayerSchedule(core).bind("cpu"), kernels_of(backend, True, True, precision)
+    bound, kernels = ListedSchedule(core).bind("cpu"), kernels_of(backend, True, True, precision)
     for kernel in kernels:
         kernel.device_caches.clear()
         cuda.declare(kernel.fn.__name__.encode(), 0, None)  # of an earlier case

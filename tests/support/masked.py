@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from calibatt.runtime import LayerSchedule, Plan
+from calibatt.runtime import AttentionSchedule, Plan
 from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.runtime.intercept import Interception
 
@@ -36,7 +36,7 @@ def masked(model: Any, plan: Plan, adapter: Adapter | None = None) -> Iterator[N
 
 
 def masked_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: LayerSchedule, start: int = 0
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: AttentionSchedule, start: int = 0
 ) -> torch.Tensor:
     """What a schedule means of q, k and v, all ``(B, N, H, D)``, by `scaled_dot_product_attention` with a mask."""
     video = torch.arange(schedule.grid.tokens, device=q.device)

@@ -22,7 +22,7 @@ import torch
 from calibatt.plans import BF16, INT8, INT8_FP8, PRECISIONS, Blocks, TokenGrid
 from calibatt.runtime.backends import hopper as hopper_backend
 from calibatt.runtime.ops import planned_attention
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import ListedSchedule
 from support.budget import check_against_oracle
 from support.guards import adversarial, run_guarded
 from support.schedules import random_schedule
@@ -50,7 +50,7 @@ def run_case(
         anchored_heads=[1, 2] if anchored else [], anchors=("random", "frames"), precisions=precisions,
     )  # fmt: skip
     core.check()
-    schedule = LayerSchedule(core)
+    schedule = ListedSchedule(core)
     torch.manual_seed(0)
     shape, lengths = (2, 7 + grid.tokens + 33, 3, head_dim), torch.tensor([500, 508], dtype=torch.int32, device="cuda")
     more = {"video_start": 7, "lengths": lengths}

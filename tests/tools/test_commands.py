@@ -66,7 +66,7 @@ def test_help_needs_nothing_and_a_terminal_of_ascii_shows_it(name: str) -> None:
         ("calibatt-evaluate", ("--plan", "x", "--prompts", "y"), "torch must be installed"),
         ("calibatt-demo", ("-o", "none/demo"), "torch must be installed: pip install 'calibatt[runtime]'"),
         ("calibatt-bench", ("kernel",), "torch must be installed: pip install 'calibatt[runtime]'"),
-        ("calibatt-bench", ("energy", "--help"), "torch must be installed: pip install 'calibatt[runtime]'"),
+        ("calibatt-bench", ("model", "--help"), "torch must be installed: pip install 'calibatt[runtime]'"),
         ("calibatt-inspect", (GOLDEN, "--overview-png", "none/x.png"), "matplotlib must be installed: pip install "),
     ],
 )

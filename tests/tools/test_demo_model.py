@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from calibatt.tools.demo import world
-from calibatt.tools.demo.model import FEW_STEPS, GROWN, WEIGHTS, DemoModel, generate, noise, times, trained
+from calibatt.tools.demo_model import world
+from calibatt.tools.demo_model.model import FEW_STEPS, GROWN, WEIGHTS, DemoModel, generate, noise, times, trained
+from calibatt.tools.studies import rendering
 
 
 def test_the_weights_are_small_enough_for_the_repository():
@@ -21,7 +22,8 @@ def test_the_grown_weights_are_for_the_larger_clips(size: str, tokens: int, shif
     assert files == [GROWN]
     assert model.grid.tokens == tokens
     assert model.shift == pytest.approx(shift, abs=1e-3)
-    video = world.render(world.scenes(1, torch.Generator().manual_seed(3), test=True), torch.Generator().manual_seed(3))
+    scenes = world.scenes(1, torch.Generator().manual_seed(3), test=True)
+    video = rendering.render(scenes, torch.Generator().manual_seed(3))
     assert model.transformer.rope(video)[0].shape == (1, 8 * 24 * 24, 1, 64)
 
 
@@ -36,7 +38,7 @@ def test_grown_prompts_are_right_by_the_record(size: str):
 def test_a_held_out_prompt_is_drawn_in_four_steps_by_the_lora():
     prompt = "a large yellow triangle moving right fast on a plain navy background"
     video = generate(trained("demo-few-steps")[0], [prompt], [1])
-    verdict = world.measure(video, world.parse(prompt)[None])
+    verdict = rendering.measure(video, world.parse(prompt)[None])
     assert [bool(each[0, 0]) for each in (verdict.asked, verdict.colour, verdict.shape, verdict.direction)] == [
         True
     ] * 4
@@ -59,7 +61,7 @@ def test_a_held_out_prompt_is_drawn():
     prompt = "a large yellow triangle moving right fast on a plain navy background"
     scene = world.parse(prompt)[None]
     video = generate(DemoModel.load(), [prompt], [1], steps=4)
-    verdict = world.measure(video, scene)
+    verdict = rendering.measure(video, scene)
     assert verdict.asked[0, 0]
     assert verdict.colour[0, 0]
     assert verdict.shape[0, 0]

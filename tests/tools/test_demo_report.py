@@ -10,10 +10,11 @@ from click.testing import CliRunner
 
 from calibatt.plans import PlanFile
 from calibatt.runtime import load_plan
-from calibatt.tools.demo import measure, quality, report
-from calibatt.tools.demo.model import times
+from calibatt.tools.demo import measure, report
+from calibatt.tools.demo_model.model import times
 from calibatt.tools.evaluate.harness import executed_density
 from calibatt.tools.evaluate.metrics import psnr_db
+from calibatt.tools.studies import quality
 
 ROOT = Path(__file__).parents[2]
 PLAN = ROOT / "plans" / "demo.plan"

@@ -20,11 +20,12 @@ from calibatt.runtime import load_plan
 from calibatt.tools.calibrate.__main__ import main as calibrate
 from calibatt.tools.calibrate.models import make_sampler
 from calibatt.tools.demo import __main__ as demo
-from calibatt.tools.demo import distill, model, train, world
-from calibatt.tools.demo.model import DemoModel, generate, noise, times
-from calibatt.tools.demo.world import Clip
+from calibatt.tools.demo_model import model, world
+from calibatt.tools.demo_model.model import DemoModel, generate, noise, times
+from calibatt.tools.demo_model.world import Clip
 from calibatt.tools.evaluate.__main__ import main as evaluate
 from calibatt.tools.inspect_plan.__main__ import main as inspect_plan
+from calibatt.tools.studies import distill, train
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -45,7 +46,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(train, "SHORT_BATCH", 1)
     torch.manual_seed(0)
     path = tmp_path / "toy.safetensors"
-    DemoModel(TOY).save(path)
+    train.save_model(path, DemoModel(TOY))
     return path
 
 
@@ -58,8 +59,8 @@ def run(command: Any, *arguments: object) -> None:
 def test_training_goes_on_from_weights_at_sizes_in_turn(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     saved = []
-    save = DemoModel.save
-    monkeypatch.setattr(DemoModel, "save", lambda self, path, **notes: (saved.append(notes), save(self, path, **notes)))
+    save = train.save_model
+    monkeypatch.setattr(train, "save_model", lambda *args, **notes: (saved.append(notes), save(*args, **notes)))
     settings = ["--seconds", 1, "--check-prompts", 2, "--device", "cpu"]
     run(train.main, "--from", toy, "--size", "large", "--size", "medium", "-o", tmp_path / "out", *settings)
     record = json.loads((tmp_path / "out" / "train.json").read_text())
@@ -101,7 +102,7 @@ def test_the_same_place_has_the_same_angles_in_every_clip():
 
 def test_weights_say_their_clip_and_shift(tmp_path):
     path = tmp_path / "weights.safetensors"
-    DemoModel(TOY, Clip(4, 24), shift=2.5).save(path)
+    train.save_model(path, DemoModel(TOY, Clip(4, 24), shift=2.5))
     found = DemoModel.load(path)
     assert (found.clip, found.shift, found.grid.tokens) == (Clip(4, 24), 2.5, 4 * 12 * 12)
     video = generate(found, [PROMPT], [1], 2)
@@ -153,7 +154,7 @@ def test_two_steps_of_the_teacher_are_its_own_sampling():
 def test_a_lora_is_distilled_and_loads(toy, tmp_path):
     out = tmp_path / "out"
     weights = DemoModel(TOY, Clip(3, 24))
-    weights.save(toy)
+    train.save_model(toy, weights)
     settings = ["--weights", toy, "--batch", 1, "--check-prompts", 1, "--device", "cpu"]
     run(distill.main, "--seconds", 1, "-o", out, *settings)
     record = json.loads((out / "distill.json").read_text())
@@ -168,7 +169,7 @@ def test_a_lora_is_distilled_and_loads(toy, tmp_path):
 def test_a_lora_of_the_demo_is_at_most_a_mebibyte(tmp_path):
     found = DemoModel()
     found.transformer.add_adapter(distill.LoraConfig(r=distill.RANK, target_modules=distill.TARGETS), model.LORA)
-    found.save_lora(tmp_path / "lora.safetensors")
+    distill.save_lora(tmp_path / "lora.safetensors", found)
     assert (tmp_path / "lora.safetensors").stat().st_size <= 2**20
 
 
@@ -192,7 +193,7 @@ def random_lora(path: Path, rank: int, like: DemoModel) -> None:
     """A LoRA of the shape of the trained one, of random values."""
     config = distill.LoraConfig(r=rank, target_modules=distill.TARGETS, init_lora_weights=False)
     like.transformer.add_adapter(config, model.LORA)
-    like.save_lora(path)
+    distill.save_lora(path, like)
 
 
 @pytest.mark.slow
@@ -200,7 +201,7 @@ def test_the_few_steps_demo_is_calibrated_compiled_attached_and_shown(toy, tmp_p
     monkeypatch.setattr(model, "WEIGHTS", toy)
     monkeypatch.setattr(model, "FEW_STEPS", tmp_path / "lora.safetensors")
     torch.manual_seed(1)
-    DemoModel(TOY, Clip(4, 24)).save(toy)
+    train.save_model(toy, DemoModel(TOY, Clip(4, 24)))
     random_lora(model.FEW_STEPS, 4, DemoModel(TOY, Clip(4, 24)))
     commands = {"calibatt-calibrate": calibrate, "calibatt-compile": compile_command, "calibatt-inspect": inspect_plan}
     typed = []

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from calibatt.tools.demo import world
+from calibatt.tools.demo_model import world
+from calibatt.tools.studies import rendering
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def test_sentences_parse_back(test_scenes):
 
 def test_words_of_scenes_are_those_of_sentences(test_scenes):
     prompts = [world.sentence(scene) for scene in test_scenes]
-    assert torch.equal(world.words(prompts), world.scene_words(test_scenes))
+    assert torch.equal(world.words(prompts), rendering.scene_words(test_scenes))
 
 
 def test_held_out_scenes_are_apart(test_scenes):
@@ -53,7 +54,7 @@ def test_a_prompt_of_another_world_is_refused(prompt, message):
 
 
 def test_rendering_is_deterministic_and_bounded(test_scenes):
-    first, second = (world.render(test_scenes[:4], torch.Generator().manual_seed(3)) for _ in range(2))
+    first, second = (rendering.render(test_scenes[:4], torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, second)
     assert first.shape == (4, 3, world.FRAMES, world.PIXELS, world.PIXELS)
     assert first.abs().max() <= 1
@@ -62,7 +63,7 @@ def test_rendering_is_deterministic_and_bounded(test_scenes):
 def test_the_small_world_is_the_one_that_the_weights_were_trained_on():
     generator = torch.Generator().manual_seed(5)
     scenes = world.scenes(16, generator)
-    drawn = [world.render(scenes, generator), world.render(scenes, generator, frames=2)]
+    drawn = [rendering.render(scenes, generator), rendering.render(scenes, generator, frames=2)]
     summary = [round(float(video.double().mul(torch.arange(48)).mean()), 6) for video in drawn]
     assert summary == [-11.169105, -11.222566]
 
@@ -70,7 +71,7 @@ def test_the_small_world_is_the_one_that_the_weights_were_trained_on():
 def test_a_clip_shows_the_same_more_finely(test_scenes):
     scenes = test_scenes[:16]
     small, fine = (
-        world.render(scenes, torch.Generator().manual_seed(3), world.Clip(n, p)) for n, p in ((8, 48), (15, 96))
+        rendering.render(scenes, torch.Generator().manual_seed(3), world.Clip(n, p)) for n, p in ((8, 48), (15, 96))
     )
     coarse = torch.nn.functional.avg_pool2d(fine[:, :, ::2].flatten(0, 2), 2).view(small.shape)
     assert (coarse - small).abs().mean() < 0.01
@@ -81,33 +82,33 @@ def test_a_clip_shows_the_same_more_finely(test_scenes):
 @pytest.mark.parametrize("clip", world.CLIPS.values(), ids=world.CLIPS)
 def test_the_checks_know_rendered_truth_in_every_clip(test_scenes, clip):
     scenes = test_scenes[:48]
-    video = world.render(scenes, torch.Generator().manual_seed(4), clip)
-    rates = world.measure(video, scenes).rates()
+    video = rendering.render(scenes, torch.Generator().manual_seed(4), clip)
+    rates = rendering.measure(video, scenes).rates()
     assert rates.pop("judged") >= 35
     assert rates == {"colour": 1.0, "shape": 1.0, "direction": 1.0}
     wrong = scenes.clone()
     there = wrong[:, world.FIRST] >= 0
     wrong[there, world.FIRST + 2] = (wrong[there, world.FIRST + 2] + 3) % len(world.SHAPES)
     wrong[there, world.FIRST + 3] = (wrong[there, world.FIRST + 3] + 3) % len(world.DIRECTIONS)
-    first = world.measure(video, wrong)
+    first = rendering.measure(video, wrong)
     assert float(first.shape[first.asked[:, 0], 0].float().mean()) <= 0.1
     assert float(first.direction[first.asked[:, 0], 0].float().mean()) <= 0.1
 
 
 def test_the_checks_score_rendered_truth_right(test_scenes):
-    video = world.render(test_scenes, torch.Generator().manual_seed(4))
-    rates = world.measure(video, test_scenes).rates()
+    video = rendering.render(test_scenes, torch.Generator().manual_seed(4))
+    rates = rendering.measure(video, test_scenes).rates()
     assert rates["judged"] >= 100
     assert min(rates["colour"], rates["shape"], rates["direction"]) >= 0.98
 
 
 def test_the_checks_see_what_is_wrong(test_scenes):
-    video = world.render(test_scenes, torch.Generator().manual_seed(4))
+    video = rendering.render(test_scenes, torch.Generator().manual_seed(4))
     for slot, name in ((1, "colour"), (2, "shape"), (3, "direction")):
         other = test_scenes.clone()
         for first in (world.FIRST, world.SECOND):
             names = len(world.OBJECT_SLOTS[slot])
             there = other[:, first] >= 0
             other[there, first + slot] = (other[there, first + slot] + 3) % names
-        rates = world.measure(video, other).rates()
+        rates = rendering.measure(video, other).rates()
         assert rates[name] <= 0.15, (name, rates)

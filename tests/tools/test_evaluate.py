@@ -22,16 +22,17 @@ from support.schedules import random_schedule
 from calibatt.compiler.stats import Store
 from calibatt.plans import Blocks, Container, PlanFile, TokenGrid, write_container, write_plan
 from calibatt.plans.plan import MAGIC, VERSION
-from calibatt.runtime import LayerSchedule, Plan
+from calibatt.runtime import ListedSchedule, Plan
 from calibatt.runtime.reference import reference_attention
 from calibatt.tools.calibrate import calibration, models
 from calibatt.tools.calibrate.effects import block_effects, mask_words
 from calibatt.tools.calibrate.gradients import AttentionCall
 from calibatt.tools.calibrate.pipeline import PipelineError
 from calibatt.tools.evaluate import __main__ as command
-from calibatt.tools.evaluate import effects, masks, metrics
-from calibatt.tools.evaluate.masks import schedule_of
+from calibatt.tools.evaluate import effects, metrics
 from calibatt.tools.inspect_plan.__main__ import main as inspect
+from calibatt.tools.studies import masks
+from calibatt.tools.studies.masks import schedule_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -256,8 +257,8 @@ def test_effects_of_a_schedule_are_those_of_its_masks_and_copies():
     core = random_schedule(np.random.default_rng(0), grid, blocks, 3, 0.4)
     keep = torch.from_numpy(np.stack([core.tile_keep(head) for head in range(3)]))
     _, expected, _ = block_effects(call, mask_words(keep[None]), 1, blocks)
-    torch.testing.assert_close(effects.plan_effects(call, LayerSchedule(core)), expected[:, 0], rtol=1e-3, atol=1e-4)
-    anchored = LayerSchedule(random_schedule(np.random.default_rng(0), grid, blocks, 3, 0.4, anchored_heads=[1, 2]))
+    torch.testing.assert_close(effects.plan_effects(call, ListedSchedule(core)), expected[:, 0], rtol=1e-3, atol=1e-4)
+    anchored = ListedSchedule(random_schedule(np.random.default_rng(0), grid, blocks, 3, 0.4, anchored_heads=[1, 2]))
     out, _ = reference_attention(*(x[None] for x in (call.q, call.k, call.v)), anchored, video_start=BEFORE)
     change = torch.stack([((out[0] - call.out) * grad).sum((1, 2)) / 2.0 for grad in call.grads])
     torch.testing.assert_close(effects.plan_effects(call, anchored).float(), change, rtol=1e-3, atol=1e-4)

@@ -19,11 +19,11 @@ from support.sampler import CALIBRATED, GRID, TIMES, TinyVideoSampler, tiny_stor
 from calibatt.compiler.stats import Store, window_keep
 from calibatt.plans import Blocks, TokenGrid
 from calibatt.runtime.reference import reference_attention
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import ListedSchedule
 from calibatt.tools.calibrate import models
 from calibatt.tools.calibrate.effects import keep_planes
-from calibatt.tools.evaluate import ablations, baselines, bench, masks, pareto, sizes, sol_attn, study
-from calibatt.tools.evaluate.bench import Bench, Kept
+from calibatt.tools.studies import ablations, baselines, bench, masks, pareto, sizes, sol_attn, study
+from calibatt.tools.studies.bench import Bench, Kept
 
 BLOCKS = Blocks(16, 16)
 WORK = [("three", 1), ("four words", 2)]
@@ -59,7 +59,7 @@ def test_a_mask_of_every_sample_is_executed():
     keep = random_masks(2, 3, 5, 5)
     out = masks.masked_attention(q, k, v, keep, grid, BLOCKS)
     for sample in range(2):
-        schedule = LayerSchedule(masks.schedule_of(keep[sample].numpy(), grid, BLOCKS))
+        schedule = ListedSchedule(masks.schedule_of(keep[sample].numpy(), grid, BLOCKS))
         schedule.core.check()
         here = slice(sample, sample + 1)
         want, _ = reference_attention(q[here], k[here], v[here], schedule)
@@ -72,7 +72,7 @@ def test_masks_of_reordered_tokens_are_undone():
     keep = random_masks(3, 2, 2, 16, 16)
     q, k, v = qkv(1, 2, GRID)
     out = Kept(found, keep, order)(q, k, v, 1, TIMES[2])
-    schedule = LayerSchedule(masks.schedule_of(keep[2, 1].numpy(), GRID, BLOCKS))
+    schedule = ListedSchedule(masks.schedule_of(keep[2, 1].numpy(), GRID, BLOCKS))
     want, _ = reference_attention(q[:, :, order], k[:, :, order], v[:, :, order], schedule)
     torch.testing.assert_close(out[:, :, order], want)
 

@@ -12,10 +12,7 @@ from calibatt.plans.command import one_line
 NAME = "calibatt-bench"
 PARTS = {
     "kernel": "Kernels of block-sparse attention, beside dense ones and peers.",
-    "energy": "Power, clocks and energy of the kernels.",
     "model": "Whole models, dense and on plans.",
-    "compiler": "The compiler, at the size of Wan 14B.",
-    "journey": "From nothing to a judged plan, at full size.",
 }
 
 
@@ -39,7 +36,7 @@ class Parts(click.Group):
 
 @click.group(cls=Parts, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Measures kernels, whole models and the compiler; results are JSON files that say what made them."""
+    """Measures kernels and whole models; results are JSON files that say what made them."""
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from calibatt.plans import BF16, FRAMES, PRECISIONS, ROWS, Blocks, TokenGrid
 from calibatt.plans.files import whole_file, write_text
 from calibatt.runtime.backends import load_backend
 from calibatt.runtime.ops import attend, supports
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import ListedSchedule
 from calibatt.tools.bench.peers import DENSE_PEERS, SPARSE_PEERS, dense_peer, sparse_peer
 from calibatt.tools.bench.schedules import anchored_schedule, structured_schedule
 
@@ -98,7 +98,9 @@ def cases(
         found.update({(name, schedule.density): sparse_peer(name, q, k, v, schedule) for name in SPARSE_PEERS})
     if ("hopper", schedule.density) in found:
         for precision in sorted(PRECISIONS.keys() - {BF16}):
-            eight = LayerSchedule(replace(schedule.core, head_precision=np.full(size.heads, precision, dtype=np.uint8)))
+            eight = ListedSchedule(
+                replace(schedule.core, head_precision=np.full(size.heads, precision, dtype=np.uint8))
+            )
             if reasons := supports(eight, device, size.dtype, size.head_dim, "hopper"):
                 missing[f"hopper {PRECISIONS[precision]}"] = "; ".join(reasons)
                 continue

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibatt.plans.schedule import DENSE
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import AttentionSchedule
 
 DENSE_PEERS = ("sdpa-flash", "sdpa-cudnn", "flash-attention-4")
 FLASH_4_BLOCK = 128
@@ -44,7 +44,7 @@ def dense_peer(name: str, q: Tensor, k: Tensor, v: Tensor) -> Timed | str:
     return run
 
 
-def sparse_peer(name: str, q: Tensor, k: Tensor, v: Tensor, schedule: LayerSchedule) -> Timed | str:
+def sparse_peer(name: str, q: Tensor, k: Tensor, v: Tensor, schedule: AttentionSchedule) -> Timed | str:
     """Another block-sparse kernel on a schedule's block lists; anchor rows are ours alone.
 
     Args:
@@ -60,7 +60,7 @@ def sparse_peer(name: str, q: Tensor, k: Tensor, v: Tensor, schedule: LayerSched
     return _flash_attention_4(q, k, v, (counts, indices))
 
 
-def block_lists(schedule: LayerSchedule, device: torch.device) -> tuple[Tensor, Tensor]:
+def block_lists(schedule: AttentionSchedule, device: torch.device) -> tuple[Tensor, Tensor]:
     """Kept key blocks as the peers want them: counts int32 ``(1, H, Q)`` and indices int32 ``(1, H, Q, K)``."""
     core = schedule.core
     keep = torch.zeros(core.heads, core.q_blocks, core.k_blocks, dtype=torch.bool)
@@ -98,7 +98,7 @@ def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, Ten
 
 
 def _flex_attention(
-    q: Tensor, k: Tensor, v: Tensor, schedule: LayerSchedule, counts: Tensor, indices: Tensor
+    q: Tensor, k: Tensor, v: Tensor, schedule: AttentionSchedule, counts: Tensor, indices: Tensor
 ) -> Timed | str:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 

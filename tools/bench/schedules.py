@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from calibatt.plans import ROWS, Blocks, TokenGrid
-from calibatt.plans import LayerSchedule as CoreSchedule
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.plans import ROWS, Blocks, LayerSchedule, TokenGrid
+from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule
 
 GROUP = 3
 """Rows, or frames, of an anchor group in the anchored cases."""
@@ -16,7 +15,7 @@ GROUP = 3
 
 def structured_schedule(
     grid: TokenGrid, blocks: Blocks, heads: int, density: float, seed: int = 0, neighbours: int = 8
-) -> LayerSchedule:
+) -> AttentionSchedule:
     """A schedule of listed heads, longest tiles first within a head, whose masks change slowly from tile to tile.
 
     Args:
@@ -39,7 +38,7 @@ def structured_schedule(
             np.sort(row[-n:]) for row, n in zip(ranking, np.clip(kept.round(), 1, columns).astype(int), strict=True)
         ]
     lengths = np.array([len(each) for each in lists])
-    core = CoreSchedule(
+    core = LayerSchedule(
         grid=grid,
         blocks=blocks,
         row_ptr=np.append(0, lengths.cumsum()).astype(np.int32),
@@ -53,10 +52,10 @@ def structured_schedule(
         tile_order=np.lexsort((-lengths, np.repeat(np.arange(heads), tiles))).astype(np.int32),
     )
     core.check()
-    return LayerSchedule(core)
+    return ListedSchedule(core)
 
 
-def anchored_schedule(schedule: LayerSchedule, axis: int) -> LayerSchedule:
+def anchored_schedule(schedule: AttentionSchedule, axis: int) -> AttentionSchedule:
     """The same with groups of `GROUP` rows or frames in every head, the second of each computed; a packed tile keeps
     what its first query's tile did.
     """
@@ -91,4 +90,4 @@ def anchored_schedule(schedule: LayerSchedule, axis: int) -> LayerSchedule:
         tile_order=np.lexsort((-lengths, np.repeat(np.arange(heads), tiles))).astype(np.int32),
     )
     made.check()
-    return LayerSchedule(made)
+    return ListedSchedule(made)

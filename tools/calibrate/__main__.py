@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -58,23 +59,7 @@ all could be shown; 130 interrupted, run it again to continue.
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one.")
 @click.option("--dry-run", is_flag=True, help="Time two steps, say what all will cost, and stop.")
 @one_line(NAME)
-def main(
-    model: str,
-    prompts: Path | None,
-    images: Path | None,
-    output: Path,
-    samples: int | None,
-    seed: int,
-    steps: int | None,
-    times: int | None,
-    every: int | None,
-    vectors: int | None,
-    block_size: str | None,
-    thresholds: str | None,
-    inputs_on_cpu: bool | None,
-    device: str,
-    dry_run: bool,
-) -> None:
+def main(**options: Any) -> None:
     """Measures what every error of attention costs the final video; the result is what calibatt-compile reads.
 
     Every prompt is sampled once, as ever, and then differentiated, last step first: what dropping a block of keys for a
@@ -93,23 +78,7 @@ def main(
     """
     from calibatt.tools.calibrate.command import run  # torch, which --help does without
 
-    run(
-        model=model,
-        prompts=prompts,
-        images=images,
-        output=output,
-        samples=samples,
-        seed=seed,
-        steps=steps,
-        times=times,
-        every=every,
-        vectors=vectors,
-        block_size=block_size,
-        thresholds=thresholds,
-        inputs_on_cpu=inputs_on_cpu,
-        device=device,
-        dry_run=dry_run,
-    )
+    run(**options)
 
 
 if __name__ == "__main__":

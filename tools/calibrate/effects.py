@@ -15,17 +15,13 @@ from torch import Tensor
 
 from calibatt.plans import EIGHT_BITS, INT8_FP8, Blocks, TokenGrid
 from calibatt.runtime.quantise import SHIFT, as_e4m3
-from calibatt.tools.calibrate.gradients import EVERY, AttentionCall
+from calibatt.tools.calibrate.gradients import EVERY, LEAST_KEPT, LEAST_REST, AttentionCall
 from calibatt.tools.calibrate.precision import input_changes
 
 SCORES_AT_ONCE = 1 << 19
 """Scores that the PyTorch path holds at a time (2 MiB in float32: they stay in a core's cache)."""
 NUMBERS_AT_ONCE = 1 << 26
 """Numbers of all tokens that are held at a time in whole heads (256 MiB in float32)."""
-LEAST_REST = 1e-3
-"""A block that holds more of a query's mass than 1 less this counts as if it held so much."""
-LEAST_KEPT = 1e-20
-"""A mask that keeps less mass of a query than this keeps nothing of it."""
 ERROR_STRIDE = 8
 """Block errors are sums of squares, for which every 8th query is enough."""
 ROUNDED_STRIDE = 8

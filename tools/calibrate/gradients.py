@@ -26,8 +26,10 @@ LARGE_BYTES = 1 << 20
 """Inputs of blocks from this size on go to the CPU; the rest is small."""
 HALF_RANGE = 5, 6, 4
 """For fp16: gradients enter with a largest value of 2 ** 5; after an overflow 2 ** 6 less, so many times at most."""
-
-
+LEAST_REST = 1e-3
+"""A block that holds more of a query's mass than 1 less this counts as if it held so much."""
+LEAST_KEPT = 1e-20
+"""A mask that keeps less mass of a query than this keeps nothing of it."""
 EVERY = slice(None)
 """The tokens of a sequence that is nothing but video."""
 

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from calibatt.plans import Blocks
-from calibatt.tools.calibrate.effects import LEAST_KEPT, LEAST_REST, SHIFT
-from calibatt.tools.calibrate.gradients import EVERY, AttentionCall
+from calibatt.runtime.quantise import SHIFT
+from calibatt.tools.calibrate.gradients import EVERY, LEAST_KEPT, LEAST_REST, AttentionCall
 
 LOG2E = 1.4426950408889634
 MAX_TILE = 128

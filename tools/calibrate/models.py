@@ -29,13 +29,13 @@ MODEL_HELP = (
 
 
 def _demo(name: str, steps: int | None, device: str) -> Sampler:
-    from calibatt.tools.demo.sampler import named
+    from calibatt.tools.demo_model.sampler import named
 
     return named(name, steps, device)
 
 
 def _demo_prompts(count: int, seed: int) -> list[str]:
-    from calibatt.tools.demo.sampler import training_prompts
+    from calibatt.tools.demo_model.sampler import training_prompts
 
     return training_prompts(count, seed)
 

@@ -56,7 +56,7 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, few_step
 
     from calibatt.runtime import load_plan
     from calibatt.tools.demo import measure, report
-    from calibatt.tools.demo.model import trained
+    from calibatt.tools.demo_model.model import trained
     from calibatt.tools.evaluate.harness import executed_density
 
     output.mkdir(parents=True, exist_ok=True)

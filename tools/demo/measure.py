@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from calibatt.runtime import Plan, planned_attention
-from calibatt.tools.demo import world
-from calibatt.tools.demo.model import DemoModel, generate
+from calibatt.tools.demo_model import world
+from calibatt.tools.demo_model.model import DemoModel, generate
 from calibatt.tools.evaluate.harness import attending
 from calibatt.tools.evaluate.metrics import latent_db, psnr_db
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -40,21 +41,7 @@ NAME = "calibatt-evaluate"
     help="Only: does a plan still fit the model? A few times of one or two samplings.",
 )
 @one_line(NAME)
-def main(
-    model: str,
-    paths: tuple[Path, ...],
-    prompts: Path,
-    seeds: int,
-    first_seed: int,
-    steps: int | None,
-    head_prompts: int,
-    floor_prompts: int,
-    device: str,
-    output: Path | None,
-    require: str,
-    stamp: bool,
-    quick: bool,
-) -> None:
+def main(**options: Any) -> None:
     """Judges plans on prompts never calibrated on.
 
     \b
@@ -73,21 +60,7 @@ def main(
     """
     from calibatt.tools.evaluate.command import run  # torch, which --help does without
 
-    run(
-        model=model,
-        paths=paths,
-        prompts=prompts,
-        seeds=seeds,
-        first_seed=first_seed,
-        steps=steps,
-        head_prompts=head_prompts,
-        floor_prompts=floor_prompts,
-        device=device,
-        output=output,
-        require=require,
-        stamp=stamp,
-        quick=quick,
-    )
+    run(**options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 from calibatt.compiler.prediction import log_bias
 from calibatt.compiler.stats import Manifest
 from calibatt.plans import PlanFile
-from calibatt.runtime import LayerSchedule, Plan, planned_attention
+from calibatt.runtime import AttentionSchedule, Plan, planned_attention
 from calibatt.tools.calibrate.calibration import Calibrator, Forward, Recording
 from calibatt.tools.calibrate.estimate import wants_cpu
 from calibatt.tools.calibrate.gradients import AttentionCall
@@ -51,7 +51,7 @@ class PlanRecording(Recording):
             self.effects[index, :, forward.moment, call.layer] += found.cpu().numpy()
 
 
-def plan_effects(call: AttentionCall, schedule: LayerSchedule) -> Tensor:
+def plan_effects(call: AttentionCall, schedule: AttentionSchedule) -> Tensor:
     """Signed effects float64 ``(V, H)`` of computing a call by a schedule: the sum over tokens of <g, o' - o>."""
     with torch.no_grad():
         planned = planned_attention(*(x[None] for x in (call.q, call.k, call.v)), schedule, video_start=call.span[0])

@@ -1,6 +1,6 @@
 """Wan and Mochi of any size whose attention has structure without training: for cost, disk, memory, the whole journey.
 
-``--model calibatt.tools.bench.structured:NAME`` of calibatt-calibrate and calibatt-evaluate takes any name of
+``--model calibatt.tools.studies.structured:NAME`` of calibatt-calibrate and calibatt-evaluate takes any name of
 `SETTINGS`; the environment variable LAYERS makes fewer layers. Weights are random, prompts are random embeddings of the
 published size, and there is no VAE: results are latents, and say nothing of real videos.
 

@@ -1,7 +1,7 @@
 """Quality against executed density and attention time: our plans, and what else could choose the blocks.
 
     calibatt-calibrate --model demo --samples 8 --thresholds 0.8,0.9,0.95 -o stats/
-    python -m calibatt.tools.evaluate.pareto --stats stats/ -o docs/benchmarks/pareto.json \\
+    python -m calibatt.tools.studies.pareto --stats stats/ -o docs/benchmarks/pareto.json \\
         --figure docs/pictures/pareto.png
 
 Every method runs on the same held-out prompts from the same noise, through the same block-sparse kernel: only the masks
@@ -21,9 +21,9 @@ import click
 
 from calibatt.plans.files import whole_file
 from calibatt.tools.calibrate.models import MODEL_HELP
-from calibatt.tools.evaluate.bench import Exact
 from calibatt.tools.evaluate.harness import about
-from calibatt.tools.evaluate.study import DENSITIES, METHODS, OURS, Judgements, console, make_study, mean_and_error
+from calibatt.tools.studies.bench import Exact
+from calibatt.tools.studies.study import DENSITIES, METHODS, OURS, Judgements, console, make_study, mean_and_error
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -134,7 +134,7 @@ def main(
         raise click.UsageError(f"--methods must be some of {'; '.join(METHODS)}; got {unknown[0]!r}")
     judged = Judgements(output, seconds)
     study, result = make_study(model, stores, held_out, prompts, calibration, steps, batch, device), judged.result
-    result |= {"about": about("python -m calibatt.tools.evaluate.pareto", study.sampler)}
+    result |= {"about": about("python -m calibatt.tools.studies.pareto", study.sampler)}
     result |= {"prompts": prompts, "calibration": calibration, "steps": len(study.sampler.times)}
     judged.judge(study, "dense: block-sparse kernel", 1.0, lambda: study.uniform("random", 1.0))
     judged.judge(study, "dense: PyTorch", 1.0, Exact)

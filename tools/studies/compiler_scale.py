@@ -1,6 +1,6 @@
 """The compiler at the size of Wan 14B: seconds, memory, bytes; on synthetic statistics.
 
-    python -m calibatt.tools.bench.compiler -o docs/benchmarks/compiler_scale.json
+    python -m calibatt.tools.studies.compiler_scale -o docs/benchmarks/compiler_scale.json
 
 Writes a store (28 MB for each layer and time, whatever the number of samplings), compiles it as a user would, with
 anchors and without, opens and proves the plans, and lowers every layer. What is said of the full model is the measured
@@ -29,7 +29,7 @@ from calibatt.compiler.language import DEFAULT_PASSES
 from calibatt.compiler.stats import Store
 from calibatt.plans import PlanFile, StoredLayers
 from calibatt.plans.files import write_text
-from calibatt.tools.bench.synthetic import Synthetic, wan14b_manifest
+from calibatt.tools.studies.synthetic import Synthetic, wan14b_manifest
 
 FULL_LAYERS, FULL_TIMES = 40, 50
 PASSES = {"defaults": DEFAULT_PASSES, "no anchors": "select,schedule,lower"}
@@ -149,7 +149,8 @@ def main(
 def _command(store: Path | None, output: Path) -> str:
     """The command, without folders of this machine."""
     names = {str(store): "STORE", str(output): output.name}
-    return " ".join(["python -m calibatt.tools.bench.compiler", *(names.get(each, each) for each in sys.argv[1:])])
+    typed = (names.get(each, each) for each in sys.argv[1:])
+    return " ".join(["python -m calibatt.tools.studies.compiler_scale", *typed])
 
 
 def measure(store: Path, folder: Path, units: int, arguments: list[str], jobs: int) -> dict:

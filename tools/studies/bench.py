@@ -25,10 +25,10 @@ from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.device_schedule import DeviceSchedule
 from calibatt.tools.calibrate.effects import block_statistics
 from calibatt.tools.calibrate.sampler import Sampler
-from calibatt.tools.evaluate import masks
 from calibatt.tools.evaluate.harness import Attention, attending, executed_density
-from calibatt.tools.evaluate.masks import with_top
 from calibatt.tools.evaluate.metrics import ALWAYS, LATENT
+from calibatt.tools.studies import masks
+from calibatt.tools.studies.masks import with_top
 
 Work = Sequence[tuple[str, int]]
 

@@ -33,9 +33,9 @@ from calibatt.plans.files import write_text
 from calibatt.runtime import Plan
 from calibatt.tools.calibrate.models import DEMOS, FIRST_SEED, make_sampler
 from calibatt.tools.calibrate.work import pick_device, plan_work, read_prompts
-from calibatt.tools.evaluate import baselines, bench, sol_attn
-from calibatt.tools.evaluate.bench import Bench, BestOf, Kept, Measured, Moment, PerInput, Planned, Rule
-from calibatt.tools.evaluate.masks import with_top
+from calibatt.tools.studies import baselines, bench, sol_attn
+from calibatt.tools.studies.bench import Bench, BestOf, Kept, Measured, Moment, PerInput, Planned, Rule
+from calibatt.tools.studies.masks import with_top
 
 DENSITIES = (0.2, 0.35, 0.5, 0.65)
 SHARES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

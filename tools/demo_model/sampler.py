@@ -10,8 +10,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from calibatt.tools.demo import world
-from calibatt.tools.demo.model import DemoModel, generate, trained
+from calibatt.tools.demo_model import world
+from calibatt.tools.demo_model.model import DemoModel, generate, trained
 
 
 class DemoSampler:

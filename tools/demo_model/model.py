@@ -8,7 +8,6 @@ where n times as many tokens show the same, noise of one level hides less, by th
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Iterator
@@ -18,13 +17,12 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from calibatt.plans import TokenGrid
-from calibatt.plans.files import whole_file
-from calibatt.tools.demo import world
-from calibatt.tools.demo.world import SMALL, Clip
+from calibatt.tools.demo_model import world
+from calibatt.tools.demo_model.world import SMALL, Clip
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 GROWN = Path(__file__).parent / "grown" / "weights.safetensors"
@@ -113,13 +111,6 @@ class DemoModel(nn.Module):
         """The denoising times of its schedule, of its own number of steps if absent; see `times`."""
         return times(steps or self.steps, self.shift)
 
-    def save(self, path: Path, **notes: object) -> None:
-        """Writes bfloat16 weights with the configuration, the clip and its shift; the file is whole or absent."""
-        tensors = {name: p.detach().to(torch.bfloat16).contiguous().cpu() for name, p in self.state_dict().items()}
-        about = {"config": self.config, "clip": dataclasses.asdict(self.clip), "shift": self.shift, "notes": notes}
-        with whole_file(path) as file:
-            file.write(save(tensors, {name: json.dumps(value) for name, value in about.items()}))
-
     @classmethod
     def load(
         cls,
@@ -164,15 +155,6 @@ class DemoModel(nn.Module):
         self.steps = FEW
         return self.eval().requires_grad_(False)
 
-    def save_lora(self, path: Path) -> None:
-        """Writes the LoRA in bfloat16; the file is whole or absent."""
-        from peft import get_peft_model_state_dict
-
-        found = get_peft_model_state_dict(self.transformer, adapter_name=LORA)
-        tensors = {f"transformer.{name}": p.to(torch.bfloat16).contiguous().cpu() for name, p in found.items()}
-        with whole_file(path) as file:
-            file.write(save(tensors, {"format": "pt"}))
-
 
 def trained(name: str, device: str | torch.device = "cpu") -> tuple[DemoModel, list[Path]]:
     """A trained model and the files that it was loaded from.
@@ -194,7 +176,7 @@ def trained(name: str, device: str | torch.device = "cpu") -> tuple[DemoModel, l
     if name == "demo":
         return model, [WEIGHTS]
     if not FEW_STEPS.exists():
-        raise ValueError(f"the LoRA for few steps must be in {FEW_STEPS}: python -m calibatt.tools.demo.distill")
+        raise ValueError(f"the LoRA for few steps must be in {FEW_STEPS}: python -m calibatt.tools.studies.distill")
     return model.load_lora(FEW_STEPS), [WEIGHTS, FEW_STEPS]
 
 

@@ -8,20 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibatt.plans import DENSE, NO_ANCHORS, Blocks, TokenGrid
-from calibatt.plans import LayerSchedule as CoreSchedule
+from calibatt.plans import DENSE, NO_ANCHORS, Blocks, LayerSchedule, TokenGrid
 from calibatt.runtime.backends import load_backend
 from calibatt.runtime.device_schedule import DeviceSchedule
-from calibatt.runtime.schedule import LayerSchedule
+from calibatt.runtime.schedule import ListedSchedule
 
 KERNEL_DTYPE = torch.float16
 """On a GPU, queries, keys and values are rounded to it: normalised values keep 11 bits, and the kernel adds in fp32."""
 
 
-def schedule_of(keep: np.ndarray, grid: TokenGrid, blocks: Blocks) -> CoreSchedule:
+def schedule_of(keep: np.ndarray, grid: TokenGrid, blocks: Blocks) -> LayerSchedule:
     """The schedule that executes a mask, bool ``(H, Q, K)`` with a block in every row."""
     heads, q_blocks, _ = keep.shape
-    return CoreSchedule(
+    return LayerSchedule(
         grid=grid,
         blocks=blocks,
         row_ptr=np.append(0, keep.sum(2).reshape(-1).cumsum()).astype(np.int32),
@@ -37,11 +36,11 @@ def schedule_of(keep: np.ndarray, grid: TokenGrid, blocks: Blocks) -> CoreSchedu
 
 
 @lru_cache(maxsize=16)
-def _dense_core(heads: int, grid: TokenGrid, blocks: Blocks) -> CoreSchedule:
+def _dense_core(heads: int, grid: TokenGrid, blocks: Blocks) -> LayerSchedule:
     """What a kernel reads of a core: grid and blocks; its lists are those of dense heads."""
     tiles = heads * blocks.q_blocks(grid.tokens)
     empty = np.zeros(0, np.int32)
-    return CoreSchedule(
+    return LayerSchedule(
         grid=grid,
         blocks=blocks,
         row_ptr=np.zeros(1, np.int32),
@@ -65,7 +64,7 @@ def bind_mask(keep: Tensor, grid: TokenGrid, blocks: Blocks) -> DeviceSchedule:
         blocks: Block sizes.
     """
     if keep.device.type != "cuda":
-        return LayerSchedule(schedule_of(keep.numpy(), grid, blocks)).bind("cpu")
+        return ListedSchedule(schedule_of(keep.numpy(), grid, blocks)).bind("cpu")
     heads, q_blocks, k_blocks = keep.shape
     device, rows = keep.device, heads * q_blocks
     kept_first = keep.byte().argsort(dim=2, descending=True, stable=True).to(torch.int16).flatten()

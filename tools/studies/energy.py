@@ -1,4 +1,6 @@
-"""Kernels at a GPU's power limit: ``calibatt-bench energy -o FILE.json``.
+"""Kernels at a GPU's power limit.
+
+    python -m calibatt.tools.studies.energy -o FILE.json
 
 A large GPU that computes attention without a pause runs at its power limit: its driver lowers the clock until the power
 fits, and the time of a kernel is then the energy it needs over the power it gets, however few cycles it takes. So each
@@ -222,7 +224,7 @@ def main(sizes: str, kernels: str, values: str, rounds: int, seconds: float, dev
     torch.manual_seed(0)
     options = f"--sizes {sizes} --kernels '{kernels}' --values {values} --rounds {rounds} --window {seconds}"
     report: dict[str, Any] = {
-        "command": f"calibatt-bench energy {options}",
+        "command": f"python -m calibatt.tools.studies.energy {options}",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(where),
         "versions": versions(),

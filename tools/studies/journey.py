@@ -1,7 +1,9 @@
-"""From a model to a judged plan, by the commands that a user types: ``calibatt-bench journey -o FILE.json``.
+"""From a model to a judged plan, by the commands that a user types.
+
+    python -m calibatt.tools.studies.journey -o FILE.json
 
 \b
-Stages, on a model of `calibatt.tools.bench.structured`, whose attention has structure and whose weights are random:
+Stages, on a model of `calibatt.tools.studies.structured`, whose attention has structure and whose weights are random:
   calibrate  calibatt-calibrate
   compile    calibatt-compile
   inspect    calibatt-inspect
@@ -43,11 +45,11 @@ from calibatt.plans.files import write_text
 from calibatt.runtime import load_plan
 from calibatt.tools.bench.forwards import OUT_OF_TIME, Clock, allocated_bytes, peak_bytes, reset_peak
 from calibatt.tools.bench.model import choose, header
-from calibatt.tools.bench.structured import SETTINGS, Setting
 from calibatt.tools.calibrate.calibration import Calibrator
 from calibatt.tools.calibrate.pipeline import PipelineSampler
 from calibatt.tools.calibrate.work import make_manifest, pick_device
 from calibatt.tools.inspect_plan.summary import heads_of
+from calibatt.tools.studies.structured import SETTINGS, Setting
 
 STAGES = ("calibrate", "compile", "inspect", "generate", "evaluate")
 INPUTS = ("device", "cpu")
@@ -232,7 +234,7 @@ def extrapolated(measured: dict[str, Any], samples: int, steps: int) -> dict[str
 def commands(name: str, device: torch.device, folder: Path, options: dict[str, Any]) -> dict[str, list[str]]:
     """Of each stage that is a command: its module and what a user types; their files are in a folder."""
     store, plan, held_out = (str(folder / file) for file in ("store", PLAN, HELD_OUT))
-    common = ["--model", f"calibatt.tools.bench.structured:{name}", "--device", str(device)]
+    common = ["--model", f"calibatt.tools.studies.structured:{name}", "--device", str(device)]
     given = [(key, options[key]) for key in ("steps", "samples", "times", "vectors", "block_size") if options[key]]
     calibrate = [text for key, value in given for text in (f"--{key.replace('_', '-')}", str(value))]
     if options["inputs"]:
@@ -385,7 +387,7 @@ def _let_go(device: torch.device) -> None:
 
 def _typed(context: click.Context) -> str:
     """The command as it was typed, without folders."""
-    words = ["calibatt-bench journey"]
+    words = ["python -m calibatt.tools.studies.journey"]
     for option in context.command.params:
         given = context.get_parameter_source(option.name) not in (ParameterSource.DEFAULT, None)
         if given and option.name not in ("output", "work"):

@@ -1,6 +1,6 @@
 """Trains a LoRA with which the demo model samples in four steps what it samples in eight, on a GPU.
 
-    python -m calibatt.tools.demo.distill --seconds 50 -o out/
+    python -m calibatt.tools.studies.distill --seconds 50 -o out/
 
 Progressive distillation (Salimans and Ho, 2022): one Euler step of the student is to arrive where two of the teacher's
 arrive, on the demo's own schedule; the teacher is the demo model without the LoRA. Both begin from rendered videos
@@ -19,14 +19,16 @@ from pathlib import Path
 
 import click
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from calibatt.plans.files import write_text
-from calibatt.tools.demo import world
-from calibatt.tools.demo.model import FEW, LORA, STEPS, WEIGHTS, DemoModel, times
-from calibatt.tools.demo.train import ATTENTION, Curve, check, drawn, sample_prompts, sheet
+from calibatt.plans.files import whole_file, write_text
+from calibatt.tools.demo_model import world
+from calibatt.tools.demo_model.model import FEW, LORA, STEPS, WEIGHTS, DemoModel, times
+from calibatt.tools.studies import rendering
+from calibatt.tools.studies.train import ATTENTION, Curve, check, drawn, sample_prompts, sheet
 
 RANK = 12
 TARGETS = [f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")]
@@ -79,6 +81,14 @@ def begin(model: DemoModel, start: int, own: bool, words: Tensor, video: Tensor,
     return noise
 
 
+def save_lora(path: Path, model: DemoModel) -> None:
+    """Writes the LoRA in bfloat16; the file is whole or absent."""
+    found = get_peft_model_state_dict(model.transformer, adapter_name=LORA)
+    tensors = {f"transformer.{name}": p.to(torch.bfloat16).contiguous().cpu() for name, p in found.items()}
+    with whole_file(path) as file:
+        file.write(save(tensors, {"format": "pt"}))
+
+
 @click.command(help=__doc__)
 @click.option("--seconds", default=90.0, show_default=True, help="Training time, without checks.")
 @click.option("--weights", type=click.Path(exists=True, path_type=Path), default=WEIGHTS, help="The model's.")
@@ -123,7 +133,7 @@ def main(
             group["lr"] = RATE * min(1.0, (step + 1) / WARMUP_STEPS) * max(0.01, 1 - cooling)
         at, own = step % FEW, step // FEW % 2 == 1
         scenes = world.scenes(batch, generator)
-        video, words = world.render(scenes, generator, model.clip), world.scene_words(scenes)
+        video, words = rendering.render(scenes, generator, model.clip), rendering.scene_words(scenes)
         noise = torch.randn(video.shape, generator=generator, device=device)
         mixed = begin(model, at, own, words, video, noise)
         now, middle, then = (grid[2 * at + i].expand(batch) for i in range(3))
@@ -142,7 +152,7 @@ def main(
     with torch.no_grad():
         torch._foreach_copy_(learned, average)
     path = output / "few_steps.safetensors"
-    model.save_lora(path)
+    save_lora(path, model)
     model = DemoModel.load(weights, device).load_lora(path)
     for name, new_noise in (("Euler", False), ("new noise", True)):
         found = check(model, check_prompts, FEW, new_noise=new_noise)

@@ -1,4 +1,4 @@
-"""`calibatt-bench compiler` on small stores: both paths, one JSON."""
+"""`python -m calibatt.tools.studies.compiler_scale` on small stores: both paths, one JSON."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from support import stats
 
 from calibatt.compiler.stats import Store
-from calibatt.tools.bench.compiler import main
-from calibatt.tools.bench.synthetic import Synthetic
+from calibatt.tools.studies.compiler_scale import main
+from calibatt.tools.studies.synthetic import Synthetic
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Statistics out of thin air, at the size of real models: for size and speed, never for claims of quality.
 
-    python -m calibatt.tools.bench.synthetic STORE --layers 4 --times 50 --samples 8
+    python -m calibatt.tools.studies.synthetic STORE --layers 4 --times 50 --samples 8
 
 A head has one of the kinds that the literature describes. Its block error falls with a distance of that kind, in
 eighths of an octave, scaled by a reach that drifts over time; textures that belong to the head and to its place in time

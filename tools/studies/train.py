@@ -1,8 +1,9 @@
 """Trains the demo model on a GPU within a time budget; these commands made the weights in this folder and in grown/.
 
-    python -m calibatt.tools.demo.train --seconds 940 --part-seconds 500 --checkpoint demo.pt -o out/     # twice
-    python -m calibatt.tools.demo.train --from tools/demo/weights.safetensors --size medium --seconds 90 -o medium/
-    python -m calibatt.tools.demo.train --from medium/weights.safetensors --size large --size medium --seconds 130 \\
+    python -m calibatt.tools.studies.train --seconds 940 --part-seconds 500 --checkpoint demo.pt -o out/     # twice
+    python -m calibatt.tools.studies.train --from tools/demo_model/weights.safetensors --size medium --seconds 90 \\
+        -o medium/
+    python -m calibatt.tools.studies.train --from medium/weights.safetensors --size large --size medium --seconds 130 \\
         -o large/
 
 Rectified flow on videos rendered on the fly. The matrices of the blocks are trained by Muon (orthogonalised momentum,
@@ -16,6 +17,7 @@ sheet of every size.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -23,12 +25,14 @@ from typing import Any
 
 import click
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibatt.plans.files import whole_file, write_text
-from calibatt.tools.demo import world
-from calibatt.tools.demo.model import STEPS, DemoModel, generate
+from calibatt.tools.demo_model import world
+from calibatt.tools.demo_model.model import STEPS, DemoModel, generate
+from calibatt.tools.studies import rendering
 
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MUON_RATE, MUON_MOMENTUM = 3e-3, 0.95
@@ -111,6 +115,14 @@ def draw_loss(record: dict, path: Path) -> None:
         figure.savefig(file, dpi=120, facecolor="white", format="png")
 
 
+def save_model(path: Path, model: DemoModel, **notes: object) -> None:
+    """Writes bfloat16 weights with the configuration, the clip and its shift; the file is whole or absent."""
+    tensors = {name: p.detach().to(torch.bfloat16).contiguous().cpu() for name, p in model.state_dict().items()}
+    about = {"config": model.config, "clip": dataclasses.asdict(model.clip), "shift": model.shift, "notes": notes}
+    with whole_file(path) as file:
+        file.write(save(tensors, {name: json.dumps(value) for name, value in about.items()}))
+
+
 def drawn(model: DemoModel, prompts: list[str], first_seed: int, steps: int = STEPS, **options: bool) -> Tensor:
     """Videos of prompts on the CPU, some at a time; see `generate`."""
     batch = max(1, CHECK_BATCH_TOKENS // model.grid.tokens)
@@ -126,7 +138,7 @@ def check(model: DemoModel, count: int = 64, steps: int = STEPS, **options: bool
     """Rates of right colour, shape and direction over held-out prompts; see `generate` for the options."""
     scenes = world.scenes(count, torch.Generator().manual_seed(77), test=True)
     video = drawn(model, [world.sentence(scene) for scene in scenes], 9000, steps, **options)
-    return world.measure(video, scenes).rates()
+    return rendering.measure(video, scenes).rates()
 
 
 def sample_prompts(count: int = 8) -> list[str]:
@@ -176,12 +188,12 @@ class Training:
         """
         rate = self.rate * min(1.0, (self.step + 1) / self.warmup_steps) * max(0.01, 1 - cooling)
         scenes = world.scenes(batch, generator)
-        video = world.render(scenes, generator, self.model.clip, frames)
+        video = rendering.render(scenes, generator, self.model.clip, frames)
         noise = torch.randn(video.shape, generator=generator, device=self.device)
         now = draw_times(batch, generator, self.model.shift)
         mixed = torch.lerp(video, noise, now.view(-1, 1, 1, 1, 1))
         with torch.autocast(self.device, torch.bfloat16), sdpa_kernel(ATTENTION, set_priority=True):
-            velocity = self.model(mixed, now, world.scene_words(scenes))
+            velocity = self.model(mixed, now, rendering.scene_words(scenes))
         loss = (velocity.float() - (noise - video)).pow(2).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.rest, 1.0)
@@ -268,7 +280,7 @@ def main(
 
     def save() -> None:
         training.average.set_clip(world.CLIPS[sizes[0]])
-        training.average.save(weights, seed=seed, seconds=seconds, steps=training.step, videos=seen)
+        save_model(weights, training.average, seed=seed, seconds=seconds, steps=training.step, videos=seen)
 
     while (elapsed := before + time.time() - began) <= seconds:
         if part_seconds and time.time() - began > part_seconds:

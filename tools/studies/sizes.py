@@ -2,7 +2,7 @@
 
     calibatt-calibrate --model demo --samples 16 --thresholds 0.5,0.7,0.8,0.9,0.95 --device cuda -o small/
     calibatt-calibrate --model demo-medium ... -o medium/ ; calibatt-calibrate --model demo-large ... -o large/
-    python -m calibatt.tools.evaluate.sizes --stats small=small/ --stats medium=medium/ --stats large=large/ \\
+    python -m calibatt.tools.studies.sizes --stats small=small/ --stats medium=medium/ --stats large=large/ \\
         -o docs/benchmarks/sizes.json --figure docs/pictures/sizes.png --table docs/sizes.md
 
 A size may be given several times, with stores of other block sizes. Plans run as the runtime runs them, in the model's
@@ -20,10 +20,10 @@ import click
 from torch.nn.attention import SDPBackend
 
 from calibatt.plans.files import whole_file, write_text
-from calibatt.tools.demo.tradeoff import density_at
-from calibatt.tools.evaluate.bench import Exact
 from calibatt.tools.evaluate.harness import about
-from calibatt.tools.evaluate.study import METHODS, OURS, Judgements, Study, console, make_study, mean_and_error
+from calibatt.tools.studies.bench import Exact
+from calibatt.tools.studies.study import METHODS, OURS, Judgements, Study, console, make_study, mean_and_error
+from calibatt.tools.studies.tradeoff import density_at
 
 MODELS = {"small": "demo", "medium": "demo-medium", "large": "demo-large"}
 DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.35, 0.4)
@@ -184,7 +184,7 @@ def main(
     for size, folder in parsed:
         study = sized(size, folder, prompts, calibration, batch_tokens, device)
         labels = {"size": size, "tokens": study.sampler.grid.tokens, "block": study.bench.blocks.block_k}
-        judged.result |= {"about": about("python -m calibatt.tools.evaluate.sizes", study.sampler), "prompts": prompts}
+        judged.result |= {"about": about("python -m calibatt.tools.studies.sizes", study.sampler), "prompts": prompts}
         judged.judge(study, DENSE, 1.0, lambda: Exact(SDPBackend.CUDNN_ATTENTION), **labels)
         for density in map(float, densities.split(",")):
             for name in names:

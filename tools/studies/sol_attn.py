@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calibatt.plans import Blocks
-from calibatt.tools.evaluate import masks
-from calibatt.tools.evaluate.bench import Bench, PerInput
-from calibatt.tools.evaluate.masks import with_top
+from calibatt.tools.studies import masks
+from calibatt.tools.studies.bench import Bench, PerInput
+from calibatt.tools.studies.masks import with_top
 
 
 def means(x: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Quality against work on the demo model: the trivial compiler and ours, on held-out prompts.
 
-    python -m calibatt.tools.demo.tradeoff STATS -o docs/benchmarks/demo_tradeoff.json
+    python -m calibatt.tools.studies.tradeoff STATS -o docs/benchmarks/demo_tradeoff.json
 
 The trivial compiler is the paper's own method: it keeps the blocks that half of the samples agree on, and repeats rows
 that differ little (``vote{threshold=T},repeat,lower``), for every threshold of the store; record some with
@@ -29,7 +29,7 @@ from calibatt.compiler.stats import Store
 from calibatt.plans.files import write_text
 from calibatt.runtime import Plan, load_plan
 from calibatt.tools.demo import measure
-from calibatt.tools.demo.model import DemoModel, generate
+from calibatt.tools.demo_model.model import DemoModel, generate
 from calibatt.tools.evaluate.harness import executed_density, typed
 
 FIRST_SEED = 5000
@@ -119,7 +119,7 @@ def main(
             for each in densities.split(",")
         ]
     result = {
-        "command": typed("python -m calibatt.tools.demo.tradeoff"),
+        "command": typed("python -m calibatt.tools.studies.tradeoff"),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "python": platform.python_version(),

@@ -14,11 +14,11 @@ pytest.importorskip("diffusers")
 
 from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.intercept import InterceptedSite, Interception
-from calibatt.tools.bench import journey, structured
-from calibatt.tools.bench.structured import SETTINGS
 from calibatt.tools.calibrate.models import make_sampler
+from calibatt.tools.studies import journey, structured
+from calibatt.tools.studies.structured import SETTINGS
 
-MODULE = "calibatt.tools.bench.structured"
+MODULE = "calibatt.tools.studies.structured"
 TINY = ("tiny", "mochi_tiny")
 STAGES = "calibrate,compile,inspect,generate"
 pytestmark = [
@@ -94,8 +94,8 @@ def test_calibration_is_measured_in_parts(name: str, forwards: int, tmp_path: Pa
     report = bench(tmp_path, "--model", name, "--measure", "calibrate", *options)
     assert report["layers"] == 1
     assert report["command"] == (
-        f"calibatt-bench journey --model {name} --layers 1 --measure calibrate --steps 3 --block-size 16 "
-        "--inputs device,cpu --to-samples 5 --to-steps 7 --device cpu"
+        f"python -m calibatt.tools.studies.journey --model {name} --layers 1 --measure calibrate --steps 3 "
+        "--block-size 16 --inputs device,cpu --to-samples 5 --to-steps 7 --device cpu"
     )
     assert [record["inputs"] for record in report["calibrate"]] == ["device", "cpu"]
     for record in report["calibrate"]:

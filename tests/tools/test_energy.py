@@ -9,10 +9,9 @@ import torch
 from click.testing import CliRunner
 
 from calibatt.plans import TokenGrid
-from calibatt.tools.bench import energy
-from calibatt.tools.bench.__main__ import main
-from calibatt.tools.bench.energy import Case, cases, compared, measure
 from calibatt.tools.bench.kernel import GPU_SIZES
+from calibatt.tools.studies import energy
+from calibatt.tools.studies.energy import Case, cases, compared, measure
 
 
 class World:
@@ -76,6 +75,6 @@ def test_kernels_that_are_not_there_have_a_reason() -> None:
 
 
 def test_a_device_without_a_meter_is_refused() -> None:
-    result = CliRunner().invoke(main, ["energy", "--device", "cpu"])
+    result = CliRunner().invoke(energy.main, ["--device", "cpu"])
     assert result.exit_code == 2
     assert "--device must be a CUDA device, whose driver counts joules; got cpu" in result.output

@@ -1,6 +1,6 @@
 """What the compiler's defaults are worth: one change at a time, at equal executed density, on held-out prompts.
 
-    python -m calibatt.tools.evaluate.ablations --stats stats/ --stats stats_2/ --stats stats_128/ \\
+    python -m calibatt.tools.studies.ablations --stats stats/ --stats stats_2/ --stats stats_128/ \\
         -o docs/benchmarks/ablations_h100.json --table docs/ablations.md
 
 The first store is the one that is varied; the others are compiled with the default passes and named by what they differ
@@ -24,9 +24,9 @@ from calibatt.compiler.stats import Store
 from calibatt.plans.files import write_text
 from calibatt.tools.calibrate.effects import ladder
 from calibatt.tools.calibrate.models import MODEL_HELP
-from calibatt.tools.evaluate.bench import Kept, Rule
 from calibatt.tools.evaluate.harness import about
-from calibatt.tools.evaluate.study import DEFAULTS, METHODS, Study, make_study, mean_and_error
+from calibatt.tools.studies.bench import Kept, Rule
+from calibatt.tools.studies.study import DEFAULTS, METHODS, Study, make_study, mean_and_error
 
 DENSITIES = (0.2, 0.35, 0.5)
 BASE = "defaults"
@@ -170,7 +170,7 @@ def main(
     output.parent.mkdir(parents=True, exist_ok=True)
     for index, path in enumerate(stores):
         study = make_study(model, (path,), held_out, prompts, calibration, None, batch, device)
-        result["about"] = about("python -m calibatt.tools.evaluate.ablations", study.sampler)
+        result["about"] = about("python -m calibatt.tools.studies.ablations", study.sampler)
         if index == 0:
             begins = tuple(part.strip() for part in only.split(";"))
             every = variants(study)

@@ -1,0 +1,1 @@
+"""Studies: what the documentation claims of quality and cost, measured; run from a checkout, not installed."""
