@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from support import quantised
 from torch.autograd import DeviceType
 
 pytest.importorskip("diffusers")
@@ -19,7 +21,7 @@ pytest.importorskip("diffusers")
 from calibatt.plans import Blocks, ModelSignature, TokenGrid
 from calibatt.runtime import Plan
 from calibatt.runtime.adapters import ADAPTERS, adapter_for
-from calibatt.tools.bench import forwards, model, variants
+from calibatt.tools.bench import derived, forwards, model, variants
 from calibatt.tools.bench.__main__ import main
 from calibatt.tools.bench.published import MODELS, token_grid
 from calibatt.tools.bench.trace import WAITS, WHOLE, summarised
@@ -55,7 +57,8 @@ def rows(report: Any, kind: str, **wanted: Any) -> list[Any]:
 def test_a_report_says_what_was_measured(report: Any) -> None:
     assert report["command"] == (
         "calibatt-bench model --model tiny --sizes small,smaller --densities 0.5,0.3 --modes eager,regional "
-        "--precisions bf16 --linears bf16 --layers 3 --rounds 2 --steps 3 --samplings 1 --compiler aot_eager --trace"
+        "--precisions bf16 --linears bf16 --layers 3 --rounds 2 --steps 3 --skip 0 --samplings 1 --compiler aot_eager "
+        "--trace"
     )
     assert {"date", "device", "versions", "threads", "weights", "masks", "states"} <= set(report)
     assert report["layers"] == report["published_layers"] == LAYERS
@@ -123,6 +126,65 @@ def test_plans_in_8_bits_stand_beside_those_in_16(tmp_path: Path) -> None:
     assert eight == pytest.approx(wide, rel=0.2)
 
 
+def test_a_step_cache_skips_a_fixed_share(tmp_path: Path) -> None:
+    """Nothing new is compiled for it, and in a forward that is skipped only the first layer attends."""
+    options = ["--sizes", "smaller", "--densities", "0.5", "--modes", "regional", "--rounds", "1", "--steps", "5"]
+    found = bench("model", tmp_path / "model.json", *options, "--skip", "0.4", "--layers", "2")
+    assert [(row["attention"], row["skip"], row["skipped_forwards"]) for row in found["samplings"]] == [
+        ("sdpa", 0, 0), ("plan 0.5", 0, 0), ("sdpa", 0.4, 2), ("plan 0.5", 0.4, 2)
+    ]  # fmt: skip
+    assert {row["recompiled_graphs"] for row in found["samplings"]} == {0}
+    assert len(found["of_all_layers"]) == 4
+
+
+def test_what_a_step_cache_would_give_with_all_layers() -> None:
+    def sampling_ms(layers: int, computed: int, skipped: int) -> float:
+        return (computed + skipped) * 2.0 + (computed * layers + skipped) * 7.0
+
+    place = {"size": "s", "mode": "regional", "linears": "fp8", "attention": "plan 0.3", "steps": 20}
+    samplings = [
+        {
+            **place,
+            "skip": skip,
+            "skipped_forwards": int(20 * skip),
+            "median_ms": sampling_ms(2, 20 - int(20 * skip), int(20 * skip)),
+        }
+        for skip in (0, 0.4)
+    ]
+    plain, cached = derived.of_all_layers(samplings, 2, 40)
+    assert plain["layer_ms"] == cached["layer_ms"] == pytest.approx(7)
+    assert plain["all_layers_ms"] == pytest.approx(sampling_ms(40, 20, 0))
+    assert cached["all_layers_ms"] == pytest.approx(sampling_ms(40, 12, 8))
+    assert derived.of_all_layers(samplings[1:], 2, 40) == []
+
+
+def test_two_kinds_of_linears_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is measured against its own dense model; torchao multiplies in e4m3 on a CPU too, once it may."""
+    quantised.require("torchao")
+    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
+    monkeypatch.setitem(MODELS, "tiny", replace(MODELS["tiny"], dtype=torch.bfloat16))
+    options = ["--sizes", "smaller", "--densities", "0.5", "--modes", "regional", "--rounds", "1", "--steps", "0"]
+    picture = tmp_path / "model.png"
+    found = bench("model", tmp_path / "model.json", *options, "--linears", "bf16,fp8", "--figure", str(picture))
+    kinds = [("bf16", name) for name in ("sdpa", "copy", "plan 0.5")] + [
+        ("fp8", name) for name in ("sdpa", "copy", "plan 0.5")
+    ]
+    assert [(row["linears"], row["attention"]) for row in found["forwards"]] == kinds
+    assert {check["difference_to_dense"] for check in rows(found, "checks", attention="sdpa")} == {0}
+    plans = {row["linears"]: row for row in rows(found, "derived", attention="plan 0.5")}
+    for kind, plan in plans.items():
+        dense = rows(found, "forwards", attention="sdpa", linears=kind)[0]
+        assert plan["speedup"] == dense["median_ms"] / plan["ms"]
+    assert picture.stat().st_size > 20_000
+
+
+def test_fp8_linears_cannot_be_made_here() -> None:
+    quantised.require("torchao")
+    result = CliRunner().invoke(main, ["model", "--model", "tiny", "--device", "cpu", "--linears", "fp8"])
+    assert result.exit_code == 2
+    assert "--linears fp8 cannot be made here: torchao says Float8 dynamic quant" in " ".join(result.output.split())
+
+
 def test_fp8_linears_need_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     result = CliRunner().invoke(main, ["model", "--model", "tiny", "--device", "cpu", "--linears", "fp8"])
@@ -133,17 +195,17 @@ def test_fp8_linears_need_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_follows_from_the_times() -> None:
     times = {("sdpa-cudnn", 1): 10, ("copy", 0): 4, ("flash-attention-4", 1): 9, ("plan", 0.5): 8}
     forwards = [
-        {"size": "s", "mode": "eager", "attention": name, "density": density, "median_ms": ms}
+        {"size": "s", "mode": "eager", "linears": "bf16", "attention": name, "density": density, "median_ms": ms}
         for (name, density), ms in times.items()
     ]
-    dense, flash, against_dense, against_flash = model.derived(forwards)
+    dense, flash, against_dense, against_flash = derived.derived(forwards)
     assert dense["attention_share"] == pytest.approx(0.6)
     assert flash["attention_share"] == pytest.approx(5 / 9)
     assert against_dense["bound_ms"] == 7
     assert against_dense["ratio_to_bound"] == pytest.approx(8 / 7)
     assert against_dense["speedup"] == pytest.approx(10 / 8)
     assert (against_flash["against"], against_flash["bound_ms"]) == ("flash-attention-4", 6.5)
-    assert model.derived([row for row in forwards if row["attention"] != "copy"]) == []
+    assert derived.derived([row for row in forwards if row["attention"] != "copy"]) == []
 
 
 def test_a_whole_model_can_be_compiled_and_time_is_kept(tmp_path: Path) -> None:
@@ -161,12 +223,14 @@ def test_wrong_results_and_cases_that_fail_are_told(tmp_path: Path, monkeypatch:
     options = ["model", "--model", "tiny", "--device", "cpu", "--sizes", "small", "--modes", "eager", "--no-peers"]
     options += ["--rounds", "1", "--layers", "1", "-o", str(tmp_path / "report.json")]
     monkeypatch.setattr(variants, "_copy", lambda q, k, v, site, context: v * torch.nan)
-    with pytest.raises(forwards.BenchError, match="small, eager, copy: the result must be finite, got 4096"):
+    with pytest.raises(
+        forwards.BenchError, match="small, eager, bf16 linears, copy: the result must be finite, got 4096"
+    ):
         CliRunner().invoke(main, options, catch_exceptions=False)
     monkeypatch.setattr(variants, "_copy", lambda q, k, v, site, context: v[:, 1:])
     result = CliRunner().invoke(main, options, catch_exceptions=False)
     assert result.exit_code == 1
-    assert "not measured: small, eager, copy: RuntimeError: " in result.output
+    assert "not measured: small, eager, bf16 linears, copy: RuntimeError: " in result.output
     assert json.loads((tmp_path / "report.json").read_text())["derived"] == []
 
 
@@ -177,10 +241,25 @@ def test_wrong_results_and_cases_that_fail_are_told(tmp_path: Path, monkeypatch:
         ("--modes", "fast", "--modes must be some of eager, regional, full; got 'fast'"),
         ("--densities", "0.5,2", r"--densities must be numbers in (0, 1] joined by commas, got '0.5,2'"),
         ("--layers", "4", "--layers must be at most the model's 3, got 4"),
+        ("--linears", "int4", "--linears must be some of bf16, fp8; got 'int4'"),
+        ("--skip", "1", "Invalid value for '--skip': 1.0 is not in the range 0<=x<1"),
     ],
 )
 def test_wrong_calls_are_refused(option: str, value: str, told: str) -> None:
     result = CliRunner().invoke(main, ["model", "--model", "tiny", "--device", "cpu", option, value])
+    assert result.exit_code == 2
+    assert told in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--layers", "1"], "--skip needs --layers to be at least 2, of which a cache computes one, got 1"),
+        (["--modes", "full"], "--skip needs --modes eager or regional: no step cache can decide in one graph"),
+    ],
+)
+def test_nothing_can_be_skipped(options: list[str], told: str) -> None:
+    result = CliRunner().invoke(main, ["model", "--model", "tiny", "--device", "cpu", "--skip", "0.5", *options])
     assert result.exit_code == 2
     assert told in " ".join(result.output.split())
 

@@ -1,12 +1,12 @@
-"""One model at one size: cases are warmed up and proved, then forwards and samplings of all are timed by turns."""
+"""Models at one size: cases are warmed up and proved, then forwards and samplings of all are timed by turns."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from calibatt.runtime import Plan, UnsupportedBackendError, load_plan
 from calibatt.tools.bench.kernel import milliseconds, state
 from calibatt.tools.bench.published import Published
 from calibatt.tools.bench.trace import traced
-from calibatt.tools.bench.variants import SHIFT, Variant, counted_calls, planned
+from calibatt.tools.bench.variants import SHIFT, Variant, counted_calls, planned, step_cache
 
 MODES = ("eager", "regional", "full")
 OUT_OF_TIME = "out of time"
@@ -51,40 +51,53 @@ class Clock:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: a way to run the model and a way to compute its self-attention."""
+    """One thing to time.
+
+    Args:
+        mode: How the model runs, of `MODES`.
+        variant: What computes its self-attention.
+        linears: Which model: its name in `Runner.models`.
+        skip: Share of a sampling's forwards that a step cache skips; 0: there is no cache.
+    """
 
     mode: str
     variant: Variant
+    linears: str
+    skip: float = 0.0
 
     @property
     def key(self) -> dict[str, Any]:
         """What identifies its records."""
-        return {"mode": self.mode, "attention": self.variant.name, "density": self.variant.density}
+        found = {"mode": self.mode, "linears": self.linears, "attention": self.variant.name}
+        return {**found, "density": self.variant.density}
 
 
 class Runner:
-    """Runs one model in every mode.
+    """Runs models in every mode.
 
     Args:
-        model: On its device.
-        modes: Of `MODES`; the model's blocks stay compiled if ``regional`` is one of them.
+        models: By name, of one architecture, on their device.
+        modes: Of `MODES`; the models' blocks stay compiled if ``regional`` is one of them.
         backend: Of `torch.compile`.
     """
 
-    def __init__(self, model: Any, modes: Sequence[str], backend: str) -> None:
-        self.model = model
+    def __init__(self, models: Mapping[str, Any], modes: Sequence[str], backend: str) -> None:
+        self.models = models
         options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
-        if "regional" in modes:
-            model.compile_repeated_blocks(**options)
-        self._whole = torch.compile(model, **options) if "full" in modes else None
+        for model in models.values() if "regional" in modes else ():
+            for block in model.modules():
+                if type(block).__name__ in model._repeated_blocks:  # inside of a step cache, which decides in Python
+                    block.forward = torch.compile(block.forward, **options)
+        self._whole = {name: torch.compile(model, **options) for name, model in models.items() if "full" in modes}
 
     @contextmanager
     def running(self, case: Case) -> Iterator[Callable[..., Tensor]]:
         """A function of the model's arguments, for as long as the context lasts."""
-        whole = self._whole if case.mode == "full" else self.model
+        model = self.models[case.linears]
+        run = self._whole[case.linears] if case.mode == "full" else model
         stance = torch.compiler.set_stance("force_eager") if case.mode == "eager" else nullcontext()
-        with torch.no_grad(), stance, case.variant.attached(self.model):
-            yield lambda **inputs: whole(**inputs)[0]
+        with torch.no_grad(), stance, case.variant.attached(model):
+            yield lambda **inputs: run(**inputs)[0]
 
 
 def sample(row: Published, forward: Callable[..., Tensor], inputs: dict[str, Any], steps: int) -> Tensor:
@@ -113,7 +126,7 @@ class SizeBench:
 
     Args:
         row: The model's.
-        runner: Of the model.
+        runner: Of the models.
         size: Its name.
         inputs: Of a forward.
         device: Where the model is.
@@ -135,7 +148,7 @@ class SizeBench:
     ) -> None:
         self.row, self.runner, self.size, self.inputs, self.device = row, runner, size, inputs, device
         self.clock, self.report, self.done = clock, report, done
-        self._dense: dict[str, Tensor] = {}
+        self._dense: dict[tuple[str, str], Tensor] = {}
         self._plans: dict[str, Plan] = {}
 
     def attach_plan(self, path: Path, density: float) -> Variant | None:
@@ -145,7 +158,7 @@ class SizeBench:
         load_s, before = time.perf_counter() - begun, allocated_bytes(self.device)
         variant, begun = planned(plan, density), time.perf_counter()
         try:
-            with variant.attached(self.runner.model):
+            with variant.attached(next(iter(self.runner.models.values()))):
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 attach_s, after = time.perf_counter() - begun, allocated_bytes(self.device)
@@ -194,8 +207,8 @@ class SizeBench:
             raise BenchError(f"{what}: the result must be finite, got {int((~out.isfinite()).sum())} that are not")
         after = allocated_bytes(self.device)
         plan = self._plans.get(case.variant.name)
-        reference = self._dense.setdefault(case.mode, out.float()) if case.variant.density == 1 else None
-        reference = self._dense.get(case.mode) if reference is None else reference
+        kind = case.mode, case.linears
+        reference = self._dense.setdefault(kind, out.float()) if case.variant.density == 1 else self._dense.get(kind)
         self.report["checks"].append(
             {
                 "size": self.size,
@@ -240,29 +253,37 @@ class SizeBench:
         """Milliseconds of a sampling of every case, by turns, the last mode first: it matters most.
 
         Raises:
-            BenchError: A final latent is not finite.
+            BenchError: A final latent is not finite, or the step cache skipped other forwards than it must.
         """
         times: dict[Case, list[float]] = {case: [] for case in cases}
         graphs: Counter[Case] = Counter()
+        skips: dict[Case, int] = {}
         for _ in range(rounds):
             for case in sorted(cases, key=lambda case: MODES.index(case.mode), reverse=True):
                 what = f"{self._name(case)}, sampling"
-                if not self.clock.allows(steps * forward_ms.get(case, 0.0)):
+                if not self.clock.allows(steps * forward_ms.get(replace(case, skip=0.0), 0.0)):
                     if not times[case]:
                         self.report["missing"][what] = OUT_OF_TIME
                     continue
                 final: list[Tensor] = []
-                known = compiled_graphs()
-                with self.runner.running(case) as forward:
-                    run = partial(sample, self.row, forward, self.inputs, steps)
-                    times[case].append(milliseconds(lambda run=run, final=final: final.append(run()), self.device))
+                known, model = compiled_graphs(), self.runner.models[case.linears]
+                with self.runner.running(case) as forward, step_cache(model, case.skip) as skipped:
+                    with counted_calls() as calls:
+                        run = partial(sample, self.row, forward, self.inputs, steps)
+                        times[case].append(milliseconds(lambda run=run, final=final: final.append(run()), self.device))
                 graphs[case] += compiled_graphs() - known
+                skips[case] = skipped()
+                layers = self.report["layers"]
+                due = case.variant.planned * (steps * layers - skips[case] * (layers - 1))
+                if calls() != due:
+                    raise BenchError(f"{what}: it must call planned attention {due} times, got {calls()}")
                 if not final[0].isfinite().all():
                     raise BenchError(f"{what}: final latents must be finite, got others")
                 self.done()
         for case, found in times.items():
             if found:
-                self._add("samplings", case, {"steps": steps, **spread(found), "recompiled_graphs": graphs[case]})
+                more = {"skip": case.skip, "skipped_forwards": skips[case], "recompiled_graphs": graphs[case]}
+                self._add("samplings", case, {"steps": steps, **spread(found), **more})
         self.report["states"].append({"size": self.size, "after": "samplings", **state(self.device)})
 
     def trace(self, cases: Sequence[Case]) -> None:
@@ -273,18 +294,17 @@ class SizeBench:
                 found = traced(partial(forward, **self.inputs), self.device)
             self.report["traces"].append({"size": self.size, **case.key, **found})
             waits = ", ".join(f"{name} {count}" for name, count in found["waits"].items()) or "none"
-            click.echo(f"{self.size}: {case.mode}, {case.variant.name}: waits of the host: {waits}")
+            click.echo(f"{self._name(case)}: waits of the host: {waits}")
             self.done()
 
     def _name(self, case: Case) -> str:
-        return f"{self.size}, {case.mode}, {case.variant.name}"
+        cache = f", {case.skip:.0%} skipped" if case.skip else ""
+        return f"{self.size}, {case.mode}, {case.linears} linears, {case.variant.name}{cache}"
 
     def _add(self, kind: str, case: Case, found: dict[str, Any]) -> None:
         self.report[kind].append({"size": self.size, **case.key, **found})
-        click.echo(
-            f"{self.size}: {kind[:-1]:>8}, {case.mode:>8}, {case.variant.name:>17}: {found['median_ms']:10.1f} ms "
-            f"({found['p10_ms']:.1f} to {found['p90_ms']:.1f}, {found['rounds']})"
-        )
+        low, median, high = (f"{found[key]:.1f}" for key in ("p10_ms", "median_ms", "p90_ms"))
+        click.echo(f"{kind[:-1]:>8}: {self._name(case)}: {median} ms ({low} to {high}, {found['rounds']})")
 
 
 def compiled_graphs() -> int:

@@ -3,7 +3,8 @@
 \b
 Published architectures at published sizes, weights random, in bfloat16. Timed are
   one forward                       at the noisiest time,
-  one sampling of --steps forwards  with its scheduler (UniPC); no text encoder, no VAE, one forward a step,
+  one sampling of --steps forwards  with its scheduler (UniPC); no text encoder, no VAE, one forward a step;
+                                    with --skip also under FirstBlockCache, made to skip that share of the forwards,
 eager, and compiled block by block (regional) or as a whole (full), with self-attention computed by
   sdpa-cudnn         the dense kernel of cuDNN, by diffusers' set_attention_backend (on a CPU: sdpa)
   flash-attention-4  dense, where it is installed
@@ -11,10 +12,11 @@ eager, and compiled block by block (regional) or as a whole (full), with self-at
                      with --precisions also with heads that multiply in 8 bits
   copy               a copy of the values: what is left is the time of everything but self-attention.
 
-All cases of a size and a mode of running take turns, so that clocks and temperature favour none. The bound of a plan is
-the time of everything else + its executed density x the time of dense attention; below 1 the ratio to it says that our
-kernel is faster than the dense one. Every case is checked before it is timed: its result is finite, and a plan's op was
-called once a layer.
+All cases of a size take turns, so that clocks and temperature favour none. With --linears bf16,fp8 there are two
+models, which differ in the linear layers of their blocks: fp8 has weights and activations in e4m3, a scale a row
+(torchao). The bound of a plan is the time of everything else + its executed density x the time of dense attention;
+below 1 the ratio to it says that our kernel is faster than the dense one. Every case is checked before it is timed: its
+result is finite, and a plan's op was called once a layer.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from calibatt.plans import Blocks, write_plan
 from calibatt.plans.files import write_text
 from calibatt.runtime.adapters import adapter_for
+from calibatt.tools.bench.derived import derived, of_all_layers, told
 from calibatt.tools.bench.forwards import MODES, OUT_OF_TIME, Case, Clock, Runner, SizeBench
 from calibatt.tools.bench.kernel import versions
 from calibatt.tools.bench.model_figure import draw
@@ -55,52 +58,7 @@ from calibatt.tools.bench.variants import (
     plan_shaped,
 )
 
-DENSE = ("sdpa-cudnn", "sdpa", FLASH_4)
-"""Names of the variants that others are measured against."""
 LINEARS = ("bf16", "fp8")
-
-
-def derived(forwards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What follows from the times of the forwards, for every size and mode whose copy was timed.
-
-    Returns:
-        Records of every dense kernel, ``attention_share`` of a forward, and of every plan against each dense kernel:
-        ``bound_ms`` = everything else + density x dense attention, ``ratio_to_bound``, ``speedup``.
-    """
-    places = list(dict.fromkeys((row["size"], row["mode"]) for row in forwards))
-    found = []
-    for size, mode in places:
-        here = [row for row in forwards if (row["size"], row["mode"]) == (size, mode)]
-        rest = next((row["median_ms"] for row in here if row["attention"] == COPY), None)
-        if rest is None:
-            continue
-        references = [row for row in here if row["attention"] in DENSE]
-        for row in references:
-            ms = row["median_ms"]
-            kind = {"size": size, "mode": mode, "attention": row["attention"]}
-            found.append({**kind, "ms": ms, "other_ms": rest, "attention_share": (ms - rest) / ms})
-        for row in here:
-            if row["attention"] == COPY or row in references:
-                continue
-            ms, density = row["median_ms"], row["density"]
-            for reference in references:
-                bound = rest + density * (reference["median_ms"] - rest)
-                found.append(
-                    {
-                        "size": size,
-                        "mode": mode,
-                        "attention": row["attention"],
-                        "density": density,
-                        "ms": ms,
-                        "other_ms": rest,
-                        "attention_share": (ms - rest) / ms,
-                        "against": reference["attention"],
-                        "bound_ms": bound,
-                        "ratio_to_bound": ms / bound,
-                        "speedup": reference["median_ms"] / ms,
-                    }
-                )
-    return found
 
 
 def header(command: str, row: Published, name: str, layers: int, device: torch.device) -> dict[str, Any]:
@@ -177,7 +135,7 @@ def with_linears(model: Any, linears: str) -> Any:
     """The model with the linears of its blocks as said by one of `LINEARS`.
 
     Raises:
-        click.UsageError: torchao is not installed.
+        click.UsageError: torchao is not installed, or has no such linears for this device or these weights.
     """
     if linears == "bf16":
         return model
@@ -189,8 +147,25 @@ def with_linears(model: Any, linears: str) -> Any:
     def of_blocks(module: torch.nn.Module, name: str) -> bool:
         return isinstance(module, torch.nn.Linear) and any(part.isdigit() for part in name.split("."))
 
-    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=of_blocks)
+    # As the other cases are compiled, not with inductor's settings for quantised models.
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    try:
+        quantize_(model, config, filter_fn=of_blocks)
+    except AssertionError as error:
+        raise click.UsageError(f"--linears fp8 cannot be made here: torchao says {error}") from None
     return model
+
+
+def check_skip(skip: float, layers: int, modes: Sequence[str]) -> None:
+    """Whether forwards can be skipped.
+
+    Raises:
+        click.UsageError: There is no second layer to skip, or no mode in which a step cache can decide.
+    """
+    if skip and layers < 2:
+        raise click.UsageError(f"--skip needs --layers to be at least 2, of which a cache computes one, got {layers}")
+    if skip and set(modes) == {"full"}:
+        raise click.UsageError("--skip needs --modes eager or regional: no step cache can decide in one graph")
 
 
 def progress_bar() -> Progress:
@@ -207,17 +182,18 @@ def progress_bar() -> Progress:
 @click.option(
     "--precisions", default="bf16", show_default=True, help=f"Of the plans' heads: some of {', '.join(NAMES)}."
 )
-@click.option(
-    "--linears",
-    type=click.Choice(LINEARS),
-    default="bf16",
-    show_default=True,
-    help="Of the blocks, in every case: fp8 has weights and activations in e4m3, a scale a row (torchao).",
-)
+@click.option("--linears", default="bf16", show_default=True, help=f"Of the blocks: some of {', '.join(LINEARS)}.")
 @click.option("--modes", help="Of eager, regional, full [eager,regional; eager,full where blocks are no regions].")
 @click.option("--layers", type=click.IntRange(1), help="Fewer layers than the model has; said in the report [all].")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Forwards of each case.")
 @click.option("--steps", type=click.IntRange(0), default=4, show_default=True, help="Of a sampling; 0: none.")
+@click.option(
+    "--skip",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Share of a sampling's forwards that FirstBlockCache skips, eager and regional; 0: no cache.",
+)
 @click.option("--samplings", type=click.IntRange(1), default=1, show_default=True, help="Samplings of each case.")
 @click.option("--peers/--no-peers", default=True, show_default=True, help="FlashAttention-4 too.")
 @click.option("--trace", is_flag=True, help="Also profile a forward, dense and sparsest: what does the host wait for?")
@@ -236,6 +212,7 @@ def main(
     layers: int | None,
     rounds: int,
     steps: int,
+    skip: float,
     samplings: int,
     peers: bool,
     trace: bool,
@@ -248,16 +225,18 @@ def main(
     row, where, clock = MODELS[model], torch.device(device), Clock(seconds)
     names, ways = choose(sizes, list(row.sizes), "--sizes"), pick_modes(modes, row)
     shares, count = read_densities(densities), pick_layers(layers, row)
+    kinds = choose(linears, LINEARS, "--linears")
+    check_skip(skip, count, ways)
     multiplied = [NAMES[name] for name in choose(precisions, list(NAMES), "--precisions")]
     compiler = compiler or ("inductor" if where.type == "cuda" else "aot_eager")
     options = f"--model {model} --sizes {','.join(names)} --densities {densities} --modes {','.join(ways)}"
     options += f" --precisions {precisions} --linears {linears}"
-    options += f" --layers {count} --rounds {rounds} --steps {steps} --samplings {samplings}"
+    options += f" --layers {count} --rounds {rounds} --steps {steps} --skip {skip:g} --samplings {samplings}"
     options += f" --compiler {compiler}" + ("" if peers else " --no-peers") + (" --trace" if trace else "")
     report: dict[str, Any] = {
         **header(f"calibatt-bench model {options}", row, model, count, where),
         "masks": "synthetic, structured; every head listed; a segment for each step",
-        "linears": linears,
+        "linears": kinds,
         "distinct_layers": min(DISTINCT, count),
         "compiler": compiler,
         "sizes": [],
@@ -266,6 +245,7 @@ def main(
         "forwards": [],
         "samplings": [],
         "derived": [],
+        "of_all_layers": [],
         "traces": [],
         "states": [],
         "missing": {},
@@ -274,6 +254,7 @@ def main(
 
     def save() -> None:
         report["derived"] = derived(report["forwards"])
+        report["of_all_layers"] = of_all_layers(report["samplings"], count, row.layers)
         if output is not None:
             write_text(output, json.dumps(report, indent=1) + "\n")
 
@@ -292,33 +273,41 @@ def main(
             write_plan(path, plan_shaped(signature, grid, blocks, share, max(steps, 1), precision=precision))
             if (variant := bench.attach_plan(path, share)) is not None:
                 variants.append(variant)
-        cases = [Case(way, variant) for way in ways for variant in variants]
-        timed = (rounds + 1) * len(cases) + samplings * (steps > 0) * len(ways) * (len(variants) - 1) + 2 * trace
+        cases = [Case(way, variant, kind) for way in ways for kind in kinds for variant in variants]
+        sampled = [case for case in cases if case.variant.name != COPY] if steps else []
+        sampled += [replace(case, skip=skip) for case in sampled if skip and case.mode != "full"]
+        timed = (rounds + 1) * len(cases) + samplings * len(sampled) + 2 * trace
         progress.reset(task, description=size, total=timed)
         cases = [case for case in cases if bench.warm_up(case)]
+        sampled = [case for case in sampled if replace(case, skip=0.0) in cases]
         save()
         medians = bench.time_forwards(cases, rounds)
         save()
-        attending = [case for case in cases if case.variant.name != COPY]
         if trace:
-            last = [case for case in attending if case.mode == ways[-1]]
+            last = [case for case in cases if case.variant.name != COPY and case.mode == ways[-1]]
             few = {*last[:1], *sorted(last, key=lambda case: case.variant.density)[:1]}
             bench.trace([case for case in last if case in few and clock.allows(2 * medians.get(case, 0.0))])
             save()
-        if steps:
-            bench.time_samplings(attending, steps, samplings, medians)
+        if sampled:
+            bench.time_samplings(sampled, steps, samplings, medians)
             save()
 
-    with progress_bar() as progress, tempfile.TemporaryDirectory() as folder:
-        task = progress.add_task("making the model", total=None)
-        transformer = with_linears(row.make(count, where), linears)
+    # Of one function, a graph for every kernel and every kind of linears.
+    graphs = torch._dynamo.config.patch(recompile_limit=64)
+    with progress_bar() as progress, tempfile.TemporaryDirectory() as folder, graphs:
+        task = progress.add_task("making the models", total=None)
+        models = {kind: with_linears(row.make(count, where), kind) for kind in kinds}
+        if "fp8" in kinds:
+            report["versions"]["torchao"] = version("torchao")
+        transformer = models[kinds[0]]
         report["parameters"] = sum(parameter.numel() for parameter in transformer.parameters())
-        base = [dense(transformer), copied()]
+        kernels = [dense(each) for each in models.values()]  # sets each to it
+        base = [kernels[0], copied()]
         if peers and isinstance(found := flash_attention_4(where), Variant):
             base.append(found)
         elif peers:
             report["missing"][FLASH_4] = found
-        runner = Runner(transformer, ways, compiler)
+        runner = Runner(models, ways, compiler)
         for name in names:
             if clock.allows():
                 measure(name, Path(folder))
@@ -326,7 +315,7 @@ def main(
             else:
                 report["missing"][name] = OUT_OF_TIME
     save()
-    for line in _summary(report):
+    for line in told(report):
         click.echo(line)
     for what, reason in report["missing"].items():
         click.echo(f"not measured: {what}: {reason}")
@@ -334,21 +323,6 @@ def main(
         draw(report, figure)
     if any(reason != OUT_OF_TIME and FLASH_4 not in what for what, reason in report["missing"].items()):
         raise SystemExit(1)
-
-
-def _summary(report: dict[str, Any]) -> list[str]:
-    lines = []
-    for row in report["derived"]:
-        told = f"{row['size']}, {row['mode']}, {row['attention']}: {row['ms']:.1f} ms"
-        told += f", {row['other_ms']:.1f} of them not attention"
-        if "against" in row:
-            told += (
-                f"; {row['speedup']:.2f} times as fast as {row['against']}, {row['ratio_to_bound']:.3f} of the bound"
-            )
-        else:
-            told += f" (attention: {row['attention_share']:.0%})"
-        lines.append(told)
-    return lines
 
 
 if __name__ == "__main__":

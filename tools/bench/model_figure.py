@@ -12,7 +12,7 @@ OTHER_COLOUR, DENSE_COLOUR, PLAN_COLOUR, BOUND_COLOUR = "#b9bdc4", "#e4a03a", "#
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """One bar a case, grouped by size and mode: grey is everything but attention, a line the bound of a plan.
+    """One bar a case, grouped by size, mode and linears: grey is everything but attention, a line the bound of a plan.
 
     Args:
         report: As the command writes it.
@@ -23,7 +23,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    modes = list(dict.fromkeys(row["mode"] for row in report["forwards"]))
+    modes = list(dict.fromkeys((row["mode"], row["linears"]) for row in report["forwards"]))
     names = [size["name"] for size in report["sizes"] if any(r["size"] == size["name"] for r in report["forwards"])]
     most = max((len(_rows(report, name, mode)) for name in names for mode in modes), default=1)
     figure = Figure(figsize=(1.5 + 5.2 * max(1, len(modes)), 1.5 + (0.9 + 0.42 * most) * max(1, len(names))))
@@ -33,7 +33,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for line, name in zip(grid, names, strict=False):
         for axis, mode in zip(line, modes, strict=False):
             _bars(axis, report, name, mode)
-            axis.set_title(f"{name}, {tokens[name]:,} tokens, {mode}", fontsize=10)
+            axis.set_title(f"{name}, {tokens[name]:,} tokens, {mode[0]}, {mode[1]} linears", fontsize=10)
             axis.set_xlabel("seconds a forward")
     figure.legend(
         handles=[
@@ -54,15 +54,15 @@ def draw(report: dict[str, Any], path: Path) -> None:
         figure.savefig(file, dpi=130, facecolor="white", format="png")
 
 
-def _rows(report: dict[str, Any], size: str, mode: str) -> list[dict[str, Any]]:
+def _rows(report: dict[str, Any], size: str, mode: tuple[str, str]) -> list[dict[str, Any]]:
     """The cases of a panel, dense ones first, then plans by falling density."""
-    here = [row for row in report["forwards"] if (row["size"], row["mode"]) == (size, mode)]
+    here = [row for row in report["forwards"] if (row["size"], row["mode"], row["linears"]) == (size, *mode)]
     shown = [row for row in here if row["attention"] != COPY]
     return sorted(shown, key=lambda row: (row["attention"].startswith("plan"), -row["density"]))
 
 
-def _bars(axis: Any, report: dict[str, Any], size: str, mode: str) -> None:
-    here = [row for row in report["derived"] if (row["size"], row["mode"]) == (size, mode)]
+def _bars(axis: Any, report: dict[str, Any], size: str, mode: tuple[str, str]) -> None:
+    here = [row for row in report["derived"] if (row["size"], row["mode"], row["linears"]) == (size, *mode)]
     compared = sorted((row for row in here if "bound_ms" in row), key=lambda row: -row["speedup"])
     bounds = {row["attention"]: row for row in compared}  # against the fastest dense kernel
     other = here[0]["other_ms"] / 1e3 if here else 0.0
@@ -83,7 +83,7 @@ def _bars(axis: Any, report: dict[str, Any], size: str, mode: str) -> None:
         axis.annotate(told, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set_yticks(range(len(rows)), [row["attention"] for row in rows], fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.3 * max((row["p90_ms"] for each in {row["mode"] for row in report["forwards"]}
+    axis.set_xlim(0, 1.3 * max((row["p90_ms"] for each in {(row["mode"], row["linears"]) for row in report["forwards"]}
                                for row in _rows(report, size, each)), default=1) / 1e3)  # fmt: skip
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="x", color="#e4e2dc")

@@ -158,6 +158,51 @@ def counted_calls() -> Iterator[Callable[[], int]]:
         ops.attend = attend
 
 
+class _Forced:
+    """What a step cache takes for its threshold, to skip a fixed share of forwards instead of those that change little.
+
+    Args:
+        share: Of the forwards, spread evenly; the first is always computed.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share, self.forwards, self.skipped = share, 1, 0
+
+    def __lt__(self, change: float) -> bool:
+        """``change > threshold``: whether all blocks are computed; asked once a forward, but for the first."""
+        self.forwards += 1
+        skip = int(self.share * self.forwards) > self.skipped
+        self.skipped += skip
+        return not skip
+
+
+@contextmanager
+def step_cache(model: Any, share: float) -> Iterator[Callable[[], int]]:
+    """FirstBlockCache of diffusers on a model, made to skip all blocks but the first in a share of the forwards.
+
+    With random weights its own rule would skip by chance. What it computes for that rule is computed all the same.
+
+    Args:
+        model: A transformer of diffusers of two blocks or more.
+        share: Below 1; 0: no cache.
+
+    Returns:
+        How many forwards it has skipped.
+    """
+    if not share:
+        yield lambda: 0
+        return
+    from diffusers import FirstBlockCacheConfig  # not needed by the commands beside this one
+
+    forced: Any = _Forced(share)
+    model.enable_cache(FirstBlockCacheConfig(threshold=forced))
+    try:
+        with model.cache_context("sampling"):
+            yield lambda: forced.skipped
+    finally:
+        model.disable_cache()
+
+
 @contextmanager
 def _through(model: nn.Module, attend: Callable[..., Tensor]) -> Iterator[None]:
     interception = Interception(model, adapter_for(model), attend)
