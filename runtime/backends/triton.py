@@ -243,10 +243,10 @@ def run(
     with on_device(index):
         if launches is not None:
             stream = driver.active.get_current_stream(index)
-            there = [x.data_ptr() if x is not None else 0 for x in (out, lse, lengths)]
             for again, nbytes in launches:
-                room = q.new_empty(nbytes, dtype=torch.uint8)
-                again(stream, *addresses, room.data_ptr(), *there, 0)
+                room = q.new_empty(nbytes, dtype=torch.uint8) if nbytes else None
+                there = [x.data_ptr() if x is not None else 0 for x in (room, out, lse, lengths)]
+                again(stream, *addresses, *there, 0)
             return out, lse
         made = []
         for eight in (*ready.eight, None):
