@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Literal
 
 from torch import nn
 
 from calibatt.plans import ModelSignature
+from calibatt.plans.precision import EIGHT_BITS
 from calibatt.runtime.adapters import Adapter, PlanMismatchError, UnknownModelError, adapter_for, unwrap
 from calibatt.runtime.parallel import slowest_rank
 from calibatt.runtime.resident import LoadedPlan
@@ -111,6 +113,11 @@ class Attachment:
             counts = Counter(name for index in entries for name in chosen[index])
             named = ", ".join(f"{name} ({count} schedules)" for name, count in sorted(counts.items()))
             lines.append(f"backend on {device}, {str(dtype).removeprefix('torch.')}: {named}")
+            if device.type == "cuda" and find_spec("triton"):
+                from calibatt.runtime.eight_bits import verdict
+
+                told = [verdict(each, device, plan.signature.head_dim, plan.grid.tokens)[1] for each in EIGHT_BITS]
+                lines += [f"triton on {device}: {sentence}" for sentence in told]
         if ulysses := self._session.ulysses:
             heads = range(plan.signature.heads)
             works = ([packed.computed_blocks(head) for head in heads] for _, _, packed in plan.file.walk())

@@ -37,8 +37,6 @@ TESTED_RELEASES = ("3.6.0", "3.9.0")
 """Of Triton. Gluon is experimental: the tests compile the kernel under both, and it was executed under the first."""
 BLOCKS_Q = (128,)
 PRECISIONS = {BF16, INT8, INT8_FP8}
-VERIFIED = {BF16}
-"""Those whose tests on a GPU (tests/runtime/test_eight_gpu.py) have passed; others are refused."""
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128)
 BLOCKS_K = (64, 128)
@@ -124,8 +122,6 @@ def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_di
     ):
         if value not in known:
             reasons.append(f"{what} must be {' or '.join(str(each) for each in known)}, got {value}")
-    if outline.precisions - VERIFIED:
-        reasons.append("heads of 8 bits are not yet verified on a GPU")
     for what, most, value in (("heads", MOST_HEADS, outline.heads), ("query blocks", MOST_TILES, outline.q_blocks)):
         if value > most:
             reasons.append(f"the number of {what} must be at most {most}, got {value}")

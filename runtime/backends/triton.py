@@ -1,4 +1,5 @@
-"""The triton backend: one launch of `kernels.block_sparse` for all heads of a layer. CUDA, sm80 and later.
+"""The triton backend: one launch of `kernels.block_sparse` for all heads of a layer that have 16 bits, and, after those
+of `kernels.quantise`, one for each precision of 8 bits. CUDA, sm80 and later.
 
 From sm90 on, keys and values come through TMA. What TMA cannot address is copied first, on every device: older ones,
 too, read rows whose addresses are no multiples of 16 bytes much more slowly than they copy them.
@@ -8,18 +9,23 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from calibatt.runtime.device_schedule import DeviceSchedule, other_tiles
+from calibatt.plans.precision import BF16, INT8, INT8_FP8
+from calibatt.plans.precision import PRECISIONS as NAMES
+from calibatt.plans.schedule import NO_ANCHORS
+from calibatt.runtime import eight_bits
+from calibatt.runtime.backends.hopper_eight import TILE_GROUPS, Again, Call, EightHeads, quantising, room_for
+from calibatt.runtime.device_schedule import DeviceSchedule, move, other_tiles
 from calibatt.runtime.kernels.block_sparse import block_sparse_forward
 from calibatt.runtime.launch import (
-    Launch,
     addressable,
     addressable_lengths,
     is_known_release,
@@ -28,10 +34,17 @@ from calibatt.runtime.launch import (
     on_device,
     tile_strides,
 )
+from calibatt.runtime.quantise import QUERY_GROUP
 from calibatt.runtime.schedule import Outline
 
+PRECISIONS = {BF16, INT8, INT8_FP8}
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 32, 64, 128, 256)
+EIGHT_HEAD_DIMS = (64, 128)
+EIGHT_LEAST_BLOCK_K = 32
+"""What a product of 8 bits sums."""
+E4M3_SINCE = 89
+"""The first sm that multiplies e4m3."""
 TMA_SINCE = 90
 """The first sm with TMA."""
 FEWEST_WARPS = 4
@@ -120,6 +133,24 @@ def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_di
         reasons.append("triton's interpreter does not compute in bfloat16")
     if head_dim not in HEAD_DIMS:
         reasons.append(f"head_dim must be one of {HEAD_DIMS}, got {head_dim}")
+    for precision in [] if reasons else sorted(outline.precisions - {BF16}):
+        reasons += _eight_reasons(precision, outline, device, head_dim)
+    return reasons
+
+
+def _eight_reasons(precision: int, outline: Outline, device: torch.device, head_dim: int) -> list[str]:
+    """Why heads of a precision of 8 bits are not executed."""
+    reasons, name = [], NAMES[precision]
+    if precision == INT8_FP8 and device_sm(device) < E4M3_SINCE:
+        reasons.append(f"heads in {name} need a device of sm{E4M3_SINCE} or later, got sm{device_sm(device)}")
+    if head_dim not in EIGHT_HEAD_DIMS:
+        reasons.append(f"heads in {name} must have head_dim {' or '.join(map(str, EIGHT_HEAD_DIMS))}, got {head_dim}")
+    if outline.blocks.block_k < EIGHT_LEAST_BLOCK_K:
+        block_k = outline.blocks.block_k
+        reasons.append(f"block_k must be at least {EIGHT_LEAST_BLOCK_K} for heads in {name}, got {block_k}")
+    if not reasons and device.type == "cuda":
+        is_faster, told = eight_bits.verdict(precision, device, head_dim, outline.grid.tokens)
+        reasons += [] if is_faster else [told]
     return reasons
 
 
@@ -135,6 +166,48 @@ def device_sm(device: torch.device) -> int:
         return TMA_SINCE
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What is needed of a schedule besides `DeviceSchedule`, on the same device.
+
+    Args:
+        tiles: Those of `DeviceSchedule.tiles` whose heads have 16 bits.
+        eight: The heads of 8 bits, by precision; their tiles likewise.
+        launches: What was launched for this schedule, by all that decides about it but addresses: of each precision,
+            with the bytes that it works in.
+    """
+
+    tiles: torch.Tensor
+    eight: list[EightHeads]
+    launches: dict[Any, list[tuple[Again, int]]] = field(default_factory=dict)
+
+
+def prepare(bound: DeviceSchedule) -> Prepared:
+    """`Prepared` of a schedule; nothing waits for the device."""
+    core = bound.core
+    precisions = set(core.head_precision.tolist())
+    if precisions == {BF16}:
+        return Prepared(bound.tiles, [])
+    head_of_tile = np.repeat(np.arange(core.heads), np.diff(core.head_tile_ptr))[core.tile_order]
+
+    def there(numbers: Any) -> torch.Tensor:
+        return move(torch.from_numpy(numbers.astype(np.int32)), bound.device)
+
+    def tiles_of(precision: int) -> torch.Tensor:
+        return bound.tiles[there(np.flatnonzero(core.head_precision[head_of_tile] == precision))]
+
+    eight = []
+    for precision in sorted(precisions - {BF16}):
+        heads = np.flatnonzero(core.head_precision == precision)
+        slots = np.zeros(core.heads)
+        slots[heads] = np.arange(len(heads))
+        most_queries = max(core.tiles(int(head)) for head in heads) * core.blocks.block_q
+        pairs = -(-most_queries // (TILE_GROUPS * QUERY_GROUP))
+        anchored = heads[core.head_anchor[heads] != NO_ANCHORS]
+        eight.append(EightHeads(precision, there(heads), there(slots), tiles_of(precision), pairs, there(anchored)))
+    return Prepared(tiles_of(BF16), eight)
 
 
 def run(
@@ -156,63 +229,81 @@ def run(
         lse: fp32 ``(B, H, N)`` if asked for.
     """
     addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr()]
-    launches = bound.derived(_no_launches)
+    ready = bound.derived(prepare)
     lengths = addressable_lengths(lengths)
     layout = (layout_of(q, k, v, addresses), scale, return_lse, video_start, lengths is None, config)
-    launch = launches.get(layout)
-    if launch is None:
+    launches = ready.launches.get(layout)
+    if launches is None:
         fit = addressable(q), addressable(k), addressable(v)
         if any(one is not other for one, other in zip(fit, (q, k, v), strict=True)):
             return run(*fit, bound, scale, return_lse, video_start, lengths, config=config)
     out = torch.empty_like(q)
-    addresses.append(out.data_ptr())
-    lse = None
-    if return_lse:
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        addresses.append(lse.data_ptr())
-    if lengths is not None:
-        addresses.append(lengths.data_ptr())
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
     index = q.get_device()
     with on_device(index):
-        if launch is not None:
-            launch(driver.active.get_current_stream(index), *addresses)
+        if launches is not None:
+            stream = driver.active.get_current_stream(index)
+            for again, nbytes in launches:
+                room = q.new_empty(nbytes, dtype=torch.uint8) if nbytes else None
+                there = [x.data_ptr() if x is not None else 0 for x in (room, out, lse, lengths)]
+                again(stream, *addresses, *there, 0)
             return out, lse
-        grid, arguments = _first_launch(q, k, v, out, lse, bound, scale, video_start, lengths, config)
-        if is_known_release() and not triton.knobs.runtime.interpret:
-            moving = ["q_ptr", "k", "v", "out_ptr"]
-            moving += [name for name in ("lse_ptr", "lengths_ptr") if arguments[name] is not None]
-            keep(launches, layout, Launch(block_sparse_forward, grid, arguments, moving))
-        else:
-            block_sparse_forward[grid](**arguments)
+        made = []
+        for eight in (*ready.eight, None):
+            calls, nbytes = _calls(q, k, v, out, lse, bound, eight, scale, video_start, lengths, config)
+            if is_known_release() and not triton.knobs.runtime.interpret:
+                made.append((Again(calls), nbytes))
+            else:
+                for call in calls:
+                    call.kernel[call.grid](**call.arguments)
+        if made:
+            keep(ready.launches, layout, made)
     return out, lse
 
 
-def _no_launches(bound: DeviceSchedule) -> dict[Any, Launch]:
-    """Of a schedule: what was launched for it, by all that decides about it but addresses."""
-    return {}
-
-
-def _first_launch(
+def _calls(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
     bound: DeviceSchedule,
+    eight: EightHeads | None,
     scale: float,
     video_start: int,
     lengths: torch.Tensor | None,
     config: Config | None,
-) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """The grid and the arguments of the kernel, launch options included."""
+) -> tuple[list[Call], int]:
+    """The launches for the heads of one precision, and the bytes of the room that they work in.
+
+    Args:
+        eight: The heads of 8 bits; None: those of 16, and the queries of the prefix and the suffix.
+    """
     batch, heads, all_tokens, head_dim = q.shape
     tokens = bound.core.grid.tokens
     blocks, sm = bound.core.blocks, device_sm(q.device)
     config = (config or table_row(sm)[head_dim]).fit(blocks.block_q, blocks.block_k)
-    tma = sm >= TMA_SINCE
+    tma, in_e4m3 = sm >= TMA_SINCE, eight is not None and eight.precision == INT8_FP8
+    calls: list[Call] = []
+    codes: dict[str, Any] = {}
+    moving, nbytes, tiles = {"q_ptr": ("q", 0), "k": ("k", 0), "v": ("v", 0)}, 0, bound.derived(prepare).tiles
+    count = len(tiles) + heads * other_tiles(bound, all_tokens, video_start)
+    if eight is not None:
+        # outputs of anchors are not packed here: their room is not needed
+        room = room_for(replace(eight, anchored=eight.anchored[:0]), bound, q, video_start, lse is not None)
+        tiles, count, nbytes = eight.tiles, len(eight.tiles), room.nbytes
+        memory = q.new_empty(nbytes, dtype=torch.uint8)
+        calls = quantising(q, k, v, lengths, room, memory, eight, bound, scale, video_start)
+        codes = room.views(memory)
+        q, k, v = codes["q_codes"], codes["k_codes"], codes.get("v_codes", v)
+        sources = {"q_ptr": "q_codes", "k": "k_codes", "v": "v_codes", "lse_shift_ptr": "lse_shift"}
+        sources |= {f"{name}_ptr": name for name in ("q_scales", "k_scales", "channels")}
+        moving |= {name: ("room", room.offsets[source]) for name, source in sources.items() if source in room.offsets}
+    elif count == 0:
+        return [], 0
 
-    def keys(x: torch.Tensor) -> torch.Tensor | TensorDescriptor:
-        tile = [1, 1, config.block_n, head_dim]
+    def keys(x: torch.Tensor, tile: tuple[int, int] = (config.block_n, head_dim)) -> torch.Tensor | TensorDescriptor:
+        tile = [1, 1, *tile]
         return TensorDescriptor(x, list(x.shape), tile_strides(x), tile) if tma else x
 
     def strides(name: str, x: torch.Tensor) -> dict[str, int]:
@@ -221,16 +312,21 @@ def _first_launch(
     arguments = {
         "q_ptr": q,
         "k": keys(k),
-        "v": keys(v),
+        "v": keys(v, (head_dim, config.block_n)) if in_e4m3 else keys(v),
         "out_ptr": out,
         "lse_ptr": lse,
         "lengths_ptr": lengths,
-        "tiles_ptr": bound.tiles,
+        "tiles_ptr": tiles if len(tiles) else bound.tiles,  # never an empty array, of which entries would be read
         "columns_ptr": bound.columns,
         "heads_ptr": bound.heads,
         "query_token_ptr": bound.query_token,
         "query_first_ptr": bound.query_first,
         "query_copies_ptr": bound.query_copies,
+        "slots_ptr": None if eight is None else eight.slots,
+        "q_scales_ptr": codes.get("q_scales"),
+        "k_scales_ptr": codes.get("k_scales"),
+        "channels_ptr": codes.get("channels"),
+        "lse_shift_ptr": codes.get("lse_shift"),
         **strides("q", q),
         **strides("k", k),
         **strides("v", v),
@@ -240,6 +336,9 @@ def _first_launch(
         "all_tokens": all_tokens,
         "video_start": video_start,
         "scale_log2": scale * math.log2(math.e),
+        "eight_heads": None if eight is None else len(eight.heads),
+        "q_groups": None if eight is None else codes["q_scales"].shape[2],
+        "key_blocks": None if eight is None else codes["k_scales"].shape[2],
         "BLOCK_Q": blocks.block_q,
         "BLOCK_K": blocks.block_k,
         "BLOCK_M": config.block_m,
@@ -251,7 +350,11 @@ def _first_launch(
         "LSE": lse is not None,
         "OTHERS": all_tokens > tokens,
         "PADDED": lengths is not None and all_tokens > tokens,
+        "IN_INT8": eight is not None,
+        "IN_E4M3": in_e4m3,
         **config.options,
     }
-    tiles = len(bound.tiles) + heads * other_tiles(bound, all_tokens, video_start)
-    return (tiles * (blocks.block_q // config.block_m), batch, 1), arguments
+    moving["out_ptr"] = "out", 0
+    moving |= {f"{name}_ptr": (name, 0) for name in ("lse", "lengths") if arguments[f"{name}_ptr"] is not None}
+    grid = (count * (blocks.block_q // config.block_m), batch, 1)
+    return [*calls, Call(block_sparse_forward, grid, arguments, moving)], nbytes

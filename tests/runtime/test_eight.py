@@ -14,8 +14,7 @@ from support.guards import adversarial, run_guarded
 from support.schedules import OTHERS, layer_schedules, random_schedule
 
 from calibatt.plans import BF16, INT8, INT8_FP8, Blocks, LayerSchedule, TokenGrid
-from calibatt.runtime.backends import hopper
-from calibatt.runtime.ops import planned_attention, supports
+from calibatt.runtime.ops import planned_attention
 from calibatt.runtime.quantise import E4M3_MOST, INT8_MOST, as_e4m3, e4m3_channels, int8_rows, rounded_rows
 from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule
 
@@ -149,14 +148,6 @@ def test_what_is_not_finite_is_never_rounded_away(backend: str, which: str, valu
     out = planned_attention(q, k, v, schedule, backend=backend)
     assert not out[0, 0].isfinite().all(-1).any()
     assert out[0, 1].isfinite().all()
-
-
-def test_hopper_refuses_what_no_gpu_has_verified() -> None:
-    reasons = {
-        precision: supports(made((precision,)), "cpu", torch.bfloat16, 128, "hopper") for precision in hopper.PRECISIONS
-    }
-    for precision, found in reasons.items():
-        assert ("heads of 8 bits are not yet verified on a GPU" in found) == (precision not in hopper.VERIFIED)
 
 
 def test_half_of_the_largest_is_one_code_everywhere() -> None:

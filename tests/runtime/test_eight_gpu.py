@@ -22,12 +22,6 @@ MIXED = (INT8_FP8, BF16, INT8, INT8_FP8)
 KINDS = ("normal", "means", "outliers", "peaky", "huge", "rising", "constant")
 
 
-@pytest.fixture(autouse=True)
-def verified(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests decide whether `VERIFIED` may say so."""
-    monkeypatch.setattr(hopper, "VERIFIED", hopper.PRECISIONS)
-
-
 def made(
     precisions: tuple[int, ...], grid: TokenGrid = SMALL, block_k: int = 128, density: float = 0.4, **options: object
 ) -> AttentionSchedule:

@@ -3,7 +3,7 @@
 A program of its own, because the kernels must be defined without TRITON_INTERPRET, and so that it can be run under
 another release of Triton. Its argument is a JSON list of cases:
 ``{"sm": 90, "head_dim": 128, "block_q": 128, "block_k": 128, "dtype": "bf16", "anchored": true}`` of the block-sparse
-kernel, ``{"sm": 90, "k_blocks": 591}`` of the one that unpacks lists.
+kernel, with ``"precision": 2`` for heads of `INT8_FP8`; ``{"sm": 90, "k_blocks": 591}`` of the one that unpacks lists.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from calibatt.plans import BF16, INT8_FP8
 from calibatt.runtime.backends.triton import TMA_SINCE, table_row
 from calibatt.runtime.kernels.block_sparse import block_sparse_forward
 from calibatt.runtime.kernels.unpack import COLUMNS_AT_ONCE, unpack_lists
@@ -34,7 +35,14 @@ SM_TENSOR_COLUMNS = 512
 
 
 def compile_case(
-    sm: int, head_dim: int, block_q: int, block_k: int, dtype: str, anchored: bool, others: bool = False
+    sm: int,
+    head_dim: int,
+    block_q: int,
+    block_k: int,
+    dtype: str,
+    anchored: bool,
+    others: bool = False,
+    precision: int = BF16,
 ) -> dict[str, int | str]:
     """Registers, stack bytes (spills), shared memory and programs an SM, as the launcher would configure the kernel."""
     config = table_row(sm)[head_dim].fit(block_q, block_k)
@@ -50,11 +58,25 @@ def compile_case(
         "LSE": True,
         "OTHERS": others,
         "PADDED": others,
+        "IN_INT8": precision != BF16,
+        "IN_E4M3": precision == INT8_FP8,
     }
-    tile = f"tensordesc<{dtype}[1, 1, {config.block_n}, {head_dim}]>" if sm >= TMA_SINCE else f"*{dtype}"
+    row = f"{config.block_n}, {head_dim}"
+    codes = dtype if precision == BF16 else "i8"
+    values, column = ("fp8e4nv", f"{head_dim}, {config.block_n}") if precision == INT8_FP8 else (dtype, row)
+
+    def tile(kind: str, shape: str) -> str:
+        return f"tensordesc<{kind}[1, 1, {shape}]>" if sm >= TMA_SINCE else f"*{kind}"
+
+    scales = dict.fromkeys(("q_scales_ptr", "k_scales_ptr", "channels_ptr", "lse_shift_ptr"), "*fp32")
+    if precision == BF16:
+        constants.update(dict.fromkeys((*scales, "slots_ptr", "eight_heads", "q_groups", "key_blocks")))
     special = {
-        **dict.fromkeys(("q_ptr", "out_ptr"), f"*{dtype}"),
-        **dict.fromkeys(("k", "v"), tile),
+        "q_ptr": f"*{codes}",
+        "out_ptr": f"*{dtype}",
+        "k": tile(codes, row),
+        "v": tile(values, column),
+        **scales,
         "lse_ptr": "*fp32",
         "columns_ptr": "*u16",
         "scale_log2": "fp32",

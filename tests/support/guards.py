@@ -11,9 +11,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from calibatt.plans import DENSE, AttentionSchedule, Blocks, TokenGrid
+from calibatt.plans import DENSE, Blocks, LayerSchedule, TokenGrid
 from calibatt.runtime.ops import planned_attention
-from calibatt.runtime.schedule import AttentionSchedule as Bound
+from calibatt.runtime.schedule import ListedSchedule
 from support.budget import check_against_oracle
 from support.schedules import random_schedule
 
@@ -24,14 +24,14 @@ GUARD_ELEMENTS = 1 << 16
 CHANNELS_OF = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
-def adversarial(block_k: int) -> dict[str, tuple[AttentionSchedule, int, int]]:
+def adversarial(block_k: int) -> dict[str, tuple[LayerSchedule, int, int]]:
     """Valid schedules of blocks of 128 queries by name, each with the tokens before and after the video."""
     rng, blocks = np.random.default_rng(0), Blocks(128, block_k)
 
-    def made(grid: TokenGrid, heads: int, density: float = 0.3, **more: Any) -> AttentionSchedule:
+    def made(grid: TokenGrid, heads: int, density: float = 0.3, **more: Any) -> LayerSchedule:
         return random_schedule(rng, grid, blocks, heads, density, **more)
 
-    def all_to(core: AttentionSchedule, block: int) -> AttentionSchedule:
+    def all_to(core: LayerSchedule, block: int) -> LayerSchedule:
         """The same key block in each list."""
         lists = len(core.row_ptr) - 1
         return replace(
@@ -65,7 +65,7 @@ def adversarial(block_k: int) -> dict[str, tuple[AttentionSchedule, int, int]]:
     }
 
 
-def _overlapping(core: AttentionSchedule) -> AttentionSchedule:
+def _overlapping(core: LayerSchedule) -> LayerSchedule:
     """The second head's lists begin in the middle of the first one's; the rest is nobody's."""
     assert DENSE not in core.head_list
     return replace(core, head_list=np.array([0, 1], np.int32))
@@ -119,7 +119,7 @@ class Guards:
 
 
 def run_guarded(
-    core: AttentionSchedule,
+    core: LayerSchedule,
     before: int,
     after: int,
     backend: str,
@@ -132,7 +132,7 @@ def run_guarded(
     NaN is what guards hold: it reaches an output where anything of them is read.
     """
     core.check()
-    schedule, tokens = Bound(core), before + core.grid.tokens + after
+    schedule, tokens = ListedSchedule(core), before + core.grid.tokens + after
     generator = torch.Generator().manual_seed(0)
     ends = torch.tensor([before + core.grid.tokens, tokens], dtype=torch.int32, device=device)
     for lengths in (None, ends):

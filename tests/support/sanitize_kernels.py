@@ -61,7 +61,6 @@ def run_case(
 
 
 if __name__ == "__main__":
-    hopper_backend.VERIFIED = hopper_backend.PRECISIONS
     hopper_backend.processors = lambda device: FEW_PROCESSORS
     for name in [name for name in sys.argv[1:] if name in CASES] or CASES:
         backend, _, eight = name.partition(" ")

@@ -12,6 +12,7 @@ from calibatt.plans.command import one_line
 NAME = "calibatt-bench"
 PARTS = {
     "kernel": "Kernels of block-sparse attention, beside dense ones and peers.",
+    "precision": "Heads of 8 bits on this card, which decides whether plans use them here.",
     "model": "Whole models, dense and on plans.",
 }
 

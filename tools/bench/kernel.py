@@ -114,7 +114,7 @@ def cases(
     if sweep and device.type == "cuda" and ("triton", schedule.density) in found:
         triton = load_backend("triton")
         for config in (triton.Config(*fields) for fields in SWEEP):
-            run = partial(triton.run, q, k, v, schedule.bind(device), size.head_dim**-0.5, False, config)
+            run = partial(triton.run, q, k, v, schedule.bind(device), size.head_dim**-0.5, False, config=config)
             found[str(config), schedule.density] = refused_config(run) or run
     missing.update({name: each for (name, _), each in found.items() if isinstance(each, str)})
     return {case: each for case, each in found.items() if not isinstance(each, str)}

@@ -1,0 +1,113 @@
+"""Whether the triton backend executes heads of 8 bits on a card: only where they were measured to be faster there.
+
+``calibatt-bench precision`` measures a card and writes a small file, which counts from then on; until then what was
+measured on cards of the same sm and is written below counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from calibatt.plans.files import write_text
+from calibatt.plans.precision import PRECISIONS
+
+KERNEL = ("kernels/block_sparse.py", "kernels/quantise.py", "backends/triton.py")
+"""What is timed: another version of these files is another kernel."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What heads of 8 bits gain over heads of 16.
+
+    Args:
+        precision: `INT8` or `INT8_FP8`.
+        head_dim: Channels of a head.
+        tokens: Of the video.
+        speed_up: The time of 16 bits / theirs, of whole calls, quantisation included.
+        problem: Why there is none: a wrong result, or an error.
+    """
+
+    precision: int
+    head_dim: int
+    tokens: int
+    speed_up: float
+    problem: str = ""
+
+
+SHIPPED: dict[int, Sequence[Timing]] = {}
+"""By sm."""
+
+
+@functools.cache
+def kernel_digest() -> str:
+    """Of the text of the kernel, its launcher and its pre-pass."""
+    root = Path(__file__).parent
+    return hashlib.sha256(b"".join((root / name).read_bytes() for name in KERNEL)).hexdigest()[:12]
+
+
+def timings_file(device: torch.device) -> Path:
+    """Where the timings of a card are remembered, under this Triton and of this kernel; below `XDG_CACHE_HOME`."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    parts = (torch.cuda.get_device_name(device), f"triton-{triton.__version__}", kernel_digest())
+    return cache / "calibatt" / "precision" / (re.sub(r"[^\w.+]+", "-", " ".join(parts)) + ".json")
+
+
+def remember(device: torch.device, timings: Sequence[Timing], notes: dict[str, str]) -> Path:
+    """Writes the timings of a card, which count from now on; the file.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path = timings_file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({**notes, "timings": [asdict(timing) for timing in timings]}, indent=1) + "\n")
+    _remembered.cache_clear()
+    return path
+
+
+@functools.cache
+def _remembered(path: Path) -> Sequence[Timing] | None:
+    try:
+        return [Timing(**timing) for timing in json.loads(path.read_text("utf-8"))["timings"]]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be what calibatt-bench precision writes: delete it ({error!r})") from None
+
+
+def verdict(precision: int, device: torch.device, head_dim: int, tokens: int) -> tuple[bool, str]:
+    """Whether heads of a precision are executed on a CUDA device, and what was measured, as a sentence.
+
+    Args:
+        precision: `INT8` or `INT8_FP8`.
+        device: Where.
+        head_dim: Channels of a head.
+        tokens: Of the video: the measurement nearest to it decides.
+
+    Raises:
+        ValueError: The card's file is not one.
+    """
+    path, (major, minor) = timings_file(device), torch.cuda.get_device_capability(device)
+    measured, name, where = _remembered(path), PRECISIONS[precision], str(path)
+    if measured is None:
+        measured, where = SHIPPED.get(10 * major + minor, ()), f"another card of sm{major}{minor}"
+    alike = [timing for timing in measured if (timing.precision, timing.head_dim) == (precision, head_dim)]
+    if not alike:
+        card = f"{torch.cuda.get_device_name(device)} with head_dim {head_dim} and triton {triton.__version__}"
+        how = "run `calibatt-bench precision` to measure it, or compile the plan with --precision bf16"
+        return False, f"{name} is off: it was not measured on {card}; {how}"
+    nearest = min(alike, key=lambda timing: abs(timing.tokens - tokens))
+    on = nearest.speed_up > 1 and not nearest.problem
+    found = nearest.problem or f"{nearest.speed_up:.2f} times as fast as 16 bit at {nearest.tokens} tokens"
+    rest = "" if on else "; compile the plan with --precision bf16"
+    return on, f"{name} is {'on' if on else 'off'}: {found} ({where}){rest}"
