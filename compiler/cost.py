@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from calibatt.compiler.errors import CompileError
 from calibatt.plans import BF16, INT8, INT8_FP8, Blocks
 
@@ -14,12 +16,17 @@ class Speed:
     """What a head of some precision costs.
 
     Args:
-        block: Time of a computed block / that of one in 16 bit, kernel alone.
+        blocks: Time of a computed block / that of one in 16 bit, kernel alone, by tokens of the video. Between two of
+            them it changes linearly; beyond all it is that of the nearest.
         prepass_ns: Of rounding a head's inputs before the kernel, for each token and channel.
     """
 
-    block: float
+    blocks: Mapping[int, float]
     prepass_ns: float = 0.0
+
+    def block(self, tokens: int) -> float:
+        """Time of a computed block / that of one in 16 bit, of a video of so many tokens."""
+        return float(np.interp(tokens, sorted(self.blocks), [self.blocks[each] for each in sorted(self.blocks)]))
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,12 @@ class Device:
     @property
     def speeds(self) -> dict[int, Speed]:
         """By precision."""
-        return {BF16: Speed(1.0), **self.eight_bit}
+        return {BF16: Speed({1: 1.0}), **self.eight_bit}
 
 
-_CHANNELS_720P = 40 * 75_600 * 128
-"""Of 40 heads of 128 channels at 75,600 tokens, for which pre-passes were timed."""
+_TOKENS_480P, _TOKENS_720P = 32_760, 75_600
+_CHANNELS_720P = 40 * _TOKENS_720P * 128
+"""Of 40 heads of 128 channels, for which pre-passes were timed."""
 
 DEVICES = {
     device.name: device
@@ -59,12 +67,13 @@ DEVICES = {
         Device(
             name="h200-hopper",
             source="660 TFLOP/s: whole calls at 720p, density 0.3, 128x128 blocks, 128 channels, 2026-11-26 "
-            "(docs/benchmarks/kernels_h200.json); 8 bits: one H200, 720p, density 0.3, 2026-11-30, kernels alone 1.23 "
-            "(int8 QK) and 1.35 times (with fp8 PV) as fast, pre-passes of 40 heads 0.86 and 1.40 ms",
+            "(docs/benchmarks/kernels_h200.json); 8 bits: one H200, structured masks of density 0.3 and 0.5, "
+            "2026-11-30, kernels alone: int8 QK 1.24 times as fast at 720p, 1.14 at 480p, with fp8 PV 1.37 and 1.08; "
+            "pre-passes of 40 heads at 720p 0.86 and 1.42 ms",
             tflops=660.0,
             eight_bit={
-                INT8: Speed(1 / 1.23, 0.86e6 / _CHANNELS_720P),
-                INT8_FP8: Speed(1 / 1.35, 1.40e6 / _CHANNELS_720P),
+                INT8: Speed({_TOKENS_480P: 1 / 1.14, _TOKENS_720P: 1 / 1.24}, 0.86e6 / _CHANNELS_720P),
+                INT8_FP8: Speed({_TOKENS_480P: 1 / 1.08, _TOKENS_720P: 1 / 1.37}, 1.42e6 / _CHANNELS_720P),
             },
         ),
         Device(

@@ -214,13 +214,15 @@ class Job:
 
     def block_costs(self, precision: npt.NDArray[np.uint8]) -> Float64:
         """What a computed block of each head costs, in blocks of 16 bit."""
-        found: Float64 = np.array([self.device.speeds[each].block for each in precision.tolist()])
+        tokens, speeds = self.manifest.grid.tokens, self.device.speeds
+        found: Float64 = np.array([speeds[each].block(tokens) for each in precision.tolist()])
         return found
 
     def cost(self, blocks: Any, precision: int) -> Any:
         """What heads of a precision cost that compute so many blocks each, in blocks of 16 bit: the pre-pass, too."""
-        speed, size = self.device.speeds[precision], self.manifest.grid.tokens * self.manifest.model.head_dim
-        return blocks * speed.block + speed.prepass_ns * 1e-6 * size / self.block_ms
+        speed, tokens = self.device.speeds[precision], self.manifest.grid.tokens
+        prepass_ms = speed.prepass_ns * 1e-6 * tokens * self.manifest.model.head_dim
+        return blocks * speed.block(tokens) + prepass_ms / self.block_ms
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.jobs import compiled
 
-from calibatt.compiler.cost import DEVICES, Device, device_named
+from calibatt.compiler.cost import DEVICES, Device, Speed, device_named
 from calibatt.compiler.errors import CompileError
 from calibatt.plans import Blocks
 
@@ -39,6 +39,11 @@ def test_wan_takes_what_was_measured(backend: str) -> None:
         found = blocks * device.block_ms(Blocks(), size["head_dim"])
         exact = (record["size"], round(record["density"], 1)) == ("720p", 0.3)
         assert found == pytest.approx(record["median_ms"], rel=0.005 if exact else 0.17), record
+
+
+def test_speeds_of_8_bits_are_those_measured_and_linear_between() -> None:
+    speed = Speed({300: 0.5, 100: 0.9})
+    assert [speed.block(tokens) for tokens in (1, 100, 200, 300, 10**6)] == pytest.approx([0.9, 0.9, 0.7, 0.5, 0.5])
 
 
 def test_devices_say_where_they_come_from() -> None:

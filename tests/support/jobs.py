@@ -22,7 +22,7 @@ from calibatt.plans import INT8, INT8_FP8, TokenGrid
 from support import stats
 
 DEVICE = Device("test", "made up", tflops=1.0)
-EIGHT = replace(DEVICE, eight_bit={INT8: Speed(0.875), INT8_FP8: Speed(0.75, prepass_ns=0.01)})
+EIGHT = replace(DEVICE, eight_bit={INT8: Speed({1: 0.875}), INT8_FP8: Speed({1: 0.75}, prepass_ns=0.01)})
 """A device with 8 bits; the pre-pass of a head of `stats.manifest` takes as long as 0.7 of its blocks."""
 
 
