@@ -15,6 +15,7 @@ import statistics as stats
 import time
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import DEFAULT_PASSES, parse_passes
 from calibatt.compiler.stats import Store, window_keep
 from calibatt.plans.files import write_text
-from calibatt.runtime import Plan
+from calibatt.runtime import Plan, load_plan
 from calibatt.tools.calibrate.models import DEMOS, FIRST_SEED, make_sampler
 from calibatt.tools.calibrate.work import pick_device, plan_work, read_prompts
 from calibatt.tools.studies import baselines, bench, sol_attn
@@ -70,16 +71,23 @@ class Study:
         bench: The bench.
         store: The statistics that plans are compiled from.
         backend: Of the runtime, that executes plans; on a CPU there is one.
+        plans: A folder in which plans are kept, so that none is compiled twice; nowhere if absent.
     """
 
-    def __init__(self, bench: Bench, store: Store, backend: str = "triton") -> None:
-        self.bench, self.store, self.backend = bench, store, backend
+    def __init__(self, bench: Bench, store: Store, backend: str = "triton", plans: Path | None = None) -> None:
+        self.bench, self.store, self.backend, self.plans = bench, store, backend, plans
         self.sampler = bench.sampler
         self._measured: dict[str, tuple[Tensor, Measured]] = {}
 
     @cached_property
     def mass(self) -> Tensor:
         return bench.see(self.bench)
+
+    @property
+    def calibrated(self) -> str:
+        """What the store is made of."""
+        vectors = sorted({str(meta.get("vectors")) for meta in self.store.meta.values()})
+        return f"{len(self.store.samplings)} samplings x {' or '.join(vectors)}"
 
     @cached_property
     def price(self) -> Tensor:
@@ -100,8 +108,16 @@ class Study:
 
     def compiled(self, density: float, passes: str = DEFAULTS) -> Rule:
         """What calibatt-compile makes of the store; D in the passes stands for the density."""
-        parsed = parse_passes(passes.replace("D", f"{density:g}"))
-        plan = Plan(compile_in_memory(self.store, self.source, parsed, device_named("h200-triton")))
+        text = passes.replace("D", f"{density:g}")
+        told = repr((self.store.manifest.digest, self.store.samplings, self.calibrated, text))
+        kept = self.plans and self.plans / f"{blake2b(told.encode(), digest_size=8).hexdigest()}.plan"
+        if kept and kept.exists():
+            plan = load_plan(kept, prove=False)
+        else:
+            plan = Plan(compile_in_memory(self.store, self.source, parse_passes(text), device_named("h200-triton")))
+            if kept:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                plan.save(kept)
         return Planned(self.bench, plan, self.backend)
 
     @cached_property
@@ -127,6 +143,8 @@ class Study:
         steps, layers, heads = self.bench.shape
         if name == "vote":
             return baselines.mass_before(self.mass).median(2).values
+        if name == "vote in cubes":
+            return baselines.mass_before(bench.see(self.bench, self.order)).median(2).values
         tokens, blocks = self.sampler.grid.tokens, self.bench.blocks
         sizes = blocks.q_blocks(tokens), blocks.k_blocks(tokens)
         if name == "random":
@@ -248,6 +266,7 @@ METHODS: dict[str, Callable[[Study, float], Rule]] = {
     ),
     "the paper's own method": lambda study, d: study.paper(d),
     "budget: votes": lambda study, d: study.under_budget(("vote",), d),
+    "budget: votes, tokens in cubes": lambda study, d: study.under_budget(("vote in cubes",), d, order=study.order),
     "budget: cubes (STA)": lambda study, d: study.under_budget(("cubes",), d, order=study.order),
     "budget: spatial or temporal (SVG)": lambda study, d: study.under_budget(("spatial", "temporal"), d),
     "budget: radial": lambda study, d: study.under_budget(("radial",), d),
@@ -292,6 +311,11 @@ class Judgements:
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
 
+    def join(self, path: Path) -> None:
+        """Takes the rows of another JSON in, as if they had been judged here."""
+        other = json.loads(path.read_text("utf-8"))
+        self.result = other | self.result | {"rows": self.result["rows"] + other["rows"]}
+
     def judge(self, study: Study, method: str, target: float, make: Callable[[], Rule], **labels: Any) -> None:
         """Judges a rule; one that cannot be made says why.
 
@@ -325,6 +349,19 @@ class Judgements:
         )
         self.write()
 
+    def time(
+        self, study: Study, method: str, target: float, make: Callable[[], Rule], videos: int, **labels: Any
+    ) -> None:
+        """Measures the attention time of a row that has been judged again, unless that has been done."""
+        which = {"method": method, "target": target, **labels}
+        row = next((row for row in self.result["rows"] if all(row.get(k) == v for k, v in which.items())), None)
+        if row is None or "timed_videos" in row or self.elapsed > self.seconds:
+            return
+        row |= {"attention_ms": round(study.bench.attention_ms(make(), videos), 4), "timed_videos": videos}
+        name = " ".join([method, *map(str, labels.values())])
+        console.print(f"{self.elapsed:6.1f} s  {name} @{target:g}: {row['attention_ms']:.2f} ms", markup=False)
+        self.write()
+
     def _plain_rows(self) -> list[dict[str, Any]]:
         return [{k: v for k, v in row.items() if not isinstance(v, list)} for row in self.result["rows"]]
 
@@ -343,10 +380,15 @@ def make_study(
     batch: int,
     device: str,
     backend: str = "triton",
+    plans: Path | None = None,
+    like: Study | None = None,
 ) -> Study:
-    """The study of a model from its statistics; the sampler's steps must be the times of the store."""
+    """The study of a model from its statistics; the sampler's steps must be the times of the store.
+
+    `like`: one of the same model and prompts, whose dense videos are taken.
+    """
     store = Store.open(stores)
-    sampler = make_sampler(model, steps, pick_device(device))
+    sampler = like.sampler if like else make_sampler(model, steps, pick_device(device))
     if store.manifest.grid != sampler.grid:
         raise click.UsageError(
             f"--stats must be of {sampler.grid}, as --model {model} samples, got {store.manifest.grid}"
@@ -361,4 +403,5 @@ def make_study(
         raise click.UsageError(f"--held-out must be given for --model {model}, got none")
     work = [(prompt, FIRST_SEED + index) for index, prompt in enumerate(lines)]
     calibrated = plan_work(model, None, calibration, 0)
-    return Study(Bench(sampler, store.manifest.blocks, work, calibrated, batch), store, backend)
+    other = like.bench if like else None
+    return Study(Bench(sampler, store.manifest.blocks, work, calibrated, batch, other), store, backend, plans)
