@@ -10,8 +10,8 @@ A size may be given several times; of further stores, of other block sizes or ca
 judged. Plans run as the runtime runs them, in the model's own 16 bits; all masks that are chosen otherwise run in the
 block-sparse kernel of Triton; dense attention is cuDNN's. What matters most is done first, so that a run that --seconds
 ends has a whole figure; run again, it does only what is not in the JSON yet. Sizes may be judged by several processes
-at the same time, each into its own JSON, which --join puts together; then --timings, on a GPU with nothing else to do,
-measures the milliseconds of attention again.
+at the same time (--busy), each into its own JSON, which --join puts together; then --timings, on a GPU with nothing
+else to do, measures the milliseconds of attention.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from calibatt.compiler.stats import Store
 from calibatt.plans.files import whole_file, write_text
 from calibatt.tools.evaluate.harness import about
 from calibatt.tools.studies.bench import Exact, Rule
-from calibatt.tools.studies.study import METHODS, OURS, Judgements, Study, console, make_study, mean_and_error
+from calibatt.tools.studies.judgements import Judgements, console, mean_and_error
+from calibatt.tools.studies.study import METHODS, OURS, Study, make_study
 from calibatt.tools.studies.tradeoff import density_at
 
 MODELS = {"small": "demo", "medium": "demo-medium", "large": "demo-large"}
@@ -87,16 +88,17 @@ def in_order(names: Sequence[str], densities: Sequence[float], *, first: bool) -
     return found
 
 
-def speed_up_at(rows: list[dict[str, Any]], dense_ms: float, psnr_db: float) -> tuple[float, float] | None:
-    """Density at which a curve reaches a PSNR, and how many times as fast as dense attention it is there.
+def points_of(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
+    return [{"density": row["density"], "psnr_db": mean_and_error(row["psnr"])["mean"]} for row in rows]
 
-    Both are linear between measured points; None outside of what was measured.
-    """
-    points = [{"density": row["density"], "psnr_db": mean_and_error(row["psnr"])["mean"]} for row in rows]
-    density = density_at(points, psnr_db)
-    spent_at = [point | {"density": row["attention_ms"]} for row, point in zip(rows, points, strict=True)]
-    spent = density_at(spent_at, psnr_db)
-    return None if density is None or spent is None else (density, dense_ms / spent)
+
+def speed_up_at(rows: list[dict[str, Any]], dense_ms: float, psnr_db: float) -> float | None:
+    """How many times as fast as dense attention a curve is where it reaches a PSNR; milliseconds are linear in it
+    between measured points, None outside of them."""
+    timed = [row for row in rows if row["attention_ms"]]
+    spent_at = [point | {"density": row["attention_ms"]} for row, point in zip(timed, points_of(timed), strict=True)]
+    spent = density_at(spent_at, psnr_db) if spent_at else None
+    return None if spent is None else dense_ms / spent
 
 
 def table(result: dict[str, Any]) -> str:
@@ -117,7 +119,7 @@ def table(result: dict[str, Any]) -> str:
         ours = {row["target"]: row for row in here if row["method"] == OURS}
         dense = next((row for row in here if row["method"] == DENSE), None)
         lines += [f"## {told_key(key)}", ""]
-        if dense:
+        if dense and dense["attention_ms"]:
             lines += [f"Dense attention of a video by cuDNN: {dense['attention_ms']:.1f} ms.", ""]
         lines.append("| method | " + " | ".join(f"{target:g}" for target in targets) + " |")
         lines.append("|---" * (len(targets) + 1) + "|")
@@ -129,17 +131,25 @@ def table(result: dict[str, Any]) -> str:
     lines.append("|---|---|---|---|")
     for key, found in series(rows, OURS).items():
         dense = next((row for row in rows if row["tokens"] == key[0] and row["method"] == DENSE), None)
-        at = [speed_up_at(found, dense["attention_ms"], psnr) if dense else None for psnr in AT_PSNR_DB]
-        cells = [f"{each[0]:.2f}, {each[1]:.2f}x" if each else "not measured" for each in at]
+        dense_ms = dense["attention_ms"] if dense else None
+        cells = [_at(found, dense_ms, psnr_db) for psnr_db in AT_PSNR_DB]
         lines.append(f"| {told_key(key)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _at(rows: list[dict[str, Any]], dense_ms: float | None, psnr_db: float) -> str:
+    density, speed_up = density_at(points_of(rows), psnr_db), dense_ms and speed_up_at(rows, dense_ms, psnr_db)
+    if density is None:
+        return "not reached"
+    return f"{density:.2f}, {speed_up:.2f}x" if speed_up else f"{density:.2f}"
 
 
 def _cell(row: dict[str, Any] | None, ours: dict[str, Any] | None, target: float) -> str:
     if row is None:
         return "not possible"
     quality = mean_and_error(row["psnr"])
-    text = f"{quality['mean']:.1f} ({quality['standard_error']:.1f}), {row['attention_ms']:.1f} ms"
+    text = f"{quality['mean']:.1f} ({quality['standard_error']:.1f})"
+    text += f", {row['attention_ms']:.1f} ms" if row["attention_ms"] else ""
     if ours is not None and row is not ours:
         change = mean_and_error([a - b for a, b in zip(row["psnr"], ours["psnr"], strict=True)])
         text += f" [{change['mean']:+.1f} ({change['standard_error']:.1f})]"
@@ -195,6 +205,7 @@ def _store(text: str) -> tuple[str, Path]:
 @click.option("--plans", type=click.Path(path_type=Path), help="Folder in which compiled plans are kept.")
 @click.option("--join", type=click.Path(path_type=Path, exists=True), multiple=True, help="JSON of another run.")
 @click.option("--timings", is_flag=True, help="Measure attention again, of the rows there are.")
+@click.option("--busy", is_flag=True, help="Others use the device: leave the milliseconds out.")
 @click.option("--seconds", type=float, default=math.inf, help="Begin no method after so many seconds.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="JSON to write or to continue.")
@@ -210,6 +221,7 @@ def main(
     plans: Path | None,
     join: tuple[Path, ...],
     timings: bool,
+    busy: bool,
     seconds: float,
     device: str,
     output: Path,
@@ -219,7 +231,7 @@ def main(
     names, parsed = [name.strip() for name in methods.split(";")], [_store(text) for text in stores]
     if unknown := [name for name in names if name not in METHODS]:
         raise click.UsageError(f"--methods must be some of {'; '.join(METHODS)}; got {unknown[0]!r}")
-    judged, at = Judgements(output, seconds), [float(density) for density in densities.split(",")]
+    judged, at = Judgements(output, seconds, timed=not busy), [float(density) for density in densities.split(",")]
     for path in join:
         judged.join(path)
     studies: dict[str, Study] = {}
@@ -241,9 +253,9 @@ def main(
             return Exact(SDPBackend.CUDNN_ATTENTION) if name == DENSE else METHODS[name](study, density)
 
         if timings:
-            judged.time(study, name, density, make, max(1, TIMED_TOKENS // labels["tokens"]), **labels)
+            judged.time(study.bench, name, density, make, max(1, TIMED_TOKENS // labels["tokens"]), **labels)
         else:
-            judged.judge(study, name, density, make, **labels)
+            judged.judge(study.bench, name, density, make, **labels)
     judged.write()
     if figure is not None:
         draw(judged.result, figure)

@@ -9,31 +9,24 @@ that they make. *dynamic*: from every input.
 from __future__ import annotations
 
 import copy
-import json
-import math
-import statistics as stats
-import time
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from calibatt.compiler.cost import device_named
 from calibatt.compiler.emit import compile_in_memory
-from calibatt.compiler.gather import StatisticsSource
+from calibatt.compiler.gather import Samplings, StatisticsSource
 from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import DEFAULT_PASSES, parse_passes
 from calibatt.compiler.stats import Store, window_keep
-from calibatt.plans.files import write_text
 from calibatt.runtime import Plan, load_plan
 from calibatt.tools.calibrate.models import DEMOS, FIRST_SEED, make_sampler
-from calibatt.tools.calibrate.work import pick_device, plan_work, read_prompts
+from calibatt.tools.calibrate.work import Work, pick_device, plan_work, read_prompts
 from calibatt.tools.studies import baselines, bench, sol_attn
 from calibatt.tools.studies.bench import Bench, BestOf, Kept, Measured, Moment, PerInput, Planned, Rule
 from calibatt.tools.studies.masks import with_top
@@ -74,7 +67,7 @@ class Study:
         plans: A folder in which plans are kept, so that none is compiled twice; nowhere if absent.
     """
 
-    def __init__(self, bench: Bench, store: Store, backend: str = "triton", plans: Path | None = None) -> None:
+    def __init__(self, bench: Bench, store: Samplings, backend: str = "triton", plans: Path | None = None) -> None:
         self.bench, self.store, self.backend, self.plans = bench, store, backend, plans
         self.sampler = bench.sampler
         self._measured: dict[str, tuple[Tensor, Measured]] = {}
@@ -287,87 +280,18 @@ METHODS: dict[str, Callable[[Study, float], Rule]] = {
 }
 """Methods by name, the most telling first."""
 
-console = Console(stderr=True)
 
+def held_out_work(model: str, path: Path | None, prompts: int) -> Work:
+    """Prompts that nothing is calibrated on, and their seeds; the demo models have their own."""
+    if path is not None:
+        lines = read_prompts(path)[:prompts]
+    elif model in DEMOS:
+        from calibatt.tools.demo.measure import held_out_prompts
 
-def mean_and_error(values: list[float]) -> dict[str, float]:
-    error = stats.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return {"mean": stats.fmean(values), "standard_error": error}
-
-
-class Judgements:
-    """Rows of a study, written to its JSON after every one; what is there is not done again.
-
-    Args:
-        output: The JSON.
-        seconds: Begin no rule after so many.
-    """
-
-    def __init__(self, output: Path, seconds: float = math.inf) -> None:
-        self.output, self.seconds, self.began = output, seconds, time.perf_counter()
-        self.result: dict[str, Any] = json.loads(output.read_text("utf-8")) if output.exists() else {"rows": []}
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.began
-
-    def join(self, path: Path) -> None:
-        """Takes the rows of another JSON in, as if they had been judged here."""
-        other = json.loads(path.read_text("utf-8"))
-        self.result = other | self.result | {"rows": self.result["rows"] + other["rows"]}
-
-    def judge(self, study: Study, method: str, target: float, make: Callable[[], Rule], **labels: Any) -> None:
-        """Judges a rule; one that cannot be made says why.
-
-        Args:
-            study: Whose bench judges.
-            method: Its name in the rows.
-            target: Density asked for.
-            make: Makes the rule.
-            labels: What else tells its row from others.
-        """
-        which = {"method": method, "target": target, **labels}
-        if self.elapsed > self.seconds or any(which.items() <= row.items() for row in self._plain_rows()):
-            return
-        start = self.elapsed
-        name = " ".join([method, *map(str, labels.values())])
-        try:
-            rule = make()
-        except ValueError as error:
-            console.print(f"{name} @{target:g}: {error}", markup=False)
-            return
-        row = which | study.bench.judge(rule)
-        rounded = {
-            key: [round(x, 4) for x in value] if isinstance(value, list) else value for key, value in row.items()
-        }
-        self.result["rows"].append(rounded)
-        quality = mean_and_error(row["psnr"])
-        console.print(
-            f"{self.elapsed:6.1f} s (+{self.elapsed - start:.1f})  {name} @{target:g}: density {row['density']:.3f}, "
-            f"{quality['mean']:.2f} ± {quality['standard_error']:.2f} dB, {row['attention_ms']:.2f} ms",
-            markup=False,
-        )
-        self.write()
-
-    def time(
-        self, study: Study, method: str, target: float, make: Callable[[], Rule], videos: int, **labels: Any
-    ) -> None:
-        """Measures the attention time of a row that has been judged again, unless that has been done."""
-        which = {"method": method, "target": target, **labels}
-        row = next((row for row in self.result["rows"] if all(row.get(k) == v for k, v in which.items())), None)
-        if row is None or "timed_videos" in row or self.elapsed > self.seconds:
-            return
-        row |= {"attention_ms": round(study.bench.attention_ms(make(), videos), 4), "timed_videos": videos}
-        name = " ".join([method, *map(str, labels.values())])
-        console.print(f"{self.elapsed:6.1f} s  {name} @{target:g}: {row['attention_ms']:.2f} ms", markup=False)
-        self.write()
-
-    def _plain_rows(self) -> list[dict[str, Any]]:
-        return [{k: v for k, v in row.items() if not isinstance(v, list)} for row in self.result["rows"]]
-
-    def write(self) -> None:
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.output, json.dumps(self.result) + "\n")
+        lines = held_out_prompts(prompts)
+    else:
+        raise click.UsageError(f"--held-out must be given for --model {model}, got none")
+    return [(prompt, FIRST_SEED + index) for index, prompt in enumerate(lines)]
 
 
 def make_study(
@@ -393,15 +317,7 @@ def make_study(
         raise click.UsageError(
             f"--stats must be of {sampler.grid}, as --model {model} samples, got {store.manifest.grid}"
         )
-    if held_out is not None:
-        lines = read_prompts(held_out)[:prompts]
-    elif model in DEMOS:
-        from calibatt.tools.demo.measure import held_out_prompts
-
-        lines = held_out_prompts(prompts)
-    else:
-        raise click.UsageError(f"--held-out must be given for --model {model}, got none")
-    work = [(prompt, FIRST_SEED + index) for index, prompt in enumerate(lines)]
+    work = held_out_work(model, held_out, prompts)
     calibrated = plan_work(model, None, calibration, 0)
     other = like.bench if like else None
     return Study(Bench(sampler, store.manifest.blocks, work, calibrated, batch, other), store, backend, plans)
