@@ -33,7 +33,7 @@ TINY = {**CONFIG, "num_attention_heads": 2, "attention_head_dim": 32, "text_dim"
 CLIPS = {"small": Clip(4, 16), "medium": Clip(4, 24)}
 
 
-def tiny_demo(path: Path | None = None, device: str = "cpu", clip: Clip | None = None) -> DemoModel:
+def tiny_demo(path: Path | None = None, device: str = "cpu", clip: Clip | None = None, *rest: object) -> DemoModel:
     """In place of `DemoModel.load`: random weights, the same for every path but those of larger grids."""
     torch.manual_seed(int(path == demo_model.GROWN))
     model = DemoModel(TINY, CLIPS["medium"] if clip == CLIPS["medium"] else CLIPS["small"])

@@ -210,7 +210,8 @@ class Places:
 
 def refusal(store: Store, device: str) -> str:
     """What is said of a plan of the small grid in a model of the medium one."""
-    medium = DemoSampler(DemoModel.load(GROWN, device, world.CLIPS["medium"]), device=device, steps=1)
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    medium = DemoSampler(DemoModel.load(GROWN, device, world.CLIPS["medium"], dtype), device=device, steps=1)
     bench = Bench(medium, store.manifest.blocks, [], [])
     made = Study(bench, store, "auto").compiled(DENSITY)
     assert isinstance(made, Planned)
