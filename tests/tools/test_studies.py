@@ -15,11 +15,11 @@ pytest.importorskip("peft")
 from support.sampler import CALIBRATED, TIMES, TinyVideoSampler, tiny_store
 
 from calibatt.tools.calibrate import models
-from calibatt.tools.demo import model as demo_model
-from calibatt.tools.demo import sampler as demo_sampler
-from calibatt.tools.demo import world
-from calibatt.tools.demo.model import CONFIG, DemoModel
-from calibatt.tools.demo.world import Clip
+from calibatt.tools.demo_model import model as demo_model
+from calibatt.tools.demo_model import sampler as demo_sampler
+from calibatt.tools.demo_model import world
+from calibatt.tools.demo_model.model import CONFIG, DemoModel
+from calibatt.tools.demo_model.world import Clip
 from calibatt.tools.studies import defaults, robustness, sizes, stores
 from calibatt.tools.studies.defaults import Defaults
 from calibatt.tools.studies.judgements import Judgements

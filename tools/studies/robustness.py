@@ -30,15 +30,16 @@ from calibatt.compiler.stats import Store
 from calibatt.plans.errors import PlanError
 from calibatt.plans.files import write_text
 from calibatt.tools.calibrate.work import Work, pick_device
-from calibatt.tools.demo import world
-from calibatt.tools.demo.model import GROWN, LORA, STEPS, WEIGHTS, DemoModel, generate, trained
-from calibatt.tools.demo.sampler import DemoSampler
+from calibatt.tools.demo_model import world
+from calibatt.tools.demo_model.model import GROWN, LORA, STEPS, WEIGHTS, DemoModel, generate, trained
+from calibatt.tools.demo_model.sampler import DemoSampler
 from calibatt.tools.evaluate.command import QUICK_PROMPTS
 from calibatt.tools.evaluate.evaluation import Candidate, Cells, quick_findings
 from calibatt.tools.evaluate.harness import about
 from calibatt.tools.evaluate.metrics import psnr_db
+from calibatt.tools.studies import rendering
 from calibatt.tools.studies.bench import Bench, Planned
-from calibatt.tools.studies.distill import RANK, TARGETS, velocity
+from calibatt.tools.studies.distill import RANK, TARGETS, save_lora, velocity
 from calibatt.tools.studies.judgements import Judgements, console, mean_and_error
 from calibatt.tools.studies.stores import grown
 from calibatt.tools.studies.study import Study
@@ -98,17 +99,17 @@ def train_style(path: Path, device: str, steps: int, batch: int, seed: int = 1) 
         for group in adam.param_groups:
             group["lr"] = STYLE_RATE * min(1.0, (step + 1) / 10, 2 * (1 - step / steps))
         scenes = world.scenes(batch, generator)
-        video = styled(world.render(scenes, generator, model.clip))
+        video = styled(rendering.render(scenes, generator, model.clip))
         noise = torch.randn(video.shape, generator=generator, device=device)
         now = draw_times(batch, generator, model.shift)
         mixed = torch.lerp(video, noise, now.view(-1, 1, 1, 1, 1))
-        loss = (velocity(model, mixed, now, world.scene_words(scenes)) - (noise - video)).square().mean()
+        loss = (velocity(model, mixed, now, rendering.scene_words(scenes)) - (noise - video)).square().mean()
         loss.backward()
         adam.step()
         adam.zero_grad(set_to_none=True)
         if step % 20 == 0 or step == steps - 1:
             console.print(f"style LoRA, step {step}: loss {float(loss.detach()):.4f}")
-    model.save_lora(path)
+    save_lora(path, model)
 
 
 @dataclass(frozen=True, eq=False)
