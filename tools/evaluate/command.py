@@ -23,20 +23,15 @@ from calibatt.plans.files import write_text
 from calibatt.runtime import load_plan
 from calibatt.tools.calibrate.models import make_sampler
 from calibatt.tools.calibrate.pipeline import PipelineError
-from calibatt.tools.calibrate.work import MODEL_ERRORS, check_sampler, device_memory, pick_device, read_prompts, spread
-from calibatt.tools.evaluate import effects, evaluation, gate
+from calibatt.tools.calibrate.work import MODEL_ERRORS, check_sampler, device_memory, pick_device, read_prompts
+from calibatt.tools.evaluate import evaluation, gate
 from calibatt.tools.evaluate.evaluation import Candidate, Cells, EvaluationError, Work
 from calibatt.tools.evaluate.harness import about
 from calibatt.tools.evaluate.metrics import ALWAYS, LATENT, LPIPS, Metric, lpips_metric
 from calibatt.tools.evaluate.report import number, predicted, write_page
 
 NAME = "calibatt-evaluate"
-VECTORS = 4
-"""Random vectors of the final latent, on which heads are measured."""
 QUICK_PROMPTS = 2
-QUICK_TIMES = 4
-DRIFT_RATIO = 3.0
-"""`--quick`: from this many times the promised squared effect on, a plan does not fit its model any more."""
 
 console = Console(stderr=True)
 
@@ -92,7 +87,7 @@ def run(
         )
         task_heads = progress.add_task("heads", total=len(heads_work))
         done, times = lambda: progress.advance(task_heads), sorted(sampler.times)
-        evaluation.measure_heads(sampler, candidates, heads_work, cells, done, vectors=VECTORS, times=times)
+        evaluation.measure_heads(sampler, candidates, heads_work, cells, done, vectors=evaluation.VECTORS, times=times)
     result = _result(sampler, candidates, work, heads_work, metrics, absent, cells, requirements, floor_prompts)
     write_text(output / "report.json", json.dumps(result, indent=1) + "\n")
     animations = {(c.key, p, s): cells.path(c.key, p, s, "png") for c in candidates for p, s in work}
@@ -215,27 +210,17 @@ def _quick(sampler: Any, candidates: Sequence[Candidate], work: Work) -> int:
     with tempfile.TemporaryDirectory() as folder:
         cells = Cells(Path(folder), {})
         for candidate in candidates:
-            file = candidate.plan.file
-            segments = effects.visited(file, sampler.times)
-            some = {segments[index] for index in spread(len(segments), QUICK_TIMES)}
-            times = sorted(now for now in sampler.times if file.segment_index(now) in some)
-            evaluation.measure_heads(sampler, [candidate], work, cells, lambda: None, vectors=VECTORS, times=times)
-            found = evaluation.head_findings(sampler, candidate, work, cells)
-            if "ratio" not in found:
-                raise EvaluationError(
-                    f"{candidate.name} must state what calibration promised (predicted.head_price), got nothing: "
-                    "compile it again"
-                )
-            fits = found["ratio"] <= DRIFT_RATIO
-            drifted += not fits
-            promise = file.predicted.get("latent_db")
+            found = evaluation.quick_findings(sampler, candidate, work, cells)
+            drifted += not found["fits"]
+            promise = candidate.plan.file.predicted.get("latent_db")
             told = ""
             if promise:
                 now = promise["mean"] - 10 * math.log10(found["ratio"])
                 told = f"predicted latent SNR {now:.1f} dB on this model, {promise['mean']:.1f} dB promised; "
             click.echo(
-                f"{candidate.name}: {'fits' if fits else 'HAS DRIFTED'}: {told}squared effect {found['ratio']:.2f} "
-                f"times what was promised (at most {DRIFT_RATIO:g}); {found['heads_measured']} heads at {len(times)} "
-                f"of {len(sampler.times)} times, {len(work)} prompts"
+                f"{candidate.name}: {'fits' if found['fits'] else 'HAS DRIFTED'}: {told}squared effect "
+                f"{found['ratio']:.2f} times what was promised (at most {evaluation.DRIFT_RATIO:g}); "
+                f"{found['heads_measured']} heads at {found['times']} of {len(sampler.times)} times, "
+                f"{len(work)} prompts"
             )
     return int(drifted > 0)

@@ -19,6 +19,7 @@ from calibatt.runtime import Plan
 from calibatt.runtime.adapters import adapter_for
 from calibatt.tools.calibrate.calibration import sampling_name
 from calibatt.tools.calibrate.sampler import Sampler
+from calibatt.tools.calibrate.work import spread
 from calibatt.tools.evaluate import effects
 from calibatt.tools.evaluate.harness import attending, executed_density, written_out
 from calibatt.tools.evaluate.metrics import LATENT, Metric, latent_db, summarise
@@ -33,6 +34,11 @@ BROKEN_RATIO = 10.0
 """A head whose squared effect is so many times what calibration promised is broken, if that matters:"""
 BROKEN_SHARE = 0.02
 """if its squared effect beyond the promise is at least this share of the whole plan's."""
+VECTORS = 4
+"""Random vectors of the final latent, on which heads are measured."""
+QUICK_TIMES = 4
+DRIFT_RATIO = 3.0
+"""From this many times the promised squared effect on, a plan does not fit its model any more."""
 
 
 class EvaluationError(ValueError):
@@ -311,6 +317,26 @@ def head_findings(sampler: Sampler, candidate: Candidate, work: Work, cells: Cel
         told = max(float(promise.sum()), LEAST_EFFECT)
         result |= {"effect_promised": told, "ratio": total / told}
     return result
+
+
+def quick_findings(sampler: Sampler, candidate: Candidate, work: Work, cells: Cells) -> dict[str, Any]:
+    """`head_findings` from a few of the sampler's times, and whether the plan still ``fits`` its model.
+
+    Raises:
+        EvaluationError: The plan does not state what calibration promised.
+    """
+    file = candidate.plan.file
+    segments = effects.visited(file, sampler.times)
+    some = {segments[index] for index in spread(len(segments), QUICK_TIMES)}
+    times = sorted(now for now in sampler.times if file.segment_index(now) in some)
+    measure_heads(sampler, [candidate], work, cells, lambda: None, vectors=VECTORS, times=times)
+    found = head_findings(sampler, candidate, work, cells)
+    if "ratio" not in found:
+        raise EvaluationError(
+            f"{candidate.name} must state what calibration promised (predicted.head_price), got nothing: compile it "
+            "again"
+        )
+    return found | {"fits": found["ratio"] <= DRIFT_RATIO}
 
 
 def plan_findings(

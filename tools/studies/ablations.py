@@ -26,7 +26,8 @@ from calibatt.tools.calibrate.effects import ladder
 from calibatt.tools.calibrate.models import MODEL_HELP
 from calibatt.tools.evaluate.harness import about
 from calibatt.tools.studies.bench import Kept, Rule
-from calibatt.tools.studies.study import DEFAULTS, METHODS, Study, make_study, mean_and_error
+from calibatt.tools.studies.judgements import mean_and_error
+from calibatt.tools.studies.study import DEFAULTS, METHODS, Study, make_study
 
 DENSITIES = (0.2, 0.35, 0.5)
 BASE = "defaults"
@@ -84,14 +85,14 @@ def difference(base: Store, other: Store) -> str:
     return ", ".join(mine for mine, theirs in zip(told(other), told(base), strict=True) if mine != theirs) or "again"
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any], title: str = "Ablations") -> str:
     """The result as Markdown: PSNR, and what each change does to it, paired by prompt."""
     rows = {(row["variant"], row["target"]): row for row in result["rows"]}
     targets = sorted({target for _, target in rows})
     names = list(dict.fromkeys(row["variant"] for row in result["rows"]))
     told = result["about"]
     lines = [
-        "# Ablations",
+        f"# {title}",
         "",
         f"PSNR in dB against the dense video, {result['prompts']} held-out prompts; in brackets the change from the",
         "defaults, paired by prompt, with its standard error. Where a variant misses the density, it is named.",

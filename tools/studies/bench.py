@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -79,6 +80,7 @@ class Bench:
         held_out: Prompts to judge on.
         calibration: Prompts to calibrate on; one batch.
         batch: Videos generated at a time.
+        like: Another bench of the same sampler, prompts and batch, whose dense videos are taken.
     """
 
     sampler: Sampler
@@ -86,12 +88,16 @@ class Bench:
     held_out: Work
     calibration: Work
     batch: int = 32
-    dense: list[Tensor] = field(init=False)
+    like: Bench | None = None
 
     def __post_init__(self) -> None:
         self.device = next(self.sampler.transformer.parameters()).device
         self.signature = adapter_for(self.sampler.transformer).signature(self.sampler.transformer)
-        self.dense = self.latents(self.held_out)
+
+    @cached_property
+    def dense(self) -> list[Tensor]:
+        """Final latents of the held-out prompts by the model's own attention."""
+        return self.like.dense if self.like else self.latents(self.held_out)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -126,6 +132,16 @@ class Bench:
         videos = [tuple(map(self.sampler.decode, pair)) for pair in pairs]
         found |= {m.name: [value for pair in videos for value in m.measure(*pair).tolist()] for m in ALWAYS}
         return {"density": float(rule.density), "attention_ms": min(spent), **found}
+
+    def attention_ms(self, rule: Rule, videos: int, repeats: int = 2) -> float:
+        """Attention time of a video by a rule, of the fastest of some batches of so many; the first warms up."""
+        spent, work = [], self.held_out[:videos]
+        for _ in range(1 + repeats):
+            timed = _Timed(rule, self.device)
+            with attending(self.sampler.transformer, timed):
+                self.latents(work)
+            spent.append(timed.total_ms() / len(work))
+        return min(spent[1:])
 
     def calibrate(self, on_moment: Callable[[Moment], None]) -> None:
         """One dense pass over the calibration prompts, every call shown to `on_moment`."""
@@ -285,11 +301,12 @@ def block_mass(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     return mass.unflatten(0, q.shape[:2])
 
 
-def see(bench: Bench) -> Tensor:
-    """Block mass ``(T, L, P, H, Q, K)`` in one dense pass over the calibration prompts."""
+def see(bench: Bench, order: Tensor | None = None) -> Tensor:
+    """Block mass ``(T, L, P, H, Q, K)`` in one dense pass over the calibration prompts, tokens in an order."""
     parts: dict[tuple[int, int], list[Tensor]] = {}
 
     def on_moment(moment: Moment) -> None:
+        moment = moment.reordered(order)
         found = block_mass(moment.q, moment.k, moment.v, bench.blocks)
         parts.setdefault((moment.step, moment.layer), []).append(found)
 

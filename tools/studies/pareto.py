@@ -23,7 +23,8 @@ from calibatt.plans.files import whole_file
 from calibatt.tools.calibrate.models import MODEL_HELP
 from calibatt.tools.evaluate.harness import about
 from calibatt.tools.studies.bench import Exact
-from calibatt.tools.studies.study import DENSITIES, METHODS, OURS, Judgements, console, make_study, mean_and_error
+from calibatt.tools.studies.judgements import Judgements, console, mean_and_error
+from calibatt.tools.studies.study import DENSITIES, METHODS, OURS, make_study
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -136,11 +137,11 @@ def main(
     study, result = make_study(model, stores, held_out, prompts, calibration, steps, batch, device), judged.result
     result |= {"about": about("python -m calibatt.tools.studies.pareto", study.sampler)}
     result |= {"prompts": prompts, "calibration": calibration, "steps": len(study.sampler.times)}
-    judged.judge(study, "dense: block-sparse kernel", 1.0, lambda: study.uniform("random", 1.0))
-    judged.judge(study, "dense: PyTorch", 1.0, Exact)
+    judged.judge(study.bench, "dense: block-sparse kernel", 1.0, lambda: study.uniform("random", 1.0))
+    judged.judge(study.bench, "dense: PyTorch", 1.0, Exact)
     for name in names:
         for density in map(float, densities.split(",")):
-            judged.judge(study, name, density, lambda name=name, density=density: METHODS[name](study, density))
+            judged.judge(study.bench, name, density, lambda name=name, density=density: METHODS[name](study, density))
     result["difference_from_ours_db"] = summary(result["rows"])
     judged.write()
     if figure is not None:

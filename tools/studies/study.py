@@ -9,32 +9,26 @@ that they make. *dynamic*: from every input.
 from __future__ import annotations
 
 import copy
-import json
-import math
-import statistics as stats
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from calibatt.compiler.cost import Speed, device_named
 from calibatt.compiler.emit import compile_in_memory
-from calibatt.compiler.gather import StatisticsSource
+from calibatt.compiler.gather import Samplings, StatisticsSource
 from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import DEFAULT_PASSES, parse_passes
 from calibatt.compiler.stats import Store, window_keep
 from calibatt.plans import INT8, INT8_FP8
-from calibatt.plans.files import write_text
-from calibatt.runtime import Plan
+from calibatt.runtime import Plan, load_plan
 from calibatt.tools.calibrate.models import DEMOS, FIRST_SEED, make_sampler
-from calibatt.tools.calibrate.work import pick_device, plan_work, read_prompts
+from calibatt.tools.calibrate.work import Work, pick_device, plan_work, read_prompts
 from calibatt.tools.evaluate.harness import executed_density
 from calibatt.tools.studies import baselines, bench, sol_attn
 from calibatt.tools.studies.bench import Bench, BestOf, Kept, Measured, Moment, PerInput, Planned, Rule
@@ -76,16 +70,23 @@ class Study:
         bench: The bench.
         store: The statistics that plans are compiled from.
         backend: Of the runtime, that executes plans; on a CPU there is one.
+        plans: A folder in which plans are kept, so that none is compiled twice; nowhere if absent.
     """
 
-    def __init__(self, bench: Bench, store: Store, backend: str = "triton") -> None:
-        self.bench, self.store, self.backend = bench, store, backend
+    def __init__(self, bench: Bench, store: Samplings, backend: str = "triton", plans: Path | None = None) -> None:
+        self.bench, self.store, self.backend, self.plans = bench, store, backend, plans
         self.sampler = bench.sampler
         self._measured: dict[str, tuple[Tensor, Measured]] = {}
 
     @cached_property
     def mass(self) -> Tensor:
         return bench.see(self.bench)
+
+    @property
+    def calibrated(self) -> str:
+        """What the store is made of."""
+        vectors = sorted({str(meta.get("vectors")) for meta in self.store.meta.values()})
+        return f"{len(self.store.samplings)} samplings x {' or '.join(vectors)}"
 
     @cached_property
     def price(self) -> Tensor:
@@ -106,8 +107,16 @@ class Study:
 
     def compiled(self, density: float, passes: str = DEFAULTS) -> Rule:
         """What calibatt-compile makes of the store; D in the passes stands for the density."""
-        parsed = parse_passes(passes.replace("D", f"{density:g}"))
-        plan = Plan(compile_in_memory(self.store, self.source, parsed, device_named("h200-triton")))
+        text = passes.replace("D", f"{density:g}")
+        told = repr((self.store.manifest.digest, self.store.samplings, self.calibrated, text))
+        kept = self.plans and self.plans / f"{blake2b(told.encode(), digest_size=8).hexdigest()}.plan"
+        if kept and kept.exists():
+            plan = load_plan(kept, prove=False)
+        else:
+            plan = Plan(compile_in_memory(self.store, self.source, parse_passes(text), device_named("h200-triton")))
+            if kept:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                plan.save(kept)
         return Planned(self.bench, plan, self.backend)
 
     def in_eight_bits(self, target: float, equal_density: bool) -> Rule:
@@ -157,6 +166,8 @@ class Study:
         steps, layers, heads = self.bench.shape
         if name == "vote":
             return baselines.mass_before(self.mass).median(2).values
+        if name == "vote in cubes":
+            return baselines.mass_before(bench.see(self.bench, self.order)).median(2).values
         tokens, blocks = self.sampler.grid.tokens, self.bench.blocks
         sizes = blocks.q_blocks(tokens), blocks.k_blocks(tokens)
         if name == "random":
@@ -280,6 +291,7 @@ METHODS: dict[str, Callable[[Study, float], Rule]] = {
     "compiled, 8 bits, equal density": lambda study, d: study.in_eight_bits(d, True),
     "the paper's own method": lambda study, d: study.paper(d),
     "budget: votes": lambda study, d: study.under_budget(("vote",), d),
+    "budget: votes, tokens in cubes": lambda study, d: study.under_budget(("vote in cubes",), d, order=study.order),
     "budget: cubes (STA)": lambda study, d: study.under_budget(("cubes",), d, order=study.order),
     "budget: spatial or temporal (SVG)": lambda study, d: study.under_budget(("spatial", "temporal"), d),
     "budget: radial": lambda study, d: study.under_budget(("radial",), d),
@@ -300,69 +312,18 @@ METHODS: dict[str, Callable[[Study, float], Rule]] = {
 }
 """Methods by name, the most telling first."""
 
-console = Console(stderr=True)
 
+def held_out_work(model: str, path: Path | None, prompts: int) -> Work:
+    """Prompts that nothing is calibrated on, and their seeds; the demo models have their own."""
+    if path is not None:
+        lines = read_prompts(path)[:prompts]
+    elif model in DEMOS:
+        from calibatt.tools.demo.measure import held_out_prompts
 
-def mean_and_error(values: list[float]) -> dict[str, float]:
-    error = stats.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return {"mean": stats.fmean(values), "standard_error": error}
-
-
-class Judgements:
-    """Rows of a study, written to its JSON after every one; what is there is not done again.
-
-    Args:
-        output: The JSON.
-        seconds: Begin no rule after so many.
-    """
-
-    def __init__(self, output: Path, seconds: float = math.inf) -> None:
-        self.output, self.seconds, self.began = output, seconds, time.perf_counter()
-        self.result: dict[str, Any] = json.loads(output.read_text("utf-8")) if output.exists() else {"rows": []}
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.began
-
-    def judge(self, study: Study, method: str, target: float, make: Callable[[], Rule], **labels: Any) -> None:
-        """Judges a rule; one that cannot be made says why.
-
-        Args:
-            study: Whose bench judges.
-            method: Its name in the rows.
-            target: Density asked for.
-            make: Makes the rule.
-            labels: What else tells its row from others.
-        """
-        which = {"method": method, "target": target, **labels}
-        if self.elapsed > self.seconds or any(which.items() <= row.items() for row in self._plain_rows()):
-            return
-        start = self.elapsed
-        name = " ".join([method, *map(str, labels.values())])
-        try:
-            rule = make()
-        except ValueError as error:
-            console.print(f"{name} @{target:g}: {error}", markup=False)
-            return
-        row = which | study.bench.judge(rule)
-        rounded = {
-            key: [round(x, 4) for x in value] if isinstance(value, list) else value for key, value in row.items()
-        }
-        self.result["rows"].append(rounded)
-        quality = mean_and_error(row["psnr"])
-        console.print(
-            f"{self.elapsed:6.1f} s (+{self.elapsed - start:.1f})  {name} @{target:g}: density {row['density']:.3f}, "
-            f"{quality['mean']:.2f} ± {quality['standard_error']:.2f} dB, {row['attention_ms']:.2f} ms",
-            markup=False,
-        )
-        self.write()
-
-    def _plain_rows(self) -> list[dict[str, Any]]:
-        return [{k: v for k, v in row.items() if not isinstance(v, list)} for row in self.result["rows"]]
-
-    def write(self) -> None:
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.output, json.dumps(self.result) + "\n")
+        lines = held_out_prompts(prompts)
+    else:
+        raise click.UsageError(f"--held-out must be given for --model {model}, got none")
+    return [(prompt, FIRST_SEED + index) for index, prompt in enumerate(lines)]
 
 
 def make_study(
@@ -375,22 +336,20 @@ def make_study(
     batch: int,
     device: str,
     backend: str = "triton",
+    plans: Path | None = None,
+    like: Study | None = None,
 ) -> Study:
-    """The study of a model from its statistics; the sampler's steps must be the times of the store."""
+    """The study of a model from its statistics; the sampler's steps must be the times of the store.
+
+    `like`: one of the same model and prompts, whose dense videos are taken.
+    """
     store = Store.open(stores)
-    sampler = make_sampler(model, steps, pick_device(device))
+    sampler = like.sampler if like else make_sampler(model, steps, pick_device(device))
     if store.manifest.grid != sampler.grid:
         raise click.UsageError(
             f"--stats must be of {sampler.grid}, as --model {model} samples, got {store.manifest.grid}"
         )
-    if held_out is not None:
-        lines = read_prompts(held_out)[:prompts]
-    elif model in DEMOS:
-        from calibatt.tools.demo.measure import held_out_prompts
-
-        lines = held_out_prompts(prompts)
-    else:
-        raise click.UsageError(f"--held-out must be given for --model {model}, got none")
-    work = [(prompt, FIRST_SEED + index) for index, prompt in enumerate(lines)]
+    work = held_out_work(model, held_out, prompts)
     calibrated = plan_work(model, None, calibration, 0)
-    return Study(Bench(sampler, store.manifest.blocks, work, calibrated, batch), store, backend)
+    other = like.bench if like else None
+    return Study(Bench(sampler, store.manifest.blocks, work, calibrated, batch, other), store, backend, plans)

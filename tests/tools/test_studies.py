@@ -1,0 +1,199 @@
+"""The studies of defaults and of robustness on tiny models, and what the study of sizes does when."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from support.sampler import CALIBRATED, TIMES, TinyVideoSampler, tiny_store
+
+from calibatt.tools.calibrate import models
+from calibatt.tools.demo_model import model as demo_model
+from calibatt.tools.demo_model import sampler as demo_sampler
+from calibatt.tools.demo_model import world
+from calibatt.tools.demo_model.model import CONFIG, DemoModel
+from calibatt.tools.demo_model.world import Clip
+from calibatt.tools.studies import defaults, robustness, sizes, stores
+from calibatt.tools.studies.defaults import Defaults
+from calibatt.tools.studies.judgements import Judgements
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),
+]
+
+TINY = {**CONFIG, "num_attention_heads": 2, "attention_head_dim": 32, "text_dim": 16, "ffn_dim": 32, "num_layers": 2}
+CLIPS = {"small": Clip(4, 16), "medium": Clip(4, 24)}
+
+
+def tiny_demo(path: Path | None = None, device: str = "cpu", clip: Clip | None = None, *rest: object) -> DemoModel:
+    """In place of `DemoModel.load`: random weights, the same for every path but those of larger grids."""
+    torch.manual_seed(int(path == demo_model.GROWN))
+    model = DemoModel(TINY, CLIPS["medium"] if clip == CLIPS["medium"] else CLIPS["small"])
+    for block in model.transformer.blocks:
+        block.attn1.norm_q.weight.data *= 4
+    model.steps = 2
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny_world(monkeypatch):
+    monkeypatch.setattr(DemoModel, "load", staticmethod(tiny_demo))
+    monkeypatch.setattr(demo_sampler, "trained", lambda name, device: (tiny_demo(), []))
+    monkeypatch.setattr(robustness, "trained", lambda name, device: (tiny_demo(), []))
+    monkeypatch.setattr(world, "CLIPS", CLIPS)
+    monkeypatch.setattr(robustness, "STEPS", 2)
+
+
+@pytest.mark.slow
+def test_robustness_pairs_plans_of_one_place_with_those_of_another(tiny_world, tmp_path):
+    output, markdown = tmp_path / "a.json", tmp_path / "a.md"
+    arguments = ["--stores", tmp_path / "stores", "--samples", 2, "--vectors", 1, "--prompts", 2, "--style-steps", 2]
+    arguments += ["--style-batch", 1, "--device", "cpu", "-o", output, "--table", markdown]
+    found = CliRunner().invoke(robustness.main, [str(each) for each in arguments])
+    assert found.exit_code == 0, found.output + repr(found.exception)
+    result = json.loads(output.read_text())
+    rows = {(row["used_on"], row["calibrated_on"]): row["psnr"] for row in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 3 * 2 + 4 * 2 * 3
+    assert all(len(psnr) == 2 for psnr in rows.values())
+    for kind in robustness.KINDS:
+        for name in (f"{kind}: {words}" for words in robustness.halves(kind)):
+            assert {calibrated for used, calibrated in rows if used == name} > {name, robustness.ALL}
+            assert len({tuple(psnr) for (used, _), psnr in rows.items() if used == name}) == 3, name
+    said = [row["quick"] for row in result["rows"] if "quick" in row]
+    assert len(said) == 3 * 2 + 4 * 2 * 2
+    assert all(each["fits"] == (each["ratio"] <= 3) for each in said)
+    assert "PlanMismatchError" in result["another_resolution"]
+    assert set(result["style"]) == {"styled dense video", "dense video without it"}
+    lines = markdown.read_text().splitlines()
+    assert sum(line.startswith("| ") for line in lines) == len(rows) + 1
+    joined = ["--case", "weights", "--join", output, "-o", tmp_path / "b.json"]
+    again = CliRunner().invoke(robustness.main, [str(each) for each in [*arguments, *joined]])
+    assert again.exit_code == 0, again.output
+    assert json.loads((tmp_path / "b.json").read_text())["rows"] == result["rows"]
+
+
+def test_prompts_of_a_half_have_its_words_alone():
+    for kind in robustness.KINDS:
+        for half, words in enumerate(robustness.halves(kind)):
+            columns, _ = robustness.KINDS[kind]
+            allowed = set(words.split(", "))
+            scenes = torch.stack([world.parse(p) for p in robustness.prompts_of(kind, half, 8, test=True)])
+            assert len(scenes) == 8
+            assert world.held_out(scenes).all()
+            for column in columns:
+                assert {world.SLOTS[column][code] for code in scenes[:, column].tolist() if code >= 0} <= allowed
+
+
+def test_the_style_lora_learns(tiny_world, tmp_path):
+    video = torch.rand(1, 3, 2, 4, 4) * 2 - 1
+    assert robustness.styled(video).std() < video.std()
+    robustness.train_style(tmp_path / "style.safetensors", "cpu", 2, 1)
+    model = tiny_demo().load_lora(tmp_path / "style.safetensors")
+    assert any("lora_B" in name and bool(p.any()) for name, p in model.transformer.named_parameters())
+
+
+@pytest.mark.slow
+def test_defaults_change_one_thing_each(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.SAMPLERS, "demo-medium", lambda steps, device: halved(steps))
+    monkeypatch.setattr(defaults, "SAMPLES", 2)
+    monkeypatch.setattr(defaults, "COUNTS", (1, 2, 4))
+    monkeypatch.setattr(Defaults.__init__, "__defaults__", ((16, 32),))
+    output, markdown = tmp_path / "a.json", tmp_path / "a.md"
+    arguments = ["--stores", tmp_path / "stores", "--samples", 4, "--prompts", 2, "--densities", "0.5"]
+    arguments += ["--device", "cpu", "-o", output, "--table", markdown]
+    found = CliRunner().invoke(defaults.main, [str(each) for each in arguments])
+    assert found.exit_code == 0, found.output + repr(found.exception)
+    rows = {row["variant"]: row for row in json.loads(output.read_text())["rows"]}
+    base = rows["defaults"]["psnr"]
+    same = [name for name, row in rows.items() if row["psnr"] == base and name != "defaults"]
+    assert not same
+    assert len(rows) == 1 + 2 + 1 + 1 + 1 + 3 + 1 + 2 + 4  # half and a quarter of three times are one
+    assert all(row["density"] <= 0.53 for row in rows.values())
+    assert len(markdown.read_text().splitlines()) == 8 + 1 + len(rows)
+
+
+def halved(steps: int | None) -> TinyVideoSampler:
+    """The tiny sampler, with fewer of its steps."""
+    sampler = TinyVideoSampler()
+    sampler.times = list(TIMES)[:steps]
+    return sampler
+
+
+def test_a_store_grows_without_forgetting_what_it_was(tmp_path):
+    found = stores.grown(tmp_path, TinyVideoSampler(), list(CALIBRATED), (1, 3), vectors=2, block_size=16)
+    assert {count: len(store.samplings) for count, store in found.items()} == {1: 1, 3: 3}
+    assert set(found[1].samplings) < set(found[3].samplings)
+    once = stores.grown(tmp_path / "b", TinyVideoSampler(), list(CALIBRATED), (1,), vectors=2, block_size=16)[1]
+    assert (found[1].unit(0, 1).effect == once.unit(0, 1).effect).all()
+
+
+def test_a_store_at_some_times_is_that_of_these_times(tmp_path):
+    store = tiny_store(tmp_path / "stats", CALIBRATED[:3])
+    some = stores.AtTimes(store, (0, 2))
+    assert some.manifest.times == (store.manifest.times[0], store.manifest.times[2])
+    assert (some.unit(1, 0).effect == store.unit(2, 0).effect).all()
+    assert some.table().time_level[1] == store.table().time_level[2]
+    assert (some.table().window_error[1] == store.table().window_error[2]).all()
+    for tables in some.table().samplings:
+        tables.check(some.manifest)
+
+
+def test_what_matters_most_comes_first():
+    names, densities = sizes.CHOSEN, (0.2, 0.35, 0.1, 0.4)
+    first = sorted(sizes.in_order(names, densities, first=True))
+    core = [(name, density) for turn, name, density in first if turn == 0]
+    assert set(core) == {(name, density) for name in names[:3] for density in (0.2, 0.35)}
+    assert (1, sizes.OURS, 0.1) in first
+    assert len(first) == len(names) * len(densities)
+    others = sizes.in_order(names, densities, first=False)
+    assert {name for _, name, _ in others} == {sizes.OURS}
+    assert min(turn for turn, _, _ in others) == 1
+
+
+@pytest.mark.slow
+def test_sizes_judged_apart_are_joined_and_timed(tmp_path, monkeypatch):
+    for name in ("demo", "demo-medium"):
+        monkeypatch.setitem(models.SAMPLERS, name, lambda steps, device: TinyVideoSampler())
+    tiny_store(tmp_path / "stats")
+    tiny_store(tmp_path / "less", CALIBRATED[:2])
+
+    def run(output: str, *options: object) -> dict:
+        common = ["--densities", "0.3,0.6", "--prompts", 2, "--calibration", 2, "--device", "cpu", "--methods"]
+        common += ["compiled;the paper's own method", "--plans", tmp_path / "plans", "-o", tmp_path / output]
+        found = CliRunner().invoke(sizes.main, [str(each) for each in [*common, *options]])
+        assert found.exit_code == 0, found.output + repr(found.exception)
+        return json.loads((tmp_path / output).read_text())
+
+    two = ["--stats", f"small={tmp_path / 'stats'}", "--stats", f"small={tmp_path / 'less'}"]
+    small = run("small.json", *two)
+    assert small["rows"][0]["method"] == sizes.DENSE
+    assert {row["calibrated"] for row in small["rows"]} == {"6 samplings x 4", "2 samplings x 4"}
+    assert len(small["rows"]) == 1 + 4 + 2
+    plans = list((tmp_path / "plans").iterdir())
+    medium = run("medium.json", "--busy", "--stats", f"medium={tmp_path / 'stats'}")
+    assert list((tmp_path / "plans").iterdir()) == plans  # none is compiled twice
+    joined = ["--join", tmp_path / "small.json", "--join", tmp_path / "medium.json", "--table", tmp_path / "a.md"]
+    every = run("all.json", *joined)
+    assert every["rows"] == small["rows"] + medium["rows"]
+    assert every["prompts"] == 2
+    assert all(row["attention_ms"] is None for row in medium["rows"])
+    timed = run("all.json", *two, "--timings", "--figure", tmp_path / "a.png")
+    assert [row.get("timed_videos") for row in timed["rows"]] == [576] * 7 + [None] * 5
+    assert [row["psnr"] for row in timed["rows"]] == [row["psnr"] for row in every["rows"]]
+    assert "6 samplings x 4" in (tmp_path / "a.md").read_text()
+
+
+def test_join_keeps_what_is_there(tmp_path):
+    (tmp_path / "other.json").write_text(json.dumps({"rows": [1], "prompts": 3, "about": {}}))
+    judged = Judgements(tmp_path / "mine.json")
+    judged.result |= {"prompts": 2}
+    judged.join(tmp_path / "other.json")
+    assert judged.result == {"rows": [1], "prompts": 2, "about": {}}
