@@ -1,5 +1,6 @@
-"""What people stack on a model with a plan: guidance, LoRA, casting, offloading, step caches. Tiny Wan, random weights.
+"""What people stack on a model with a plan: guidance, LoRA, casting, offloading, quantisation, step caches, compiling.
 
+Tiny Wan, random weights.
 The truth is always the stock code with explicit masks (`support.masked`), with the same things stacked on it.
 """
 
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import accelerate
@@ -15,7 +17,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from support import wan
+from support import quantised, wan
 from support.masked import masked
 from support.schedules import random_schedule
 
@@ -211,6 +213,23 @@ def test_casting_and_offloading(change: Callable[[Any], None], attach_first: boo
     assert torch.equal(forward(model), stock)
 
 
+@pytest.mark.parametrize("attach_first", [False, True])
+@pytest.mark.parametrize("kind", quantised.KINDS)
+def test_quantised_linears(kind: str, attach_first: bool) -> None:
+    quantised.require(kind)
+    model = quantised.model(None if attach_first else kind)
+    twin = quantised.model(kind)
+    plan = plan_for(twin)
+    stock = forward(twin)
+    with masked(twin, plan):
+        expected = forward(twin)
+    with plan.attach(model):
+        if attach_first:
+            quantised.quantise(model, kind)
+        torch.testing.assert_close(forward(model), expected, **CLOSE)
+    assert (expected - stock).abs().max() > 0.01, "the plan matters"
+
+
 def first_block(pipe: Any) -> Any:
     return diffusers.FirstBlockCacheConfig(threshold=0.5)
 
@@ -277,3 +296,70 @@ def test_step_caches(make: Callable[[Any], Any], attach_first: bool, calls: list
         calls.clear()
         generate(pipe)
         assert len(calls) == STEPS * LAYERS * 2
+
+
+def compile_blocks(model: Any) -> None:
+    """As diffusers does; the code breaks where a cache decides."""
+    model.compile_repeated_blocks(backend="eager", dynamic=False)
+
+
+def compile_forwards(model: Any) -> None:
+    """Before a cache wraps them: nothing in them breaks."""
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend="eager", dynamic=False, fullgraph=True)
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated")  # such a LoRA cannot be fused
+@pytest.mark.parametrize(("compile_model", "attach_first"), [(compile_blocks, True), (compile_forwards, False)])
+def test_everything_at_once(
+    compile_model: Callable[[Any], None], attach_first: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FP8 linears of torchao, a LoRA, compiled blocks, a step cache and guidance in one batch."""
+    quantised.require("torchao")
+    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
+    model, twin, cache = stacked(), stacked(), diffusers.FirstBlockCacheConfig(threshold=0.5)
+    plan = plan_for(twin)
+    twin.enable_cache(cache)
+    with masked(twin, plan):
+        expected = followed(twin)
+    twin.disable_cache()
+    twin.enable_cache(cache)
+    stock = followed(twin)
+    compile_model(model)
+    with ExitStack() as stack:
+        if attach_first:
+            stack.enter_context(plan.attach(model))
+        model.enable_cache(cache)
+        if not attach_first:
+            stack.enter_context(plan.attach(model))
+        found = followed(model)
+    assert (found - expected).norm() < 0.002 * expected.norm()
+    assert (stock - expected).norm() > 0.1 * expected.norm(), "the plan matters"
+    assert set(calls) == {2}
+    assert len(calls) < STEPS * LAYERS, "the cache skips"
+
+
+def stacked() -> Any:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
+
+    model = wan.transformer(1, wide=True).requires_grad_(False)
+    quantize_(model.blocks, Float8DynamicActivationFloat8WeightConfig(set_inductor_config=False))
+    torch.manual_seed(2)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    return model
+
+
+def followed(model: Any) -> torch.Tensor:
+    """Every step's forward, of the prompt and the negative one together, on a given way from noise to a video.
+
+    A sampling of its own would not do: the smallest difference rounds some values to the other neighbour in 8 bits.
+    """
+    generator = torch.Generator().manual_seed(1)
+    noise, video = torch.randn(2, 1, 16, 5, 16, 24, generator=generator)
+    prompts, found = torch.randn(2, 8, wan.TEXT_DIM, generator=generator), []
+    for time in torch.linspace(1, 0.1, STEPS):
+        latents = (time * noise + (1 - time) * video).expand(2, -1, -1, -1, -1)
+        with torch.no_grad(), model.cache_context("both"):
+            found.append(model(latents, (1000 * time).expand(2).long(), prompts, return_dict=False)[0])
+    return torch.stack(found)

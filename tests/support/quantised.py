@@ -38,18 +38,25 @@ def require(kind: str) -> None:
 def model(kind: str | None) -> Any:
     """`support.wan.transformer` with quantised blocks; not quantised without a kind."""
     made = wan.transformer(1, wide=True).requires_grad_(False)
+    if kind is not None:
+        quantise(made, kind)
+    return made
+
+
+def quantise(model: Any, kind: str) -> None:
+    """Quantises the blocks of a transformer."""
     if kind == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        quantize_(made.blocks, Int8WeightOnlyConfig())
+        quantize_(model.blocks, Int8WeightOnlyConfig())
     elif kind == "quanto":
         from optimum.quanto import freeze, qint8, quantize
 
-        quantize(made.blocks, weights=qint8)
-        freeze(made.blocks)
-    elif kind is not None:
-        _replace(made.blocks, {"nf4": _nf4, "int8": _int8, "gguf": _gguf}[kind])
-    return made.to("cpu")
+        quantize(model.blocks, weights=qint8)
+        freeze(model.blocks)
+    else:
+        _replace(model.blocks, {"nf4": _nf4, "int8": _int8, "gguf": _gguf}[kind])
+    model.to("cpu")
 
 
 def plain(quantised: nn.Module) -> Any:
