@@ -4,7 +4,8 @@
 Published architectures at published sizes, weights random, in bfloat16. Timed are
   one forward                       at the noisiest time,
   one sampling of --steps forwards  with its scheduler (UniPC); no text encoder, no VAE, one forward a step;
-                                    with --skip also under FirstBlockCache, made to skip that share of the forwards,
+                                    with --skip of dense and the last plan, with and without FirstBlockCache, which is
+                                    made to skip that share of the forwards,
 eager, and compiled block by block (regional) or as a whole (full), with self-attention computed by
   sdpa-cudnn         the dense kernel of cuDNN, by diffusers' set_attention_backend (on a CPU: sdpa)
   flash-attention-4  dense, where it is installed
@@ -275,7 +276,9 @@ def main(
                 variants.append(variant)
         cases = [Case(way, variant, kind) for way in ways for kind in kinds for variant in variants]
         sampled = [case for case in cases if case.variant.name != COPY] if steps else []
-        sampled += [replace(case, skip=skip) for case in sampled if skip and case.mode != "full"]
+        if skip and steps:  # the whole stack first
+            places = itertools.product((way for way in ways if way != "full"), reversed(kinds), (base[0], variants[-1]))
+            sampled = [Case(way, variant, kind, share) for way, kind, variant in places for share in (0.0, skip)]
         timed = (rounds + 1) * len(cases) + samplings * len(sampled) + 2 * trace
         progress.reset(task, description=size, total=timed)
         cases = [case for case in cases if bench.warm_up(case)]
