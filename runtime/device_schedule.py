@@ -110,7 +110,7 @@ class DeviceSchedule:
         for derived in tuple(self._derived.values()):
             arrays += [each for each in getattr(derived, "__dict__", {}).values() if isinstance(each, torch.Tensor)]
         packed = 0 if self.lists is None else self.lists.nbytes
-        return packed + sum(array.nbytes for array in arrays)
+        return packed + sum({array.data_ptr(): array.nbytes for array in arrays}.values())
 
     def derived(self, make: Callable[[DeviceSchedule], T]) -> T:
         """What a backend derives from the schedule: ``make(self)``, called once and kept."""

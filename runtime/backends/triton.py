@@ -173,41 +173,41 @@ class Prepared:
     """What is needed of a schedule besides `DeviceSchedule`, on the same device.
 
     Args:
-        tiles: Those of `DeviceSchedule.tiles` whose heads have 16 bits.
+        tiles: `DeviceSchedule.tiles`, by the precision of their heads.
+        sixteen: How many of them, the first ones, are of heads of 16 bits.
         eight: The heads of 8 bits, by precision; their tiles likewise.
         launches: What was launched for this schedule, by all that decides about it but addresses: of each precision,
             with the bytes that it works in.
     """
 
     tiles: torch.Tensor
+    sixteen: int
     eight: list[EightHeads]
     launches: dict[Any, list[tuple[Again, int]]] = field(default_factory=dict)
 
 
 def prepare(bound: DeviceSchedule) -> Prepared:
     """`Prepared` of a schedule; nothing waits for the device."""
-    core = bound.core
-    precisions = set(core.head_precision.tolist())
-    if precisions == {BF16}:
-        return Prepared(bound.tiles, [])
-    head_of_tile = np.repeat(np.arange(core.heads), np.diff(core.head_tile_ptr))[core.tile_order]
+    core, tiles = bound.core, bound.tiles
 
     def there(numbers: Any) -> torch.Tensor:
         return move(torch.from_numpy(numbers.astype(np.int32)), bound.device)
 
-    def tiles_of(precision: int) -> torch.Tensor:
-        return bound.tiles[there(np.flatnonzero(core.head_precision[head_of_tile] == precision))]
-
-    eight = []
-    for precision in sorted(precisions - {BF16}):
+    head_of_tile = np.repeat(np.arange(core.heads), np.diff(core.head_tile_ptr))[core.tile_order]
+    precision_of_tile = core.head_precision[head_of_tile]
+    counts = np.bincount(precision_of_tile, minlength=len(PRECISIONS)).tolist()
+    if max(counts) < len(tiles):
+        tiles = tiles[there(precision_of_tile.argsort(kind="stable"))]
+    of_precision, eight = tiles.split(counts), []
+    for precision in sorted(set(core.head_precision.tolist()) - {BF16}):
         heads = np.flatnonzero(core.head_precision == precision)
         slots = np.zeros(core.heads)
         slots[heads] = np.arange(len(heads))
         most_queries = max(core.tiles(int(head)) for head in heads) * core.blocks.block_q
         pairs = -(-most_queries // (TILE_GROUPS * QUERY_GROUP))
-        anchored = heads[core.head_anchor[heads] != NO_ANCHORS]
-        eight.append(EightHeads(precision, there(heads), there(slots), tiles_of(precision), pairs, there(anchored)))
-    return Prepared(tiles_of(BF16), eight)
+        anchored = there(heads[core.head_anchor[heads] != NO_ANCHORS])
+        eight.append(EightHeads(precision, there(heads), there(slots), of_precision[precision], pairs, anchored))
+    return Prepared(tiles, counts[BF16], eight)
 
 
 def run(
@@ -286,8 +286,9 @@ def _calls(
     tma, in_e4m3 = sm >= TMA_SINCE, eight is not None and eight.precision == INT8_FP8
     calls: list[Call] = []
     codes: dict[str, Any] = {}
-    moving, nbytes, tiles = {"q_ptr": ("q", 0), "k": ("k", 0), "v": ("v", 0)}, 0, bound.derived(prepare).tiles
-    count = len(tiles) + heads * other_tiles(bound, all_tokens, video_start)
+    moving, nbytes, ready = {"q_ptr": ("q", 0), "k": ("k", 0), "v": ("v", 0)}, 0, bound.derived(prepare)
+    tiles = ready.tiles  # those of 16 bits come first; never an empty array, of which entries would be read
+    count = ready.sixteen + heads * other_tiles(bound, all_tokens, video_start)
     if eight is not None:
         # outputs of anchors are not packed here: their room is not needed
         room = room_for(replace(eight, anchored=eight.anchored[:0]), bound, q, video_start, lse is not None)
@@ -316,7 +317,7 @@ def _calls(
         "out_ptr": out,
         "lse_ptr": lse,
         "lengths_ptr": lengths,
-        "tiles_ptr": tiles if len(tiles) else bound.tiles,  # never an empty array, of which entries would be read
+        "tiles_ptr": tiles,
         "columns_ptr": bound.columns,
         "heads_ptr": bound.heads,
         "query_token_ptr": bound.query_token,

@@ -28,6 +28,12 @@ SM90 = [
     {"sm": 90, "head_dim": 64, "block_q": 16, "block_k": 16, "dtype": "bf16", "anchored": True},
     {"sm": 90, "head_dim": 256, "block_q": 256, "block_k": 256, "dtype": "bf16", "anchored": True},
 ]
+TABLE_EIGHT = [
+    {**TABLE[0], "sm": sm, "head_dim": head_dim, "precision": precision, "others": head_dim == 128}
+    for sm, head_dim, precision in (
+        (80, 128, INT8), (89, 128, INT8_FP8), (90, 128, INT8), (90, 128, INT8_FP8), (90, 64, INT8), (90, 64, INT8_FP8),
+    )
+]  # fmt: skip
 ROWS_OF_WGMMA = 64
 MOST_STACK_BYTES = {80: 32, 89: 32, 90: 128, 100: 192, 120: 32}
 """Of a thread. Where two programs share an SM, 128 registers each are some too few."""
@@ -68,13 +74,25 @@ def check_table(folder: str | None) -> list[dict[str, int | str]]:
     return usages
 
 
+def check_eight(folder: str | None) -> None:
+    """The same of heads of 8 bits; sums of e4m3 begin anew with each product."""
+    for case, usage in zip(TABLE_EIGHT, run_program(compile_kernel, TABLE_EIGHT, folder), strict=True):
+        assert usage["stack_bytes"] <= EIGHT_STACK_BYTES, (case, usage)
+        assert usage["programs"] >= 1, (case, usage)
+        assert (usage["wgmma"] > 0) == (case["sm"] == 90), (case, usage)
+        assert usage["e4m3_chained"] == 0, (case, usage)
+        assert (usage["e4m3"] > 0) == (case["precision"] == INT8_FP8), (case, usage)
+
+
 def test_the_table_under_the_installed_triton() -> None:
     check_table(None)
+    check_eight(None)
 
 
 def test_the_table_under_the_oldest_tested_triton() -> None:
     folder = older_triton()
     assert {usage["triton"] for usage in check_table(folder)} == {TESTED_RELEASES[0]}
+    check_eight(folder)
 
 
 def older_triton() -> str:

@@ -20,6 +20,7 @@ from calibatt.runtime import eight_bits
 from calibatt.runtime.backends import UnsupportedBackendError, hopper_eight
 from calibatt.runtime.backends import triton as triton_backend
 from calibatt.runtime.eight_bits import Timing
+from calibatt.runtime.masks import plan_from_masks
 from calibatt.runtime.ops import attend, choose_backend, planned_attention, supports
 from calibatt.runtime.schedule import ListedSchedule
 
@@ -209,3 +210,18 @@ def test_what_is_shipped_counts_until_the_card_is_measured(card: torch.device, m
     assert eight_bits.verdict(INT8, card, 128, 5)[1].endswith("at 1000 tokens (another card of sm86)")
     eight_bits.remember(card, [Timing(INT8, 128, 1000, 0.9)], {})
     assert reasons(card, INT8) != []
+
+
+def test_explain_says_on_or_off_for_each_precision(card: torch.device) -> None:
+    pytest.importorskip("diffusers")
+    from support.wan import transformer
+
+    model = transformer(0)
+    masks = np.ones((model.config.num_layers, model.config.num_attention_heads, 1, 1), bool)
+    with plan_from_masks(masks, (1, 4, 6), model=model).attach(model) as attachment:
+        (chosen,) = attachment._session.backends.values()
+        attachment._session.backends[card, torch.bfloat16] = chosen
+        eight_bits.remember(card, [Timing(INT8, model.config.attention_head_dim, 1000, 1.1)], {})
+        told = [line for line in attachment.explain().splitlines() if line.startswith("triton on cuda:0: ")]
+    assert told[0].startswith("triton on cuda:0: int8 QK is on: 1.10 times as fast as 16 bit at 1000 tokens (")
+    assert told[1].startswith("triton on cuda:0: int8 QK with fp8 PV is off: it was not measured on Some GPU (24 GB)")

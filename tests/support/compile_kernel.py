@@ -121,6 +121,8 @@ def usage(source: ASTSource, sm: int, options: dict[str, int | bool]) -> dict[st
         "shared_bytes": shared,
         "programs": min(programs, SM_TENSOR_COLUMNS // columns) if columns else programs,
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "e4m3": compiled.asm["ptx"].count(".e4m3.e4m3"),
+        "e4m3_chained": len(re.findall(r"tt\.dot %\w+, %\w+, (?!%cst).*f8E4M3FN", compiled.asm["ttir"])),
     }
 
 
