@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +55,7 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, few_step
     from calibatt.runtime import load_plan
     from calibatt.tools.demo import measure, report
     from calibatt.tools.demo_model.model import trained
-    from calibatt.tools.evaluate.harness import executed_density
+    from calibatt.tools.evaluate.harness import about, executed_density
 
     output.mkdir(parents=True, exist_ok=True)
     stats, path = output / "stats", output / "demo.plan"
@@ -90,10 +88,8 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, few_step
         "dense_spread_ms": dense_spread,
         "planned_ms": planned,
         "planned_spread_ms": planned_spread,
-        "device": measure.device_name(device),
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "command": "calibatt-demo --few-steps" if few_steps else "calibatt-demo",
-        "date": datetime.date.today().isoformat(),
+        **about(NAME, model),
+        "command": f"{NAME} --few-steps" if few_steps else NAME,
     }
     target = output / "report.html"
     report.write_report(target, PlanFile.read(path), path.name, pairs, facts)

@@ -32,8 +32,8 @@ def typed(command: str) -> str:
     return " ".join([command, *(Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:])])
 
 
-def about(command: str, sampler: Sampler) -> dict[str, str]:
-    """Command, device, versions and date of a measurement."""
+def about(command: str, sampler: Sampler | nn.Module) -> dict[str, str]:
+    """Command, device, versions and date of a measurement of what has a `transformer`."""
     on_gpu = next(sampler.transformer.parameters()).is_cuda
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
