@@ -1,4 +1,4 @@
-"""Attention kernels side by side: ``calibatt-bench kernel -o FILE.json --figure FILE.png``.
+"""Attention kernels side by side: ``calibatt-bench kernel -o FILE.json``.
 
 On a CUDA device the hopper and triton backends against the dense kernels of scaled_dot_product_attention, and, where
 they are installed, FlashAttention-4 (dense and block sparse) and FlexAttention on the same masks and tensors; on a CPU
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from calibatt.plans import BF16, FRAMES, PRECISIONS, ROWS, Blocks, TokenGrid
-from calibatt.plans.files import whole_file, write_text
+from calibatt.plans.files import write_text
 from calibatt.runtime.backends import load_backend
 from calibatt.runtime.ops import attend, supports
 from calibatt.runtime.schedule import ListedSchedule
@@ -36,8 +36,6 @@ from calibatt.tools.bench.peers import DENSE_PEERS, SPARSE_PEERS, dense_peer, sp
 from calibatt.tools.bench.schedules import anchored_schedule, structured_schedule
 
 OURS = ("hopper", "triton", "torch")
-PEAK_TFLOPS = {"NVIDIA H200": 989.4, "NVIDIA H100 80GB HBM3": 989.4}
-"""Dense bf16, from the data sheets; the roof of the figure."""
 
 
 @dataclass(frozen=True)
@@ -228,79 +226,6 @@ def state(device: torch.device) -> dict[str, str]:
     return dict(zip(query.split(","), (value.strip() for value in values.strip().split(",")), strict=True))
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Milliseconds and TFLOP/s against density, one row for each size that has several densities."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    colours = {
-        "hopper": "#1b3d78",
-        "triton": "#2694a0",
-        "torch": "#1b3d78",
-        "flash-attention-4 sparse": "#e4572e",
-        "flash-attention-4": "#e4a03a",
-        "flex-attention": "#7a5ea8",
-        "sdpa-cudnn": "#5a606b",
-        "sdpa-flash": "#9aa0aa",
-    }
-    records = report["measurements"]
-    names = [size["name"] for size in report["sizes"]]
-    shown = [
-        name
-        for name in names
-        if len({row["density"] for row in records if row["size"] == name and row["backend"] in OURS}) > 2
-    ]
-    figure = Figure(figsize=(11, 3.9 * len(shown)), layout="constrained")
-    grid = figure.subplots(len(shown), 2, squeeze=False)
-    for line, name in zip(grid, shown, strict=True):
-        for backend, colour in colours.items():
-            rows = sorted(
-                (row for row in records if (row["size"], row["backend"]) == (name, backend)),
-                key=lambda row: row["density"],
-            )
-            if not rows:
-                continue
-            for axis, key in zip(line, ("median_ms", "tflops"), strict=True):
-                dense = backend in DENSE_PEERS
-                x = [0.05, 1.0] if dense else [row["density"] for row in rows]
-                middle = float(np.median([row[key] for row in rows]))
-                y = [middle, middle] if dense else [row[key] for row in rows]
-                axis.plot(
-                    x, y, color=colour, linestyle="--" if dense else "-", marker="" if dense else "o", markersize=4,
-                    linewidth=2.2 if backend == "hopper" else 1.4, label=backend,
-                )  # fmt: skip
-        left, right = line
-        left.set_xscale("log")
-        left.set_yscale("log")
-        left.set_xticks([0.05, 0.1, 0.2, 0.3, 0.5, 1.0], ["0.05", "0.1", "0.2", "0.3", "0.5", "1"])
-        left.minorticks_off()
-        left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        left.set_ylabel("milliseconds a call")
-        right.set_ylabel("TFLOP/s of computed blocks")
-        roof = PEAK_TFLOPS.get(report["device"])
-        right.set_ylim(0, 1.06 * roof if roof else None)
-        if roof:
-            right.axhline(roof, color="#c24f7a", linewidth=1)
-            right.annotate("data sheet peak", (0.5, roof), fontsize=8, va="bottom", color="#c24f7a")
-            tokens, heads, dim = (
-                next(size for size in report["sizes"] if size["name"] == name)[key]
-                for key in ("tokens", "heads", "head_dim")
-            )
-            x = np.array([0.05, 1.0])
-            left.plot(x, 4 * tokens**2 * dim * heads * x / roof / 1e9, color="#c24f7a", linewidth=1, label="peak")
-        for axis in line:
-            axis.set_title(f"{name}: {report['mask']} masks")
-            axis.set_xlabel("density: share of blocks computed (dense kernels: dashed)")
-            axis.grid(color="#e4e2dc")
-            axis.spines[["top", "right"]].set_visible(False)
-        left.legend(fontsize=8, frameon=False)
-    told = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
-    figure.suptitle(f"{report['device']}, {report['date'][:10]}; {told}", fontsize=9)
-    FigureCanvasAgg(figure)
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=130, facecolor="white", format="png")
-
-
 @click.command(help=__doc__)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--sizes", help="Names, separated by commas [all].")
@@ -311,7 +236,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
 @click.option("--sweep", is_flag=True, help="Also rank configurations of the triton kernel.")
 @click.option("--threads", type=int, help="Threads of torch, on a CPU.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON to write after every density.")
-@click.option("--figure", type=click.Path(path_type=Path), help="PNG to draw.")
 def main(
     device: str,
     sizes: str | None,
@@ -322,7 +246,6 @@ def main(
     sweep: bool,
     threads: int | None,
     output: Path | None,
-    figure: Path | None,
 ) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
@@ -379,8 +302,6 @@ def main(
             write_text(output, json.dumps(report, indent=1) + "\n")
     for name, reason in missing.items():
         click.echo(f"not measured: {name}: {reason}")
-    if figure is not None:
-        draw(report, figure)
 
 
 def _tiny_refused(device: torch.device, backend: str) -> list[str]:
