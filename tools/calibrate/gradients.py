@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -206,19 +206,11 @@ class Transformer:
         interception = Interception(self.model, self.adapter, attend)
         blocks = {id(site.block): site.block for site in interception.sites}.values()
         names = {id(module): name for name, module in self.model.named_modules()}
-        own = [(block, block.__dict__.get("forward")) for block in blocks]
-        for block in blocks:
-            block.forward = partial(  # type: ignore[method-assign]
-                self._block, block, block.forward, names[id(block)], chain, tell
-            )
+        links = {each: partial(self._block, each, each.forward, names[id(each)], chain, tell) for each in blocks}
         try:
-            yield
+            with other_forwards(links):
+                yield
         finally:
-            for block, before in own:
-                if before is None:
-                    del block.forward
-                else:
-                    block.forward = before  # type: ignore[method-assign]
             interception.detach()
             self._calls.clear()
 
@@ -282,6 +274,22 @@ def _pull_block(
     return [
         [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, some, strict=True)] for some in grads
     ]
+
+
+@contextmanager
+def other_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Modules have these forwards while the context lasts, and the very ones that they had before afterwards."""
+    own = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module, before in own.items():
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before  # type: ignore[method-assign]
 
 
 def _keeping_weights() -> torch.autograd.graph.saved_tensors_hooks:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calibatt.tools.calibrate.chain import ChainError, Traced, floating, plain, replaced
-from calibatt.tools.calibrate.gradients import Transformer
+from calibatt.tools.calibrate.gradients import Transformer, other_forwards
 
 
 class _NoGradient(torch.autograd.Function):
@@ -37,16 +37,13 @@ def listening(transformers: Sequence[Transformer], hear: Callable[..., Any]) -> 
     Networks that hold none of them, such as a VAE, compute without the graph of the sampling; what they return has no
     gradient, and says so if one is asked for.
     """
-    own = [(each.model, each.model.__dict__.get("forward")) for each in transformers]
-    for each in transformers:
-        run = each.model.forward
-        each.model.forward = update_wrapper(partial(hear, each, run), run)  # type: ignore[method-assign]
-    links = {model for model, _ in own}
+    runs = {each: each.model.forward for each in transformers}
+    links = {each.model: update_wrapper(partial(hear, each, run), run) for each, run in runs.items()}
     left: dict[int, list[Tensor]] = {}
 
     def leave(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         traced = [x for x in args if isinstance(x, Traced) and x.requires_grad]
-        if not traced or not links.isdisjoint(module.modules()):
+        if not traced or not links.keys().isdisjoint(module.modules()):
             return None
         left[id(module)] = traced
         return tuple(map(plain, args))
@@ -61,12 +58,8 @@ def listening(transformers: Sequence[Transformer], hear: Callable[..., Any]) -> 
     hooks = nn.modules.module
     handles = hooks.register_module_forward_pre_hook(leave), hooks.register_module_forward_hook(come_back)
     try:
-        yield
+        with other_forwards(links):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        for model, before in own:
-            if before is None:
-                del model.forward
-            else:
-                model.forward = before  # type: ignore[method-assign]
