@@ -17,7 +17,7 @@ import random
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,11 +29,9 @@ import torch
 
 from calibatt.plans import BF16, FRAMES, PRECISIONS, ROWS, Blocks, TokenGrid
 from calibatt.plans.files import write_text
-from calibatt.runtime.backends import load_backend
 from calibatt.runtime.ops import attend, supports
-from calibatt.runtime.schedule import ListedSchedule
 from calibatt.tools.bench.peers import DENSE_PEERS, SPARSE_PEERS, dense_peer, sparse_peer
-from calibatt.tools.bench.schedules import anchored_schedule, structured_schedule
+from calibatt.tools.bench.schedules import anchored_schedule, in_precision, structured_schedule
 
 OURS = ("hopper", "triton", "torch")
 
@@ -61,21 +59,10 @@ GPU_SIZES = (
     Size("small", TokenGrid(4, 32, 32), 128, 24, 128, torch.bfloat16, (0.3,)),
 )
 CPU_SIZES = (Size("demo", TokenGrid(8, 24, 24), 64, 4, 64, torch.float32, (1.0, 0.7, 0.5, 0.35, 0.2)),)
-SWEEP = [
-    *((64, block_n, 4, stages, None) for block_n in (32, 64, 128) for stages in (2, 3)),
-    *(
-        (128, block_n, warps, stages, registers)
-        for block_n in (32, 64, 128)
-        for warps, squeezed in ((4, 168), (8, 128))
-        for stages in (2, 3)
-        for registers in (None, squeezed)
-    ),
-]
-"""Configurations of the triton kernel for `--sweep`; squeezed ones leave registers for another program on the SM."""
 
 
 def cases(
-    size: Size, density: float, device: torch.device, mask: str, peers: bool, sweep: bool, missing: dict[str, str]
+    size: Size, density: float, device: torch.device, mask: str, peers: bool, missing: dict[str, str]
 ) -> dict[tuple[str, float], Callable[[], object]]:
     """Every (kernel, density) of a size and a density as a function to time; why others are `missing`."""
     shape = (1, size.grid.tokens, size.heads, size.head_dim)
@@ -96,9 +83,7 @@ def cases(
         found.update({(name, schedule.density): sparse_peer(name, q, k, v, schedule) for name in SPARSE_PEERS})
     if ("hopper", schedule.density) in found:
         for precision in sorted(PRECISIONS.keys() - {BF16}):
-            eight = ListedSchedule(
-                replace(schedule.core, head_precision=np.full(size.heads, precision, dtype=np.uint8))
-            )
+            eight = in_precision(schedule, precision)
             if reasons := supports(eight, device, size.dtype, size.head_dim, "hopper"):
                 missing[f"hopper {PRECISIONS[precision]}"] = "; ".join(reasons)
                 continue
@@ -109,45 +94,8 @@ def cases(
             found[name, anchored.density] = partial(attend, q, k, v, anchored, "hopper")
         rising = k * torch.linspace(1, 0.02, size.grid.tokens, device=device, dtype=k.dtype)[:, None]
         found["hopper overshooting", schedule.density] = partial(attend, 40 * q, rising, v, schedule, "hopper")
-    if sweep and device.type == "cuda" and ("triton", schedule.density) in found:
-        triton = load_backend("triton")
-        for config in (triton.Config(*fields) for fields in SWEEP):
-            run = partial(triton.run, q, k, v, schedule.bind(device), size.head_dim**-0.5, False, config=config)
-            found[str(config), schedule.density] = refused_config(run) or run
     missing.update({name: each for (name, _), each in found.items() if isinstance(each, str)})
     return {case: each for case, each in found.items() if not isinstance(each, str)}
-
-
-def refused_config(run: Callable[[], object]) -> str | None:
-    """Why the device cannot run a configuration of the triton kernel; None if it can."""
-    from triton.runtime.errors import OutOfResources, PTXASError
-
-    try:
-        run()
-    except (OutOfResources, PTXASError) as error:
-        return str(error)
-    return None
-
-
-def ranking(records: list[dict[str, Any]], size: Size, device: torch.device) -> list[str]:
-    """What feeds the table of the triton backend: every configuration of a sweep, fastest first.
-
-    By the geometric mean over the densities of its speed relative to the table's configuration in the same rounds.
-    """
-    times: dict[str, dict[float, float]] = {}
-    for record in records:
-        if record["size"] == size.name and record["backend"].startswith(("triton", "Config")):
-            times.setdefault(record["backend"], {})[record["density"]] = record["median_ms"]
-    now = times.pop("triton", {})
-    speeds = {
-        name: float(np.exp(np.mean([np.log(now[density] / ms) for density, ms in each.items()])))
-        for name, each in times.items()
-    }
-    sm = load_backend("triton").device_sm(device)
-    return [
-        f"sm{sm}, head_dim {size.head_dim}, {size.name}: {speed:.3f} x the table's: {name}"
-        for name, speed in sorted(speeds.items(), key=lambda each: -each[1])
-    ]
 
 
 def milliseconds(function: Callable[[], object], device: torch.device) -> float:
@@ -233,7 +181,6 @@ def state(device: torch.device) -> dict[str, str]:
 @click.option("--peers/--no-peers", default=True, show_default=True, help="FlashAttention-4 and FlexAttention too.")
 @click.option("--rounds", default=10, show_default=True, help="Measurements of each case.")
 @click.option("--seconds", type=float, default=float("inf"), help="Begin no density after so many seconds.")
-@click.option("--sweep", is_flag=True, help="Also rank configurations of the triton kernel.")
 @click.option("--threads", type=int, help="Threads of torch, on a CPU.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON to write after every density.")
 def main(
@@ -243,7 +190,6 @@ def main(
     peers: bool,
     rounds: int,
     seconds: float,
-    sweep: bool,
     threads: int | None,
     output: Path | None,
 ) -> None:
@@ -284,7 +230,7 @@ def main(
             if time.perf_counter() - begun > seconds:
                 click.echo(f"out of time before {size.name} at density {density:g}")
                 continue
-            for record in measure(size, cases(size, density, where, mask, peers, sweep, missing), where, rounds):
+            for record in measure(size, cases(size, density, where, mask, peers, missing), where, rounds):
                 report["measurements"].append(record)
                 click.echo(
                     "{size:>12} {backend:>24} density {density:.3f}: {median_ms:8.2f} ms "
@@ -293,13 +239,6 @@ def main(
             report["states"].append({"size": size.name, "density": density, **state(where)})
             if output is not None:
                 write_text(output, json.dumps(report, indent=1) + "\n")
-    if sweep and on_gpu:
-        report["ranking"] = [
-            line for size in (known[name] for name in names) for line in ranking(report["measurements"], size, where)
-        ]
-        click.echo("\n".join(report["ranking"]))
-        if output is not None:
-            write_text(output, json.dumps(report, indent=1) + "\n")
     for name, reason in missing.items():
         click.echo(f"not measured: {name}: {reason}")
 
