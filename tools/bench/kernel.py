@@ -16,7 +16,7 @@ import platform
 import random
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -111,6 +111,12 @@ def milliseconds(function: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
+def spread(times_ms: Sequence[float]) -> dict[str, Any]:
+    """Median, spread and number of measurements."""
+    low, median, high = (float(value) for value in np.percentile(times_ms, (10, 50, 90)))
+    return {"median_ms": median, "p10_ms": low, "p90_ms": high, "min_ms": min(times_ms), "rounds": len(times_ms)}
+
+
 def measure(
     size: Size, made: dict[tuple[str, float], Callable[[], object]], device: torch.device, rounds: int
 ) -> list[dict[str, Any]]:
@@ -127,9 +133,8 @@ def measure(
     flops = 4 * size.grid.tokens**2 * size.head_dim * size.heads
     records = []
     for (backend, density), ms in times.items():
-        low, median, high = np.percentile(ms, (10, 50, 90))
-        record = {"backend": backend, "density": density, "median_ms": median, "p10_ms": low, "p90_ms": high}
-        records.append({"size": size.name, **record, "min_ms": min(ms), "tflops": flops * density / median / 1e9})
+        record = {"size": size.name, "backend": backend, "density": density, **spread(ms)}
+        records.append({**record, "tflops": flops * density / record["median_ms"] / 1e9})
     return records
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from calibatt.runtime.adapters import Adapter
 from calibatt.runtime.intercept import InterceptedSite, Interception
 from calibatt.tools.calibrate.attention import attention
-from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, floating, replaced
+from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, floating, replaced, with_attributes
 
 LARGE_BYTES = 1 << 20
 """Inputs of blocks from this size on go to the CPU; the rest is small."""
@@ -206,13 +206,13 @@ class Transformer:
         interception = Interception(self.model, self.adapter, attend)
         blocks = {id(site.block): site.block for site in interception.sites}.values()
         names = {id(module): name for name, module in self.model.named_modules()}
-        links = {each: partial(self._block, each, each.forward, names[id(each)], chain, tell) for each in blocks}
-        try:
-            with other_forwards(links):
-                yield
-        finally:
-            interception.detach()
-            self._calls.clear()
+        with ExitStack() as stack:
+            stack.callback(self._calls.clear)
+            stack.callback(interception.detach)
+            for block in blocks:
+                forward = partial(self._block, block, block.forward, names[id(block)], chain, tell)
+                stack.enter_context(with_attributes(block, forward=forward))
+            yield
 
     def _block(
         self,
@@ -274,22 +274,6 @@ def _pull_block(
     return [
         [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, some, strict=True)] for some in grads
     ]
-
-
-@contextmanager
-def other_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Modules have these forwards while the context lasts, and the very ones that they had before afterwards."""
-    own = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module, before in own.items():
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before  # type: ignore[method-assign]
 
 
 def _keeping_weights() -> torch.autograd.graph.saved_tensors_hooks:

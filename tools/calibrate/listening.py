@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, update_wrapper
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calibatt.tools.calibrate.chain import ChainError, Traced, floating, plain, replaced
-from calibatt.tools.calibrate.gradients import Transformer, other_forwards
+from calibatt.tools.calibrate.chain import ChainError, Traced, floating, plain, replaced, with_attributes
+from calibatt.tools.calibrate.gradients import Transformer
 
 
 class _NoGradient(torch.autograd.Function):
@@ -37,13 +37,12 @@ def listening(transformers: Sequence[Transformer], hear: Callable[..., Any]) -> 
     Networks that hold none of them, such as a VAE, compute without the graph of the sampling; what they return has no
     gradient, and says so if one is asked for.
     """
-    runs = {each: each.model.forward for each in transformers}
-    links = {each.model: update_wrapper(partial(hear, each, run), run) for each, run in runs.items()}
+    links = {each.model for each in transformers}
     left: dict[int, list[Tensor]] = {}
 
     def leave(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         traced = [x for x in args if isinstance(x, Traced) and x.requires_grad]
-        if not traced or not links.keys().isdisjoint(module.modules()):
+        if not traced or not links.isdisjoint(module.modules()):
             return None
         left[id(module)] = traced
         return tuple(map(plain, args))
@@ -56,10 +55,11 @@ def listening(transformers: Sequence[Transformer], hear: Callable[..., Any]) -> 
             return replaced(found, [x.as_subclass(Traced) for x in ends])
 
     hooks = nn.modules.module
-    handles = hooks.register_module_forward_pre_hook(leave), hooks.register_module_forward_hook(come_back)
-    try:
-        with other_forwards(links):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for each in transformers:
+            run = each.model.forward
+            heard = update_wrapper(partial(hear, each, run), run)
+            stack.enter_context(with_attributes(each.model, forward=heard))
+        for handle in hooks.register_module_forward_pre_hook(leave), hooks.register_module_forward_hook(come_back):
+            stack.callback(handle.remove)
+        yield

@@ -17,7 +17,7 @@ from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.tools.calibrate.calibration import CalibrationError
 from calibatt.tools.calibrate.chain import ChainError
 from calibatt.tools.calibrate.checks import CheckError, check_gradients, check_model
-from calibatt.tools.calibrate.models import DEFAULT_SAMPLES, MOST_TIMES, PROMPTS, SMALL_TOKENS, default_prompts
+from calibatt.tools.calibrate.models import DEFAULT_SAMPLES, DEMOS, MOST_TIMES, SMALL_TOKENS, default_prompts
 from calibatt.tools.calibrate.pipeline import PipelineError
 from calibatt.tools.calibrate.sampler import Sampler, transformers_of
 
@@ -170,8 +170,10 @@ def plan_work(model: str, path: Path | None, samples: int | None, seed: int) -> 
         if samples is not None and samples > len(prompts):
             raise ValueError(f"--samples must be at most the {len(prompts)} prompts of {path}, got {samples}")
         prompts = prompts[:samples]
-    elif model in PROMPTS:
-        prompts = PROMPTS[model](samples or DEFAULT_SAMPLES, seed)
+    elif model in DEMOS:
+        from calibatt.tools.demo_model.sampler import training_prompts  # diffusers, which other models may lack
+
+        prompts = training_prompts(samples or DEFAULT_SAMPLES, seed)
     else:
         known = default_prompts()
         if samples is not None and samples > len(known):
