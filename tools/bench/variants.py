@@ -200,13 +200,8 @@ def step_cache(model: Any, share: float) -> Iterator[Callable[[], int]]:
         model.disable_cache()
 
 
-@contextmanager
-def _through(model: nn.Module, attend: Callable[..., Tensor]) -> Iterator[None]:
-    interception = Interception(model, adapter_for(model), attend)
-    try:
-        yield
-    finally:
-        interception.detach()
+def _through(model: nn.Module, attend: Callable[..., Tensor]) -> Interception:
+    return Interception(model, adapter_for(model), attend)
 
 
 @torch.library.custom_op("calibatt_bench::copy", mutates_args=())

@@ -208,7 +208,7 @@ class Transformer:
         names = {id(module): name for name, module in self.model.named_modules()}
         with ExitStack() as stack:
             stack.callback(self._calls.clear)
-            stack.callback(interception.detach)
+            stack.enter_context(interception)
             for block in blocks:
                 forward = partial(self._block, block, block.forward, names[id(block)], chain, tell)
                 stack.enter_context(with_attributes(block, forward=forward))

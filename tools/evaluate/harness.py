@@ -54,12 +54,8 @@ def attending(model: nn.Module, attention: Attention) -> Iterator[None]:
         out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), site.layer, now)
         return out.transpose(1, 2).to(v.dtype)
 
-    interception = Interception(model, adapter, attend, begin=lambda arguments: float(adapter.time(arguments)))
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        interception.detach()
+    with Interception(model, adapter, attend, begin=lambda arguments: float(adapter.time(arguments))), torch.no_grad():
+        yield
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, layer: int, time: float) -> Tensor:
