@@ -50,23 +50,21 @@ def with_budget(text: str, budget: dict[str, float | None], precision: str | Non
             the precision.
         CompileError: The pass string or an option is wrong.
     """
-    passes = parse_passes(text)
-    given = [name for name, value in budget.items() if value is not None]
+    passes, spaceless = parse_passes(text), text.replace(" ", "")
+    given = {name: value for name, value in budget.items() if value is not None}
     options = [f"--{name.replace('_', '-')}" for name in budget]
-    if precision is not None:
-        if "precision=" in text.replace(" ", "") or not any(isinstance(each, Select) for each in passes):
-            rule = "be given in --passes or on the command line, and to a select"
-            raise PassSyntaxError(f"--precision must {rule}, got it with {text!r}")
-        passes = tuple(replace(each, precision=precision) if isinstance(each, Select) else each for each in passes)
-    if not given:
-        return passes
+    selects = any(isinstance(each, Select) for each in passes)
+    if precision is not None and ("precision=" in spaceless or not selects):
+        rule = "be given in --passes or on the command line, and to a select"
+        raise PassSyntaxError(f"--precision must {rule}, got it with {text!r}")
     if len(given) > 1:
         raise PassSyntaxError(f"a budget must be one of {', '.join(options)}, got {len(given)} of them")
-    if any(f"{name[2:]}=" in text.replace(" ", "") for name in options):
+    if given and any(f"{name[2:]}=" in spaceless for name in options):
         raise PassSyntaxError("a budget must be given in --passes or on the command line, got both")
-    if not any(isinstance(each, Select) for each in passes):
+    if given and not selects:
         raise PassSyntaxError(f"a budget must have a select in --passes, got {text!r}")
-    changes: dict[str, Any] = {**dict.fromkeys(BUDGETS), **budget}
+    changes: dict[str, Any] = {} if precision is None else {"precision": precision}
+    changes |= {**dict.fromkeys(BUDGETS), **given} if given else {}
     return tuple(replace(each, **changes) if isinstance(each, Select) else each for each in passes)
 
 

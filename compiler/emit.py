@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from calibatt.compiler.cost import Device
 from calibatt.compiler.errors import PassError
-from calibatt.compiler.gather import Samplings, StatisticsSource
+from calibatt.compiler.gather import Samplings
 from calibatt.compiler.ir import Job
 from calibatt.compiler.language import print_passes
 from calibatt.compiler.passes import Pass
-from calibatt.compiler.pipeline import Map, Run, Source, in_turn, run
+from calibatt.compiler.pipeline import Map, Run
 from calibatt.compiler.prediction import CUT, DENSE, Masks, Prediction, predict
-from calibatt.compiler.shelf import MemoryShelf, Shelf
+from calibatt.compiler.shelf import Shelf
 from calibatt.plans import EncodedLayer, PlanFile, Segment, StoredLayers, base_segments, encode
 
 
@@ -91,25 +90,6 @@ def make_plan(
         predicted=predicted,
         notes=notes,
     )
-
-
-def compile_in_memory(store: Samplings, source: Source, passes: Sequence[Pass], device: Device) -> PlanFile:
-    """What `calibatt-compile` makes of a store, in this process and without a folder: for small jobs.
-
-    Args:
-        store: The statistics.
-        source: `StatisticsSource` of them.
-        passes: What to run; the last one is `lower`.
-        device: What predicts milliseconds.
-
-    Raises:
-        CompileError: A pass lacks what it requires.
-        StoreError: The statistics are damaged.
-    """
-    require_lowered(passes)
-    job, shelf = StatisticsSource(store).make_job(device), MemoryShelf()
-    found = run(source, job, passes, shelf, in_turn)
-    return make_plan(job, store, passes, found, shelf, in_turn)
 
 
 def _encode(shelf: Shelf, index: int, base: int) -> EncodedLayer:

@@ -1,4 +1,4 @@
-"""Where units are kept between stages: in this process, or in a folder that many processes share."""
+"""Where units are kept between stages: in a folder that many processes share."""
 
 from __future__ import annotations
 
@@ -22,22 +22,6 @@ class Shelf(Protocol):
 
     def put(self, index: int, unit: UnitIR) -> None:
         """Keeps a unit in place of what was there."""
-
-
-class MemoryShelf:
-    """For one process and small jobs."""
-
-    def __init__(self) -> None:
-        self.units: dict[int, UnitIR] = {}
-
-    def unit(self, index: int) -> UnitIR:
-        unit = copy.copy(self.units[index])
-        unit.anchors, unit.packed, unit.choice = list(unit.anchors), dict(unit.packed), list(unit.choice)
-        unit.packed_menu = dict(unit.packed_menu)
-        return unit
-
-    def put(self, index: int, unit: UnitIR) -> None:
-        self.units[index] = unit
 
 
 class DiskShelf:

@@ -95,7 +95,7 @@ class InterceptedSite:
 
 
 class Interception:
-    """Sends every self-attention call of a model through `attend`, from now until `detach`.
+    """Sends every self-attention call of a model through `attend`, from now until `detach` or the end of a ``with``.
 
     Interceptions of one model stack: the newest is called, the others wait, and they may be detached in any order.
     Threads may share the model: each forward has its own context. Compiled forwards do not `verify`: let `begin` do it
@@ -162,6 +162,12 @@ class Interception:
                 f"attention processors must stay as attached (detach, change them, attach again), got others at "
                 f"{', '.join(lost)}"
             )
+
+    def __enter__(self) -> Interception:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
 
     def detach(self) -> None:
         """Puts back the processors found when this began, the same objects; a second call does nothing.

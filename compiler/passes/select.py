@@ -166,16 +166,10 @@ class Select(Pass):
                 unit.anchors[head] = None
                 unit.copy_error[head] = 0.0
                 del unit.packed[head]
-        found: Findings = {"with anchors": sum(groups is not None for groups in unit.anchors)}
-        for choice in unit.choice:
-            kind = choice.split()[0].split("(")[0]
-            found[kind] = found.get(kind, 0) + 1
-        return found
+        return {"heads_with_anchors": sum(groups is not None for groups in unit.anchors)}
 
     def report(self, job: Job, total: Findings) -> dict[str, Any]:
-        anchored = total.pop("with anchors")
-        kinds = {kind: int(number) for kind, number in sorted(total.items())}
-        return {**job.findings[self.name], "heads_by_kind": kinds, "heads_with_anchors": int(anchored)}
+        return {**job.findings[self.name], **total}
 
     def _solve(self, job: Job, cost: Float64, loss: Float64, predicted: Callable[[Int64], Prediction | str]) -> Choice:
         dense = job.unit_dense_blocks * len(cost) // job.manifest.model.heads

@@ -13,13 +13,13 @@ from support import stats
 from support.jobs import DEVICE, EIGHT, MemoryStore, compile_store, memory_store
 
 from calibatt.compiler.bits import unpack
-from calibatt.compiler.emit import compile_in_memory
 from calibatt.compiler.errors import PassError
 from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.prediction import CUT, DENSE, Masks, Prediction, predict
 from calibatt.compiler.stats import SamplingTables, Table, Unit, window_keep
 from calibatt.plans import BF16, EIGHT_BITS, PRECISIONS, TokenGrid
+from calibatt.tools.studies.in_memory import compile_in_memory
 
 T, L, H, C, W = 3, 2, 4, 3, 2
 SHARES = (0.2, 0.4, 0.8)

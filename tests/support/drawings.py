@@ -32,9 +32,9 @@ from calibatt.compiler.errors import CompileError
 from calibatt.compiler.ir import Job, UnitIR, UnitMeans
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.pipeline import in_turn, run
-from calibatt.compiler.shelf import MemoryShelf
 from calibatt.compiler.stats import Manifest, Table
 from calibatt.plans import PRECISIONS, Blocks, ModelSignature, TokenGrid
+from calibatt.tools.studies.in_memory import MemoryShelf
 from support.jobs import DEVICE
 
 GOLDENS = Path(__file__).parent.parent / "compiler" / "golden"

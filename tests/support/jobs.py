@@ -16,9 +16,9 @@ from calibatt.compiler.ir import Groups, Job, UnitIR, packed_bits
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.menu import Menu
 from calibatt.compiler.pipeline import Account, in_turn, run
-from calibatt.compiler.shelf import MemoryShelf
 from calibatt.compiler.stats import Manifest, SamplingTables, Table, Unit, combined
 from calibatt.plans import INT8, INT8_FP8, TokenGrid
+from calibatt.tools.studies.in_memory import MemoryShelf
 from support import stats
 
 DEVICE = Device("test", "made up", tflops=1.0)

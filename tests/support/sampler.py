@@ -12,12 +12,12 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from calibatt.compiler.cost import device_named
-from calibatt.compiler.emit import compile_in_memory
 from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.stats import Manifest, Store, StoreWriter, default_windows
 from calibatt.plans import Blocks, ModelSignature, PlanFile, TokenGrid
 from calibatt.tools.calibrate.calibration import Calibrator
+from calibatt.tools.studies.in_memory import compile_in_memory
 
 GRID = TokenGrid(4, 8, 8)
 TIMES = (1.0, 0.8, 0.4)

@@ -1,30 +1,27 @@
-"""What a sweep says of the triton backend's table."""
+"""`calibatt-bench kernel` on a CPU: both kernels there, in turns, in one file."""
 
 from __future__ import annotations
 
-import torch
+import dataclasses
+import json
+from pathlib import Path
 
-from calibatt.tools.bench.kernel import GPU_SIZES, ranking
+import pytest
+from click.testing import CliRunner
 
-
-def test_configurations_are_ranked_against_the_tables() -> None:
-    size = GPU_SIZES[0]
-    milliseconds = {
-        "triton": {0.5: 4.0, 0.1: 1.0},
-        "Config(slower)": {0.5: 8.0, 0.1: 2.0},
-        "Config(faster)": {0.5: 2.0, 0.1: 0.5},
-        "hopper": {0.5: 1.0, 0.1: 1.0},
-    }
-    records = [
-        {"size": name, "backend": backend, "density": density, "median_ms": ms}
-        for name in (size.name, "another size")
-        for backend, times in milliseconds.items()
-        for density, ms in times.items()
-    ]
-    faster, slower = ranking(records, size, torch.device("cpu"))
-    assert faster == "sm90, head_dim 128, 480p: 2.000 x the table's: Config(faster)"
-    assert slower.endswith("0.500 x the table's: Config(slower)")
+from calibatt.plans import TokenGrid
+from calibatt.tools.bench import kernel
+from calibatt.tools.bench.__main__ import main
 
 
-def test_there_is_no_ranking_without_a_sweep() -> None:
-    assert ranking([], GPU_SIZES[0], torch.device("cpu")) == []
+def test_kernels_are_measured_and_absent_ones_have_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = dataclasses.replace(kernel.CPU_SIZES[0], grid=TokenGrid(2, 8, 16), densities=(1.0, 0.5))
+    monkeypatch.setattr(kernel, "CPU_SIZES", (size,))
+    arguments = ["kernel", "--device", "cpu", "--rounds", "2", "-o", str(tmp_path / "kernels.json")]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "kernels.json").read_text("utf-8"))
+    found = {(row["backend"], row["density"]) for row in report["measurements"]}
+    assert found == {("sdpa-flash", 1.0), ("torch", 1.0), ("torch", 0.5)}
+    assert report["missing"]["sdpa-cudnn"] == "cuDNN needs a CUDA device"
+    assert report["command"] == "calibatt-bench kernel --mask structured --rounds 2"

@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from calibatt.plans import PlanFile
 from calibatt.runtime import load_plan
 from calibatt.tools.demo import measure, report
 from calibatt.tools.demo_model.model import times
-from calibatt.tools.evaluate.harness import executed_density
+from calibatt.tools.evaluate.harness import about, executed_density
 from calibatt.tools.evaluate.metrics import psnr_db
 from calibatt.tools.studies import quality
 
@@ -50,7 +51,9 @@ def test_the_demo_plan_executes_half_of_dense_attention() -> None:
 
 
 def test_what_measured_is_named() -> None:
-    assert measure.device_name("cpu") == f"CPU, {torch.get_num_threads()} threads"
+    found = about("it", SimpleNamespace(transformer=torch.nn.Linear(1, 1)))
+    assert found["device"] == f"CPU, {torch.get_num_threads()} threads"
+    assert found["command"].startswith("it")
 
 
 @pytest.mark.parametrize(

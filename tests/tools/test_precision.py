@@ -10,13 +10,13 @@ import torch
 from support.jobs import EIGHT
 from support.sampler import TinyVideoSampler, tiny_store
 
-from calibatt.compiler.emit import compile_in_memory
 from calibatt.compiler.gather import StatisticsSource
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.stats import Store
 from calibatt.plans import BF16, INT8_FP8, PlanFile, write_plan
 from calibatt.runtime import load_plan
 from calibatt.tools.evaluate.metrics import latent_db
+from calibatt.tools.studies.in_memory import compile_in_memory
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

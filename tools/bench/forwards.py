@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from calibatt.runtime import Plan, UnsupportedBackendError, load_plan
-from calibatt.tools.bench.kernel import milliseconds, state
+from calibatt.tools.bench.kernel import milliseconds, spread, state
 from calibatt.tools.bench.published import Published
 from calibatt.tools.bench.trace import traced
 from calibatt.tools.bench.variants import SHIFT, Variant, counted_calls, planned, step_cache
@@ -113,12 +113,6 @@ def sample(row: Published, forward: Callable[..., Tensor], inputs: dict[str, Any
         found = forward(**{**inputs, "hidden_states": latents.to(noise.dtype), "timestep": timestep})
         latents = scheduler.step(found, now, latents, return_dict=False)[0]
     return latents
-
-
-def spread(times_ms: Sequence[float]) -> dict[str, Any]:
-    """Median, spread and number of measurements."""
-    low, median, high = (float(value) for value in np.percentile(times_ms, (10, 50, 90)))
-    return {"median_ms": median, "p10_ms": low, "p90_ms": high, "min_ms": min(times_ms), "rounds": len(times_ms)}
 
 
 class SizeBench:

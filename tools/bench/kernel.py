@@ -1,4 +1,4 @@
-"""Attention kernels side by side: ``calibatt-bench kernel -o FILE.json --figure FILE.png``.
+"""Attention kernels side by side: ``calibatt-bench kernel -o FILE.json``.
 
 On a CUDA device the hopper and triton backends against the dense kernels of scaled_dot_product_attention, and, where
 they are installed, FlashAttention-4 (dense and block sparse) and FlexAttention on the same masks and tensors; on a CPU
@@ -16,8 +16,8 @@ import platform
 import random
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,16 +28,12 @@ import numpy as np
 import torch
 
 from calibatt.plans import BF16, FRAMES, PRECISIONS, ROWS, Blocks, TokenGrid
-from calibatt.plans.files import whole_file, write_text
-from calibatt.runtime.backends import load_backend
+from calibatt.plans.files import write_text
 from calibatt.runtime.ops import attend, supports
-from calibatt.runtime.schedule import ListedSchedule
 from calibatt.tools.bench.peers import DENSE_PEERS, SPARSE_PEERS, dense_peer, sparse_peer
-from calibatt.tools.bench.schedules import anchored_schedule, structured_schedule
+from calibatt.tools.bench.schedules import anchored_schedule, in_precision, structured_schedule
 
 OURS = ("hopper", "triton", "torch")
-PEAK_TFLOPS = {"NVIDIA H200": 989.4, "NVIDIA H100 80GB HBM3": 989.4}
-"""Dense bf16, from the data sheets; the roof of the figure."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +59,10 @@ GPU_SIZES = (
     Size("small", TokenGrid(4, 32, 32), 128, 24, 128, torch.bfloat16, (0.3,)),
 )
 CPU_SIZES = (Size("demo", TokenGrid(8, 24, 24), 64, 4, 64, torch.float32, (1.0, 0.7, 0.5, 0.35, 0.2)),)
-SWEEP = [
-    *((64, block_n, 4, stages, None) for block_n in (32, 64, 128) for stages in (2, 3)),
-    *(
-        (128, block_n, warps, stages, registers)
-        for block_n in (32, 64, 128)
-        for warps, squeezed in ((4, 168), (8, 128))
-        for stages in (2, 3)
-        for registers in (None, squeezed)
-    ),
-]
-"""Configurations of the triton kernel for `--sweep`; squeezed ones leave registers for another program on the SM."""
 
 
 def cases(
-    size: Size, density: float, device: torch.device, mask: str, peers: bool, sweep: bool, missing: dict[str, str]
+    size: Size, density: float, device: torch.device, mask: str, peers: bool, missing: dict[str, str]
 ) -> dict[tuple[str, float], Callable[[], object]]:
     """Every (kernel, density) of a size and a density as a function to time; why others are `missing`."""
     shape = (1, size.grid.tokens, size.heads, size.head_dim)
@@ -98,9 +83,7 @@ def cases(
         found.update({(name, schedule.density): sparse_peer(name, q, k, v, schedule) for name in SPARSE_PEERS})
     if ("hopper", schedule.density) in found:
         for precision in sorted(PRECISIONS.keys() - {BF16}):
-            eight = ListedSchedule(
-                replace(schedule.core, head_precision=np.full(size.heads, precision, dtype=np.uint8))
-            )
+            eight = in_precision(schedule, precision)
             if reasons := supports(eight, device, size.dtype, size.head_dim, "hopper"):
                 missing[f"hopper {PRECISIONS[precision]}"] = "; ".join(reasons)
                 continue
@@ -111,45 +94,8 @@ def cases(
             found[name, anchored.density] = partial(attend, q, k, v, anchored, "hopper")
         rising = k * torch.linspace(1, 0.02, size.grid.tokens, device=device, dtype=k.dtype)[:, None]
         found["hopper overshooting", schedule.density] = partial(attend, 40 * q, rising, v, schedule, "hopper")
-    if sweep and device.type == "cuda" and ("triton", schedule.density) in found:
-        triton = load_backend("triton")
-        for config in (triton.Config(*fields) for fields in SWEEP):
-            run = partial(triton.run, q, k, v, schedule.bind(device), size.head_dim**-0.5, False, config=config)
-            found[str(config), schedule.density] = refused_config(run) or run
     missing.update({name: each for (name, _), each in found.items() if isinstance(each, str)})
     return {case: each for case, each in found.items() if not isinstance(each, str)}
-
-
-def refused_config(run: Callable[[], object]) -> str | None:
-    """Why the device cannot run a configuration of the triton kernel; None if it can."""
-    from triton.runtime.errors import OutOfResources, PTXASError
-
-    try:
-        run()
-    except (OutOfResources, PTXASError) as error:
-        return str(error)
-    return None
-
-
-def ranking(records: list[dict[str, Any]], size: Size, device: torch.device) -> list[str]:
-    """What feeds the table of the triton backend: every configuration of a sweep, fastest first.
-
-    By the geometric mean over the densities of its speed relative to the table's configuration in the same rounds.
-    """
-    times: dict[str, dict[float, float]] = {}
-    for record in records:
-        if record["size"] == size.name and record["backend"].startswith(("triton", "Config")):
-            times.setdefault(record["backend"], {})[record["density"]] = record["median_ms"]
-    now = times.pop("triton", {})
-    speeds = {
-        name: float(np.exp(np.mean([np.log(now[density] / ms) for density, ms in each.items()])))
-        for name, each in times.items()
-    }
-    sm = load_backend("triton").device_sm(device)
-    return [
-        f"sm{sm}, head_dim {size.head_dim}, {size.name}: {speed:.3f} x the table's: {name}"
-        for name, speed in sorted(speeds.items(), key=lambda each: -each[1])
-    ]
 
 
 def milliseconds(function: Callable[[], object], device: torch.device) -> float:
@@ -163,6 +109,12 @@ def milliseconds(function: Callable[[], object], device: torch.device) -> float:
     begin = time.perf_counter()
     function()
     return (time.perf_counter() - begin) * 1e3
+
+
+def spread(times_ms: Sequence[float]) -> dict[str, Any]:
+    """Median, spread and number of measurements."""
+    low, median, high = (float(value) for value in np.percentile(times_ms, (10, 50, 90)))
+    return {"median_ms": median, "p10_ms": low, "p90_ms": high, "min_ms": min(times_ms), "rounds": len(times_ms)}
 
 
 def measure(
@@ -181,9 +133,8 @@ def measure(
     flops = 4 * size.grid.tokens**2 * size.head_dim * size.heads
     records = []
     for (backend, density), ms in times.items():
-        low, median, high = np.percentile(ms, (10, 50, 90))
-        record = {"backend": backend, "density": density, "median_ms": median, "p10_ms": low, "p90_ms": high}
-        records.append({"size": size.name, **record, "min_ms": min(ms), "tflops": flops * density / median / 1e9})
+        record = {"size": size.name, "backend": backend, "density": density, **spread(ms)}
+        records.append({**record, "tflops": flops * density / record["median_ms"] / 1e9})
     return records
 
 
@@ -228,79 +179,6 @@ def state(device: torch.device) -> dict[str, str]:
     return dict(zip(query.split(","), (value.strip() for value in values.strip().split(",")), strict=True))
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Milliseconds and TFLOP/s against density, one row for each size that has several densities."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    colours = {
-        "hopper": "#1b3d78",
-        "triton": "#2694a0",
-        "torch": "#1b3d78",
-        "flash-attention-4 sparse": "#e4572e",
-        "flash-attention-4": "#e4a03a",
-        "flex-attention": "#7a5ea8",
-        "sdpa-cudnn": "#5a606b",
-        "sdpa-flash": "#9aa0aa",
-    }
-    records = report["measurements"]
-    names = [size["name"] for size in report["sizes"]]
-    shown = [
-        name
-        for name in names
-        if len({row["density"] for row in records if row["size"] == name and row["backend"] in OURS}) > 2
-    ]
-    figure = Figure(figsize=(11, 3.9 * len(shown)), layout="constrained")
-    grid = figure.subplots(len(shown), 2, squeeze=False)
-    for line, name in zip(grid, shown, strict=True):
-        for backend, colour in colours.items():
-            rows = sorted(
-                (row for row in records if (row["size"], row["backend"]) == (name, backend)),
-                key=lambda row: row["density"],
-            )
-            if not rows:
-                continue
-            for axis, key in zip(line, ("median_ms", "tflops"), strict=True):
-                dense = backend in DENSE_PEERS
-                x = [0.05, 1.0] if dense else [row["density"] for row in rows]
-                middle = float(np.median([row[key] for row in rows]))
-                y = [middle, middle] if dense else [row[key] for row in rows]
-                axis.plot(
-                    x, y, color=colour, linestyle="--" if dense else "-", marker="" if dense else "o", markersize=4,
-                    linewidth=2.2 if backend == "hopper" else 1.4, label=backend,
-                )  # fmt: skip
-        left, right = line
-        left.set_xscale("log")
-        left.set_yscale("log")
-        left.set_xticks([0.05, 0.1, 0.2, 0.3, 0.5, 1.0], ["0.05", "0.1", "0.2", "0.3", "0.5", "1"])
-        left.minorticks_off()
-        left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        left.set_ylabel("milliseconds a call")
-        right.set_ylabel("TFLOP/s of computed blocks")
-        roof = PEAK_TFLOPS.get(report["device"])
-        right.set_ylim(0, 1.06 * roof if roof else None)
-        if roof:
-            right.axhline(roof, color="#c24f7a", linewidth=1)
-            right.annotate("data sheet peak", (0.5, roof), fontsize=8, va="bottom", color="#c24f7a")
-            tokens, heads, dim = (
-                next(size for size in report["sizes"] if size["name"] == name)[key]
-                for key in ("tokens", "heads", "head_dim")
-            )
-            x = np.array([0.05, 1.0])
-            left.plot(x, 4 * tokens**2 * dim * heads * x / roof / 1e9, color="#c24f7a", linewidth=1, label="peak")
-        for axis in line:
-            axis.set_title(f"{name}: {report['mask']} masks")
-            axis.set_xlabel("density: share of blocks computed (dense kernels: dashed)")
-            axis.grid(color="#e4e2dc")
-            axis.spines[["top", "right"]].set_visible(False)
-        left.legend(fontsize=8, frameon=False)
-    told = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
-    figure.suptitle(f"{report['device']}, {report['date'][:10]}; {told}", fontsize=9)
-    FigureCanvasAgg(figure)
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=130, facecolor="white", format="png")
-
-
 @click.command(help=__doc__)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--sizes", help="Names, separated by commas [all].")
@@ -308,10 +186,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
 @click.option("--peers/--no-peers", default=True, show_default=True, help="FlashAttention-4 and FlexAttention too.")
 @click.option("--rounds", default=10, show_default=True, help="Measurements of each case.")
 @click.option("--seconds", type=float, default=float("inf"), help="Begin no density after so many seconds.")
-@click.option("--sweep", is_flag=True, help="Also rank configurations of the triton kernel.")
 @click.option("--threads", type=int, help="Threads of torch, on a CPU.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON to write after every density.")
-@click.option("--figure", type=click.Path(path_type=Path), help="PNG to draw.")
 def main(
     device: str,
     sizes: str | None,
@@ -319,10 +195,8 @@ def main(
     peers: bool,
     rounds: int,
     seconds: float,
-    sweep: bool,
     threads: int | None,
     output: Path | None,
-    figure: Path | None,
 ) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
@@ -361,7 +235,7 @@ def main(
             if time.perf_counter() - begun > seconds:
                 click.echo(f"out of time before {size.name} at density {density:g}")
                 continue
-            for record in measure(size, cases(size, density, where, mask, peers, sweep, missing), where, rounds):
+            for record in measure(size, cases(size, density, where, mask, peers, missing), where, rounds):
                 report["measurements"].append(record)
                 click.echo(
                     "{size:>12} {backend:>24} density {density:.3f}: {median_ms:8.2f} ms "
@@ -370,17 +244,8 @@ def main(
             report["states"].append({"size": size.name, "density": density, **state(where)})
             if output is not None:
                 write_text(output, json.dumps(report, indent=1) + "\n")
-    if sweep and on_gpu:
-        report["ranking"] = [
-            line for size in (known[name] for name in names) for line in ranking(report["measurements"], size, where)
-        ]
-        click.echo("\n".join(report["ranking"]))
-        if output is not None:
-            write_text(output, json.dumps(report, indent=1) + "\n")
     for name, reason in missing.items():
         click.echo(f"not measured: {name}: {reason}")
-    if figure is not None:
-        draw(report, figure)
 
 
 def _tiny_refused(device: torch.device, backend: str) -> list[str]:

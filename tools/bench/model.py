@@ -1,4 +1,4 @@
-"""A whole transformer with and without a plan: ``calibatt-bench model -o FILE.json --figure FILE.png``.
+"""A whole transformer with and without a plan: ``calibatt-bench model -o FILE.json``.
 
 \b
 Published architectures at published sizes, weights random, in bfloat16. Timed are
@@ -45,7 +45,6 @@ from calibatt.runtime.adapters import adapter_for
 from calibatt.tools.bench.derived import derived, of_all_layers, told
 from calibatt.tools.bench.forwards import MODES, OUT_OF_TIME, Case, Clock, Runner, SizeBench
 from calibatt.tools.bench.kernel import versions
-from calibatt.tools.bench.model_figure import draw
 from calibatt.tools.bench.published import MODELS, Published, token_grid
 from calibatt.tools.bench.variants import (
     COPY,
@@ -202,7 +201,6 @@ def progress_bar() -> Progress:
 @click.option("--seconds", type=float, default=float("inf"), help="Begin nothing that would take longer than these.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON to write after every measurement.")
-@click.option("--figure", type=click.Path(path_type=Path), help="PNG to draw.")
 def main(
     model: str,
     sizes: str | None,
@@ -221,7 +219,6 @@ def main(
     seconds: float,
     device: str,
     output: Path | None,
-    figure: Path | None,
 ) -> None:
     row, where, clock = MODELS[model], torch.device(device), Clock(seconds)
     names, ways = choose(sizes, list(row.sizes), "--sizes"), pick_modes(modes, row)
@@ -322,8 +319,6 @@ def main(
         click.echo(line)
     for what, reason in report["missing"].items():
         click.echo(f"not measured: {what}: {reason}")
-    if figure is not None:
-        draw(report, figure)
     if any(reason != OUT_OF_TIME and FLASH_4 not in what for what, reason in report["missing"].items()):
         raise SystemExit(1)
 

@@ -9,12 +9,10 @@ wrong, they are refused. Times are of whole calls, quantisation included.
 from __future__ import annotations
 
 import datetime
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import click
-import numpy as np
 import torch
 
 from calibatt.plans import BF16, PRECISIONS, Blocks, TokenGrid
@@ -22,9 +20,8 @@ from calibatt.plans.precision import EIGHT_BITS
 from calibatt.runtime import eight_bits
 from calibatt.runtime.ops import attend
 from calibatt.runtime.reference import reference_attention
-from calibatt.runtime.schedule import ListedSchedule
 from calibatt.tools.bench.kernel import Size, measure
-from calibatt.tools.bench.schedules import structured_schedule
+from calibatt.tools.bench.schedules import in_precision, structured_schedule
 
 DENSITY, HEADS = 0.3, 16
 GRIDS = {"480p": TokenGrid(21, 30, 52), "720p": TokenGrid(21, 45, 80)}
@@ -36,12 +33,6 @@ SIZES = [
 CHECKED = TokenGrid(5, 16, 26)
 QUERIES = 256
 """Compared with the oracle."""
-
-
-def in_precision(schedule: ListedSchedule, precision: int) -> ListedSchedule:
-    """The same with all heads in a precision."""
-    core = schedule.core
-    return ListedSchedule(replace(core, head_precision=np.full(core.heads, precision, np.uint8)))
 
 
 def inputs(grid: TokenGrid, heads: int, head_dim: int, device: torch.device) -> list[torch.Tensor]:

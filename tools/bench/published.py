@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,10 +84,7 @@ class Published:
     def inputs(self, size: str, device: torch.device, seed: int = 1) -> dict[str, Any]:
         """Arguments of one forward: one sample of noise at `NOISIEST` and a random prompt."""
         generator = torch.Generator(device).manual_seed(seed)
-
-        def noise(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device, dtype=self.dtype)
-
+        noise = partial(torch.randn, generator=generator, device=device, dtype=self.dtype)
         text_dim = self.config["text_embed_dim" if "text_embed_dim" in self.config else "text_dim"]
         found = {
             "hidden_states": noise(1, self.config["in_channels"], *self.sizes[size]),
@@ -111,10 +109,7 @@ class Packed(Published):
         from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
 
         generator = torch.Generator(device).manual_seed(seed)
-
-        def noise(tokens: int, channels: int) -> Tensor:
-            return torch.randn(1, tokens, channels, generator=generator, device=device, dtype=self.dtype)
-
+        noise = partial(torch.randn, 1, generator=generator, device=device, dtype=self.dtype)
         frames, height, width = self.sizes[size]
         pictures = 17 * (frames - 2) // 5 + 5
         sound, patch = round(pictures / 24 * 40), (1, 2, 2)  # 24 pictures and 40 latents of each channel a second

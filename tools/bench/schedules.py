@@ -55,6 +55,12 @@ def structured_schedule(
     return ListedSchedule(core)
 
 
+def in_precision(schedule: AttentionSchedule, precision: int) -> AttentionSchedule:
+    """The same with all heads in a precision."""
+    core = schedule.core
+    return ListedSchedule(replace(core, head_precision=np.full(core.heads, precision, np.uint8)))
+
+
 def anchored_schedule(schedule: AttentionSchedule, axis: int) -> AttentionSchedule:
     """The same with groups of `GROUP` rows or frames in every head, the second of each computed; a packed tile keeps
     what its first query's tile did.

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +21,6 @@ from calibatt.plans import (
     Blocks,
     EncodedLayer,
     ModelSignature,
-    PackedLayer,
     PlanFile,
     StoredLayers,
     TokenGrid,
@@ -32,7 +30,7 @@ from calibatt.runtime import Plan, ops
 from calibatt.runtime.adapters import adapter_for
 from calibatt.runtime.intercept import Interception
 from calibatt.tools.bench.peers import dense_peer
-from calibatt.tools.bench.schedules import structured_schedule
+from calibatt.tools.bench.schedules import in_precision, structured_schedule
 
 FLASH_4 = "flash-attention-4"
 COPY = "copy"
@@ -125,9 +123,8 @@ def plan_shaped(
     """
     made: list[EncodedLayer] = []
     for seed in range(min(masks, signature.layers)):
-        core = structured_schedule(grid, blocks, signature.heads, density, seed=seed).core
-        core = replace(core, head_precision=np.full(core.heads, precision, np.uint8))
-        made.append(encode(PackedLayer.of(core), None))
+        schedule = structured_schedule(grid, blocks, signature.heads, density, seed=seed)
+        made.append(encode(in_precision(schedule, precision).packed, None))
     # The next segment has the masks of the one before, one layer on: other lists at equal cost.
     stored = [[made[(layer + at) % len(made)] for layer in range(signature.layers)] for at in range(steps)]
     even = [1 - step / steps for step in range(steps)]
@@ -203,13 +200,8 @@ def step_cache(model: Any, share: float) -> Iterator[Callable[[], int]]:
         model.disable_cache()
 
 
-@contextmanager
-def _through(model: nn.Module, attend: Callable[..., Tensor]) -> Iterator[None]:
-    interception = Interception(model, adapter_for(model), attend)
-    try:
-        yield
-    finally:
-        interception.detach()
+def _through(model: nn.Module, attend: Callable[..., Tensor]) -> Interception:
+    return Interception(model, adapter_for(model), attend)
 
 
 @torch.library.custom_op("calibatt_bench::copy", mutates_args=())

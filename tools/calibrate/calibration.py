@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_map_only
 
 from calibatt.compiler.stats import Manifest, SampleExists, SamplingTables, StoreWriter, window_keep
 from calibatt.compiler.stats.codes import MOST
-from calibatt.runtime.adapters import Adapter, adapter_for
+from calibatt.runtime.adapters import Adapter
 from calibatt.tools.calibrate.attention import kernel_name
 from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, Traced, floating, plain, replaced
 from calibatt.tools.calibrate.gradients import AttentionCall, Transformer
 from calibatt.tools.calibrate.journal import Journal
 from calibatt.tools.calibrate.listening import listening
-from calibatt.tools.calibrate.sampler import Latent, Sampler, parts
+from calibatt.tools.calibrate.sampler import Latent, Sampler, parts, transformers_of
 from calibatt.tools.calibrate.sums import LayerSums, Moment, table_of, tables_of
 
 TIME_TOLERANCE = 1e-3
@@ -99,11 +99,11 @@ class Calibrator:
         self.sampler, self.writer, self.vectors = sampler, writer, vectors
         self.manifest: Manifest = writer.manifest
         self.on_progress = on_progress
-        self.adapter: Adapter = adapter or getattr(sampler, "adapter", None) or adapter_for(sampler.transformer)
-        self.transformer = Transformer(sampler.transformer, self.adapter, inputs_on_cpu=inputs_on_cpu)
-        others = [model for model in getattr(sampler, "other_transformers", ()) if model is not sampler.transformer]
-        self._others = [Transformer(x, adapter_for(x), inputs_on_cpu=inputs_on_cpu) for x in others]
-        if (signature := self.adapter.signature(sampler.transformer)) != self.manifest.model:
+        rows = transformers_of(sampler, adapter)
+        self.models = [Transformer(model, row, inputs_on_cpu=inputs_on_cpu) for model, row in rows.items()]
+        """All transformers of the sampling, the measured one first."""
+        self.transformer = self.models[0]
+        if (signature := self.transformer.adapter.signature(sampler.transformer)) != self.manifest.model:
             raise CalibrationError(f"the manifest must be of {signature}, got {self.manifest.model}")
         if sampler.grid != self.manifest.grid:
             raise CalibrationError(f"the manifest must be of {sampler.grid}, got {self.manifest.grid}")
@@ -185,11 +185,6 @@ class Calibrator:
         apart = abs(times[nearest] - now)
         closer = any(abs(step - now) < apart for step in self.sampler.times)
         return nearest if apart <= TIME_TOLERANCE and not closer else None
-
-    @property
-    def models(self) -> list[Transformer]:
-        """All transformers of the sampling, the measured one first."""
-        return [self.transformer, *self._others]
 
     def keep_inputs(self, *, on_cpu: bool) -> None:
         """Says where what enters the blocks of a forward is kept, of whichever transformer."""

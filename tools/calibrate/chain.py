@@ -8,7 +8,8 @@ outputs of a link are leaves of autograd's graph, which therefore holds what is 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,3 +223,16 @@ class Chain:
             [taken(vector, (-1, index), (x.shape, x.dtype, x.device)) for index, x in enumerate(sources)]
             for vector in range(len(cotangents))
         ]
+
+
+@contextmanager
+def with_attributes(owner: Any, **values: Any) -> Iterator[None]:
+    """Gives something other attributes for a while, among them what offloading and compiling have put there."""
+    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
+    vars(owner).update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del vars(owner)[name]
+        vars(owner).update(before)

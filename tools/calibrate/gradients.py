@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from calibatt.runtime.adapters import Adapter
 from calibatt.runtime.intercept import InterceptedSite, Interception
 from calibatt.tools.calibrate.attention import attention
-from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, floating, replaced
+from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, floating, replaced, with_attributes
 
 LARGE_BYTES = 1 << 20
 """Inputs of blocks from this size on go to the CPU; the rest is small."""
@@ -206,21 +206,13 @@ class Transformer:
         interception = Interception(self.model, self.adapter, attend)
         blocks = {id(site.block): site.block for site in interception.sites}.values()
         names = {id(module): name for name, module in self.model.named_modules()}
-        own = [(block, block.__dict__.get("forward")) for block in blocks]
-        for block in blocks:
-            block.forward = partial(  # type: ignore[method-assign]
-                self._block, block, block.forward, names[id(block)], chain, tell
-            )
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._calls.clear)
+            stack.enter_context(interception)
+            for block in blocks:
+                forward = partial(self._block, block, block.forward, names[id(block)], chain, tell)
+                stack.enter_context(with_attributes(block, forward=forward))
             yield
-        finally:
-            for block, before in own:
-                if before is None:
-                    del block.forward
-                else:
-                    block.forward = before  # type: ignore[method-assign]
-            interception.detach()
-            self._calls.clear()
 
     def _block(
         self,

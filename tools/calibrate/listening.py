@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, update_wrapper
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calibatt.tools.calibrate.chain import ChainError, Traced, floating, plain, replaced
+from calibatt.tools.calibrate.chain import ChainError, Traced, floating, plain, replaced, with_attributes
 from calibatt.tools.calibrate.gradients import Transformer
 
 
@@ -37,11 +37,7 @@ def listening(transformers: Sequence[Transformer], hear: Callable[..., Any]) -> 
     Networks that hold none of them, such as a VAE, compute without the graph of the sampling; what they return has no
     gradient, and says so if one is asked for.
     """
-    own = [(each.model, each.model.__dict__.get("forward")) for each in transformers]
-    for each in transformers:
-        run = each.model.forward
-        each.model.forward = update_wrapper(partial(hear, each, run), run)  # type: ignore[method-assign]
-    links = {model for model, _ in own}
+    links = {each.model for each in transformers}
     left: dict[int, list[Tensor]] = {}
 
     def leave(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -59,14 +55,11 @@ def listening(transformers: Sequence[Transformer], hear: Callable[..., Any]) -> 
             return replaced(found, [x.as_subclass(Traced) for x in ends])
 
     hooks = nn.modules.module
-    handles = hooks.register_module_forward_pre_hook(leave), hooks.register_module_forward_hook(come_back)
-    try:
+    with ExitStack() as stack:
+        for each in transformers:
+            run = each.model.forward
+            heard = update_wrapper(partial(hear, each, run), run)
+            stack.enter_context(with_attributes(each.model, forward=heard))
+        for handle in hooks.register_module_forward_pre_hook(leave), hooks.register_module_forward_hook(come_back):
+            stack.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for model, before in own:
-            if before is None:
-                del model.forward
-            else:
-                model.forward = before  # type: ignore[method-assign]

@@ -17,7 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from calibatt.plans import TokenGrid
 from calibatt.runtime.adapters import Adapter, Arguments, adapter_for
-from calibatt.tools.calibrate.running import Steps, cheap_forward, seeded, with_attributes
+from calibatt.tools.calibrate.chain import with_attributes
+from calibatt.tools.calibrate.running import Steps, cheap_forward, seeded
 from calibatt.tools.calibrate.sampler import Latent, parts
 
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref")

@@ -12,14 +12,14 @@ import torch
 
 from calibatt.compiler.stats import Manifest, default_windows
 from calibatt.plans import Blocks, TokenGrid
-from calibatt.runtime.adapters import Adapter, adapter_for
+from calibatt.runtime.adapters import Adapter
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.tools.calibrate.calibration import CalibrationError
 from calibatt.tools.calibrate.chain import ChainError
 from calibatt.tools.calibrate.checks import CheckError, check_gradients, check_model
-from calibatt.tools.calibrate.models import DEFAULT_SAMPLES, MOST_TIMES, PROMPTS, SMALL_TOKENS, default_prompts
+from calibatt.tools.calibrate.models import DEFAULT_SAMPLES, DEMOS, MOST_TIMES, SMALL_TOKENS, default_prompts
 from calibatt.tools.calibrate.pipeline import PipelineError
-from calibatt.tools.calibrate.sampler import Sampler
+from calibatt.tools.calibrate.sampler import Sampler, transformers_of
 
 SMALL_VECTORS = 8
 ROW_RADIUS, FRAME_RADIUS = 3, 4
@@ -78,7 +78,7 @@ def make_manifest(
     transformer, grid = sampler.transformer, sampler.grid
     size = block_size or default_block_size(grid, device_of(sampler))
     return Manifest(
-        model=(adapter or adapter_of(sampler)).signature(transformer),
+        model=transformers_of(sampler, adapter)[transformer].signature(transformer),
         grid=grid,
         blocks=Blocks(size, size),
         times=tuple(sorted(sampler.times[step] for step in chosen)),
@@ -94,16 +94,6 @@ def make_manifest(
     )
 
 
-def adapter_of(sampler: Sampler) -> Adapter:
-    """The row of the sampler's model: its own, or the one of the model's class.
-
-    Raises:
-        UnknownModelError: No row fits the model.
-    """
-    found: Adapter = getattr(sampler, "adapter", None) or adapter_for(sampler.transformer)
-    return found
-
-
 def check_sampler(sampler: Sampler, adapter: Adapter | None = None) -> None:
     """Refuses a sampler whose transformers cannot all be differentiated, before any work.
 
@@ -111,10 +101,8 @@ def check_sampler(sampler: Sampler, adapter: Adapter | None = None) -> None:
         CheckError: Names the model or layer and what to do.
         UnknownModelError: No row fits a model.
     """
-    others = [model for model in getattr(sampler, "other_transformers", ()) if model is not sampler.transformer]
-    for model in (sampler.transformer, *others):
+    for model, row in transformers_of(sampler, adapter).items():
         check_model(model)
-        row = (adapter or adapter_of(sampler)) if model is sampler.transformer else adapter_for(model)
         check_gradients(model, row)
 
 
@@ -182,8 +170,10 @@ def plan_work(model: str, path: Path | None, samples: int | None, seed: int) -> 
         if samples is not None and samples > len(prompts):
             raise ValueError(f"--samples must be at most the {len(prompts)} prompts of {path}, got {samples}")
         prompts = prompts[:samples]
-    elif model in PROMPTS:
-        prompts = PROMPTS[model](samples or DEFAULT_SAMPLES, seed)
+    elif model in DEMOS:
+        from calibatt.tools.demo_model.sampler import training_prompts  # diffusers, which other models may lack
+
+        prompts = training_prompts(samples or DEFAULT_SAMPLES, seed)
     else:
         known = default_prompts()
         if samples is not None and samples > len(known):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from calibatt.plans import PlanFile
 from calibatt.plans.command import one_line
 from calibatt.tools.calibrate.models import FIRST_SEED
+from calibatt.tools.calibrate.progress import steps as progress_of
 
 NAME = "calibatt-demo"
 console = Console()
@@ -57,7 +55,7 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, few_step
     from calibatt.runtime import load_plan
     from calibatt.tools.demo import measure, report
     from calibatt.tools.demo_model.model import trained
-    from calibatt.tools.evaluate.harness import executed_density
+    from calibatt.tools.evaluate.harness import about, executed_density
 
     output.mkdir(parents=True, exist_ok=True)
     stats, path = output / "stats", output / "demo.plan"
@@ -71,10 +69,8 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, few_step
     (model, _), plan = trained(name, device), load_plan(path)
     prompts = measure.held_out_prompts(held_out_prompts)
     console.print(f"\n[bold]{held_out_prompts} held-out prompts, dense and planned[/bold]")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("generating", total=len(prompts))
-        pairs = measure.pairs(model, plan, prompts, FIRST_SEED, lambda _: progress.advance(task))
+    with progress_of("generating", len(prompts), console) as shown:
+        pairs = measure.pairs(model, plan, prompts, FIRST_SEED, lambda _: shown.advance(1))
     for pair in pairs:
         console.print(f"{pair.latent_db:5.1f} dB latent SNR, {pair.psnr_db:5.1f} dB PSNR  {pair.prompt}")
     with console.status("timing attention, dense and planned in turn"):
@@ -90,10 +86,8 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, few_step
         "dense_spread_ms": dense_spread,
         "planned_ms": planned,
         "planned_spread_ms": planned_spread,
-        "device": measure.device_name(device),
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "command": "calibatt-demo --few-steps" if few_steps else "calibatt-demo",
-        "date": datetime.date.today().isoformat(),
+        **about(NAME, model),
+        "command": f"{NAME} --few-steps" if few_steps else NAME,
     }
     target = output / "report.html"
     report.write_report(target, PlanFile.read(path), path.name, pairs, facts)

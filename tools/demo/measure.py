@@ -45,13 +45,6 @@ class Pair:
         return float(latent_db(self.planned[None], self.dense[None]))
 
 
-def device_name(device: str) -> str:
-    """What measured, in words: the GPU, or the CPU with its threads."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
 def held_out_prompts(count: int, seed: int = 6) -> list[str]:
     """Sentences of scenes that neither training nor calibration ever sees."""
     return [world.sentence(s) for s in world.scenes(count, torch.Generator().manual_seed(seed), test=True)]

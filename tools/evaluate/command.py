@@ -13,7 +13,6 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from calibatt.compiler.stats.files import require_outside
@@ -23,6 +22,7 @@ from calibatt.plans.files import write_text
 from calibatt.runtime import load_plan
 from calibatt.tools.calibrate.models import make_sampler
 from calibatt.tools.calibrate.pipeline import PipelineError
+from calibatt.tools.calibrate.progress import steps as progress_of
 from calibatt.tools.calibrate.work import MODEL_ERRORS, check_sampler, device_memory, pick_device, read_prompts
 from calibatt.tools.evaluate import evaluation, gate
 from calibatt.tools.evaluate.evaluation import Candidate, Cells, EvaluationError, Work
@@ -80,13 +80,10 @@ def run(
     gate.check_names(requirements, metrics, candidates, bool(head_prompts))
     cells = Cells(output / "cells", evaluation.settings_of(sampler, metrics))
     heads_work = work[:head_prompts]
-    with _progress() as progress:
-        task = progress.add_task("videos", total=len(work))
-        evaluation.measure_videos(
-            sampler, candidates, work, metrics, floor_prompts, cells, lambda: progress.advance(task)
-        )
-        task_heads = progress.add_task("heads", total=len(heads_work))
-        done, times = lambda: progress.advance(task_heads), sorted(sampler.times)
+    with progress_of("videos", len(work), console) as shown:
+        evaluation.measure_videos(sampler, candidates, work, metrics, floor_prompts, cells, lambda: shown.advance(1))
+    with progress_of("heads", len(heads_work), console) as shown:
+        done, times = lambda: shown.advance(1), sorted(sampler.times)
         evaluation.measure_heads(sampler, candidates, heads_work, cells, done, vectors=evaluation.VECTORS, times=times)
     result = _result(sampler, candidates, work, heads_work, metrics, absent, cells, requirements, floor_prompts)
     write_text(output / "report.json", json.dumps(result, indent=1) + "\n")
@@ -110,11 +107,6 @@ def _metrics(sampler: Any) -> tuple[tuple[Metric, ...], dict[str, str]]:
     perceptual = lpips_metric()
     found = (LATENT, *ALWAYS)
     return ((*found, perceptual), {}) if isinstance(perceptual, Metric) else (found, {LPIPS: perceptual})
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def _result(

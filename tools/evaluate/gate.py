@@ -17,8 +17,6 @@ from calibatt.tools.inspect_plan.summary import EVALUATION
 _REQUIREMENT = re.compile(r"\s*([a-z]+)(?:\.([a-z]+))?\s*(>=|<=)\s*([-+0-9.eE]+)\s*")
 _HOLDS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 STATISTICS = ("mean", "worst")
-HEADS = {"broken": "number of broken heads", "ratio": "squared effect, measured / promised"}
-"""What may be required of the heads."""
 
 
 class RequirementError(ValueError):
@@ -42,8 +40,8 @@ class Requirement:
         """The number that it is about; see `check_names`."""
         if self.name == "broken" and "broken" in heads:
             return float(len(heads["broken"]))
-        if self.name in HEADS and self.name in heads:
-            return float(heads[self.name])
+        if self.name == "ratio" and "ratio" in heads:
+            return float(heads["ratio"])
         return float(metrics[self.name][self.statistic])
 
     def holds(self, value: float) -> bool:

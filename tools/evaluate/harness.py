@@ -32,8 +32,8 @@ def typed(command: str) -> str:
     return " ".join([command, *(Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:])])
 
 
-def about(command: str, sampler: Sampler) -> dict[str, str]:
-    """Command, device, versions and date of a measurement."""
+def about(command: str, sampler: Sampler | nn.Module) -> dict[str, str]:
+    """Command, device, versions and date of a measurement of what has a `transformer`."""
     on_gpu = next(sampler.transformer.parameters()).is_cuda
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
@@ -54,12 +54,8 @@ def attending(model: nn.Module, attention: Attention) -> Iterator[None]:
         out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), site.layer, now)
         return out.transpose(1, 2).to(v.dtype)
 
-    interception = Interception(model, adapter, attend, begin=lambda arguments: float(adapter.time(arguments)))
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        interception.detach()
+    with Interception(model, adapter, attend, begin=lambda arguments: float(adapter.time(arguments))), torch.no_grad():
+        yield
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, layer: int, time: float) -> Tensor:

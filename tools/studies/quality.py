@@ -9,9 +9,7 @@ model and in the same architecture before training.
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
 from pathlib import Path
 
 import click
@@ -27,7 +25,7 @@ from calibatt.tools.calibrate.models import FIRST_SEED
 from calibatt.tools.demo import measure
 from calibatt.tools.demo_model import world
 from calibatt.tools.demo_model.model import DemoModel, generate
-from calibatt.tools.evaluate.harness import attending, executed_density, typed, written_out
+from calibatt.tools.evaluate.harness import about, attending, executed_density, written_out
 from calibatt.tools.evaluate.metrics import psnr_db, summarise
 from calibatt.tools.studies import rendering
 
@@ -114,18 +112,10 @@ def main(plan: Path, prompts: int, device: str, output: Path) -> None:
         found_plan.attach(model.transformer).detach()
     except (PlanError, OSError, RuntimeError) as error:
         raise click.ClickException(" ".join(str(error).split())) from None
-    about = {
-        "command": typed("python -m calibatt.tools.studies.quality"),
-        "date": datetime.date.today().isoformat(),
-        "device": measure.device_name(device),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "prompts": prompts,
-        "steps": model.steps,
-    }
+    facts = {**about("python -m calibatt.tools.studies.quality", model), "prompts": prompts, "steps": model.steps}
     found = judge(model, found_plan, prompts)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, json.dumps({**about, **found}, indent=1) + "\n")
+    write_text(output, json.dumps({**facts, **found}, indent=1) + "\n")
     click.echo(f"density {found['executed_density']}, {found['psnr_db']} dB, floor {found['floor_db']} dB: {output}")
 
 

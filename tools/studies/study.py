@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from calibatt.compiler.cost import Speed, device_named
-from calibatt.compiler.emit import compile_in_memory
 from calibatt.compiler.gather import Samplings, StatisticsSource
 from calibatt.compiler.ir import Job, UnitIR
 from calibatt.compiler.language import DEFAULT_PASSES, parse_passes
@@ -32,6 +31,7 @@ from calibatt.tools.calibrate.work import Work, pick_device, plan_work, read_pro
 from calibatt.tools.evaluate.harness import executed_density
 from calibatt.tools.studies import baselines, bench, sol_attn
 from calibatt.tools.studies.bench import Bench, BestOf, Kept, Measured, Moment, PerInput, Planned, Rule
+from calibatt.tools.studies.in_memory import compile_in_memory
 from calibatt.tools.studies.masks import with_top
 
 DENSITIES = (0.2, 0.35, 0.5, 0.65)

@@ -10,9 +10,7 @@ dense one of the same prompt and noise. Between measured points PSNR is linear i
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,7 +20,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-import torch
 from rich.progress import track
 
 from calibatt.compiler.stats import Store
@@ -30,7 +27,7 @@ from calibatt.plans.files import write_text
 from calibatt.runtime import Plan, load_plan
 from calibatt.tools.demo import measure
 from calibatt.tools.demo_model.model import DemoModel, generate
-from calibatt.tools.evaluate.harness import executed_density, typed
+from calibatt.tools.evaluate.harness import about, executed_density
 
 FIRST_SEED = 5000
 DENSITIES = "0.15,0.2,0.25,0.3,0.35,0.4,0.5,0.6"
@@ -119,11 +116,7 @@ def main(
             for each in densities.split(",")
         ]
     result = {
-        "command": typed("python -m calibatt.tools.studies.tradeoff"),
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **about("python -m calibatt.tools.studies.tradeoff", model),
         "prompts": prompts,
         "compared": compare(baseline, ours) if baseline else None,
         "trivial": baseline,
