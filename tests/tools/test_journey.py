@@ -94,7 +94,7 @@ def test_calibration_is_measured_in_parts(name: str, forwards: int, tmp_path: Pa
     report = bench(tmp_path, "--model", name, "--measure", "calibrate", *options)
     assert report["layers"] == 1
     assert report["command"] == (
-        f"python -m calibatt.tools.studies.journey --model {name} --layers 1 --measure calibrate --steps 3 "
+        f"calibatt-bench journey --model {name} --layers 1 --measure calibrate --steps 3 "
         "--block-size 16 --inputs device,cpu --to-samples 5 --to-steps 7 --device cpu"
     )
     assert [record["inputs"] for record in report["calibrate"]] == ["device", "cpu"]

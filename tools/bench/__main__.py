@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -10,11 +11,15 @@ import click
 from calibatt.plans.command import one_line
 
 NAME = "calibatt-bench"
+STUDIES = "calibatt.tools.studies"
+"""A package of a checkout: what it measures is not installed."""
 PARTS = {
     "kernel": "Kernels of block-sparse attention, beside dense ones and peers.",
     "precision": "Heads of 8 bits on this card, which decides whether plans use them here.",
     "model": "Whole models, dense and on plans.",
 }
+if find_spec(STUDIES) is not None:
+    PARTS["journey"] = "Everything from a model to a judged plan, by the commands; from a checkout."
 
 
 class Parts(click.Group):
@@ -24,7 +29,8 @@ class Parts(click.Group):
         return list(PARTS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return import_module(f"calibatt.tools.bench.{cmd_name}").main if cmd_name in PARTS else None
+        package = STUDIES if cmd_name == "journey" else "calibatt.tools.bench"
+        return import_module(f"{package}.{cmd_name}").main if cmd_name in PARTS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -1,6 +1,6 @@
 """From a model to a judged plan, by the commands that a user types.
 
-    python -m calibatt.tools.studies.journey -o FILE.json
+    calibatt-bench journey -o FILE.json
 
 \b
 Stages, on a model of `calibatt.tools.studies.structured`, whose attention has structure and whose weights are random:
@@ -387,7 +387,7 @@ def _let_go(device: torch.device) -> None:
 
 def _typed(context: click.Context) -> str:
     """The command as it was typed, without folders."""
-    words = ["python -m calibatt.tools.studies.journey"]
+    words = ["calibatt-bench journey"]
     for option in context.command.params:
         given = context.get_parameter_source(option.name) not in (ParameterSource.DEFAULT, None)
         if given and option.name not in ("output", "work"):
