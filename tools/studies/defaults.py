@@ -110,6 +110,9 @@ class Defaults:
         with patch.object(error_model, "PRIOR", 0.0):
             return Study(self.bench, self.measured(self.usual).store, "auto").compiled(density)
 
+    def order(self, name: str, block: int, density: float) -> Rule:
+        return METHODS[name](self.measured(self.usual, 1, block), density)
+
     def changes(self) -> Iterator[tuple[str, Make]]:
         """Each change by name, the most telling first."""
 
@@ -123,24 +126,24 @@ class Defaults:
         for count in reversed(self.counts):
             if count != self.usual:
                 yield f"calibration prompts: {count}", by(partial(self.measured, count))
-        yield f"blocks of {self.blocks[1]}", by(lambda: self.measured(self.usual, 1, self.blocks[1]))
         times = len(self.sampler.times)
         for count in sorted({max(1, times // 2), max(1, times // 4)}, reverse=True):
             yield f"times recorded: {count} of {times}", by(partial(self.at_times, spread(times, count)))
-        half = len(self.halved.times)
-        yield f"calibrated on {half} steps", by(lambda: self.measured(self.usual, half_the_steps=True))
         for index in spread(times, 3):
             now = sorted(self.sampler.times)[index]
             yield f"the plan of time {now:.2f} at all times", by(partial(self.at_times, (index,)))
         yield "not shrunk", self.not_shrunk
+        for name in ORDERS:
+            yield f"{name}, blocks of {self.blocks[0]}", partial(self.order, name, self.blocks[0])
+        yield f"blocks of {self.blocks[1]}", by(lambda: self.measured(self.usual, 1, self.blocks[1]))
+        for name in ORDERS:
+            yield f"{name}, blocks of {self.blocks[1]}", partial(self.order, name, self.blocks[1])
+        half = len(self.halved.times)
+        yield f"calibrated on {half} steps", by(lambda: self.measured(self.usual, half_the_steps=True))
         few = max(1, self.usual // 2)
         for count in (few, self.usual):
             name = f"calibration prompts: {count}, random vectors: {MANY_VECTORS}"
             yield name, by(partial(self.measured, count, MANY_VECTORS))
-        for block in self.blocks:
-            for name in ORDERS:
-                study = partial(self.measured, self.usual, 1, block)
-                yield f"{name}, blocks of {block}", lambda d, s=study, n=name: METHODS[n](s(), d)
 
 
 @click.command(help=__doc__)
@@ -148,7 +151,7 @@ class Defaults:
 @click.option("--stores", type=click.Path(path_type=Path), required=True, help="Folder of the stores.")
 @click.option("--samples", type=click.IntRange(1), default=max(COUNTS), show_default=True, help="Most prompts.")
 @click.option("--prompts", type=click.IntRange(1), default=32, show_default=True, help="Held-out prompts.")
-@click.option("--densities", default="0.2,0.35", show_default=True)
+@click.option("--densities", default="0.35,0.2", show_default=True)
 @click.option("--batch-tokens", type=click.IntRange(1), default=BATCH_TOKENS, show_default=True, help="At a time.")
 @click.option("--seconds", type=float, default=math.inf, help="Begin nothing after so many seconds.")
 @click.option("--device", default="auto", show_default=True)
@@ -173,8 +176,8 @@ def main(
     found = Defaults(sampler, halved, held_out_work(model, None, prompts), work, stores, batch)
     judged.result |= {"about": about("python -m calibatt.tools.studies.defaults", sampler), "prompts": prompts}
     judged.result |= {"model": model, "tokens": sampler.grid.tokens}
-    for name, make in found.changes():
-        for density in map(float, densities.split(",")):
+    for density in map(float, densities.split(",")):
+        for name, make in found.changes():
             judged.judge(found.bench, "compiled", density, partial(make, density), variant=name)
     judged.write()
     if markdown is not None:

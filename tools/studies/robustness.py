@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from calibatt.compiler.stats import Store
+from calibatt.plans import Blocks
 from calibatt.plans.errors import PlanError
 from calibatt.plans.files import write_text
 from calibatt.tools.calibrate.work import Work, pick_device
@@ -53,7 +54,7 @@ KINDS = {
 }
 """Columns of a scene, and the words of its first half; the second half has the others."""
 ALL = "all prompts"
-DENSITY = 0.35
+DENSITY, BLOCKS = 0.35, Blocks(64, 64)
 STYLE_CONTRAST, STYLE_TINT = 0.6, (0.3, 0.05, -0.3)
 STYLE_RATE = 1e-3
 HELD_OUT_SEED, CALIBRATION_SEED = 6, 0
@@ -164,21 +165,21 @@ class Places:
         generator = torch.Generator().manual_seed(HELD_OUT_SEED if test else CALIBRATION_SEED)
         return [world.sentence(scene) for scene in world.scenes(count, generator, test=test)]
 
-    def bench(self, sampler: DemoSampler, store: Store, prompts: list[str]) -> Bench:
-        return Bench(sampler, store.manifest.blocks, numbered(prompts, 5000), [], self.batch)
+    def bench(self, sampler: DemoSampler, prompts: list[str]) -> Bench:
+        return Bench(sampler, BLOCKS, numbered(prompts, 5000), [], self.batch)
 
     def all_prompts(self) -> Store:
         return self.store("all", self.demo, self.everything(self.samples, test=False))
 
-    def of_prompts(self) -> Iterator[Place]:
-        for kind in KINDS:
+    def of_prompts(self, kinds: Sequence[str]) -> Iterator[Place]:
+        for kind in kinds or KINDS:
             names = [f"{kind}: {words}" for words in halves(kind)]
 
             def half(index: int, kind: str = kind) -> Store:
                 return self.store(f"{kind} {index}", self.demo, prompts_of(kind, index, self.samples, test=False))
 
             for index, name in enumerate(names):
-                bench = self.bench(self.demo, self.all_prompts(), prompts_of(kind, index, self.prompts, test=True))
+                bench = self.bench(self.demo, prompts_of(kind, index, self.prompts, test=True))
                 other = 1 - index
                 stores = {name: lambda i=index, h=half: h(i), names[other]: lambda i=other, h=half: h(i)}
                 yield Place(kind, name, bench, stores | {ALL: self.all_prompts})
@@ -191,7 +192,7 @@ class Places:
         ):
             sampler = DemoSampler(make(), device=self.device)
             own = lambda n=name, s=sampler: self.store(n, s, self.everything(self.samples, test=False))  # noqa: E731
-            bench = self.bench(sampler, self.all_prompts(), self.everything(self.prompts, test=True))
+            bench = self.bench(sampler, self.everything(self.prompts, test=True))
             yield Place("weights", name, bench, {name: own, "the demo's weights": self.all_prompts})
 
     def style_model(self, result: dict[str, Any]) -> DemoModel:
@@ -261,6 +262,7 @@ def table(result: dict[str, Any]) -> str:
 @click.option("--style-steps", type=click.IntRange(1), default=150, show_default=True)
 @click.option("--style-batch", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--case", "cases", type=click.Choice(["weights", "prompts"]), multiple=True, help="Of both, this alone.")
+@click.option("--kind", "kinds", type=click.Choice(list(KINDS)), multiple=True, help="Of all kinds, this alone.")
 @click.option("--join", type=click.Path(path_type=Path, exists=True), multiple=True, help="JSON of another run.")
 @click.option("--seconds", type=float, default=math.inf, help="Begin nothing after so many seconds.")
 @click.option("--device", default="auto", show_default=True)
@@ -275,6 +277,7 @@ def main(
     style_steps: int,
     style_batch: int,
     cases: tuple[str, ...],
+    kinds: tuple[str, ...],
     join: tuple[Path, ...],
     seconds: float,
     device: str,
@@ -286,19 +289,28 @@ def main(
     result |= {"about": about("python -m calibatt.tools.studies.robustness", places.demo), "prompts": prompts}
     for path in join:
         judged.join(path)
-    every = {"weights": lambda: places.of_weights(result), "prompts": places.of_prompts}
-    for place in itertools.chain.from_iterable(make() for name, make in every.items() if name in (cases or every)):
-        for name in place.stores:
-            labels = {"case": place.case, "used_on": place.name, "calibrated_on": name}
-            judged.judge(place.bench, "compiled", DENSITY, lambda p=place, n=name: p.rule(n), **labels)
-        for row in result["rows"]:
-            unsaid = row["used_on"] == place.name and row["calibrated_on"] != ALL and "quick" not in row
-            if unsaid and judged.elapsed <= seconds:
-                row["quick"] = quick(place, row["calibrated_on"])
+    every = {"weights": lambda: places.of_weights(result), "prompts": lambda: places.of_prompts(kinds)}
+
+    def judge(place: Place, name: str, *, quickly: bool) -> None:
+        labels = {"case": place.case, "used_on": place.name, "calibrated_on": name}
+        judged.judge(place.bench, "compiled", DENSITY, lambda: place.rule(name), **labels)
+        for row in result["rows"] if quickly and judged.elapsed <= seconds else ():
+            if (row["used_on"], row["calibrated_on"]) == (place.name, name) and "quick" not in row:
+                row["quick"] = quick(place, name)
                 console.print(f"{judged.elapsed:6.1f} s  --quick: {row['quick']}", markup=False)
                 judged.write()
+
+    seen = []
+    for place in itertools.chain.from_iterable(make() for name, make in every.items() if name in (cases or every)):
+        seen.append(place)
+        own, other, *_ = place.stores
+        judge(place, own, quickly=False)
+        judge(place, other, quickly=True)
         if judged.elapsed > seconds:
             break
+    for place in seen:  # what matters less
+        for name in place.stores:
+            judge(place, name, quickly=name != ALL)
     if "another_resolution" not in result and judged.elapsed <= seconds:
         result["another_resolution"] = refusal(places.all_prompts(), device)
     judged.write()
