@@ -16,5 +16,7 @@ PRECISIONS = {BF16: "16 bit", INT8: "int8 QK", INT8_FP8: "int8 QK with fp8 PV"}
 def told_precisions(heads: npt.NDArray[np.uint8]) -> str:
     """Shares of heads, of any shape, in each of `PRECISIONS`, in words."""
     counts = np.bincount(heads.reshape(-1), minlength=len(PRECISIONS))
+    if counts.max() == heads.size:
+        return f"all heads in {PRECISIONS[int(counts.argmax())]}"
     shares = [f"{count / heads.size:.1%} in {PRECISIONS[each]}" for each, count in enumerate(counts) if count]
-    return f"heads {', '.join(shares)}"
+    return f"of all heads {', '.join(shares)}"

@@ -19,6 +19,7 @@ from calibatt.compiler.stats.files import require_outside
 from calibatt.plans.command import FAILED, one_line
 from calibatt.plans.errors import legible
 from calibatt.plans.files import write_text
+from calibatt.plans.readable import number
 from calibatt.runtime import load_plan
 from calibatt.tools.calibrate.models import make_sampler
 from calibatt.tools.calibrate.pipeline import PipelineError
@@ -28,7 +29,7 @@ from calibatt.tools.evaluate import evaluation, gate
 from calibatt.tools.evaluate.evaluation import Candidate, Cells, EvaluationError, Work
 from calibatt.tools.evaluate.harness import about
 from calibatt.tools.evaluate.metrics import ALWAYS, LATENT, LPIPS, Metric, lpips_metric
-from calibatt.tools.evaluate.report import number, predicted, write_page
+from calibatt.tools.evaluate.report import means, predicted, write_page
 
 NAME = "calibatt-evaluate"
 QUICK_PROMPTS = 2
@@ -166,17 +167,14 @@ def _show(result: dict[str, Any], metrics: Sequence[Metric]) -> None:
     for name in ("density", "predicted latent", *columns):
         table.add_column(name, justify="right")
     for plan in result["plans"]:
-        cells = [
-            f"{number(plan['metrics'][m.name]['mean'])} ± {number(plan['metrics'][m.name]['standard_error'])}"
-            for m in metrics
-        ]
+        cells = means(plan["metrics"], metrics)
         ratio = plan["heads"].get("ratio")
         verdict = ("passed" if plan["verdict"]["passed"] else "FAILED") if plan["verdict"]["checks"] else ""
         worst = number(plan["metrics"][metrics[0].name]["worst"])
         start = plan["plan"], f"{plan['density']:.3f}", predicted(plan)
         table.add_row(*start, *cells, worst, number(ratio) if ratio else "", verdict)
     if result["floor"]:
-        cells = [number(result["floor"][m.name]["mean"]) for m in metrics]
+        cells = means(result["floor"], metrics)
         table.add_row(
             "floor: two exact kernels", "1", "", *cells, number(result["floor"][metrics[0].name]["worst"]), "", ""
         )

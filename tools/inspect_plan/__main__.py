@@ -88,11 +88,11 @@ def main(
         if value is not None and value >= count:
             raise click.UsageError(f"{option} must be 0 to {count - 1} in this plan, got {value}")
     if other is not None:
-        found = compare.compare(plan, PlanFile.read(other))
+        differences = compare.compare(plan, PlanFile.read(other))
         if as_json:
-            print(json.dumps(found, indent=2))
+            print(json.dumps(differences, indent=2, default=bytes.hex))
         else:
-            compare.show(found)
+            compare.show(differences)
     elif as_json:
         print(json.dumps(summary.summarise(plan, file), indent=2, default=bytes.hex))
     elif drawing is None:

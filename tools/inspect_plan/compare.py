@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from rich.table import Table
 
 from calibatt.plans import NO_ANCHORS, PackedLayer, PlanFile
 from calibatt.plans.errors import legible
+from calibatt.plans.readable import words
 
 HEADER = ("signature", "grid", "blocks", "passes", "scheduler_hint", "provenance", "license", "notes")
 
@@ -21,11 +24,9 @@ def compare(one: PlanFile, other: PlanFile) -> dict[str, Any]:
     either does; heads that compute other rows or frames (other anchors), whose blocks are not compared.
     """
     header = {
-        name: [str(getattr(one, name)), str(getattr(other, name))]
-        for name in HEADER
-        if getattr(one, name) != getattr(other, name)
+        name: pair for name in HEADER if (pair := [_plain(getattr(each, name)) for each in (one, other)])[0] != pair[1]
     }
-    header |= {} if one.segments == other.segments else {"segments": [str(len(one.segments)), str(len(other.segments))]}
+    header |= {} if one.segments == other.segments else {"segments": [len(one.segments), len(other.segments)]}
     found: dict[str, Any] = {"same": one.digest == other.digest, "header": header}
     if (one.signature.layers, one.signature.heads, one.grid, one.blocks) != (
         *(other.signature.layers, other.signature.heads),
@@ -33,6 +34,11 @@ def compare(one: PlanFile, other: PlanFile) -> dict[str, Any]:
     ):
         return found | {"segments": None}
     return found | {"segments": _segments(one, other)}
+
+
+def _plain(value: Any) -> Any:
+    """A value of a header, of a mapping or dataclass what it holds."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _segments(one: PlanFile, other: PlanFile) -> list[dict[str, Any]]:
@@ -82,14 +88,23 @@ def _anchors(layer: PackedLayer, head: int) -> tuple[int, list[int]] | None:
     return int(layer.anchor_axis[pattern]), layer.group_anchor[part].tolist()
 
 
+def _told_apart(one: Any, other: Any) -> list[str]:
+    """Two unequal values in words; of mappings only what differs."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+        one, other = ({key: each[key] for key in keys if key in each} for each in (one, other))
+    texts = [words(each) or "none" for each in (one, other)]
+    return texts if texts[0] != texts[1] else [texts[0], f"{texts[1]}, but not the same"]
+
+
 def show(value: dict[str, Any], console: Console | None = None) -> None:
     """Prints what `compare` found."""
     console = console or Console()
     if value["same"]:
         console.print("the plans are the same, byte for byte")
         return
-    for name, texts in value["header"].items():
-        for sign, text in zip("-+", texts, strict=True):
+    for name, pair in value["header"].items():
+        for sign, text in zip("-+", _told_apart(*pair), strict=True):
             console.print(f"{sign} {name}: {legible(text)}", markup=False, highlight=False, soft_wrap=True)
     if value["segments"] is None:
         console.print("their masks cannot be compared: other layers, heads, tokens or blocks")
