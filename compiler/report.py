@@ -23,6 +23,7 @@ from calibatt.plans.readable import duration, number, size, snr
 KINDS = ("dense", "sparse", "anchored")
 """Of heads, in every report."""
 ERROR = "what the squared errors of all heads leave of the final latent, as a signal-to-noise"
+WEIGHT = "how much errors at a time count, relative to the time where they count most"
 
 
 def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, Any]:
@@ -92,9 +93,10 @@ def write(path: Path, value: dict[str, Any]) -> None:
 
 def _page(value: dict[str, Any]) -> str:
     model, grid, blocks, device = (value[name] for name in ("model", "grid", "blocks", "device"))
+    latent = value["predicted_latent_db"]
     cards = [
         (f"{value['density']:.1%}", "of the blocks of dense attention"),
-        (value["predicted_snr"].split(" (")[0], "predicted signal-to-noise of the final latent"),
+        (f"{latent['mean']:.1f} dB" if latent else "unknown", f"predicted latent SNR: {value['predicted_snr']}"),
         (f"{number(value['attention_speedup'])} x", f"as fast as dense attention, predicted for {device['name']}"),
         (size(value["file_bytes"]), "the plan file"),
     ]
@@ -110,9 +112,9 @@ def _page(value: dict[str, Any]) -> str:
         page.cards(*cards),
         page.element("h2", "From pass to pass"),
         passes,
-        page.element("small", f"Error: {ERROR}."),
         page.element("h2", "From video to noise"),
         times,
+        page.element("small", f"Error: {ERROR}. Weight: {WEIGHT}. Then numbers of heads by kind."),
         page.heat(
             ["layer", *(f"{time:.2f}" for time in value["times"])],
             {str(layer): row for layer, row in enumerate(densities)},
@@ -132,10 +134,10 @@ def _tables(value: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     for index, now in enumerate(value["times"]):
         heads, density = value["heads_by_time_and_layer"][index], np.mean(value["density_by_time_and_layer"][index])
         weight = 100 * value["levels"][index] / max(value["levels"])
-        cells = f"{number(weight)} %", f"{density:.1%}", snr(sum(value["error_by_time_and_layer"][index]))
+        cells = f"{number(weight)}%", f"{density:.1%}", snr(sum(value["error_by_time_and_layer"][index]))
         milliseconds = (duration(value[key][index]) for key in ("planned_ms", "dense_ms"))
         times.append([f"{now:.3f}", *cells, *milliseconds, *(str(sum(each[kind] for each in heads)) for kind in KINDS)])
-    columns = ["time", "weight of errors", "density", "error", "attention", "if dense", *KINDS]
+    columns = ["time", "weight", "density", "error", "attention", "all dense", *KINDS]
     return [
         ("passes", ["pass", "blocks", "density", "attention", "error", "took"], passes),
         ("times, from video to noise", columns, times),
@@ -149,6 +151,7 @@ def _facts(value: dict[str, Any]) -> dict[str, str]:
     cost, device = value["cost"], value["device"]
     return {
         "error": ERROR,
+        "weight": WEIGHT,
         **findings,
         "heads": ", ".join(f"{count} {kind}" for kind, count in value["heads_by_kind"].items()),
         "predicted latent SNR": value["predicted_snr"],

@@ -16,7 +16,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { margin-bottom: 0; } h2 { margin: 2.5rem 0 .5rem; border-bottom: 1px solid var(--line); }
 .lead, figcaption, footer, caption, small { color: var(--faint); } footer { margin-top: 3rem; font-size: .85rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-caption { text-align: left; } td, th { padding: .2rem .7rem; text-align: right; white-space: nowrap; }
+caption { text-align: left; }
+td, th, caption { white-space: nowrap; } td, th { padding: .2rem .7rem; text-align: right; }
 td:first-child, th:first-child { text-align: left; padding-left: 0; white-space: normal; }
 th { border-bottom: 1px solid var(--line); vertical-align: bottom; white-space: normal; }
 .heat td, .heat th { padding: .1rem .3rem; font-size: .8rem; white-space: nowrap; } .heat { border-spacing: 1px; }

@@ -18,5 +18,6 @@ def told_precisions(heads: npt.NDArray[np.uint8]) -> str:
     counts = np.bincount(heads.reshape(-1), minlength=len(PRECISIONS))
     if counts.max() == heads.size:
         return f"all heads in {PRECISIONS[int(counts.argmax())]}"
-    shares = [f"{count / heads.size:.1%} in {PRECISIONS[each]}" for each, count in enumerate(counts) if count]
-    return f"of all heads {', '.join(shares)}"
+    return ", ".join(
+        f"{count / heads.size:.1%} of heads in {PRECISIONS[each]}" for each, count in enumerate(counts) if count
+    )

@@ -67,7 +67,7 @@ def test_the_terminal_summary_says_it_all() -> None:
         "TinyTransformer: 2 layers x 4 heads x 8 channels",
         "2 frames x 3 rows x 13 tokens = 78 video tokens",
         "4 dense, 6 sparse, 6 anchored (2 by frames)",
-        "of all heads 75.0% in 16 bit, 12.5% in int8 QK, 12.5% in int8 QK with fp8 PV",
+        "75.0% of heads in 16 bit, 12.5% of heads in int8 QK, 12.5% of heads in int8 QK with fp8 PV",
         "a layer has 25.0% in 8 bits",
         "vote{agreement=0.5} select{max-error=0.02} lower",
         "flow shift: 5",
