@@ -34,6 +34,13 @@ def test_links_lead_somewhere(page: str) -> None:
             assert section in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, section
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_of_prose_fit_a_window(page: str) -> None:
+    """Tables and code may be wider."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "    "))] == []
+
+
 def test_every_picture_is_shown() -> None:
     text = "".join((ROOT / page).read_text("utf-8") for page in PAGES)
     pictures = [path.name for path in (ROOT / "docs" / "pictures").iterdir() if path.suffix in (".png", ".svg")]
