@@ -62,9 +62,9 @@ def one_line(name: str | Callable[[], str], *errors: type[Exception]) -> Callabl
                     stream.reconfigure(errors="replace")
             who = name if isinstance(name, str) else name()
             try:
-                found = call(*args, **kwargs)
+                result = call(*args, **kwargs)
                 sys.stdout.flush()
-                return found
+                return result
             except KeyboardInterrupt:
                 fail(who, "interrupted", INTERRUPTED)
             except Incomplete as error:

@@ -150,9 +150,9 @@ def finish(layer: PackedLayer, natural: bool) -> PackedLayer:
     layer.check_bits()
     if not natural:
         return layer
-    found = replace(layer, tile_order=layer.natural_order)
-    found.__dict__["lengths"] = layer.lengths  # counted already, and of the same bits
-    return found
+    ordered = replace(layer, tile_order=layer.natural_order)
+    ordered.__dict__["lengths"] = layer.lengths  # counted already, and of the same bits
+    return ordered
 
 
 def _prediction(layer: PackedLayer, base: PackedLayer) -> UInt8:
@@ -161,13 +161,13 @@ def _prediction(layer: PackedLayer, base: PackedLayer) -> UInt8:
     The lists of a head correspond if neither is dense and both have as many tiles; of heads that share lists the first
     one counts.
     """
-    found = np.zeros_like(layer.list_bits)
+    predicted = np.zeros_like(layer.list_bits)
     for head in reversed(range(layer.heads)):
         bits = base.head_bits(head)
         first, tiles = int(layer.head_list[head]), layer.tiles(head)
         if first != DENSE and bits is not None and len(bits) == tiles:
-            found[first : first + tiles] = bits
-    return found
+            predicted[first : first + tiles] = bits
+    return predicted
 
 
 def check_bases(bases: Sequence[int]) -> bool:

@@ -107,7 +107,7 @@ class PackedLayer:
                 listed.append(bits)
         starts, anchors = ([np.asarray(each[which]) for each in patterns] for which in (1, 2))
         none = np.zeros(0, np.int64)
-        found = cls(
+        layer = cls(
             grid=grid,
             blocks=blocks,
             list_bits=np.concatenate(listed),
@@ -120,7 +120,7 @@ class PackedLayer:
             tile_order=np.zeros(0, np.int32) if tile_order is None else tile_order,
             head_precision=np.full(len(heads), BF16, np.uint8) if precision is None else precision,
         )
-        return replace(found, tile_order=found.natural_order) if tile_order is None else found
+        return replace(layer, tile_order=layer.natural_order) if tile_order is None else layer
 
     @property
     def heads(self) -> int:
@@ -135,15 +135,15 @@ class PackedLayer:
         """int64 ``(lists,)``: blocks of each list."""
         bits = np.ascontiguousarray(self.list_bits)
         words = bits.view(np.uint16) if bits.shape[1] % 2 == 0 else bits
-        found: npt.NDArray[np.int64] = np.einsum("ij->i", np.bitwise_count(words), dtype=np.uint32).astype(np.int64)
-        return found  # three times as fast as a sum of int64
+        counts: npt.NDArray[np.int64] = np.einsum("ij->i", np.bitwise_count(words), dtype=np.uint32).astype(np.int64)
+        return counts  # three times as fast as a sum of int64
 
     @property
     def row_ptr(self) -> Int32:
         """int32 ``(lists + 1,)``, as in `LayerSchedule`."""
-        found = np.zeros(len(self.list_bits) + 1, np.int32)
-        np.cumsum(self.lengths, out=found[1:])
-        return found
+        starts = np.zeros(len(self.list_bits) + 1, np.int32)
+        np.cumsum(self.lengths, out=starts[1:])
+        return starts
 
     @cached_property
     def _shell(self) -> LayerSchedule:
@@ -185,8 +185,8 @@ class PackedLayer:
         """The part of `check` that reads every bit."""
         width, spare = -(-self.k_blocks // 8), -self.k_blocks % 8
         if self.list_bits.dtype != np.uint8 or self.list_bits.ndim != 2 or self.list_bits.shape[1] != width:
-            found = f"{self.list_bits.dtype} of {self.list_bits.shape}"
-            raise ScheduleError(f"list_bits must be uint8 of (lists, {width}), got {found}")
+            given = f"{self.list_bits.dtype} of {self.list_bits.shape}"
+            raise ScheduleError(f"list_bits must be uint8 of (lists, {width}), got {given}")
         if spare and (self.list_bits[:, -1] >> (8 - spare)).any():
             raise ScheduleError(f"list_bits must have zero bits from key block {self.k_blocks} on, got ones")
         if len(self.lengths) and not self.lengths.all():

@@ -116,14 +116,14 @@ class LayerSchedule:
     @cached_property
     def pattern_tokens(self) -> Int64:
         """int64 ``(patterns,)``: packed queries of the heads of each pattern."""
-        found: Int64 = np.diff(self.anchor_ptr) * self.member_tokens
-        return found
+        tokens: Int64 = np.diff(self.anchor_ptr) * self.member_tokens
+        return tokens
 
     def group_sizes(self, pattern: int) -> Int64:
         """int64 ``(groups,)``: members of each of a pattern's groups."""
         members = self.grid.tokens // int(self.member_tokens[pattern])
-        found: Int64 = np.diff(np.append(self.groups(pattern)[0].astype(np.int64), members))
-        return found
+        sizes: Int64 = np.diff(np.append(self.groups(pattern)[0].astype(np.int64), members))
+        return sizes
 
     def packed_tokens(self, head: int) -> int:
         """Queries that the head computes."""

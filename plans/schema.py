@@ -157,10 +157,10 @@ def check_predicted(predicted: Mapping[str, Any], segments: int, layers: int, he
         right = name not in predicted or _is_table(predicted[name], shape)
         rule = f"lists of lists of finite numbers, none negative, {shape}"
         _require(right, f"predicted.{name}", rule, None if right else str(predicted[name])[:80])
-    found = predicted.get("latent_db")
+    latent = predicted.get("latent_db")
     names = ("mean", "standard_error", "samplings")
-    right = found is None or (isinstance(found, Mapping) and all(_is_number(found.get(name)) for name in names))
-    _require(right, "predicted.latent_db", f"nil or a map of finite numbers {', '.join(names)}", found)
+    right = latent is None or (isinstance(latent, Mapping) and all(_is_number(latent.get(name)) for name in names))
+    _require(right, "predicted.latent_db", f"nil or a map of finite numbers {', '.join(names)}", latent)
 
 
 def _is_number(value: object) -> bool:

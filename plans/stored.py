@@ -71,9 +71,9 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
         self._most_bytes = max(needed, default=0)
         for segment, each in enumerate(layers):
             for at, layer in enumerate(each):
-                if (found := len(layer.small["head_list"])) != heads:
+                if (given := len(layer.small["head_list"])) != heads:
                     raise ScheduleError(
-                        f"segment {segment}, layer {at}: head_list must have {heads} heads, got {found}"
+                        f"segment {segment}, layer {at}: head_list must have {heads} heads, got {given}"
                     )
         mask_blocks = heads * blocks.q_blocks(grid.tokens) * blocks.k_blocks(grid.tokens)
         packed, lowered = (max(4, int(CACHE_BYTES / (mask_blocks * size))) for size in (1 / 8, 2))

@@ -34,10 +34,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         q, k, v = (F.pad(x, (0, -channels % ALIGNMENT)) for x in (q, k, v))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if kernel_name(q) == "cuDNN":
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
+        result = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
     else:
-        found = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
-    out, total = found[0], found[1]
+        result = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
+    out, total = result[0], result[1]
     return out[..., :channels], total.detach().reshape(*q.shape[:2], -1)[..., :queries]
 
 

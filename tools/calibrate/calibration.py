@@ -128,8 +128,8 @@ class Calibrator:
         """
         with self.recording(prompt, seed, **meta) as recording:
             recording.final = self.sampler.run(prompt, seed)
-        found = tuple(map(plain, parts(recording.final)))
-        return found[0] if len(found) == 1 else found
+        latents = tuple(map(plain, parts(recording.final)))
+        return latents[0] if len(latents) == 1 else latents
 
     @contextmanager
     def recording(self, prompt: str, seed: int, **meta: Any) -> Iterator[Recording]:
@@ -232,8 +232,8 @@ class Recording:
         if transformer is self.calibrator.transformer:
             if self._most is not None and len(self._measured()) == self._most:
                 raise _EnoughError
-            if (found := transformer.adapter.token_grid(transformer.model, arguments)) != self.calibrator.manifest.grid:
-                raise CalibrationError(f"a forward must have {self.calibrator.manifest.grid}, got {found}")
+            if (grid := transformer.adapter.token_grid(transformer.model, arguments)) != self.calibrator.manifest.grid:
+                raise CalibrationError(f"a forward must have {self.calibrator.manifest.grid}, got {grid}")
             moment = self.calibrator.moment(now)
         if moment is not None:
             self._moments.setdefault(moment, Moment()).numbers.append(number)
@@ -258,14 +258,14 @@ class Recording:
                 self.journal.keep_output(number, marks, made)
             else:
                 self.journal.compare(kept, made)
-        found = self._returned[transformer]
+        returned = self._returned[transformer]
         if kept is not None:
-            found = replaced(found, [x.to(device) for x in kept])
+            returned = replaced(returned, [x.to(device) for x in kept])
         self.calibrator.on_progress(1.0)
-        tensors = [x.detach() for x in floating(found)]
+        tensors = [x.detach() for x in floating(returned)]
         leaves = self._chain.add(f"forward {number} (time {now:.3f})", inputs, tensors, partial(self._pull, forward))
         with torch.enable_grad():  # copies: a pipeline may change what it gets
-            return replaced(found, [leaf.clone().as_subclass(Traced) for leaf in leaves])
+            return replaced(returned, [leaf.clone().as_subclass(Traced) for leaf in leaves])
 
     def measure(self, name: str, seed: int) -> SamplingTables:
         """Differentiates the sampling and adds what it says to the store, one time after the other.
@@ -339,14 +339,14 @@ class Recording:
                 "got one that was changed in place"
             )
         collect = None if forward.moment is None else partial(self.collect, forward, moment)
-        found = self._differentiated(forward, cotangents, collect)
-        moment.pulled[forward.number] = found
+        gradients = self._differentiated(forward, cotangents, collect)
+        moment.pulled[forward.number] = gradients
         if len(moment.pulled) == len(moment.numbers):
             if forward.moment is not None and moment.layers:
                 self._finish(forward.moment, moment)
             self.journal.keep_gradients(moment.pulled)
             moment.pulled, moment.layers = {}, {}
-        return found
+        return gradients
 
     def _differentiated(self, forward: Forward, cotangents: Cotangents, collect: Any) -> Cotangents:
         """Gradients of a forward's inputs, as it ran."""

@@ -44,11 +44,11 @@ class Traced(Tensor):
         # What derivatives need is kept as a copy, since latents may be written over; scaling and adding need nothing.
         kept = torch.autograd.graph.saved_tensors_hooks(lambda x: plain(x).clone(), lambda x: x)
         with torch.enable_grad(), kept:
-            found = super().__torch_function__(func, types, args, kwargs or {})
+            result = super().__torch_function__(func, types, args, kwargs or {})
         # An ordinary tensor into which a traced one was written: its arithmetic is to be recorded from here on.
         if args and type(args[0]) is Tensor and args[0].requires_grad and not args[0].is_leaf:
             args[0].__class__ = cls
-        return found
+        return result
 
 
 def _is_shared(x: Tensor) -> bool:
@@ -94,14 +94,14 @@ class Given:
         return run(*args, **kwargs)
 
 
-def floating(found: Any) -> list[Tensor]:
+def floating(value: Any) -> list[Tensor]:
     """The floating-point tensors of a result, at any depth."""
-    return [x for x in tree_flatten(found)[0] if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x for x in tree_flatten(value)[0] if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def replaced(found: Any, tensors: Iterable[Tensor]) -> Any:
+def replaced(value: Any, tensors: Iterable[Tensor]) -> Any:
     """A result with other tensors in place of its floating-point ones."""
-    flat, structure = tree_flatten(found)
+    flat, structure = tree_flatten(value)
     others = iter(tensors)
     return tree_unflatten(
         [next(others) if isinstance(x, Tensor) and x.is_floating_point() else x for x in flat], structure
@@ -189,20 +189,20 @@ class Chain:
                         add(vector, x, grad)
                 if not made or not before:
                     continue
-                found = torch.autograd.grad(
+                grads = torch.autograd.grad(
                     [tensors[index] for index in made],  # type: ignore[misc]
                     list(before.values()),
                     [grads[index].to(tensors[index].dtype) for index in made],  # type: ignore[union-attr]
                     retain_graph=True,
                     allow_unused=True,
                 )
-                for place, grad in zip(before, found, strict=True):
+                for place, grad in zip(before, grads, strict=True):
                     if grad is not None:
                         add(vector, place, plain(grad))
 
         def taken(vector: int, place: Place, like: tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
-            found = total.pop((vector, place), None)
-            return torch.zeros(like[0], dtype=like[1], device=like[2]) if found is None else found
+            grad = total.pop((vector, place), None)
+            return torch.zeros(like[0], dtype=like[1], device=like[2]) if grad is None else grad
 
         spread([getattr(x, "_place", x) for x in ends], cotangents)
         for number in reversed(range(first, len(self.links))):

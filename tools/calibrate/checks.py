@@ -76,7 +76,7 @@ def check_gradients(model: nn.Module, adapter: Adapter) -> None:
                 _check_layer(f"{name} ({_described(layer)})", layer, _dtype_of(model))
 
 
-def _check_layer(told: str, layer: nn.Module, dtype: torch.dtype) -> None:
+def _check_layer(name: str, layer: nn.Module, dtype: torch.dtype) -> None:
     """Compares gradients of one layer with differences.
 
     With the difference of its outputs as the vector w, <w, J d> is the squared size of the difference.
@@ -91,14 +91,14 @@ def _check_layer(told: str, layer: nn.Module, dtype: torch.dtype) -> None:
             with torch.no_grad():
                 change = (layer(x + d).float() - layer(x - d).float()) / 2
             truth = float(change.double().square().sum())
-            found = _product(layer, x, change, d)
+            product = _product(layer, x, change, d)
         except Exception as error:
             raise CheckError(
-                f"{told} must compute and be differentiated by itself, got {type(error).__name__}: {error}"
+                f"{name} must compute and be differentiated by itself, got {type(error).__name__}: {error}"
             ) from error
-        if not abs(found - truth) <= TOLERANCE * truth:
+        if not abs(product - truth) <= TOLERANCE * truth:
             raise CheckError(
-                f"{told} must have the gradient of what it computes, got <w, J d> = {found:.4g} by its backward and "
+                f"{name} must have the gradient of what it computes, got <w, J d> = {product:.4g} by its backward and "
                 f"{truth:.4g} by differences of its outputs; calibrate the model with layers that are differentiable"
             )
 
@@ -137,9 +137,9 @@ def _described(layer: nn.Module) -> str:
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
     """What the model computes in."""
-    found = getattr(unwrap(model), "dtype", None)
-    if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1:
-        return found
+    dtype = getattr(unwrap(model), "dtype", None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+        return dtype
     return next((x.dtype for x in model.parameters() if x.is_floating_point() and x.element_size() > 1), torch.float32)
 
 

@@ -74,8 +74,8 @@ def block_effects(call: AttentionCall, words: Tensor, masks: int, blocks: Blocks
         if kernels.fits(call.q, blocks):
             measure = kernels.block_effects
     words = words.expand(len(call.q), -1, -1)
-    found = [measure(call, grad, words, masks, blocks) for grad in call.grads]
-    effect, kept, rounding = (torch.stack(each) / call.scale for each in zip(*found, strict=True))
+    measured = [measure(call, grad, words, masks, blocks) for grad in call.grads]
+    effect, kept, rounding = (torch.stack(each) / call.scale for each in zip(*measured, strict=True))
     return effect, kept, rounding
 
 
@@ -132,7 +132,7 @@ def precision_effects(call: AttentionCall, rounding: Tensor, blocks: Blocks) -> 
     Returns:
         float64 ``(V, len(EIGHT_BITS), H)``.
     """
-    found = rounding.new_zeros(len(call.grads), len(EIGHT_BITS), len(call.q))
+    effects = rounding.new_zeros(len(call.grads), len(EIGHT_BITS), len(call.q))
     for some in _heads_at_once(call.q, copies=4):
         changes = input_changes(call.q[some], call.k[some], call.v[some], call.video, blocks.block_k)
         for vector, grads in enumerate(call.input_grads):
@@ -140,9 +140,9 @@ def precision_effects(call: AttentionCall, rounding: Tensor, blocks: Blocks) -> 
                 if grad is not None:
                     effect = torch.linalg.vecdot(grad[some].float(), change).sum(1, dtype=torch.float64) / call.scale
                     for precision in precisions:
-                        found[vector, EIGHT_BITS.index(precision), some] += effect
-    found[:, EIGHT_BITS.index(INT8_FP8)] += rounding
-    return found
+                        effects[vector, EIGHT_BITS.index(precision), some] += effect
+    effects[:, EIGHT_BITS.index(INT8_FP8)] += rounding
+    return effects
 
 
 def _in_blocks(x: Tensor, video: slice, block_k: int) -> Tensor:
@@ -196,18 +196,18 @@ def block_errors(call: AttentionCall, blocks: Blocks, stride: int = ERROR_STRIDE
 def _root(mean: Tensor) -> tuple[Tensor, Tensor]:
     """A ``(H, D, D)`` float32 with A A^T = G / size for matrices G float64 ``(H, D, D)``, and the sizes ``(H,)``."""
     size = mean.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float64).tiny)
-    found = mean / size[:, None, None]
-    found.diagonal(dim1=1, dim2=2).add_(DIAGONAL_SHARE)
-    return torch.linalg.cholesky(found).float(), size.float()
+    metric = mean / size[:, None, None]
+    metric.diagonal(dim1=1, dim2=2).add_(DIAGONAL_SHARE)
+    return torch.linalg.cholesky(metric).float(), size.float()
 
 
 def _behind(v: Tensor, factor: Tensor) -> Tensor:
     """Values ``(H, N, D)`` times a matrix a head; less their mean, which no error sees."""
-    found = torch.empty(v.shape, dtype=v.dtype if v.is_cuda else torch.float32, device=v.device)
+    centred = torch.empty(v.shape, dtype=v.dtype if v.is_cuda else torch.float32, device=v.device)
     for some in _heads_at_once(v):
         values = v[some].float() @ factor[some]
-        found[some] = values - values.mean(1, keepdim=True)
-    return found
+        centred[some] = values - values.mean(1, keepdim=True)
+    return centred
 
 
 def block_statistics(
@@ -276,7 +276,7 @@ def copy_effects(call: AttentionCall, grid: TokenGrid, row_radius: int, frame_ra
             x[some, call.video].float().unflatten(1, (grid.frames, grid.height, grid.width))
             for x in (call.out, *call.grads)
         )
-        for found, axis, radius in ((rows, 2, row_radius), (frames, 1, frame_radius)):
+        for effects, axis, radius in ((rows, 2, row_radius), (frames, 1, frame_radius)):
             if not radius:
                 continue
             # <g[member], o[other]> of all pairs at once, summed over what a member spans in the other axis
@@ -287,7 +287,7 @@ def copy_effects(call: AttentionCall, grid: TokenGrid, row_radius: int, frame_ra
             for column, offset in enumerate((*range(-radius, 0), *range(1, radius + 1))):
                 first, last = max(0, -offset), min(out.shape[axis], out.shape[axis] - offset)
                 if first < last:
-                    found[:, some, first:last, column] = pairs.diagonal(offset, 2, 3) - kept[..., first:last]
+                    effects[:, some, first:last, column] = pairs.diagonal(offset, 2, 3) - kept[..., first:last]
     return rows, frames
 
 
@@ -303,7 +303,7 @@ def row_differences(out: Tensor, grid: TokenGrid, radius: int) -> Tensor:
         float32 ``(H, rows, 2 * radius)``: ||o[row] - o[row + offset]||^2 / ||o[row]||^2 over the row's tokens in all
         frames; NaN where there is no such row.
     """
-    found = []
+    parts = []
     for some in _heads_at_once(out):
         x = out[some].float().unflatten(1, (grid.frames, grid.height, grid.width)).movedim(2, 1).flatten(2)
         size = x.square().sum(-1).clamp(min=1e-30)
@@ -311,8 +311,8 @@ def row_differences(out: Tensor, grid: TokenGrid, radius: int) -> Tensor:
         for column, offset in enumerate((*range(-radius, 0), *range(1, radius + 1))):
             those = torch.arange(max(0, -offset), min(x.shape[1], x.shape[1] - offset), device=x.device)
             part[:, those, column] = (x[:, those] - x[:, those + offset]).square().sum(-1) / size[:, those]
-        found.append(part)
-    return torch.cat(found)
+        parts.append(part)
+    return torch.cat(parts)
 
 
 def keep_planes(mass: Tensor, thresholds: Sequence[float], others: bool = False) -> Tensor:

@@ -113,11 +113,11 @@ class Transformer:
             scale = 2.0**exponent
             try:
                 scaled = [[x * scale for x in some] for some in cotangents]
-                found = self._pull(given, scaled, scale, half, on_attention, done)
+                gradients = self._pull(given, scaled, scale, half, on_attention, done)
             except OverflowInHalf:
                 exponent -= HALF_RANGE[1]
                 continue
-            return [[x.float() / scale for x in some] for some in found]
+            return [[x.float() / scale for x in some] for some in gradients]
         raise ChainError(f"gradients in fp16 must be finite, got an overflow at a scale of 2^{exponent}; use bfloat16")
 
     def _pull(
@@ -137,8 +137,8 @@ class Transformer:
             flat[index] = flat[index].detach().requires_grad_()
             sources.append(flat[index])
 
-        def tell() -> None:
-            """Hands on the calls of the block that was pulled just now."""
+        def hand_on() -> None:
+            """Gives `on_attention` the calls of the block that was just pulled."""
             for layer, (q, k, v, out), total, grads, inputs, video in self._calls:
                 assert on_attention is not None
                 if not all(bool(grad.isfinite().all()) for some in (grads, *inputs) for grad in some):
@@ -146,8 +146,8 @@ class Transformer:
                         raise OverflowInHalf
                     raise ChainError(f"the gradient of self-attention {layer} must be finite, got NaN or infinity")
                 for sample in range(len(q)):
-                    at = layer, sum(key[0] == layer for key in told)
-                    told.append(at)
+                    at = layer, sum(key[0] == layer for key in handed_on)
+                    handed_on.append(at)
                     if at in done:
                         continue
                     tensors = (x[sample] for x in (q, k, v, out))
@@ -160,21 +160,21 @@ class Transformer:
                     done.add(at)
             self._calls.clear()
 
-        told: list[tuple[int, int]] = []
+        handed_on: list[tuple[int, int]] = []
         with (
             _frozen(self.model),
-            self._blocks_as_links(chain, tell, given.call(self._video), listening=on_attention is not None),
+            self._blocks_as_links(chain, hand_on, given.call(self._video), listening=on_attention is not None),
         ):
             with torch.enable_grad(), _keeping_weights():
                 out = floating(given.call(self.model, flat))
-            found = chain.pull(
+            gradients = chain.pull(
                 out, [[x.to(y.dtype) for x, y in zip(some, out, strict=True)] for some in cotangents], sources
             )
         if not chain.links:
             raise ChainError(f"a forward of {type(self.model).__name__} must run its blocks, got none")
-        if half and not all(bool(x.isfinite().all()) for some in found for x in some):
+        if half and not all(bool(x.isfinite().all()) for some in gradients for x in some):
             raise OverflowInHalf
-        return found if given.wanted else [[] for _ in cotangents]
+        return gradients if given.wanted else [[] for _ in cotangents]
 
     def _video(self, *args: Any, **kwargs: Any) -> slice:
         """Which tokens are the video's in a forward with these arguments."""
@@ -183,9 +183,9 @@ class Transformer:
         return slice(start, start + self.adapter.token_grid(self.model, arguments).tokens)
 
     @contextmanager
-    def _blocks_as_links(self, chain: Chain, tell: Callable[[], None], video: slice, listening: bool) -> Iterator[None]:
+    def _blocks_as_links(self, chain: Chain, hand_on: Callable[[], None], video: slice, listening: bool) -> Iterator[None]:
         """Every block of the model adds itself to the chain instead of being differentiated by autograd; calls of
-        attention and their gradients are kept for `tell` where somebody listens.
+        attention and their gradients are kept for `hand_on` where somebody listens.
         """
 
         def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, _: Any) -> Tensor:
@@ -195,9 +195,9 @@ class Transformer:
                 grads: list[Tensor] = []
                 out.register_hook(grads.append)
                 inputs: list[list[Tensor]] = [[], [], []]
-                for x, found in zip((q, k, v), inputs, strict=True):
+                for x, collected in zip((q, k, v), inputs, strict=True):
                     if x.requires_grad:
-                        x.register_hook(found.append)
+                        x.register_hook(collected.append)
                 detached = tuple(x.detach() for x in (q, k, v, out))
                 self._calls.append((site.layer, detached, total, grads, inputs, video))
             return out.transpose(1, 2)
@@ -206,12 +206,12 @@ class Transformer:
         interception = Interception(self.model, self.adapter, attend)
         blocks = {id(site.block): site.block for site in interception.sites}.values()
         names = {id(module): name for name, module in self.model.named_modules()}
-        with ExitStack() as stack:
-            stack.callback(self._calls.clear)
-            stack.enter_context(interception)
-            for block in blocks:
-                forward = partial(self._block, block, block.forward, names[id(block)], chain, tell)
-                stack.enter_context(with_attributes(block, forward=forward))
+        own = [(block, block.__dict__.get("forward")) for block in blocks]
+        for block in blocks:
+            block.forward = partial(  # type: ignore[method-assign]
+                self._block, block, block.forward, names[id(block)], chain, hand_on
+            )
+        try:
             yield
 
     def _block(
@@ -220,13 +220,13 @@ class Transformer:
         run: Callable[..., Any],
         name: str,
         chain: Chain,
-        tell: Callable[[], None],
+        hand_on: Callable[[], None],
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         given, inputs = Given.of(args, kwargs)
         with torch.no_grad():
-            found = given.call(run)
+            output = given.call(run)
         if self.inputs_on_cpu:
             own = set(given.wanted)  # the rest, such as rotations, is shared by all blocks
             given = replace(given, flat=[_to_cpu(x) if index in own else x for index, x in enumerate(given.flat)])
@@ -234,10 +234,10 @@ class Transformer:
 
         def pull(cotangents: Cotangents) -> Cotangents:
             grads = _pull_block(block, name, run, given, devices, cotangents)
-            tell()
+            hand_on()
             return grads
 
-        return replaced(found, chain.add(name, inputs, floating(found), pull))
+        return replaced(output, chain.add(name, inputs, floating(output), pull))
 
 
 def _pull_block(
@@ -255,8 +255,8 @@ def _pull_block(
     wanted = [flat[index] for index in given.wanted]
     with at_hand(block):
         with torch.enable_grad(), _keeping_weights():
-            found = floating(given.call(run, flat))
-        live = [index for index, x in enumerate(found) if x.requires_grad]
+            outputs = floating(given.call(run, flat))
+        live = [index for index, x in enumerate(outputs) if x.requires_grad]
         if not live:
             raise ChainError(f"{name} must depend on its inputs by differentiation, got outputs without gradient")
         grads = []
@@ -264,7 +264,7 @@ def _pull_block(
             last = vector + 1 == len(cotangents)
             grads.append(
                 torch.autograd.grad(
-                    [found[index] for index in live],
+                    [outputs[index] for index in live],
                     wanted,
                     [some[index] for index in live],
                     retain_graph=not last,

@@ -63,16 +63,16 @@ class Journal:
         Raises:
             JournalError: It had other arguments.
         """
-        found = self._load(f"forward{number:04d}.out")
-        if found is None:
+        stored = self._load(f"forward{number:04d}.out")
+        if stored is None:
             return None
-        known = found.pop("marks").tolist()
+        known = stored.pop("marks").tolist()
         if len(known) != len(marks) or not np.allclose(known, marks, rtol=SAME, atol=0):
             raise JournalError(
                 f"forward {number} must be given what it was when {self.folder} was begun (prompts, guidance, "
                 "scheduler), got arguments of another size or time; remove the folder to begin anew"
             )
-        return tuple(found[str(index)] for index in range(len(found)))
+        return tuple(stored[str(index)] for index in range(len(stored)))
 
     def compare(self, kept: Sequence[Tensor], again: Sequence[Tensor]) -> None:
         """Proves that a sampling goes on with the model that it was begun with, by what a forward returns.
@@ -88,9 +88,9 @@ class Journal:
                     f" {apart:.2g} of their size away; remove the folder to begin anew"
                 )
 
-    def keep_output(self, number: int, marks: Sequence[float], found: Sequence[Tensor]) -> None:
+    def keep_output(self, number: int, marks: Sequence[float], outputs: Sequence[Tensor]) -> None:
         """Keeps the tensors that a forward returned."""
-        tensors = {str(index): x for index, x in enumerate(found)}
+        tensors = {str(index): x for index, x in enumerate(outputs)}
         self._save(f"forward{number:04d}.out", {**tensors, "marks": torch.tensor(marks, dtype=torch.float64)})
 
     def has_gradients(self, number: int) -> bool:
@@ -98,25 +98,25 @@ class Journal:
 
     def gradients(self, number: int) -> Cotangents:
         """Gradients of a forward's inputs, which are here."""
-        found = self._load(f"forward{number:04d}.grad")
-        assert found is not None
-        vectors = int(found.pop("vectors"))
-        inputs = len(found) // vectors
-        return [[found[f"{vector}.{index}"] for index in range(inputs)] for vector in range(vectors)]
+        stored = self._load(f"forward{number:04d}.grad")
+        assert stored is not None
+        vectors = int(stored.pop("vectors"))
+        inputs = len(stored) // vectors
+        return [[stored[f"{vector}.{index}"] for index in range(inputs)] for vector in range(vectors)]
 
     def keep_gradients(self, pulled: Mapping[int, Cotangents]) -> None:
         """Keeps gradients of the inputs of forwards."""
-        for number, found in pulled.items():
-            tensors = {f"{vector}.{index}": x for vector, some in enumerate(found) for index, x in enumerate(some)}
-            self._save(f"forward{number:04d}.grad", {**tensors, "vectors": torch.tensor(len(found))})
+        for number, gradients in pulled.items():
+            tensors = {f"{vector}.{index}": x for vector, some in enumerate(gradients) for index, x in enumerate(some)}
+            self._save(f"forward{number:04d}.grad", {**tensors, "vectors": torch.tensor(len(gradients))})
         self._write("seconds.json", json.dumps(self.seconds + time.perf_counter() - self._begun).encode())
 
     def tables(self) -> dict[int, dict[str, np.ndarray]]:
         """The tables of all times that are here."""
-        found = {}
+        tables = {}
         for path in () if self.folder is None else sorted(self.folder.glob("time*.table")):
-            found[int(path.stem[4:])] = {name: x.numpy() for name, x in (self._load(path.name) or {}).items()}
-        return found
+            tables[int(path.stem[4:])] = {name: x.numpy() for name, x in (self._load(path.name) or {}).items()}
+        return tables
 
     def keep_table(self, index: int, table: Mapping[str, np.ndarray]) -> None:
         """Keeps the tables of one time."""

@@ -47,12 +47,12 @@ def listening(transformers: Sequence[Transformer], hear: Callable[..., Any]) -> 
         left[id(module)] = traced
         return tuple(map(plain, args))
 
-    def come_back(module: nn.Module, args: Any, found: Any) -> Any:
-        if (traced := left.pop(id(module), None)) is None or not (made := floating(found)):
+    def come_back(module: nn.Module, args: Any, output: Any) -> Any:
+        if (traced := left.pop(id(module), None)) is None or not (made := floating(output)):
             return None
         with torch.enable_grad():
             ends = _NoGradient.apply(type(module).__name__, len(made), *map(plain, made), *traced)
-            return replaced(found, [x.as_subclass(Traced) for x in ends])
+            return replaced(output, [x.as_subclass(Traced) for x in ends])
 
     hooks = nn.modules.module
     with ExitStack() as stack:

@@ -110,21 +110,21 @@ class PipelineSampler:
             "scheduler": type(pipe.scheduler).__name__,
         }
         forwards = self.prove_repeatable()
-        found = [forward for forward in forwards if forward is not None]
-        if not found:
+        present = [forward for forward in forwards if forward is not None]
+        if not present:
             raise PipelineError(f"the pipeline must call its {transformer}, got a run of {self._name} without")
-        if len(grids := {forward.grid for forward in found}) > 1:
+        if len(grids := {forward.grid for forward in present}) > 1:
             raise PipelineError(f"all forwards must have one token grid, got {', '.join(map(str, grids))}")
-        self.grid = found[0].grid
+        self.grid = present[0].grid
         self.forwards = tuple(forward and forward.time for forward in forwards)
-        self.times = sorted({forward.time for forward in found}, reverse=True)
-        self.branches = sum(forward.samples for forward in found if forward.step == found[0].step)
+        self.times = sorted({forward.time for forward in present}, reverse=True)
+        self.branches = sum(forward.samples for forward in present if forward.step == present[0].step)
 
     @property
     def other_transformers(self) -> tuple[nn.Module, ...]:
         """The pipeline's other denoisers, through which errors travel too."""
-        found = (getattr(self.pipe, name, None) for name in TRANSFORMERS)
-        return tuple(x for x in found if isinstance(x, nn.Module) and x is not self.transformer)
+        candidates = (getattr(self.pipe, name, None) for name in TRANSFORMERS)
+        return tuple(x for x in candidates if isinstance(x, nn.Module) and x is not self.transformer)
 
     def check(self, prompts: Sequence[str]) -> None:
         """Proves that prompts can be sampled.
@@ -185,9 +185,9 @@ class PipelineSampler:
             arguments, steps = self._arguments_of(prompt), Steps()
             results.append(self._call(arguments, seed, steps))
             made.append(_Made(arguments, seed, steps.latents))
-        found = tuple(map(torch.cat, zip(*results, strict=True)))
-        self._made[found[0]] = made
-        return found[0] if len(found) == 1 else found
+        latents = tuple(map(torch.cat, zip(*results, strict=True)))
+        self._made[latents[0]] = made
+        return latents[0] if len(latents) == 1 else latents
 
     def decode(self, latent: Latent) -> Tensor:
         """Videos ``(n, 3, F, H, W)`` in [-1, 1], by the pipeline's own code.
@@ -223,18 +223,18 @@ class PipelineSampler:
 
     def _arguments_of(self, prompt: str) -> dict[str, Any]:
         """All arguments for a prompt."""
-        found = {**self.arguments, **self._prompt_arguments(prompt)}
+        arguments = {**self.arguments, **self._prompt_arguments(prompt)}
         if prompt in self._images:
             image = self._images[prompt]
-            found["image"] = load_image(image if isinstance(image, PIL.Image.Image) else str(image))
-        if _needs_image(self.pipe) and found.get("image") is None:
+            arguments["image"] = load_image(image if isinstance(image, PIL.Image.Image) else str(image))
+        if _needs_image(self.pipe) and arguments.get("image") is None:
             if prompt != REHEARSAL:
                 raise PipelineError(
                     f"{self._name} must have an image for every prompt (--images, or images of PipelineSampler), got "
                     f"none for {prompt!r}"
                 )
-            found["image"] = PIL.Image.new("RGB", (64, 64), "grey")
-        return found
+            arguments["image"] = PIL.Image.new("RGB", (64, 64), "grey")
+        return arguments
 
     def _call(
         self, arguments: dict[str, Any], seed: int, steps: Steps, output_type: str = "latent"
@@ -257,10 +257,10 @@ class PipelineSampler:
             made = self.pipe(**arguments)
         names = ("latents", "audio_latents") if modular else ("frames", "audio")
         names = names if latent else ("videos",) if modular else names[:1]
-        found = [x for x in (getattr(made, name, None) for name in names) if x is not None]
-        if modular and len(found) > 1:
-            found[1] = found[1][None]  # both channels of one video
-        return tuple(x if isinstance(x, Tensor) else torch.stack(list(x)) for x in found)
+        outputs = [x for x in (getattr(made, name, None) for name in names) if x is not None]
+        if modular and len(outputs) > 1:
+            outputs[1] = outputs[1][None]  # both channels of one video
+        return tuple(x if isinstance(x, Tensor) else torch.stack(list(x)) for x in outputs)
 
     def _rehearse(self) -> tuple[tuple[Tensor, ...], list[_Forward | None]]:
         """The latents of a run whose transformers compute next to nothing, and its forwards."""
@@ -300,9 +300,9 @@ def with_images(sampler: Any, images: Mapping[str, Any]) -> PipelineSampler:
     """
     if not isinstance(sampler, PipelineSampler):
         raise PipelineError(f"images must be for a PipelineSampler, got {type(sampler).__name__}")
-    found = copy.copy(sampler)
-    found._set_images(images)
-    return found
+    other = copy.copy(sampler)
+    other._set_images(images)
+    return other
 
 
 def _is_modular(pipe: Any) -> bool:

@@ -52,12 +52,12 @@ class Steps:
 @contextmanager
 def steps(name: str, total: float, console: Console, quiet: bool = False) -> Iterator[Steps]:
     """Shows the progress of what happens inside; see `Steps`."""
-    found = Steps(name, total, console, quiet)
-    if found.bar is None:
-        yield found
+    shown = Steps(name, total, console, quiet)
+    if shown.bar is None:
+        yield shown
     else:
-        with found.bar:
-            yield found
+        with shown.bar:
+            yield shown
 
 
 def _clock(seconds: float) -> str:

@@ -37,9 +37,9 @@ class Steps:
         """A scheduler's step, for a pipeline that calls nobody after it."""
 
         def followed(*args: Any, **kwargs: Any) -> Any:
-            found = step(*args, **kwargs)
-            other = self.on_step_end(None, self.count, None, {"latents": found[0]})
-            return (other["latents"], *found[1:]) if other else found
+            result = step(*args, **kwargs)
+            other = self.on_step_end(None, self.count, None, {"latents": result[0]})
+            return (other["latents"], *result[1:]) if other else result
 
         return followed
 

@@ -120,8 +120,8 @@ class LayerSums:
 
         def squares(x: Tensor, members: int) -> np.ndarray:
             """Mean over vectors of squared effects of copies, NaN where there is no such member."""
-            found = (x.square().mean(0) / level).float().cpu().numpy()
-            return np.where(neighbours(members, x.shape[-1] // 2), found, np.float32(np.nan))
+            squared = (x.square().mean(0) / level).float().cpu().numpy()
+            return np.where(neighbours(members, x.shape[-1] // 2), squared, np.float32(np.nan))
 
         counts: dict[str, Any] = {}
         if self.votes is not None:

@@ -94,6 +94,16 @@ def make_manifest(
     )
 
 
+def adapter_of(sampler: Sampler) -> Adapter:
+    """The row of the sampler's model: its own, or the one of the model's class.
+
+    Raises:
+        UnknownModelError: No row fits the model.
+    """
+    row: Adapter = getattr(sampler, "adapter", None) or adapter_for(sampler.transformer)
+    return row
+
+
 def check_sampler(sampler: Sampler, adapter: Adapter | None = None) -> None:
     """Refuses a sampler whose transformers cannot all be differentiated, before any work.
 
@@ -118,8 +128,8 @@ def device_memory(hint: str) -> Iterator[None]:
 def device_of(sampler: Sampler) -> torch.device:
     """Where the sampler's model computes: also where its weights are elsewhere between uses."""
     pipe = getattr(sampler, "pipe", None)
-    found = getattr(pipe, "_execution_device", None) if pipe is not None else None
-    return torch.device(found) if found is not None else next(sampler.transformer.parameters()).device
+    device = getattr(pipe, "_execution_device", None) if pipe is not None else None
+    return torch.device(device) if device is not None else next(sampler.transformer.parameters()).device
 
 
 def spread(size: int, count: int) -> list[int]:
@@ -150,12 +160,12 @@ def read_images(path: Path, prompts: list[str]) -> dict[str, str]:
         ValueError: There are not as many as prompts.
         OSError: The file cannot be read.
     """
-    found = read_prompts(path)
+    images = read_prompts(path)
     if len(set(prompts)) < len(prompts):
         raise ValueError("prompts with --images must differ, since each has one image, got one twice")
-    if len(found) < len(prompts):
-        raise ValueError(f"--images must name an image for each of {len(prompts)} prompts, got {len(found)} in {path}")
-    return dict(zip(prompts, found, strict=False))
+    if len(images) < len(prompts):
+        raise ValueError(f"--images must name an image for each of {len(prompts)} prompts, got {len(images)} in {path}")
+    return dict(zip(prompts, images, strict=False))
 
 
 def plan_work(model: str, path: Path | None, samples: int | None, seed: int) -> Work:

@@ -92,8 +92,8 @@ def run(
     write_page(output / "report.html", result, metrics, animations)
     _show(result, metrics)
     if stamp:
-        for candidate, path, found in zip(candidates, paths, result["plans"], strict=True):
-            gate.stamp(path, candidate.plan.file, _stamped(result, found))
+        for candidate, path, findings in zip(candidates, paths, result["plans"], strict=True):
+            gate.stamp(path, candidate.plan.file, _stamped(result, findings))
     click.echo(f"{output / 'report.html'}")
     if not all(plan["verdict"]["passed"] for plan in result["plans"]):
         sys.exit(FAILED)
@@ -106,8 +106,8 @@ def _metrics(sampler: Any) -> tuple[tuple[Metric, ...], dict[str, str]]:
     except PipelineError as error:
         return (LATENT,), {"videos": f"judged on final latents alone: {error}"}
     perceptual = lpips_metric()
-    found = (LATENT, *ALWAYS)
-    return ((*found, perceptual), {}) if isinstance(perceptual, Metric) else (found, {LPIPS: perceptual})
+    metrics = (LATENT, *ALWAYS)
+    return ((*metrics, perceptual), {}) if isinstance(perceptual, Metric) else (metrics, {LPIPS: perceptual})
 
 
 def _result(
@@ -124,13 +124,13 @@ def _result(
     """What ``report.json`` holds: all but `about` is the same for the same call."""
     plans = []
     for candidate in candidates:
-        found = evaluation.plan_findings(sampler, candidate, work, metrics, cells)
+        findings = evaluation.plan_findings(sampler, candidate, work, metrics, cells)
         heads = evaluation.head_findings(sampler, candidate, heads_work, cells) if heads_work else {}
-        found["heads"] = heads
-        found["verdict"] = gate.verdict(requirements, found["metrics"], heads)
+        findings["heads"] = heads
+        findings["verdict"] = gate.verdict(requirements, findings["metrics"], heads)
         if plans:
-            found["difference_from_first"] = {m.name: evaluation.paired(plans[0], found, m) for m in metrics}
-        plans.append(found)
+            findings["difference_from_first"] = {m.name: evaluation.paired(plans[0], findings, m) for m in metrics}
+        plans.append(findings)
     settings = json.loads((cells.folder / "settings.json").read_text("utf-8"))
     return {
         "about": about("calibatt-evaluate", sampler),
@@ -144,8 +144,8 @@ def _result(
 def _stamped(result: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     """The verdict with its provenance, as `gate.stamp` writes it."""
     metrics = {
-        name: {key: round(found[key], 4) for key in ("mean", "standard_error", "worst")}
-        for name, found in plan["metrics"].items()
+        name: {key: round(summary[key], 4) for key in ("mean", "standard_error", "worst")}
+        for name, summary in plan["metrics"].items()
     }
     checks = [f"{check['requirement']} ({number(check['value'])})" for check in plan["verdict"]["checks"]]
     passed = ("passed" if plan["verdict"]["passed"] else "FAILED") if checks else "nothing was required"
@@ -200,17 +200,17 @@ def _quick(sampler: Any, candidates: Sequence[Candidate], work: Work) -> int:
     with tempfile.TemporaryDirectory() as folder:
         cells = Cells(Path(folder), {})
         for candidate in candidates:
-            found = evaluation.quick_findings(sampler, candidate, work, cells)
-            drifted += not found["fits"]
+            findings = evaluation.quick_findings(sampler, candidate, work, cells)
+            drifted += not findings["fits"]
             promise = candidate.plan.file.predicted.get("latent_db")
-            told = ""
+            snr_text = ""
             if promise:
-                now = promise["mean"] - 10 * math.log10(found["ratio"])
-                told = f"predicted latent SNR {now:.1f} dB on this model, {promise['mean']:.1f} dB promised; "
+                now = promise["mean"] - 10 * math.log10(findings["ratio"])
+                snr_text = f"predicted latent SNR {now:.1f} dB on this model, {promise['mean']:.1f} dB promised; "
             click.echo(
-                f"{candidate.name}: {'fits' if found['fits'] else 'HAS DRIFTED'}: {told}squared effect "
-                f"{found['ratio']:.2f} times what was promised (at most {evaluation.DRIFT_RATIO:g}); "
-                f"{found['heads_measured']} heads at {found['times']} of {len(sampler.times)} times, "
+                f"{candidate.name}: {'fits' if findings['fits'] else 'HAS DRIFTED'}: {snr_text}squared effect "
+                f"{findings['ratio']:.2f} times what was promised (at most {evaluation.DRIFT_RATIO:g}); "
+                f"{findings['heads_measured']} heads at {findings['times']} of {len(sampler.times)} times, "
                 f"{len(work)} prompts"
             )
     return int(drifted > 0)

@@ -47,8 +47,8 @@ class PlanRecording(Recording):
 
     def collect(self, forward: Forward, moment: Moment, call: AttentionCall) -> None:
         for index, plan in enumerate(self.plans):
-            found = plan_effects(call, plan.schedule(forward.time, call.layer))
-            self.effects[index, :, forward.moment, call.layer] += found.cpu().numpy()
+            measured = plan_effects(call, plan.schedule(forward.time, call.layer))
+            self.effects[index, :, forward.moment, call.layer] += measured.cpu().numpy()
 
 
 def plan_effects(call: AttentionCall, schedule: AttentionSchedule) -> Tensor:
@@ -58,8 +58,8 @@ def plan_effects(call: AttentionCall, schedule: AttentionSchedule) -> Tensor:
     schedule.unbind()
     assert isinstance(planned, Tensor)
     change = planned[0].float() - call.out.float()
-    found = [(change * grad.float()).sum((1, 2), dtype=torch.float64) for grad in call.grads]
-    return torch.stack(found) / call.scale
+    products = [(change * grad.float()).sum((1, 2), dtype=torch.float64) for grad in call.grads]
+    return torch.stack(products) / call.scale
 
 
 def measure_plans(
@@ -98,10 +98,10 @@ def visited(plan: PlanFile, times: Sequence[float]) -> list[int]:
 
 def by_segment(plan: PlanFile, effects: Floats, times: Sequence[float]) -> Floats:
     """Effects ``(..., T, L, H)`` at some times, added up over the times of each segment: ``(..., segments, L, H)``."""
-    found = np.zeros((*effects.shape[:-3], len(plan.segments), *effects.shape[-2:]))
+    sums = np.zeros((*effects.shape[:-3], len(plan.segments), *effects.shape[-2:]))
     for index, now in enumerate(times):
-        found[..., plan.segment_index(now), :, :] += effects[..., index, :, :]
-    return found
+        sums[..., plan.segment_index(now), :, :] += effects[..., index, :, :]
+    return sums
 
 
 def promised(plan: PlanFile, times: Sequence[float]) -> Floats | None:
@@ -114,10 +114,10 @@ def promised(plan: PlanFile, times: Sequence[float]) -> Floats | None:
     if values is None:
         return None
     prices = np.array(values, np.float64)
-    found, known = np.zeros_like(prices), visited(plan, times)
+    promise, known = np.zeros_like(prices), visited(plan, times)
     for index, segment in enumerate(plan.segments):
-        found[min(known, key=lambda other: abs(plan.segments[other].time - segment.time))] += prices[index]
-    return found
+        promise[min(known, key=lambda other: abs(plan.segments[other].time - segment.time))] += prices[index]
+    return promise
 
 
 def first_order_db(effects: Floats) -> Floats:

@@ -90,13 +90,13 @@ class Cells:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "settings.json"
         if path.exists():
-            found = _read(path)
-            wrong = sorted(name for name in {*found, *settings} if found.get(name) != settings.get(name))
+            stored = _read(path)
+            wrong = sorted(name for name in {*stored, *settings} if stored.get(name) != settings.get(name))
             if wrong:
                 name = wrong[0]
                 raise EvaluationError(
                     f"{folder} must hold an evaluation of {name} {settings.get(name)!r}, got one of "
-                    f"{found.get(name)!r}: give another folder"
+                    f"{stored.get(name)!r}: give another folder"
                 )
         else:
             write_text(path, json.dumps(settings, indent=1))
@@ -116,16 +116,16 @@ class Cells:
         """
         if not path.exists():
             return None
-        found = _read(path)
+        stored = _read(path)
         for name, shape in shapes.items():
             try:
-                array = np.array(found[name], np.float64)
+                array = np.array(stored[name], np.float64)
             except (KeyError, TypeError, ValueError):
                 array = np.array(np.nan)
             right = array.ndim == len(shape) and np.isfinite(array).all()
             if not right or any(want not in (None, size) for want, size in zip(shape, array.shape, strict=True)):
                 raise EvaluationError(f"{path} must hold {name} as it was measured, got something else: {REMOVE}")
-        return found
+        return stored
 
     def put(self, path: Path, value: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,12 +138,12 @@ REMOVE = "remove the file, and it is measured again"
 def _read(path: Path) -> dict[str, Any]:
     """A map that was written as JSON."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{path} must be JSON, got {error}: {REMOVE}") from None
-    if not isinstance(found, dict):
-        raise EvaluationError(f"{path} must hold a map, got {type(found).__name__}: {REMOVE}")
-    return found
+    if not isinstance(value, dict):
+        raise EvaluationError(f"{path} must hold a map, got {type(value).__name__}: {REMOVE}")
+    return value
 
 
 def settings_of(sampler: Sampler, metrics: Sequence[Metric]) -> dict[str, Any]:
@@ -221,16 +221,16 @@ def measure_videos(
             attached = candidate.plan.attach(sampler.transformer) if candidate else None
             with attached or attending(sampler.transformer, written_out):
                 latent = sampler.run(prompt, seed)
-            found = {LATENT.name: float(latent_db(latent, dense)[0])}
+            measured = {LATENT.name: float(latent_db(latent, dense)[0])}
             if videos:
                 video = sampler.decode(latent)
-                found |= {metric.name: float(metric.measure(video, shown)[0]) for metric in videos}
+                measured |= {metric.name: float(metric.measure(video, shown)[0]) for metric in videos}
                 if candidate:
                     picture = cells.path(key, prompt, seed, "png")
                     picture.parent.mkdir(parents=True, exist_ok=True)
                     with whole_file(picture) as file:
                         file.write(side_by_side(shown[0], video[0]))
-            cells.put(cells.path(key, prompt, seed), found)
+            cells.put(cells.path(key, prompt, seed), measured)
         done()
 
 
@@ -254,8 +254,8 @@ def measure_heads(
     for prompt, seed in work:
         todo = [each for each in candidates if not _heads_path(cells, each, prompt, seed).exists()]
         if todo:
-            found = effects.measure_plans(sampler, [each.plan for each in todo], prompt, seed, vectors, times)
-            for candidate, each in zip(todo, found, strict=True):
+            measured = effects.measure_plans(sampler, [each.plan for each in todo], prompt, seed, vectors, times)
+            for candidate, each in zip(todo, measured, strict=True):
                 cells.put(_heads_path(cells, candidate, prompt, seed), {"times": list(times), "effects": each.tolist()})
         done()
 
@@ -314,8 +314,8 @@ def head_findings(sampler: Sampler, candidate: Candidate, work: Work, cells: Cel
     if len(times) == len(sampler.times):
         result["first_order_latent"] = _summary(effects.first_order_db(signed).tolist(), LATENT)
     if promise is not None:
-        told = max(float(promise.sum()), LEAST_EFFECT)
-        result |= {"effect_promised": told, "ratio": total / told}
+        promised = max(float(promise.sum()), LEAST_EFFECT)
+        result |= {"effect_promised": promised, "ratio": total / promised}
     return result
 
 
@@ -360,8 +360,8 @@ def plan_findings(
 def floor_findings(work: Work, metrics: Sequence[Metric], cells: Cells) -> dict[str, Any]:
     """What was measured between two exact kernels: plain values; empty if nothing was."""
     of = {metric.name: () for metric in metrics}
-    found = [cell for p, s in work if (cell := cells.get(cells.path("floor", p, s), of))]
-    return {m.name: _summary([cell[m.name] for cell in found], m) for m in metrics} if found else {}
+    measured = [cell for p, s in work if (cell := cells.get(cells.path("floor", p, s), of))]
+    return {m.name: _summary([cell[m.name] for cell in measured], m) for m in metrics} if measured else {}
 
 
 def _summary(values: list[float], metric: Metric) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def parse_requirements(text: str) -> tuple[Requirement, ...]:
     Raises:
         RequirementError: A part is not ``name>=number`` or ``name.statistic<=number``.
     """
-    found = []
+    requirements = []
     for part in text.split(","):
         match = _REQUIREMENT.fullmatch(part)
         rule = f"read name>=number or name.{'|'.join(STATISTICS)}<=number"
@@ -64,8 +64,8 @@ def parse_requirements(text: str) -> tuple[Requirement, ...]:
             limit = float(match[4])
         except ValueError:
             raise RequirementError(f"--require must {rule}, got {part.strip()!r}") from None
-        found.append(Requirement(match[1], match[2] or STATISTICS[0], match[3], limit))
-    return tuple(found)
+        requirements.append(Requirement(match[1], match[2] or STATISTICS[0], match[3], limit))
+    return tuple(requirements)
 
 
 def check_names(

@@ -27,13 +27,13 @@ def compare(one: PlanFile, other: PlanFile) -> dict[str, Any]:
         name: pair for name in HEADER if (pair := [_plain(getattr(each, name)) for each in (one, other)])[0] != pair[1]
     }
     header |= {} if one.segments == other.segments else {"segments": [len(one.segments), len(other.segments)]}
-    found: dict[str, Any] = {"same": one.digest == other.digest, "header": header}
+    differences: dict[str, Any] = {"same": one.digest == other.digest, "header": header}
     if (one.signature.layers, one.signature.heads, one.grid, one.blocks) != (
         *(other.signature.layers, other.signature.heads),
         *(other.grid, other.blocks),
     ):
-        return found | {"segments": None}
-    return found | {"segments": _segments(one, other)}
+        return differences | {"segments": None}
+    return differences | {"segments": _segments(one, other)}
 
 
 def _plain(value: Any) -> Any:
@@ -49,9 +49,9 @@ def _segments(one: PlanFile, other: PlanFile) -> list[dict[str, Any]]:
         for index, time in enumerate(times):
             first, last = one.packed(index, layer), other.packed(other.segment_index(time), layer)
             densities[index] += first.density, last.density
-            found = [_head(first, last, head) for head in range(first.heads)]
-            apart[index] += found.count(None)
-            for pair in found:
+            pairs = [_head(first, last, head) for head in range(first.heads)]
+            apart[index] += pairs.count(None)
+            for pair in pairs:
                 if pair is not None:
                     common[index] += pair[0]
                     either[index] += pair[1]
