@@ -154,7 +154,7 @@ class Container:
     """A file of the container, memory mapped and read only.
 
     `open` proves the structure: prefix, header, bounds, layout and padding. A section's bytes are proved the first
-    time it is asked for, so that who needs one array of a large file reads no other; `verify` proves all of them.
+    time it is asked for, so that one array of a large file can be read without the others; `verify` proves all of them.
     The mapping lives as long as the container or any array taken from it.
     """
 
@@ -181,8 +181,8 @@ class Container:
             magic: The 8 bytes it must begin with.
             version: The version this caller understands. Another major version is an error. From a newer minor
                 version the container skips what it does not know, and so should the caller (see `newer`).
-            crc: This kind of file may have a CRC-32 of each section: where it is, it proves the section, four times as
-                fast as the digest and enough against accidents. The digest proves what has none.
+            crc: Whether this kind of file may have a CRC-32 of each section. Where there is one it proves the section,
+                which is four times as fast as by the digest, and enough against accidents.
 
         Raises:
             PlanError: One subclass for each broken promise; the message names file, rule and value.

@@ -35,8 +35,8 @@ Value = TypeVar("Value", ModelSignature, TokenGrid, Blocks)
 
 @dataclass(frozen=True, eq=False)
 class PlanFile:
-    """Everything a plan file says. Who holds one need check nothing: schedules are checked when the plan is made, and
-    those of a file or of a compiler when they are first asked for.
+    """Everything a plan file says, checked: schedules when the plan is made, those of a file or of a compiler when they
+    are first asked for.
 
     Args:
         signature: The model the plan is for.
@@ -106,7 +106,7 @@ class PlanFile:
 
     @classmethod
     def read(cls, path: FilePath) -> PlanFile:
-        """Maps a plan file and proves its bytes and header; a schedule when it is first asked for.
+        """Maps a plan file and proves its bytes and header; a schedule is proved when it is first asked for.
 
         Raises:
             PlanError: The first broken promise of FORMAT.md; the message names file, rule and value.
@@ -269,7 +269,7 @@ _HEADER_KEYS = ("model", "grid", "blocks", "segments", "bases", *_FREE_KEYS)
 
 
 def _bases(value: object, segments: int) -> tuple[int, ...]:
-    """Each segment's base; few steps lead to one that is its own."""
+    """Each segment's base, checked: at most `MAX_BASES` steps lead to a segment that is its own base."""
     _require_kind("bases", value, list)
     assert isinstance(value, list)
     right = len(value) == segments and all(type(base) is int and 0 <= base < segments for base in value)

@@ -1,4 +1,4 @@
-"""In what a head multiplies."""
+"""Number formats in which a head multiplies."""
 
 from __future__ import annotations
 

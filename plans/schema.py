@@ -1,6 +1,6 @@
 """The vocabulary of a plan: what model, what tokens, what blocks, what times.
 
-Everything here is a small frozen value that checks itself when it is made, so whoever holds one may trust it.
+Everything here is a small frozen value that checks itself when it is made, so no user of one has to check it again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 MAX_BLOCKS = 1 << 16
 """Block columns are stored as uint16."""
 INT32_END = 1 << 31
-"""Kernels count in int32: whatever they count stays below."""
+"""Kernels count in int32, so every count must stay below."""
 
 
 def _require(ok: bool, what: str, rule: str, value: object) -> None:
@@ -144,7 +144,7 @@ class Segment:
 
 
 def check_predicted(predicted: Mapping[str, Any], segments: int, layers: int, heads: int) -> None:
-    """Proves the shapes of what a plan may predict, so that whoever finds it there may use it.
+    """Proves the shapes of what a plan may predict, so that its readers need not.
 
     Raises:
         SchemaError: ``planned_ms``, ``dense_ms``, ``head_price`` or ``latent_db`` is there and of another kind.
