@@ -136,7 +136,7 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
                 yield segment, layer, self._finish(unpacked, segment, layer)
 
     def prove(self) -> None:
-        """Decodes every layer once, on all cores, and stores none. A thread holds about `MAX_BASES` + 4 layers at a time.
+        """Decodes every layer once, on all cores, and stores none. Each thread holds about `MAX_BASES` + 4 layers.
 
         Raises:
             MaskError, ScheduleError: The first broken promise of the first layer that breaks one.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ALIGNMENT = 8
-"""Channels of a head are a multiple of this for the kernels of a GPU; others are padded with zeros."""
+"""Kernels of a GPU take a multiple of so many channels of a head; other heads are padded with zeros."""
 CUDNN_CHANNELS = 128
 """Most channels of a head for which cuDNN has a backward."""
 
@@ -42,7 +42,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def kernel_name(q: Tensor) -> str:
-    """Whose kernels `attention` uses for such queries."""
+    """Name of the library whose kernels `attention` uses for such queries."""
     if not q.is_cuda:
         return "PyTorch on the CPU"
     half = q.dtype in (torch.float16, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Models that cannot be calibrated are refused before any work."""
+"""Refuses models that cannot be calibrated, before any work."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from calibatt.runtime.adapters import Adapter, unwrap
 from calibatt.tools.calibrate.gradients import at_hand
 
 ROWS, DIRECTIONS = 16, 3
-"""A layer is tried on so many random inputs, in so many directions."""
+"""How many random inputs a layer is tried on, and in how many directions."""
 STEP = 0.25
-"""Length of a difference, as a part of its input: far above the rounding of quantised inputs, which it averages out."""
+"""Length of a difference relative to its input: far above the rounding of quantised inputs, so that it averages out."""
 TOLERANCE = 0.1
 
 
@@ -57,10 +57,10 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_gradients(model: nn.Module, adapter: Adapter) -> None:
-    """Refuses models with linear layers that give no gradient, or another one than that of what they compute.
+    """Refuses models with linear layers whose backward gives no gradient, or not that of what they compute.
 
-    One layer of every kind in the blocks is tried, unless it is PyTorch's own with ordinary weights: a vector-Jacobian
-    product against differences of its outputs.
+    One layer of every kind in the blocks is tried, except PyTorch's own with ordinary weights: a vector-Jacobian
+    product is compared with differences of the layer's outputs.
 
     Raises:
         CheckError: A layer fails; names it, its class and both numbers.
@@ -136,7 +136,7 @@ def _described(layer: nn.Module) -> str:
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
-    """What the model computes in."""
+    """The dtype in which the model computes."""
     dtype = getattr(unwrap(model), "dtype", None)
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
         return dtype
@@ -148,7 +148,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _stateful_hooks(modules: dict[str, nn.Module]) -> list[str]:
-    """Hooks of diffusers that keep something from step to step."""
+    """Hooks of diffusers that reuse something from one step in the next."""
     hooks = [getattr(getattr(module, "_diffusers_hook", None), "hooks", {}) for module in modules.values()]
     return [type(hook).__name__ for some in hooks for hook in some.values() if getattr(hook, "_is_stateful", False)]
 

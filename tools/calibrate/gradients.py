@@ -1,7 +1,7 @@
-"""Gradients through one forward of a transformer, block by block, with the gradient of every self-attention on the way.
+"""Gradients through one forward of a transformer, block by block, including that of every self-attention.
 
-The forward is computed again; only what enters a block is kept, on the CPU if asked for. Then every block is computed
-once more, last one first, and differentiated. Weights, LoRA, quantised linears and offloading are used as they are.
+The forward is computed again, and only the inputs of blocks are stored, on the CPU if asked for. Then every block is
+computed once more, last one first, and differentiated. Weights, LoRA, quantised linears and offloading may be in use.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ from calibatt.tools.calibrate.attention import attention
 from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, floating, replaced, with_attributes
 
 LARGE_BYTES = 1 << 20
-"""Inputs of blocks from this size on go to the CPU; the rest is small."""
+"""Inputs of blocks of at least this size are moved to the CPU; smaller ones stay."""
 HALF_RANGE = 5, 6, 4
-"""For fp16: gradients enter with a largest value of 2 ** 5; after an overflow 2 ** 6 less, so many times at most."""
-LEAST_REST = 1e-3
-"""A block that holds more of a query's mass than 1 less this counts as if it held so much."""
-LEAST_KEPT = 1e-20
-"""A mask that keeps less mass of a query than this keeps nothing of it."""
+"""For fp16: gradients are scaled to at most 2 ** 5, after an overflow to 2 ** 6 less; how many times at most."""
+
+
 EVERY = slice(None)
-"""The tokens of a sequence that is nothing but video."""
+"""The video's tokens in a sequence without prefix and suffix."""
 
 
 class OverflowInHalf(ArithmeticError):
@@ -43,16 +41,16 @@ class AttentionCall:
     """One self-attention call of one sample, with its gradient.
 
     Args:
-        layer: Its number, 0 first.
+        layer: Number of the self-attention, from 0.
         q: ``(H, N, D)`` as attention receives it, without padding at its end.
         k: ``(H, N, D)``.
         v: ``(H, N, D)``.
         out: ``(H, N, D)``, its output.
         total: float32 ``(H, N)``, natural logarithm of the sum of each query's exponentials; None on a CPU.
         grads: V gradients of the output, ``(H, N, D)``.
-        scale: What all gradients are to be divided by.
-        video: Which tokens are the video's; the others are keys of every mask, and their queries are dense.
-        input_grads: V times the gradients of q, k and v; None of one that depends on nothing.
+        scale: The number by which all gradients must be divided.
+        video: The video's tokens; the others are keys of every mask, and their queries are dense.
+        input_grads: For each of V vectors the gradients of q, k and v; None where an input needs none.
     """
 
     layer: int
@@ -183,9 +181,11 @@ class Transformer:
         return slice(start, start + self.adapter.token_grid(self.model, arguments).tokens)
 
     @contextmanager
-    def _blocks_as_links(self, chain: Chain, hand_on: Callable[[], None], video: slice, listening: bool) -> Iterator[None]:
-        """Every block of the model adds itself to the chain instead of being differentiated by autograd; calls of
-        attention and their gradients are kept for `hand_on` where somebody listens.
+    def _blocks_as_links(
+        self, chain: Chain, hand_on: Callable[[], None], video: slice, listening: bool
+    ) -> Iterator[None]:
+        """While the context lasts, every block of the model adds itself to the chain instead of being differentiated by
+        autograd; with `listening`, calls of attention and their gradients are collected for `hand_on`.
         """
 
         def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, _: Any) -> Tensor:
@@ -277,7 +277,7 @@ def _pull_block(
 
 
 def _keeping_weights() -> torch.autograd.graph.saved_tensors_hooks:
-    """What the backward needs of a parameter is the data that it has now: offloading gives it other data afterwards."""
+    """Saves the data that a parameter has now for the backward, since offloading gives it other data afterwards."""
     return torch.autograd.graph.saved_tensors_hooks(
         lambda x: x.detach() if isinstance(x, nn.Parameter) else x, lambda x: x
     )
@@ -294,7 +294,7 @@ def _to_cpu(x: Any) -> Any:
 
 
 def _hidden_states(model: nn.Module, given: Given) -> int:
-    """Which argument is the model's `hidden_states`: of the first forward nothing else would need a gradient."""
+    """Index of the argument `hidden_states`: in the first forward of a sampling nothing else would need a gradient."""
     marked = [object() for _ in given.flat]
 
     def find(*args: Any, **kwargs: Any) -> Any:
@@ -318,7 +318,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def at_hand(block: nn.Module) -> Iterator[None]:
-    """The groups of a block that diffusers' group offloading has put away are on the device while the context lasts.
+    """Puts the parts of a block that diffusers' group offloading has moved away on the device while the context lasts.
 
     Hooks expect forwards in the model's order: a block in the midst of a group would not load it, and a block that
     loads the next one ahead would leave it on the device.

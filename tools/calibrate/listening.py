@@ -1,4 +1,4 @@
-"""Hearing every forward of a sampling's transformers, while other networks stay out of what is differentiated."""
+"""Intercepts every forward of a sampling's transformers, and keeps other networks out of what is differentiated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from calibatt.tools.calibrate.gradients import Transformer
 
 
 class _NoGradient(torch.autograd.Function):
-    """What a network that is no link made of latents: the name, how many tensors it made, these, and the latents."""
+    """Marks what another network made of latents, so that its gradient raises an error.
+
+    Its inputs are the name of the network, how many tensors it made, these, and the latents.
+    """
 
     @staticmethod
     def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -24,11 +24,11 @@ from calibatt.tools.calibrate.sampler import Latent, parts
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref")
 """Denoisers that a pipeline may have."""
 REHEARSAL = "nothing"
-"""The prompt of runs whose transformers do not compute."""
+"""The prompt of runs in which transformers compute next to nothing."""
 
 
 class PipelineError(ValueError):
-    """A pipeline that cannot be sampled as it must be."""
+    """A pipeline that cannot be used as a sampler."""
 
 
 class _Forward(NamedTuple):
@@ -41,7 +41,7 @@ class _Forward(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """What a run was made of, and the latents after its last step, as the pipeline itself goes on with them."""
+    """Arguments and seed of a run, and the latents after its last step, in the form in which the pipeline continues."""
 
     arguments: dict[str, Any]
     seed: int
@@ -65,18 +65,18 @@ class PipelineSampler:
         [1.0, 0.75]
 
     Args:
-        pipe: The pipeline, where it shall run.
-        transformer: Which of its denoisers is meant: a pipeline of two experts has two plans.
+        pipe: The pipeline, on the device on which it shall run.
+        transformer: Name of the denoiser to measure: a pipeline of two experts has two plans.
         adapter: The model's row; found by its class if absent.
-        prompt_arguments: What the pipeline is called with for a prompt, beside `arguments`; ``{"prompt": prompt}`` if
-            absent.
+        prompt_arguments: A function from a prompt to the arguments of the pipeline beside `arguments`;
+            ``{"prompt": prompt}`` if absent.
         images: The image of each prompt, a path, URL or `PIL.Image.Image`, for a pipeline that takes one.
-        arguments: What every call has: height, width, num_frames, num_inference_steps, guidance_scale...
+        arguments: Arguments of every call: height, width, num_frames, num_inference_steps, guidance_scale...
 
     Attributes:
         forwards: The denoising time of every forward in a run, in order; None for one of another transformer. Branches
-            of guidance in forwards of their own count each, a batch of both is one.
-        times: Those of the transformer, each once, falling.
+            of guidance count one each where each has a forward of its own, and as one where they are a batch.
+        times: Denoising times of the transformer, each once, falling.
         branches: How many samples a step gives the transformer: 2 with guidance, in two forwards or in one.
 
     Raises:
@@ -103,7 +103,7 @@ class PipelineSampler:
         self.adapter = adapter or adapter_for(model)
         self._set_images(images or {})
         self._made = WeakTensorKeyDictionary()
-        """How each tensor that `run` and `run_batch` returned was made, as long as it lives: a list of `_Made`."""
+        """By each tensor that `run` and `run_batch` returned, as long as it lives: the runs that made it."""
         self.versions = {
             "diffusers": diffusers.__version__,
             "pipeline": self._name,
@@ -239,7 +239,7 @@ class PipelineSampler:
     def _call(
         self, arguments: dict[str, Any], seed: int, steps: Steps, output_type: str = "latent"
     ) -> tuple[Tensor, ...]:
-        """What the pipeline makes: the video or its latents, and the latents of its sound if there are some."""
+        """The result of the pipeline: the video or its latents, and the latents of its sound if it has one."""
         arguments = {**arguments, "generator": torch.Generator("cpu").manual_seed(seed)}
         modular, latent = _is_modular(self.pipe), output_type == "latent"
         with seeded(seed, self.pipe._execution_device), ExitStack() as stack:
@@ -281,7 +281,7 @@ class PipelineSampler:
         seen: Callable[[Arguments], None] = lambda arguments: None,
         others: Callable[[Arguments], None] = lambda arguments: None,
     ) -> Iterator[None]:
-        """Replaces the forwards of all transformers, which show their arguments: this sampler's, and the others'."""
+        """Replaces the forwards of this sampler's transformer and of the others by ones that report their arguments."""
         with ExitStack() as stack:
             for name in TRANSFORMERS:
                 model = getattr(self.pipe, name, None)
@@ -310,7 +310,7 @@ def _is_modular(pipe: Any) -> bool:
 
 
 def _inputs(pipe: Any) -> Mapping[str, bool]:
-    """What a pipeline is called with by name, and whether it must be."""
+    """Names of the arguments that a pipeline can be called with, and whether each is required."""
     if _is_modular(pipe):
         return {x.name: x.required for x in pipe.blocks.inputs}
     parameters = inspect.signature(type(pipe).__call__).parameters
@@ -318,7 +318,7 @@ def _inputs(pipe: Any) -> Mapping[str, bool]:
 
 
 def _needs_image(pipe: Any) -> bool:
-    """Whether a pipeline starts from an image; some declare it optional, and cannot do without all the same."""
+    """Whether a pipeline starts from an image; some declare the argument optional although they need it."""
     named = any("ImageToVideo" in kind.__name__ for kind in type(pipe).__mro__)
     inputs = _inputs(pipe)
     return "image" in inputs and (named or inputs["image"])

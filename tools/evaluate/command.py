@@ -100,7 +100,7 @@ def run(
 
 
 def _metrics(sampler: Any) -> tuple[tuple[Metric, ...], dict[str, str]]:
-    """The metrics there are, and why others are not available."""
+    """The metrics that can be measured, and why others cannot."""
     try:
         getattr(sampler, "check_decode", lambda: None)()
     except PipelineError as error:
@@ -121,7 +121,7 @@ def _result(
     requirements: Sequence[gate.Requirement],
     floor_prompts: int,
 ) -> dict[str, Any]:
-    """What ``report.json`` holds: all but `about` is the same for the same call."""
+    """The content of ``report.json``; the same call gives the same, except for `about`."""
     plans = []
     for candidate in candidates:
         findings = evaluation.plan_findings(sampler, candidate, work, metrics, cells)

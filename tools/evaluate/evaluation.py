@@ -1,4 +1,4 @@
-"""Dense against plans on held-out prompts: what is measured, kept prompt by prompt, and what it says in sum."""
+"""Measures plans against dense attention on held-out prompts, stores it prompt by prompt, and summarises it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Work = Sequence[tuple[str, int]]
 """Prompts and their seeds."""
 SUSPECTS = 12
 LEAST_EFFECT = 1e-6
-"""A plan whose whole squared effect is less counts as if it were this (60 dB): kernels round more than that."""
+"""Least squared effect of a plan (60 dB): a smaller one counts as this, since kernels round more than that."""
 BROKEN_RATIO = 10.0
-"""A head whose squared effect is so many times what calibration promised is broken, if that matters:"""
+"""A head is broken if its squared effect is at least so many times what calibration promised, and"""
 BROKEN_SHARE = 0.02
 """if its squared effect beyond the promise is at least this share of the whole plan's."""
 VECTORS = 4
@@ -42,7 +42,7 @@ DRIFT_RATIO = 3.0
 
 
 class EvaluationError(ValueError):
-    """What was asked cannot be evaluated; says why."""
+    """The evaluation that was asked for is not possible; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        """Of what the plan executes, whatever its header says: a stamp does not make another plan of it."""
+        """Digest of what the plan executes, whatever its header says: a stamp does not change it."""
         return schedules_digest(self.plan.file)
 
 
@@ -75,11 +75,11 @@ def schedules_digest(plan: PlanFile) -> str:
 
 
 class Cells:
-    """What has been measured, one file a prompt and plan, so that an evaluation goes on where it stopped.
+    """Stores measurements, one file a prompt and plan, so that an evaluation continues where it stopped.
 
     Args:
-        folder: Where; made if absent.
-        settings: What all of it depends on, plain values.
+        folder: The folder; it is made if absent.
+        settings: Everything that all measurements depend on, plain values.
 
     Raises:
         EvaluationError: The folder holds measurements under other settings; names what differs.
@@ -105,11 +105,11 @@ class Cells:
         return self.folder / key / f"{sampling_name(prompt, seed)}.{ending}"
 
     def get(self, path: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, Any] | None:
-        """What a cell says, or None where nothing has been measured.
+        """The values of a cell, or None if it has not been measured.
 
         Args:
-            path: The cell.
-            shapes: What it holds: finite numbers by name, () for one, else lists of lists of so many; None: any number.
+            path: File of the cell.
+            shapes: Shapes of its finite numbers, by name: () for one number, else sizes of nested lists; None: any.
 
         Raises:
             EvaluationError: It holds something else.
@@ -136,7 +136,7 @@ REMOVE = "remove the file, and it is measured again"
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A map that was written as JSON."""
+    """Reads a JSON file that holds a map."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -147,7 +147,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def settings_of(sampler: Sampler, metrics: Sequence[Metric]) -> dict[str, Any]:
-    """What a measurement depends on besides plan, prompt and seed."""
+    """Everything that a measurement depends on besides plan, prompt and seed."""
     model = sampler.transformer
     weight = next(model.parameters())
     return {
@@ -202,11 +202,11 @@ def measure_videos(
     cells: Cells,
     done: Callable[[], None],
 ) -> None:
-    """Generates every prompt dense and under every plan from the same noise, and, for the first `floor` prompts, dense
-    by a second exact kernel; what is measured already is not done again.
+    """Generates every prompt dense and under every plan from the same noise, and the first `floor` prompts also dense
+    by a second exact kernel. Cells that are stored already are skipped.
 
     Args:
-        metrics: `LATENT`, and those of the decoded videos; videos are decoded only if there are any.
+        metrics: `LATENT` and metrics of videos; videos are decoded only if there are metrics of them.
         done: Called after each prompt.
     """
     for index, (prompt, seed) in enumerate(work):
@@ -249,7 +249,7 @@ def measure_heads(
     Args:
         done: Called after each prompt.
         vectors: Random vectors of the final latent.
-        times: Of the sampler, ascending.
+        times: Times of the sampler, ascending.
     """
     for prompt, seed in work:
         todo = [each for each in candidates if not _heads_path(cells, each, prompt, seed).exists()]
@@ -267,8 +267,8 @@ def _heads_path(cells: Cells, candidate: Candidate, prompt: str, seed: int) -> P
 def head_findings(sampler: Sampler, candidate: Candidate, work: Work, cells: Cells) -> dict[str, Any]:
     """What `measure_heads` found, against what calibration promised: plain values.
 
-    A head's *share* is the part of the plan's whole squared effect that is this head's beyond its promise. With no
-    promise in the plan, heads are ranked by their effect alone, and none is called broken.
+    A head's *share* is its squared effect beyond its promise, relative to the squared effect of the whole plan. If the
+    plan promises nothing, heads are ranked by their effect alone, and none is called broken.
     """
     model = candidate.plan.signature
     shapes = {"times": (None,), "effects": (None, None, model.layers, model.heads)}
@@ -279,7 +279,7 @@ def head_findings(sampler: Sampler, candidate: Candidate, work: Work, cells: Cel
     squared = effects.by_segment(file, signed, times)[:, :, known] ** 2
     each = squared.mean(1)
     totals = np.maximum(each.sum((1, 2, 3)), LEAST_EFFECT**2)
-    # Prompts differ up to 100-fold: as in the promise, each counts by its own level, and the level is the typical one.
+    # Prompts differ up to 100-fold. As in the promise, each is divided by its level; the result has the typical level.
     measured = (each / totals[:, None, None, None]).mean(0) * np.exp(np.log(totals).mean())
     worst = each.max(0)
     promise = effects.promised(file, sampler.times)

@@ -37,7 +37,7 @@ class Requirement:
         return f"{self.name}{statistic}{self.relation}{self.limit:g}"
 
     def value(self, metrics: Mapping[str, Any], heads: Mapping[str, Any]) -> float:
-        """The number that it is about; see `check_names`."""
+        """The number that the requirement is about; `check_names` has proved that there is one."""
         if self.name == "broken" and "broken" in heads:
             return float(len(heads["broken"]))
         if self.name == "ratio" and "ratio" in heads:
@@ -71,16 +71,16 @@ def parse_requirements(text: str) -> tuple[Requirement, ...]:
 def check_names(
     requirements: Sequence[Requirement], metrics: Sequence[Metric], candidates: Sequence[Candidate], heads: bool
 ) -> None:
-    """Refuses, before anything is measured, requirements of what will not be.
+    """Refuses requirements of numbers that will not be measured, before any work.
 
     Args:
         requirements: What must hold.
-        metrics: What is measured of videos.
+        metrics: The metrics that are measured.
         candidates: The plans.
-        heads: Heads are measured.
+        heads: Whether heads are measured.
 
     Raises:
-        RequirementError: Names what there will be.
+        RequirementError: One is of something else; the message names what is measured.
     """
     known = [metric.name for metric in metrics]
     if heads:

@@ -1,4 +1,4 @@
-"""What two videos differ by, and what many such numbers say together.
+"""Metrics of how two videos differ, and their summary over prompts.
 
 Videos are ``(n, 3, F, H, W)`` in [-1, 1] on one device; every metric computes in float64 and gives one number a video,
 float64 ``(n,)`` on the CPU.
@@ -97,7 +97,7 @@ class Metric:
 
 
 LATENT = Metric("latent", "dB", True, latent_db)
-"""Of final latents, whatever decodes them; all others are of videos."""
+"""The metric of final latents, whatever decodes them; all others are of videos."""
 PSNR = Metric("psnr", "dB", True, psnr_db)
 SSIM = Metric("ssim", "", True, ssim)
 FLICKER = Metric("flicker", "", False, flicker)
@@ -125,7 +125,7 @@ def lpips_metric() -> Metric | str:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a metric says over prompts.
+    """The summary of a metric over prompts.
 
     Args:
         mean: Over prompts.

@@ -15,7 +15,7 @@ from torch import Tensor
 from calibatt.plans.page import Html
 
 SHOWN_PIXELS = 192
-"""About how wide one video is shown."""
+"""About how many pixels wide one video is shown."""
 FRAME_MS = 180
 DIFFERENCE_GAIN = 4
 GAP_PIXELS = 2

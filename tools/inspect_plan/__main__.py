@@ -73,7 +73,7 @@ def main(
     if png is not None and (layer is None or head is None):
         raise click.UsageError("--png draws one mask and needs --layer and --head")
     time = 0.5 if time is None else time
-    if not 0 <= time <= 1:  # which click does not know of nan
+    if not 0 <= time <= 1:  # click lets nan pass
         raise click.UsageError(f"--time must be from 0 to 1, got {time}")
     drawn = [path.resolve() for path in (png, overview_png) if path is not None]
     read = [path.resolve() for path in (file, other) if path is not None]

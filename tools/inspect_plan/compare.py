@@ -37,7 +37,7 @@ def compare(one: PlanFile, other: PlanFile) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a header, of a mapping or dataclass what it holds."""
+    """A value of a header; a dataclass as a mapping of its fields."""
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
@@ -67,7 +67,7 @@ def _segments(one: PlanFile, other: PlanFile) -> list[dict[str, Any]]:
 
 
 def _head(one: PackedLayer, other: PackedLayer, head: int) -> tuple[int, int] | None:
-    """Blocks that both compute, and that either does; None where they compute other rows or frames."""
+    """How many blocks both compute, and how many at least one does; None if their anchors differ."""
     if _anchors(one, head) != _anchors(other, head):
         return None
     masks = [one.head_bits(head), other.head_bits(head)]
@@ -80,7 +80,7 @@ def _head(one: PackedLayer, other: PackedLayer, head: int) -> tuple[int, int] | 
 
 
 def _anchors(layer: PackedLayer, head: int) -> tuple[int, list[int]] | None:
-    """What the head computes rows or frames of, and which; None: all."""
+    """Axis and anchors of a head; None if it computes every query."""
     pattern = int(layer.head_anchor[head])
     if pattern == NO_ANCHORS:
         return None
@@ -89,7 +89,7 @@ def _anchors(layer: PackedLayer, head: int) -> tuple[int, list[int]] | None:
 
 
 def _told_apart(one: Any, other: Any) -> list[str]:
-    """Two unequal values in words; of mappings only what differs."""
+    """Two unequal values in words; of mappings only the entries that differ."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
         one, other = ({key: each[key] for key in keys if key in each} for each in (one, other))

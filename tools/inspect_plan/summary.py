@@ -28,7 +28,7 @@ GRADIENT = ((27, 38, 79), (38, 92, 140), (38, 148, 150), (122, 198, 120), (250, 
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """What there is to know of every head of a plan.
+    """Density, kind and precision of every head of a plan.
 
     Args:
         densities: Density, float64 ``(segments, layers, heads)``.
@@ -61,7 +61,7 @@ def heads_of(plan: PlanFile) -> Heads:
         precisions[segment, layer] = packed.head_precision
         listed = np.where(packed.head_list == DENSE, "dense", "sparse")
         kinds[segment, layer] = np.where(packed.head_anchor != NO_ANCHORS, "anchored", listed)
-        axis = np.append(packed.anchor_axis, ROWS)[packed.head_anchor]  # NO_ANCHORS takes the last
+        axis = np.append(packed.anchor_axis, ROWS)[packed.head_anchor]  # NO_ANCHORS, -1, takes the last
         frames += int((axis == FRAMES).sum())
         _, counts = np.unique(packed.head_list[packed.head_list != DENSE], return_counts=True)
         sharing += int(counts[counts > 1].sum())
@@ -72,9 +72,9 @@ def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
     """Everything `show` shows, and more, as values that JSON can hold (bytes aside).
 
     Times are denoising times, ``*_bytes`` bytes and ``*_ms`` milliseconds; lists over segments ascend in time.
-    ``density`` and ``predicted_forward_ms`` are means over the segments: what a sampler executes that visits each of
-    them equally often, as the one that was calibrated does. Its steps crowd at some times, so that a mean over time
-    itself would be nobody's.
+    ``density`` and ``predicted_forward_ms`` are means over the segments: what a sampler executes that visits all of
+    them equally often, as the calibrated one does. A mean over time itself would be that of no sampler, since steps
+    are closer together at some times.
     """
     heads = heads_of(plan)
     densities, kinds = heads.densities, heads.kinds
@@ -179,7 +179,7 @@ def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, st
 
 
 def _precision_lines(precisions: npt.NDArray[np.uint8]) -> list[str]:
-    """Of the plan; where some heads are in 8 bits, also the layers with the fewest and the most of them."""
+    """Shares of precisions, and the layers with the fewest and the most heads in 8 bits, if there are any."""
     shares = (precisions != BF16).mean((0, 2))
     if not shares.any():
         return [told_precisions(precisions)]
@@ -189,7 +189,7 @@ def _precision_lines(precisions: npt.NDArray[np.uint8]) -> list[str]:
 
 
 def _evaluation_lines(stamp: Any) -> list[str]:
-    """The verdict of `calibatt-evaluate --stamp`; whatever else stands there, as it is."""
+    """The stamp of `calibatt-evaluate --stamp` in words; anything else that stands in its place, too."""
     if not isinstance(stamp, Mapping):
         return [readable.words(stamp)]
     rest = {name: value for name, value in stamp.items() if name not in ("verdict", "metrics")}
@@ -209,9 +209,9 @@ def _named(name: str, lines: list[str]) -> list[tuple[str, str]]:
 
 
 def _predicted_lines(plan: PlanFile, forward: Mapping[str, float] | None) -> list[str]:
-    """What the header predicts; of what is listed head by head, sums."""
+    """The predictions of the header; lists over heads as their sums."""
     lines, predicted = [], dict(plan.predicted)
-    predicted.pop("density", None)  # that is counted
+    predicted.pop("density", None)  # the density is counted, not predicted
     if isinstance(cost := predicted.pop("cost", None), float):
         lines.append(f"cost: {cost:.1%} of that of dense attention in 16 bit")
     if forward:
