@@ -66,8 +66,6 @@ def test_every_limit_is_specified() -> None:
     assert f"1 to {container.MAX_NAME_BYTES} bytes" in TEXT
     assert f"at most {container.MAX_DIMENSIONS} integers" in TEXT
     assert f"multiple of {container.ALIGNMENT_BYTES}" in TEXT
-    assert (
-        f"statistics units (magic `{unit.MAGIC.decode()}`, from version {unit.VERSION[0]}.{unit.VERSION[1]})" in TEXT
-    )
+    assert f"statistics units (magic `{unit.MAGIC.decode()}`, from version {unit.VERSION[0]}.{unit.VERSION[1]})" in TEXT
     sizes = [str(size) for size in schema.BLOCK_SIZES]
     assert f"{', '.join(sizes[:-1])} or {sizes[-1]}" in TEXT
