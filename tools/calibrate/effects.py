@@ -22,10 +22,6 @@ SCORES_AT_ONCE = 1 << 19
 """How many scores PyTorch holds at a time (2 MiB in float32, which stay in a core's cache)."""
 NUMBERS_AT_ONCE = 1 << 26
 """How many numbers are held at a time where whole heads are processed (256 MiB in float32)."""
-LEAST_REST = 1e-3
-"""The mass of a block for a query counts as at most 1 less this."""
-LEAST_KEPT = 1e-20
-"""A mask that keeps less of a query's mass than this counts as keeping none."""
 ERROR_STRIDE = 8
 """Block errors are sums of squares, for which every 8th query is enough."""
 ROUNDED_STRIDE = 8

@@ -28,6 +28,10 @@ HALF_RANGE = 5, 6, 4
 """For fp16: gradients are scaled to at most 2 ** 5, after an overflow to 2 ** 6 less; how many times at most."""
 
 
+LEAST_REST = 1e-3
+"""The mass of a block for a query counts as at most 1 less this."""
+LEAST_KEPT = 1e-20
+"""A mask that keeps less of a query's mass than this counts as keeping none."""
 EVERY = slice(None)
 """The video's tokens in a sequence without prefix and suffix."""
 
