@@ -1,4 +1,4 @@
-"""Number formats in which a head multiplies."""
+"""Number formats in which a head multiplies; the compiler's pass `select` decides which one a head has."""
 
 from __future__ import annotations
 
