@@ -64,8 +64,8 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]], caption: str
 
     title = element("caption", caption) if caption else ""
     body = element("tbody", *(row(cells, "td") for cells in rows))
-    whole = element("table", title, element("thead", row(head, "th")), body, kind=kind)
-    return element("div", whole, kind="wide")
+    written = element("table", title, element("thead", row(head, "th")), body, kind=kind)
+    return element("div", written, kind="wide")
 
 
 def _cell(name: str, text: str) -> Html:

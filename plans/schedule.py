@@ -218,7 +218,7 @@ class LayerSchedule:
         used = self.lists_of(chosen, tiles[chosen])
         shown = np.zeros(len(self.anchor_ptr) - 1, dtype=np.bool_)
         shown[self.head_anchor[chosen][self.head_anchor[chosen] != NO_ANCHORS]] = True
-        kept, groups = np.diff(self.row_ptr), np.diff(self.anchor_ptr)
+        lengths, groups = np.diff(self.row_ptr), np.diff(self.anchor_ptr)
         in_shown = np.repeat(shown, groups)
         number = np.full(int(self.head_tile_ptr[-1]), -1)
         before = 0
@@ -228,8 +228,8 @@ class LayerSchedule:
         order = number[self.tile_order]
         return replace(
             self,
-            row_ptr=_starts(kept[used]),
-            col_idx=self.col_idx[np.repeat(used, kept)],
+            row_ptr=_starts(lengths[used]),
+            col_idx=self.col_idx[np.repeat(used, lengths)],
             head_list=_renumber(self.head_list[chosen], used),
             head_anchor=_renumber(self.head_anchor[chosen], shown),
             anchor_ptr=_starts(groups[shown]),

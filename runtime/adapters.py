@@ -197,10 +197,10 @@ def _grid_of_coordinates(
                 f"tokens must end with a whole frame, row by row, got {tokens} whose last {size} are none"
             )
         frames = positions[tokens % size :].unflatten(0, (-1, size))
-        whole = (frames[:, :, 1:] == last).all(2).all(1) & (frames[:, :, 0] == frames[:, :1, 0]).all(1)
+        are_frames = (frames[:, :, 1:] == last).all(2).all(1) & (frames[:, :, 0] == frames[:, :1, 0]).all(1)
         count, stop, run, before = 0, 0, 0, 0.0
-        for index, (time, is_whole) in enumerate(zip(frames[:, 0, 0].tolist(), whole.tolist(), strict=True)):
-            run = run * (time > before) + 1 if is_whole else 0
+        for index, (time, is_frame) in enumerate(zip(frames[:, 0, 0].tolist(), are_frames.tolist(), strict=True)):
+            run = run * (time > before) + 1 if is_frame else 0
             before = time
             if run >= count:
                 count, stop = run, index + 1

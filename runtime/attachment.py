@@ -113,8 +113,8 @@ class Attachment:
             if device.type == "cuda" and find_spec("triton"):
                 from calibatt.runtime.eight_bits import verdict
 
-                told = [verdict(each, device, plan.signature.head_dim, plan.grid.tokens)[1] for each in EIGHT_BITS]
-                lines += [f"triton on {device}: {sentence}" for sentence in told]
+                verdicts = [verdict(each, device, plan.signature.head_dim, plan.grid.tokens)[1] for each in EIGHT_BITS]
+                lines += [f"triton on {device}: {sentence}" for sentence in verdicts]
         if ulysses := self._session.ulysses:
             heads = range(plan.signature.heads)
             works = ([packed.computed_blocks(head) for head in heads] for _, _, packed in plan.file.walk())

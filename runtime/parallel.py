@@ -105,10 +105,10 @@ class Ulysses:
         received = [length * batch * len(some) * head_dim for some in heads]
         parts = out.new_empty(sum(received))
         dist.all_to_all_single(parts, out.transpose(0, 1).reshape(-1), received, sent, group=self.group)
-        whole = out.new_empty(batch, length, sum(map(len, heads)), head_dim)
+        gathered = out.new_empty(batch, length, sum(map(len, heads)), head_dim)
         for some, part in zip(heads, parts.split(received), strict=True):
-            whole[:, :, some] = part.view(length, batch, len(some), head_dim).transpose(0, 1)
-        return whole
+            gathered[:, :, some] = part.view(length, batch, len(some), head_dim).transpose(0, 1)
+        return gathered
 
 
 class Share(AttentionSchedule):

@@ -49,5 +49,5 @@ def at_hand(x: torch.Tensor) -> bool:
 
 def fetch(storage: torch.UntypedStorage) -> torch.Tensor:
     """The bytes of a storage on the CPU, uint8; waits for its device."""
-    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    return whole.to("cpu", copy=True)
+    content = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return content.to("cpu", copy=True)

@@ -71,8 +71,8 @@ class SamplingTables:
             if (array.dtype.name, array.shape) != (dtype, shape):
                 raise SampleError(f"{name} must be {dtype} {shape}, got {array.dtype.name} {array.shape}")
         missing = np.isnan(self.ladder_effect)
-        whole = missing.all((0, 3, 4), keepdims=True)
-        if (missing != whole).any():
+        absent = missing.all((0, 3, 4), keepdims=True)
+        if (missing != absent).any():
             raise SampleError("ladder_effect must be numbers, or NaN in all of a (time, layer), got others")
         signed = math.sqrt(MOST)
         for name, array, least, most in (

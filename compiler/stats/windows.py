@@ -93,8 +93,8 @@ def default_windows(grid: TokenGrid) -> tuple[Window, ...]:
     menu = [Window("frames", (radius,)) for radius in (0, 1, frames // 8, frames // 4)]
     menu += [Window("rows", (height // part,)) for part in (16, 8, 4)]
     menu += [Window("box", (frames // t, height // s, width // s)) for t, s in ((8, 8), (4, 8), (2, 8), (8, 4), (4, 4))]
-    whole = (frames - 1, height - 1, width - 1)
-    distinct = {window.reach(grid): window for window in reversed(menu) if window.reach(grid) != whole}
+    widest = (frames - 1, height - 1, width - 1)
+    distinct = {window.reach(grid): window for window in reversed(menu) if window.reach(grid) != widest}
     return tuple(reversed(distinct.values()))
 
 
