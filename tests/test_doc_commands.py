@@ -27,6 +27,7 @@ RUN_BY = {
     "tools.demo": "tools/test_commands.py",
     "tools.bench kernel": "tools/test_bench_kernel.py",
     "tools.bench model": "tools/test_bench_model.py",
+    "tools.bench precision": "runtime/test_eight_triton.py",
     "tools.studies.compiler_scale": "tools/test_compiler_scale.py",
     "tools.studies.distill": "tools/test_demo_train.py",
     "tools.studies.energy": "tools/test_energy.py",
