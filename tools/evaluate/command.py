@@ -19,7 +19,7 @@ from calibatt.compiler.stats.files import require_outside
 from calibatt.plans.command import FAILED, one_line
 from calibatt.plans.errors import legible
 from calibatt.plans.files import write_text
-from calibatt.plans.readable import number
+from calibatt.plans.readable import number, snr
 from calibatt.runtime import load_plan
 from calibatt.tools.calibrate.models import make_sampler
 from calibatt.tools.calibrate.pipeline import PipelineError
@@ -29,7 +29,7 @@ from calibatt.tools.evaluate import evaluation, gate
 from calibatt.tools.evaluate.evaluation import Candidate, Cells, EvaluationError, Work
 from calibatt.tools.evaluate.harness import about
 from calibatt.tools.evaluate.metrics import ALWAYS, LATENT, LPIPS, Metric, lpips_metric
-from calibatt.tools.evaluate.report import means, predicted, write_page
+from calibatt.tools.evaluate.report import summary, write_page
 
 NAME = "calibatt-evaluate"
 QUICK_PROMPTS = 2
@@ -161,23 +161,16 @@ def _stamped(result: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(result: dict[str, Any], metrics: Sequence[Metric]) -> None:
+    names, rows = summary(result, metrics)
     table = Table()
-    table.add_column("plan", overflow="fold")
-    columns = (*(m.name for m in metrics), "worst " + metrics[0].name, "effect / promised", "verdict")
-    for name in ("density", "predicted latent", *columns):
-        table.add_column(name, justify="right")
-    for plan in result["plans"]:
-        cells = means(plan["metrics"], metrics)
-        ratio = plan["heads"].get("ratio")
-        verdict = ("passed" if plan["verdict"]["passed"] else "FAILED") if plan["verdict"]["checks"] else ""
-        worst = number(plan["metrics"][metrics[0].name]["worst"])
-        start = plan["plan"], f"{plan['density']:.3f}", predicted(plan)
-        table.add_row(*start, *cells, worst, number(ratio) if ratio else "", verdict)
-    if result["floor"]:
-        cells = means(result["floor"], metrics)
-        table.add_row(
-            "floor: two exact kernels", "1", "", *cells, number(result["floor"][metrics[0].name]["worst"]), "", ""
-        )
+    for name in (*names, f"worst {metrics[0].name}", "effect / promised", "verdict"):
+        table.add_column(name, justify="right" if table.columns else "left", overflow="fold")
+    for row, plan in zip(rows, [*result["plans"], None], strict=False):
+        values = (plan["metrics"] if plan else result["floor"])[metrics[0].name]
+        ratio = plan["heads"].get("ratio") if plan else None
+        checks = plan["verdict"]["checks"] if plan else ()
+        verdict = ("passed" if plan["verdict"]["passed"] else "FAILED") if checks else ""
+        table.add_row(*row, number(values["worst"]), number(ratio) if ratio else "", verdict)
     out = Console(width=None if console.is_terminal else 160)
     out.print(table)
     for name, why in result["not_available"].items():
@@ -189,8 +182,8 @@ def _show(result: dict[str, Any], metrics: Sequence[Metric]) -> None:
 
 def _named(row: dict[str, Any]) -> str:
     return (
-        f"broken: layer {row['layer']}, head {row['head']} at time {row['time']:.3f}: squared effect "
-        f"{row['effect']:.2e}, {row['ratio']:.0f} times the promised {row['promised']:.2e}"
+        f"broken: layer {row['layer']}, head {row['head']} at time {row['time']:.3f}: alone it leaves a latent SNR of "
+        f"{snr(row['effect'])}, {snr(row['promised'])} was promised"
     )
 
 

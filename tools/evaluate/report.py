@@ -28,18 +28,12 @@ def write_page(path: Path, result: Mapping[str, Any], metrics: Sequence[Metric],
     """
     about, floor, plans = result["about"], result["floor"], result["plans"]
     prompts = f"{floor[metrics[0].name]['count']} prompts" if floor else "not measured"
-    head = ["plan", "density", "predicted latent, dB", *(_titled(metric) for metric in metrics)]
-    rows = [
-        [each["plan"], f"{each['density']:.1%}", predicted(each), *means(each["metrics"], metrics)] for each in plans
-    ]
-    if floor:
-        rows.append(["floor: two exact kernels", "100.0%", "", *means(floor, metrics)])
     text = page(
         "What plans lose",
         f"{len(plans[0]['by_prompt'])} held-out videos, each generated dense and planned from the same noise. The "
         f"floor is what two exact dense kernels differ by ({prompts}): no plan can be better. Means over videos ± "
         "their standard errors.",
-        table(head, rows),
+        table(*summary(result, metrics)),
         *(element("p", f"{name}: {why}") for name, why in result["not_available"].items()),
         *(part for each in plans for part in _plan(each, floor, metrics, animations)),
         footer=f"{about['command']} · {about['device']} · {about['versions']} · {about['date']}",
@@ -47,17 +41,23 @@ def write_page(path: Path, result: Mapping[str, Any], metrics: Sequence[Metric],
     write_text(path, text)
 
 
-def predicted(plan: Mapping[str, Any]) -> str:
-    """The signal-to-noise that the plan's header predicts of the final latent."""
-    latent = plan["predicted_latent_db"]
-    return with_error(latent["mean"], latent["standard_error"]) if latent else "not stated"
+def summary(result: Mapping[str, Any], metrics: Sequence[Metric]) -> tuple[list[str], list[list[str]]]:
+    """Names of columns, and a row of text for every plan, then one for the floor if it was measured."""
+    rows = []
+    for plan in result["plans"]:
+        latent = plan["predicted_latent_db"]
+        predicted = with_error(latent["mean"], latent["standard_error"]) if latent else "not stated"
+        rows.append([plan["plan"], f"{plan['density']:.1%}", predicted, *_means(plan["metrics"], metrics)])
+    if result["floor"]:
+        rows.append(["floor: two exact kernels", "100.0%", "", *_means(result["floor"], metrics)])
+    return ["plan", "density", "predicted latent, dB", *map(_titled, metrics)], rows
 
 
 def _titled(metric: Metric) -> str:
     return f"{metric.name}, {metric.unit}" if metric.unit else metric.name
 
 
-def means(summaries: Mapping[str, Any], metrics: Sequence[Metric]) -> list[str]:
+def _means(summaries: Mapping[str, Any], metrics: Sequence[Metric]) -> list[str]:
     return [with_error(*(summaries[metric.name][key] for key in ("mean", "standard_error"))) for metric in metrics]
 
 
@@ -67,11 +67,11 @@ def _plan(
     first, prompts = metrics[0], plan["by_prompt"]
     videos = sorted(prompts, key=lambda row: row[first.name] * (1 if first.higher_is_better else -1))
     measured = []
-    for metric, mean in zip(metrics, means(plan["metrics"], metrics), strict=True):
-        summary = plan["metrics"][metric.name]
-        worst = number(summary["worst"]), prompts[summary["worst_at"]]["prompt"]
+    for metric, mean in zip(metrics, _means(plan["metrics"], metrics), strict=True):
+        values = plan["metrics"][metric.name]
+        worst = number(values["worst"]), prompts[values["worst_at"]]["prompt"]
         measured.append(
-            [_titled(metric), mean, number(summary["spread"]), *worst, *(means(floor, [metric]) if floor else [])]
+            [_titled(metric), mean, number(values["spread"]), *worst, *(_means(floor, [metric]) if floor else [])]
         )
     every = [[row["prompt"], row["seed"], *(number(row[metric.name]) for metric in metrics)] for row in videos]
     shown = f": dense, planned, difference × {DIFFERENCE_GAIN}" if len(metrics) > 1 else ""
