@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from support import wan
+from support import api, wan
 
 import calibatt
 from calibatt.plans import page, readable
@@ -48,3 +48,7 @@ def test_the_examples_of_reports_are_true(module: ModuleType) -> None:
     result = doctest.testmod(module)
     assert result.attempted
     assert not result.failed
+
+
+def test_the_page_of_the_api_is_made_of_these_docstrings() -> None:
+    assert (ROOT / "docs" / "api.md").read_text("utf-8") == api.page(), "see tests/support/api.py"
