@@ -23,6 +23,7 @@ th { border-bottom: 1px solid var(--line); vertical-align: bottom; white-space: 
 .heat td, .heat th { padding: .1rem .3rem; font-size: .8rem; white-space: nowrap; } .heat { border-spacing: 1px; }
 .heat td + td { background: color-mix(in srgb, var(--blue) calc(var(--share) * 100%), var(--paper)); }
 .heat .full { color: var(--on-blue); }
+.many td, .many th { padding: .1rem; font-size: .65rem; } .many th + th { writing-mode: vertical-rl; }
 td.text { white-space: normal; text-align: left; overflow-wrap: anywhere; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 1rem; margin: 1.5rem 0; }
 .cards div { border: 1px solid var(--line); border-radius: 8px; padding: 1rem; }
@@ -35,6 +36,8 @@ details { margin: .5rem 0; } summary { cursor: pointer; color: var(--blue); }
 """
 LONG_CHARACTERS = 30
 """Cells of longer text are broken into lines; shorter ones, and numbers, are not."""
+MANY_COLUMNS = 25
+"""A heat map with more columns is drawn smaller, so that those of 50 times fit."""
 
 
 class Html(str):
@@ -78,7 +81,7 @@ def heat(head: Sequence[object], rows: Mapping[str, Sequence[float]], caption: s
         [name, *(element("td", f"{s:.0%}"[:-1], style=f"--share:{s:.2f}", kind="full" * (s > 0.5)) for s in shares)]
         for name, shares in rows.items()
     ]
-    return table(head, cells, caption, kind="heat")
+    return table(head, cells, caption, kind="heat many" if len(head) > MANY_COLUMNS else "heat")
 
 
 def cards(*facts: tuple[object, object]) -> Html:
