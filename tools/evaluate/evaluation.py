@@ -38,7 +38,7 @@ VECTORS = 4
 """Random vectors of the final latent, on which heads are measured."""
 QUICK_TIMES = 4
 DRIFT_RATIO = 3.0
-"""From this many times the promised squared effect on, a plan does not fit its model any more."""
+"""Above so many times the promised squared effect, a plan does not fit its model any more."""
 
 
 class EvaluationError(ValueError):
