@@ -92,25 +92,6 @@ def make_plan(
     )
 
 
-def compile_in_memory(store: Samplings, source: Source, passes: Sequence[Pass], device: Device) -> PlanFile:
-    """The plan that `calibatt-compile` makes of a store, in this process and without a folder: for small jobs.
-
-    Args:
-        store: The statistics.
-        source: `StatisticsSource` of them.
-        passes: The passes to run; the last one is `lower`.
-        device: The device for which milliseconds are predicted.
-
-    Raises:
-        CompileError: A pass lacks what it requires.
-        StoreError: The statistics are damaged.
-    """
-    require_lowered(passes)
-    job, shelf = StatisticsSource(store).make_job(device), MemoryShelf()
-    done = run(source, job, passes, shelf, in_turn)
-    return make_plan(job, store, passes, done, shelf, in_turn)
-
-
 def _encode(shelf: Shelf, index: int, base: int) -> EncodedLayer:
     above = None if base == index else shelf.unit(base).lowered
     layer = shelf.unit(index).lowered

@@ -1,4 +1,4 @@
-"""Stores units between stages: in this process, or in a folder that many processes share."""
+"""Stores units between stages, in a folder that many processes share."""
 
 from __future__ import annotations
 

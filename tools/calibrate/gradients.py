@@ -210,12 +210,12 @@ class Transformer:
         interception = Interception(self.model, self.adapter, attend)
         blocks = {id(site.block): site.block for site in interception.sites}.values()
         names = {id(module): name for name, module in self.model.named_modules()}
-        own = [(block, block.__dict__.get("forward")) for block in blocks]
-        for block in blocks:
-            block.forward = partial(  # type: ignore[method-assign]
-                self._block, block, block.forward, names[id(block)], chain, hand_on
-            )
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._calls.clear)
+            stack.enter_context(interception)
+            for block in blocks:
+                forward = partial(self._block, block, block.forward, names[id(block)], chain, hand_on)
+                stack.enter_context(with_attributes(block, forward=forward))
             yield
 
     def _block(

@@ -37,8 +37,6 @@ def _demo(name: str, steps: int | None, device: str) -> Sampler:
 DEMOS = ("demo", "demo-medium", "demo-large", "demo-few-steps", "demo-few-steps-noise")
 SAMPLERS: dict[str, Callable[[int | None, str], Sampler]] = {name: partial(_demo, name) for name in DEMOS}
 """Samplers that come with us, by name."""
-PROMPTS: dict[str, Callable[[int, int], list[str]]] = dict.fromkeys(DEMOS, _demo_prompts)
-"""Models that come with prompts of their own."""
 
 
 def make_sampler(model: str, steps: int | None, device: str) -> Sampler:

@@ -84,16 +84,3 @@ def cheap_forward(model: nn.Module, channel_axis: int, seen: Callable[[Arguments
         return (sample,) if audio is None else (sample, 0.1 * audio)
 
     return forward
-
-
-@contextmanager
-def with_attributes(owner: Any, **values: Any) -> Iterator[None]:
-    """Replaces attributes of an object while the context lasts, also those that offloading and compiling have set."""
-    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
-    vars(owner).update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del vars(owner)[name]
-        vars(owner).update(before)

@@ -53,3 +53,18 @@ class Sampler(Protocol):
 
     def decode(self, latent: Latent) -> Tensor:
         """Decodes what `run` or `run_batch` returned to videos ``(n, 3, F, H, W)`` in [-1, 1]; only evaluation does."""
+
+
+def transformers_of(sampler: Sampler, adapter: Adapter | None = None) -> dict[nn.Module, Adapter]:
+    """All transformers of a sampling and their rows, the measured one first.
+
+    Args:
+        sampler: The sampler.
+        adapter: The measured model's row; the sampler's own, or that of the model's class, if absent.
+
+    Raises:
+        UnknownModelError: No row fits a model.
+    """
+    own = adapter or getattr(sampler, "adapter", None) or adapter_for(sampler.transformer)
+    others = (model for model in getattr(sampler, "other_transformers", ()) if model is not sampler.transformer)
+    return {sampler.transformer: own} | {model: adapter_for(model) for model in others}

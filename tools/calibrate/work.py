@@ -94,16 +94,6 @@ def make_manifest(
     )
 
 
-def adapter_of(sampler: Sampler) -> Adapter:
-    """The adapter of the sampler's model: the sampler's own, or that of the model's class.
-
-    Raises:
-        UnknownModelError: No row fits the model.
-    """
-    row: Adapter = getattr(sampler, "adapter", None) or adapter_for(sampler.transformer)
-    return row
-
-
 def check_sampler(sampler: Sampler, adapter: Adapter | None = None) -> None:
     """Refuses a sampler whose transformers cannot all be differentiated, before any work.
 
