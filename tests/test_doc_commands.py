@@ -32,6 +32,7 @@ RUN_BY = {
     "tools.studies.compiler_scale": "tools/test_compiler_scale.py",
     "tools.studies.distill": "tools/test_demo_train.py",
     "tools.studies.energy": "tools/test_energy.py",
+    "tools.studies.figures": "tools/test_bench_model.py",
     "tools.studies.journey": "tools/test_journey.py",
     "tools.studies.pareto": "tools/test_pareto.py",
     "tools.studies.quality": "tools/test_demo_report.py",
