@@ -22,6 +22,6 @@ def unpack(bits: Bits, k_blocks: int) -> Bool:
 
 
 def count(bits: Bits, axes: tuple[int, ...] = (-1,)) -> npt.NDArray[np.int64]:
-    """Bits set, int64, summed over `axes`: fewer than 2 ** 32, which are added twice as fast as int64."""
-    found: npt.NDArray[np.int64] = np.bitwise_count(bits).sum(axis=axes, dtype=np.uint32).astype(np.int64)
-    return found
+    """Number of set bits, int64, summed over `axes`; it must be below 2 ** 32, since uint32 adds twice as fast."""
+    counts: npt.NDArray[np.int64] = np.bitwise_count(bits).sum(axis=axes, dtype=np.uint32).astype(np.int64)
+    return counts

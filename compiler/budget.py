@@ -12,19 +12,19 @@ from calibatt.compiler.ir import Float64, Int64
 
 STEPS = 100
 TOLERANCE = 1e-3
-"""Of `reach`: how near to the least use it stops, relatively."""
+"""Relative distance to the least use at which `reach` stops."""
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What `choose` found.
+    """The result of `choose` and `reach`.
 
     Args:
-        pick: int64 ``(things,)``, the candidate of each.
+        pick: int64 ``(things,)``, the candidate of each thing.
         multiplier: Price of a unit of use, in units of loss; 0 where the budget does not bind.
         loss: Sum of the losses picked.
         use: Sum of the uses picked.
-        gap: `loss` less a lower bound on what any choice within the budget loses.
+        gap: `loss` minus a lower bound on the loss of any choice within the budget.
     """
 
     pick: Int64
@@ -70,11 +70,11 @@ def choose(loss: Float64, use: Float64, limit: float) -> Choice | None:
     pick, eager = thrifty, at(low)
     for _ in range(STEPS):
         middle = float(np.sqrt(low * high))
-        found = at(middle)
-        if total(use, found) <= limit:
-            high, pick = middle, found
+        middle_pick = at(middle)
+        if total(use, middle_pick) <= limit:
+            high, pick = middle, middle_pick
         else:
-            low, eager = middle, found
+            low, eager = middle, middle_pick
     bound = max(float((loss + m * use).min(1).sum()) - m * limit for m in (low, high))
     pick = _spend(loss, use, limit, pick, eager)
     spent = total(loss, pick)
@@ -84,13 +84,13 @@ def choose(loss: Float64, use: Float64, limit: float) -> Choice | None:
 def reach(loss: Float64, use: Float64, enough: Callable[[Int64], bool]) -> Choice | None:
     """Picks one candidate a thing so that the picks are `enough` and the uses sum to as little as can be found.
 
-    The multiplier is bisected first, which costs one look at all candidates a step, then the budget between the two
-    neighbouring picks, where they are far apart.
+    First the multiplier is bisected, which looks at all candidates once a step; then the budget, between the two
+    neighbouring picks, if they are far apart.
 
     Args:
         loss: As in `choose`.
         use: As in `choose`.
-        enough: Whether picks suffice; mostly those of more use do, too.
+        enough: Whether picks suffice. If some do, those of more use mostly do, too.
 
     Returns:
         The choice, or None if not even the least loss is enough.
@@ -109,15 +109,15 @@ def reach(loss: Float64, use: Float64, enough: Callable[[Int64], bool]) -> Choic
         if high / low < 1 + TOLERANCE:
             break
         middle = float(np.sqrt(low * high))
-        found = of((loss + middle * use).argmin(1), middle)
-        if enough(found.pick):
-            low, best = middle, found if found.use <= best.use else best
+        choice = of((loss + middle * use).argmin(1), middle)
+        if enough(choice.pick):
+            low, best = middle, choice if choice.use <= best.use else best
         else:
-            high, least = middle, found.use
+            high, least = middle, choice.use
     top = best.use
     while top - least > max(1.0, TOLERANCE * top):
         middle = (top + least) / 2
-        limit = float(np.floor(middle)) if np.floor(middle) > least else middle  # uses may be no integers
+        limit = float(np.floor(middle)) if np.floor(middle) > least else middle  # uses need not be integers
         between = choose(loss, use, limit)
         if between is not None and enough(between.pick):
             best, top = between, limit
@@ -127,7 +127,7 @@ def reach(loss: Float64, use: Float64, enough: Callable[[Int64], bool]) -> Choic
 
 
 def _range(most_loss: float, use: Float64) -> tuple[float, float]:
-    """Multipliers below and above all that can matter."""
+    """Multipliers below and above all that can change a pick."""
     steps = np.unique(use)
     least = float(np.diff(steps).min()) if len(steps) > 1 else 1.0
     top = 2 * most_loss / max(least, 1e-300) + 1e-300
@@ -135,7 +135,7 @@ def _range(most_loss: float, use: Float64) -> tuple[float, float]:
 
 
 def _spend(loss: Float64, use: Float64, limit: float, pick: Int64, eager: Int64) -> Int64:
-    """Changes single picks, first to the eager ones, then to any that fits, while the budget lasts."""
+    """Changes single picks while the budget lasts: first to those of a smaller multiplier, then to any that fits."""
     pick = pick.copy()
     rows = np.arange(len(pick))
     gain = loss[rows, pick] - loss[rows, eager]
@@ -152,7 +152,7 @@ def _spend(loss: Float64, use: Float64, limit: float, pick: Int64, eager: Int64)
         if fits[best] < loss[row, pick[row]]:
             left -= float(use[row, best] - use[row, pick[row]])
             pick[row] = best
-    if float(use[rows, pick].sum()) > limit:  # rounding of `left`; only where uses are no integers
+    if float(use[rows, pick].sum()) > limit:  # `left` was rounded; happens only if uses are not integers
         return _repay(use, limit, pick, loss)
     return pick
 

@@ -42,12 +42,12 @@ def with_budget(text: str, budget: dict[str, float | None], precision: str | Non
 
     Args:
         text: The pass string.
-        budget: By name of `BUDGETS`; at most one is not None.
-        precision: As of `Select`; None: what the text says.
+        budget: Budgets by name, of `BUDGETS`; at most one is not None.
+        precision: Precision of every `Select`; None: as the text says.
 
     Raises:
-        PassSyntaxError: Several budgets, or one here and another in the text, or no `select` to give it to; likewise
-            the precision.
+        PassSyntaxError: Several budgets are given, one is given here and in the text, or there is no `select`; the same
+            for the precision.
         CompileError: The pass string or an option is wrong.
     """
     passes, spaceless = parse_passes(text), text.replace(" ", "")
@@ -152,15 +152,15 @@ def command(
     job = source.make_job(device_named(device))
     with _work_folder(output, force) as folder, processes(jobs) as spread, _shown(spread, job.units) as over:
         shelf = DiskShelf(folder)
-        found = run(source, job, passes, shelf, over)
-        plan = make_plan(job, store, passes, found, shelf, over, notes)
+        done = run(source, job, passes, shelf, over)
+        plan = make_plan(job, store, passes, done, shelf, over, notes)
         file_bytes = write_plan(output, plan)
     try:
-        value = report.as_json(job, plan, found, file_bytes)
+        value = report.as_json(job, plan, done, file_bytes)
         if report_path is not None:
             report.write(report_path, value)
         console = Console()
-        with console.capture() as shown:  # which, asked to print, would end the program where nobody reads
+        with console.capture() as shown:  # rich would end the program if nobody reads its output
             report.show(console, value)
         if waiting := ", ".join(store.unfinished):
             print(legible(f"samplings in progress, not counted: {waiting}"))
@@ -176,10 +176,10 @@ def main() -> None:
 
 @contextmanager
 def _work_folder(output: Path, force: bool) -> Iterator[Path]:
-    """A folder beside the plan for units in progress, while nobody else makes it; what a killed job left is removed."""
+    """A folder beside the plan for units, under a lock of the plan; what killed jobs left there is removed."""
     busy = CompileError(f"{output} must be made by one process at a time, got another that is at it")
     with alone(output, busy):
-        _check_new(output, force)  # again: somebody may have made it meanwhile
+        _check_new(output, force)  # again: another job may have made it meanwhile
         for left in output.parent.iterdir():
             if re.fullmatch(rf"\.{re.escape(output.name)}\.\w{{8}}\.work", left.name):
                 shutil.rmtree(left)
@@ -193,7 +193,7 @@ def _check_new(path: Path, force: bool) -> None:
 
 
 def _check_targets(output: Path, report_path: Path | None, force: bool) -> None:
-    """Refuses before any work what could not be written after it, and what would destroy something else."""
+    """Refuses, before any work, outputs that could not be written or would destroy something else."""
     files = [output] if report_path is None else [output, report_path]
     for path in files:
         if not path.parent.is_dir():
@@ -210,7 +210,7 @@ def _check_targets(output: Path, report_path: Path | None, force: bool) -> None:
 
 @contextmanager
 def _shown(over: Map, units: int) -> Iterator[Map]:
-    """The same with a bar that says how much of a stage is left."""
+    """The same map with a bar that shows how much of a stage is left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(

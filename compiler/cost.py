@@ -13,12 +13,12 @@ from calibatt.plans import BF16, INT8, INT8_FP8, Blocks
 
 @dataclass(frozen=True)
 class Speed:
-    """What a head of some precision costs.
+    """What a head costs in some precision.
 
     Args:
-        blocks: Time of a computed block / that of one in 16 bit, kernel alone, by tokens of the video. Between two of
-            them it changes linearly; beyond all it is that of the nearest.
-        prepass_ns: Of rounding a head's inputs before the kernel, for each token and channel.
+        blocks: Time of a computed block relative to one in 16 bit, kernel alone, by tokens of the video. It is linear
+            between two sizes, and constant beyond the smallest and the largest.
+        prepass_ns: Nanoseconds of rounding a head's inputs before the kernel, for each token and channel.
     """
 
     blocks: Mapping[int, float]
@@ -59,7 +59,7 @@ class Device:
 
 _TOKENS_480P, _TOKENS_720P = 32_760, 75_600
 _CHANNELS_720P = 40 * _TOKENS_720P * 128
-"""Of 40 heads of 128 channels, for which pre-passes were timed."""
+"""Tokens times channels of 40 heads of 128 channels, for which pre-passes were timed."""
 
 DEVICES = {
     device.name: device

@@ -1,4 +1,4 @@
-"""From a compiled job to a plan."""
+"""Makes a plan of a compiled job."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def segments(times: Sequence[float]) -> tuple[Segment, ...]:
 
 
 def require_lowered(passes: Sequence[Pass]) -> None:
-    """Refuses passes that make no plan, before they are run.
+    """Refuses passes that do not make a plan, before they are run.
 
     Raises:
-        PassError: The last one is not `lower`, or not the only one.
+        PassError: `lower` is not the last one, or comes twice.
     """
     if [each.name == "lower" for each in passes] != [*[False] * (len(passes) - 1), True]:
         raise PassError(f"passes must end with lower, got {print_passes(passes)}")
@@ -53,10 +53,10 @@ def make_plan(
 
     Args:
         job: The job.
-        store: Where it comes from.
-        passes: What was run.
-        done: What came of it.
-        shelf: Where the units are.
+        store: The samplings that it was made from.
+        passes: The passes that were run.
+        done: Their result.
+        shelf: Where the units are stored.
         over: How units are spread over processes.
         notes: Stored in the plan.
     """
@@ -65,8 +65,8 @@ def make_plan(
     base_of = [bases[job.place(index)[0]] * layers + job.place(index)[1] for index in range(job.units)]
     encoded = dict(over(partial(_encode, shelf), base_of))
     by_time = [done.units[index * layers : (index + 1) * layers] for index in times]
-    told = predicted_snr(job, done)
-    latent = told if isinstance(told, Prediction) and np.isfinite(told.mean) else None
+    prediction = predicted_snr(job, done)
+    latent = prediction if isinstance(prediction, Prediction) and np.isfinite(prediction.mean) else None
     predicted: dict[str, Any] = {
         "device": job.device.name,
         "device_source": job.device.source,
@@ -100,7 +100,7 @@ def _encode(shelf: Shelf, index: int, base: int) -> EncodedLayer:
 
 
 def predicted_snr(job: Job, done: Run) -> Prediction | str:
-    """What the plan does to the final latent; in words, why that cannot be said."""
+    """The predicted signal-to-noise of the final latent, or, as text, why it cannot be predicted."""
     windows = {str(window): index for index, window in enumerate(job.manifest.windows)}
     shape = (len(job.manifest.times), job.manifest.model.layers, -1)
 
@@ -123,8 +123,8 @@ def predicted_snr(job: Job, done: Run) -> Prediction | str:
 
 
 def provenance(job: Job, store: Samplings) -> dict[str, Any]:
-    """Where the plan comes from: plain values, nothing of the machine or the day."""
-    found: dict[str, Any] = {
+    """Where the plan comes from: plain values, none of which depends on the machine or the day."""
+    facts: dict[str, Any] = {
         "samples": list(store.samplings),
         "manifest": job.manifest.digest,
         "versions": {**job.manifest.versions, "calibatt-compile": version("calibatt")},
@@ -132,5 +132,5 @@ def provenance(job: Job, store: Samplings) -> dict[str, Any]:
     prompts = [store.meta[name].get("prompt") for name in store.samplings]
     if all(isinstance(prompt, str) for prompt in prompts):
         text = json.dumps(prompts, ensure_ascii=True).encode()
-        found["prompts_digest"] = blake2b(text, digest_size=16).hexdigest()
-    return found
+        facts["prompts_digest"] = blake2b(text, digest_size=16).hexdigest()
+    return facts

@@ -1,16 +1,16 @@
-"""What a mask costs, from what its blocks do: the only place that turns statistics into a price of a mask.
+"""The price of a mask from statistics of its blocks: the only place where statistics become prices.
 
 A head's mask costs the sum over query blocks of (the sum over dropped blocks of sqrt(x))^2: effects of blocks dropped
-for the same queries point the same way, because whatever is kept is scaled up to make good for what is not. Of a block
-x = S^(w / 2) (E R)^(1 - w / 2): S its mean squared effect on the final latent, which is unbiased but known from few
-measurements; E its mean error in the metric of the head's gradient, which is steadier; each is first drawn to the mean
-of all blocks at that distance from their queries. R is one factor a head, which puts E on the scale of the measured
-effects of windows.
+for the same queries point the same way, because the blocks that are kept are scaled up in their place. For a block
+x = S^(w / 2) (E R)^(1 - w / 2). S is its mean squared effect on the final latent, which is unbiased but known from few
+measurements; E is its mean error in the metric of the head's gradient, which is steadier. Both are first drawn to the
+mean of all blocks at that distance from their queries. R is one factor a head, which puts E on the scale of the
+measured effects of windows.
 
-With n measurements w = n / (n + `PRIOR`). Whoever picks the least of many noisy prices picks the luckiest, so what is
-measured of a head counts by w, and the rest is what is known from others: R is drawn to that of the layer's heads, a
-window to the price that its blocks say, a copy to the mean of all rows, or frames, at that offset, a precision to the
-mean of the layer's heads. The price of a precision is added to that of the mask.
+With n measurements, w = n / (n + `PRIOR`). Picking the least of many noisy prices would pick the luckiest, so a head's
+own measurements count by w and the rest comes from others: R is drawn to that of the layer's heads, a window to the
+price that its blocks give, a copy to the mean of all rows, or frames, at that offset, a precision to the mean of the
+layer's heads. The price of a precision is added to that of the mask.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from calibatt.compiler.stats import Manifest, Window, code_values, window_keep
 
 CODES = 256
 PRIOR = 8.0
-"""So many measurements weigh as much as what is known without them."""
+"""So many measurements weigh as much as the estimate from others."""
 PRICED_ROWS = 64
-"""At least so many query blocks of a head are looked at to price its masks."""
+"""Least number of query blocks of a head that are used to price its masks, if it has as many."""
 
 
 def priced_rows(q_blocks: int) -> slice:
@@ -42,7 +42,7 @@ def rows_scale(q_blocks: int) -> float:
 
 
 class Bands:
-    """All blocks whose keys lie as far from their queries, band by band.
+    """Bands of blocks: all whose keys are equally far from their queries.
 
     Args:
         manifest: Of the store.
@@ -64,13 +64,13 @@ class Bands:
 
 @lru_cache(maxsize=2)
 def bands(manifest: Manifest) -> Bands:
-    """Made once a process."""
+    """The bands of a manifest, made once a process."""
     return Bands(manifest)
 
 
 @lru_cache(maxsize=2)
 def _dropped(manifest: Manifest) -> tuple[Float32, ...]:
-    """What each window drops of the `priced_rows`, 0 or 1."""
+    """Which blocks of the `priced_rows` each window drops, as 0 or 1."""
 
     def one(window: Window) -> Float32:
         keep = window_keep(window, manifest.grid, manifest.blocks)[priced_rows(manifest.q_blocks)]
@@ -80,7 +80,7 @@ def _dropped(manifest: Manifest) -> tuple[Float32, ...]:
 
 
 def trust(measurements: float) -> float:
-    """w: how much what was measured counts beside what is known without it, from 0 to 1."""
+    """w: the weight of own measurements against the estimate from others, from 0 to 1."""
     return measurements / (measurements + PRIOR)
 
 
@@ -90,7 +90,7 @@ class HeadPrices:
     Args:
         errors: float32 ``(Q, K)`` a head: mean errors of blocks.
         windows: float64 ``(W, H)``: mean squared effects of windows.
-        samplings: How many the means are of.
+        samplings: How many samplings the means are of.
         measurements: Samplings times random vectors.
         of: The store's manifest.
     """
@@ -111,7 +111,7 @@ class HeadPrices:
         return float(np.log(windows[known] / prices[known]).mean()) if known.any() else np.nan
 
     def _windows(self, values: Float32) -> Float64:
-        """What each window costs by the values of its blocks, float64 ``(W,)``."""
+        """The price of each window from the values of its blocks, float64 ``(W,)``."""
         rows = self._manifest.q_blocks
         sizes = np.sqrt(values[priced_rows(rows)])
         sums = [np.einsum("qk,qk->q", sizes, drop).astype(np.float64) for drop in _dropped(self._manifest)]
@@ -128,36 +128,36 @@ class HeadPrices:
             x float32 ``(Q, K)``, and float64 ``(W,)``.
         """
         w = trust(self._measurements)
-        found: Float32 = bands(self._manifest).steady(effect, self._measurements) ** np.float32(w / 2)
-        found *= (self._errors[head] * np.float32(self._factors[head])) ** np.float32(1 - w / 2)
-        model, measured = self._windows(found), self._measured[:, head]
+        prices: Float32 = bands(self._manifest).steady(effect, self._measurements) ** np.float32(w / 2)
+        prices *= (self._errors[head] * np.float32(self._factors[head])) ** np.float32(1 - w / 2)
+        model, measured = self._windows(prices), self._measured[:, head]
         both = (model > 0) & (measured > 0)
         windows: Float64 = np.where(
             both, np.where(both, measured, 1.0) ** w * np.where(both, model, 1.0) ** (1 - w), measured
         )
-        return found, windows
+        return prices, windows
 
 
 def copy_prices(effect: Float64, measurements: float) -> Float64:
-    """Prices of copies, each drawn to the mean of all at its offset; of precisions, where heads are the members.
+    """Prices of copies, each drawn to the mean of all at its offset; also of precisions, with heads as members.
 
     Args:
         effect: float64 ``(H, members, 2 R)``: mean squared effects; NaN where there is no such member.
-        measurements: How many they are of.
+        measurements: How many measurements the means are of.
     """
     there = ~np.isnan(effect)
     mean = np.where(there, effect, 0).sum(1, keepdims=True) / np.maximum(there.sum(1, keepdims=True), 1)
     w = trust(measurements)
-    found: Float64 = w * effect + (1 - w) * mean
-    return found
+    prices: Float64 = w * effect + (1 - w) * mean
+    return prices
 
 
 def code_counts(unit: UnitIR, head: int, classes: npt.NDArray[np.uint8]) -> tuple[Float64, Float64]:
-    """How many blocks of each of two classes and each code there are, and how large they are.
+    """Number and size of the blocks of each code, for two classes of blocks.
 
     Args:
-        unit: Whose head.
-        head: Which head.
+        unit: The unit of the head.
+        head: Number of the head.
         classes: uint8 ``(Q, K)``, 0 or 1.
 
     Returns:
@@ -186,17 +186,17 @@ def cuts(unit: UnitIR, head: int) -> tuple[Float64, Float64]:
 
 
 def at_shares(blocks: Float64, error: Float64, shares: tuple[float, ...], dense_blocks: int) -> Float64:
-    """Errors of a head's cuts at some densities, float64 ``(shares,)``, between the `cuts` there are."""
+    """Errors of a head's cuts at some densities, float64 ``(shares,)``, interpolated between its `cuts`."""
     wanted = np.log(np.array(shares) * dense_blocks)
-    found: Float64 = np.interp(wanted, np.log(np.maximum(blocks, 1)), np.sqrt(error)) ** 2
-    return found
+    errors: Float64 = np.interp(wanted, np.log(np.maximum(blocks, 1)), np.sqrt(error)) ** 2
+    return errors
 
 
 def mask_errors(unit: UnitIR, keep: Bits) -> Float64:
     """float64 ``(H,)``: errors of any masks, packed ``(H, Q, ceil(K / 8))``."""
-    found = np.zeros(unit.heads)
+    errors = np.zeros(unit.heads)
     for head in range(unit.heads):
         kept: Bool = unpack(keep[head], unit.k_blocks)
         _, sums = code_counts(unit, head, kept.view(np.uint8))
-        found[head] = rows_scale(unit.q_blocks) * (sums[:, 0].sum(1) ** 2).sum()
-    return found
+        errors[head] = rows_scale(unit.q_blocks) * (sums[:, 0].sum(1) ** 2).sum()
+    return errors

@@ -1,4 +1,4 @@
-"""What can go wrong while compiling; every message names the thing, the rule and the value found."""
+"""Errors of the compiler; every message names the thing, the rule and the value."""
 
 from __future__ import annotations
 

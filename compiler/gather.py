@@ -1,4 +1,4 @@
-"""From a store to units: prices of blocks, windows and copies, head by head, so that the work stays in cache."""
+"""Makes units from a store: prices of blocks, windows and copies, head by head, so that the work stays in cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from calibatt.compiler.stats import Manifest, Table, Unit, dequantise, fast_code
 
 
 class Samplings(Protocol):
-    """What a job is gathered from: a `Store`, or what stands in for it in a test."""
+    """The statistics of a job: a `Store`, or its stand-in in a test."""
 
     @property
     def manifest(self) -> Manifest: ...
@@ -29,12 +29,12 @@ class Samplings(Protocol):
 
 @lru_cache(maxsize=1)
 def _table(store: Samplings) -> Table:
-    """Read once a process."""
+    """The tables of all samplings; each process reads them once."""
     return store.table()
 
 
 class StatisticsSource:
-    """A store of statistics as what `run` starts from.
+    """A store of statistics as the source of units for `run`.
 
     Args:
         store: The statistics.
@@ -44,7 +44,7 @@ class StatisticsSource:
         self.store = store
 
     def make_job(self, device: Device) -> Job:
-        """What is known before any unit is read.
+        """The job: everything that is known before any unit is read.
 
         Raises:
             StoreError: A sampling's file is damaged.
@@ -53,7 +53,7 @@ class StatisticsSource:
         return Job(self.store.manifest, device, table.time_level, table)
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
-        """One (time, layer).
+        """The unit of one (time, layer).
 
         Raises:
             StoreError: The unit, or a sampling's file, is damaged.

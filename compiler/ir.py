@@ -1,6 +1,6 @@
 """The compiler's intermediate representation: a `Job`, and a `UnitIR` for each recorded time and layer.
 
-A `Job` is small and knows the whole; a `UnitIR` is large, and only a few are in memory at once.
+A `Job` is small and describes all units; a `UnitIR` is large, and only a few are in memory at once.
 
 H heads, Q and K query and key blocks, T thresholds, W windows, C shares of the ladder, Y rows of a frame, F frames, R
 and S the radii of rows and frames. Packed masks are uint8 ``(..., ceil(K / 8))``, bits little-endian. Errors are
@@ -27,7 +27,7 @@ Int64 = npt.NDArray[np.int64]
 
 
 class Groups(NamedTuple):
-    """What is computed for what it is copied to.
+    """The anchors of a head: groups of members, of which one is computed and copied to the others.
 
     Args:
         axis: `plans.ROWS` or `plans.FRAMES`: what the members of the groups are.
@@ -40,7 +40,7 @@ class Groups(NamedTuple):
     anchors: tuple[int, ...]
 
     def members(self, grid: TokenGrid) -> int:
-        """Rows of a frame, or frames."""
+        """How many members there are: rows of a frame, or frames."""
         return grid.height if self.axis == ROWS else grid.frames
 
     def in_video(self, grid: TokenGrid) -> tuple[Int64, Int64]:
@@ -52,18 +52,18 @@ class Groups(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class UnitMeans:
-    """What the samplings say of one (time, layer), averaged over them.
+    """The statistics of one (time, layer), means over the samplings.
 
     Args:
         error_code: uint8 ``(H, Q, K)``, codes of each block's error as masks are priced by it; see `error_model`.
-        error_peak: float32 ``(H,)``, what code 0 stands for.
+        error_peak: float32 ``(H,)``, the value of code 0.
         window_error: float64 ``(W, H)``, measured.
-        row_error: float64 ``(H, Y, 2 R)``, what a row adds where it is a copy, NaN where the offset leaves the frame.
-        precision_error: float64 ``(3, H)``, what each of `plans.PRECISIONS` adds; 0 for 16 bit.
+        row_error: float64 ``(H, Y, 2 R)``, error of a row that is a copy, NaN where the offset leaves the frame.
+        precision_error: float64 ``(3, H)``, error that each of `plans.PRECISIONS` adds; 0 for 16 bit.
         frame_error: float64 ``(H, F, 2 S)``, of frames; None where S is 0.
         votes: uint16 ``(T, H, Q, K)``, in how many samples a block is in a threshold's set; None in a store without
             thresholds, and once a pass has decided over all units.
-        vote_samples: Of how many samples the votes are.
+        vote_samples: How many samples voted.
         row_difference: float32 ``(H, Y, 2 R)``, relative to the row; None in a store without thresholds.
     """
 
@@ -83,21 +83,21 @@ class UnitIR:
     """One layer at one recorded time, from statistics to schedule. Every head is dense until a pass decides otherwise.
 
     Args:
-        time_index: Of the manifest's times.
-        layer: Of the model.
+        time_index: Index in the manifest's times.
+        layer: Number of the layer, from 0.
         grid: The video tokens.
         blocks: Block sizes.
         means: The statistics.
         required: Packed ``(H, Q, ceil(K / 8))``, blocks that every mask of the head keeps: one a row.
         share_error: float64 ``(C, H)``, error of the head's cut at each share of the ladder; see `prediction`.
         keep: Packed ``(H, Q, ceil(K / 8))``, the masks.
-        choice: What each head's mask is: ``dense``, ``rows(2)``, ``cut``, ``voted``.
+        choice: Name of each head's mask: ``dense``, ``rows(2)``, ``cut``, ``voted``.
         error: float64 ``(H,)``, predicted error of each head.
-        anchors: The anchor groups of each head, or None where every row is computed.
+        anchors: The anchor groups of each head, or None if it computes every row.
         packed: By head, where it has anchors: the packed mask ``(tiles, ceil(K / 8))`` of its tiles.
-        copy_error: float64 ``(H,)``, the part of `error` that copies of the anchors make, as of the last `anchors`.
+        copy_error: float64 ``(H,)``, the part of `error` that is due to copies, as of the last `anchors`.
         precision: uint8 ``(H,)``, one of `plans.PRECISIONS` for each head.
-        menu: What `select` found that heads may choose from: key, blocks and errors; see `menu.Menu`.
+        menu: Blocks and errors of the masks that `select` offers, with a key; see `menu.Menu`.
         packed_menu: By head, where it has anchors: blocks of each mask of the menu with them.
         tile_order: int32, see `LayerSchedule`; set by `schedule`.
         lowered: Set by `lower`.
@@ -151,14 +151,14 @@ class UnitIR:
 
     @property
     def precision_error(self) -> Float64:
-        """float64 ``(H,)``, the part of `error` that 8 bits make."""
-        found: Float64 = self.means.precision_error[self.precision, np.arange(self.heads)]
-        return found
+        """float64 ``(H,)``, the part of `error` that is due to 8 bits."""
+        errors: Float64 = self.means.precision_error[self.precision, np.arange(self.heads)]
+        return errors
 
     def tile_bits(self, head: int) -> Bits:
-        """Packed ``(tiles, ceil(K / 8))``: the head's mask over its tiles (those of its anchors, where it has any)."""
-        found: Bits = self.packed.get(head, self.keep[head])
-        return found
+        """Packed ``(tiles, ceil(K / 8))``: the head's mask over its tiles (of its anchors, if it has some)."""
+        mask: Bits = self.packed.get(head, self.keep[head])
+        return mask
 
     def computed(self) -> tuple[Int64, Int64]:
         """Tiles and computed blocks of each head, both int64 ``(H,)``."""
@@ -174,12 +174,12 @@ class Job:
     """What is known of all units together; small, and given to every process.
 
     Args:
-        manifest: Of the statistics.
-        device: What predicts milliseconds.
+        manifest: The manifest of the statistics.
+        device: The device for which milliseconds are predicted.
         levels: float64 ``(times,)``: the sum of squared effects of single blocks, a geometric mean over the samplings.
-        table: What each sampling says; only in the process that decides.
-        multiplier: The price of a millisecond in error (lambda), once `select` has found it.
-        findings: What each pass has to report: plain values.
+        table: The tables of all samplings; only in the process that decides.
+        multiplier: The price of a millisecond in error (lambda), set by `select`.
+        findings: Findings of each pass for the report: plain values.
     """
 
     manifest: Manifest
@@ -190,7 +190,7 @@ class Job:
     findings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the table, which is large: other processes do not decide."""
+        """Leaves out the table, which is large: other processes do not decide."""
         return {**self.__dict__, "table": None}
 
     @property
@@ -213,13 +213,13 @@ class Job:
         return self.device.block_ms(self.manifest.blocks, self.manifest.model.head_dim)
 
     def block_costs(self, precision: npt.NDArray[np.uint8]) -> Float64:
-        """What a computed block of each head costs, in blocks of 16 bit."""
+        """Cost of a computed block of each head, in blocks of 16 bit."""
         tokens, speeds = self.manifest.grid.tokens, self.device.speeds
-        found: Float64 = np.array([speeds[each].block(tokens) for each in precision.tolist()])
-        return found
+        costs: Float64 = np.array([speeds[each].block(tokens) for each in precision.tolist()])
+        return costs
 
     def cost(self, blocks: Any, precision: int) -> Any:
-        """What heads of a precision cost that compute so many blocks each, in blocks of 16 bit: the pre-pass, too."""
+        """Cost of heads of a precision that compute so many blocks each, in blocks of 16 bit, pre-pass included."""
         speed, tokens = self.device.speeds[precision], self.manifest.grid.tokens
         prepass_ms = speed.prepass_ns * 1e-6 * tokens * self.manifest.model.head_dim
         return blocks * speed.block(tokens) + prepass_ms / self.block_ms
@@ -250,7 +250,7 @@ def packed_bits(bits: Bits, grid: TokenGrid, blocks: Blocks, groups: Groups) -> 
 
 @lru_cache(maxsize=64)
 def tile_sources(grid: TokenGrid, blocks: Blocks, groups: Groups) -> Int64:
-    """int64 ``(most, tiles)``: the original query blocks of every packed tile; of fewer the last again."""
+    """int64 ``(most, tiles)``: the original query blocks of every packed tile, padded by repeating the last one."""
     size = grid.width if groups.axis == ROWS else grid.height * grid.width
     queries = (groups.in_video(grid)[1][:, None] * size + np.arange(size)).reshape(-1)
     tile, source = np.arange(len(queries)) // blocks.block_q, queries // blocks.block_q
@@ -258,16 +258,16 @@ def tile_sources(grid: TokenGrid, blocks: Blocks, groups: Groups) -> Int64:
     starts = np.searchsorted(tile[first], np.arange(tile[-1] + 1))
     stops = np.append(starts[1:], len(first))
     at = np.minimum(starts + np.arange((stops - starts).max())[:, None], stops - 1)
-    found: Int64 = source[first][at]
-    return found
+    chosen: Int64 = source[first][at]
+    return chosen
 
 
 def over_sources(combine: np.ufunc, values: npt.NDArray[np.uint8], sources: Int64) -> npt.NDArray[np.uint8]:
     """Rows ``(..., Q, n)`` of query blocks combined for each packed tile, ``(..., tiles, n)``."""
-    found: npt.NDArray[np.uint8] = values[..., sources[0], :]
+    combined: npt.NDArray[np.uint8] = values[..., sources[0], :]
     for others in sources[1:]:
-        combine(found, values[..., others, :], out=found)
-    return found
+        combine(combined, values[..., others, :], out=combined)
+    return combined
 
 
 def column_bits(column: Int64, k_blocks: int) -> Bits:

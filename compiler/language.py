@@ -21,20 +21,20 @@ def parse_passes(text: str) -> tuple[Pass, ...]:
     """Reads a pass string.
 
     Raises:
-        PassSyntaxError: It is no pass string, or names a pass or option that there is not, or a value of another type.
+        PassSyntaxError: It is no pass string, names an unknown pass or option, or has a value of the wrong type.
         PassError: A pass refuses the value of an option.
     """
     passes, at = [], 0
     while True:
-        found = _PASS.match(text, at)
-        if not found:
+        match = _PASS.match(text, at)
+        if not match:
             raise PassSyntaxError(f"passes must read name{{option=value,...}},name,..., got {text[at:]!r}")
-        passes.append(_pass(found[1], found[2]))
-        at = found.end()
+        passes.append(_pass(match[1], match[2]))
+        at = match.end()
         if at == len(text):
             return tuple(passes)
         if text[at] != ",":
-            raise PassSyntaxError(f"passes must be separated by commas, got {text[at:]!r} after {found[1]!r}")
+            raise PassSyntaxError(f"passes must be separated by commas, got {text[at:]!r} after {match[1]!r}")
         at += 1
 
 

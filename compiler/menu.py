@@ -1,4 +1,4 @@
-"""What heads may choose from: the masks of a menu, how many blocks each computes, what each is expected to lose."""
+"""The masks that heads may choose from: how many blocks each computes, and what error it is expected to make."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from calibatt.compiler.stats import Window, window_keep
 from calibatt.plans import Blocks, TokenGrid
 
 CUT_STEP = 2
-"""Codes from one cut to the next: 4 in a factor of 2."""
+"""Codes from one cut to the next: 4 cuts in a factor of 2."""
 
 
 class Mask(NamedTuple):
@@ -33,13 +33,13 @@ class Mask(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """What a head may be.
+    """A candidate for a head: a mask, with its anchors or without, in a precision.
 
     Args:
-        mask: What it keeps.
-        anchored: Whether it computes its anchors alone.
+        mask: The mask.
+        anchored: Whether the head computes its anchors only.
         precision: One of `plans.PRECISIONS`.
-        error: Expected of all three.
+        error: Expected error of all three together.
     """
 
     mask: Mask
@@ -52,8 +52,8 @@ class Menu:
     """The masks that heads may choose from, in the order of all tables: dense, windows, cuts.
 
     Args:
-        job: Of the units.
-        parts: Which of ``windows`` and ``cuts``, joined by ``+``.
+        job: The job of the units.
+        parts: ``windows``, ``cuts``, or both joined by ``+``.
     """
 
     def __init__(self, job: Job, parts: str) -> None:
@@ -68,7 +68,7 @@ class Menu:
         ]
 
     def table(self, unit: UnitIR) -> tuple[Int64, Float64]:
-        """Blocks int64 and errors float64, both ``(H, masks)``; leaves the errors of cuts at the ladder's shares."""
+        """Blocks int64 and errors float64, both ``(H, masks)``; also sets the unit's `share_error`."""
         required = [np.flatnonzero(unpack(bits, unit.k_blocks)) for bits in unit.required]
         places, starts = np.concatenate(required), np.cumsum([0, *map(len, required[:-1])])
         blocks, error = [np.full(unit.heads, unit.dense_blocks)], [np.zeros(unit.heads)]
@@ -86,23 +86,23 @@ class Menu:
         return np.stack(blocks, 1).astype(np.int64), np.stack(error, 1)
 
     def packed_blocks(self, unit: UnitIR, head: int, groups: Groups) -> Int64:
-        """int64 ``(masks,)``: what each mask of a head computes where only its anchors are, packed into tiles."""
+        """int64 ``(masks,)``: blocks that each mask computes if the head computes its anchors only."""
         sources = tile_sources(unit.grid, unit.blocks, groups)
         required = packed_bits(unit.required[head], unit.grid, unit.blocks, groups)
         always = np.flatnonzero(unpack(required, unit.k_blocks))
-        found = [np.array([sources.shape[1] * unit.k_blocks])]
+        parts = [np.array([sources.shape[1] * unit.k_blocks])]
         if self.windows:
-            found.append(count(packed_windows(self.windows, unit.grid, unit.blocks, groups) | required, (1, 2)))
+            parts.append(count(packed_windows(self.windows, unit.grid, unit.blocks, groups) | required, (1, 2)))
         if len(self.cuts):
             least = over_sources(np.minimum, unit.means.error_code[head], sources).reshape(-1)
             others = np.bincount(least, minlength=CODES) - np.bincount(least[always], minlength=CODES)
             below = np.append(0, others.cumsum()) + len(always)
-            found.append(below[self.cuts])
-        blocks: Int64 = np.concatenate(found, dtype=np.int64)
+            parts.append(below[self.cuts])
+        blocks: Int64 = np.concatenate(parts, dtype=np.int64)
         return blocks
 
     def bits(self, mask: Mask, unit: UnitIR, head: int) -> Bits:
-        """Packed ``(Q, ceil(K / 8))``: what a mask keeps of a head."""
+        """Packed ``(Q, ceil(K / 8))``: the blocks that a mask keeps of a head."""
         if mask.kind == DENSE:
             return full_bits(unit.q_blocks, unit.k_blocks)
         if mask.kind == CUT:
@@ -115,7 +115,7 @@ class Menu:
 
 @lru_cache(maxsize=8)
 def window_bits(windows: tuple[Window, ...], grid: TokenGrid, blocks: Blocks) -> Bits:
-    """Packed ``(windows, Q, ceil(K / 8))``; read only."""
+    """Packed ``(windows, Q, ceil(K / 8))``; cached and read only."""
     bits = pack(np.stack([window_keep(window, grid, blocks) for window in windows]))
     bits.flags.writeable = False
     return bits
@@ -123,7 +123,7 @@ def window_bits(windows: tuple[Window, ...], grid: TokenGrid, blocks: Blocks) ->
 
 @lru_cache(maxsize=16)
 def packed_windows(windows: tuple[Window, ...], grid: TokenGrid, blocks: Blocks, groups: Groups) -> Bits:
-    """Packed ``(windows, tiles, ceil(K / 8))``, over the tiles of anchors that many heads have; read only."""
+    """Packed ``(windows, tiles, ceil(K / 8))``, over the tiles of such anchors; cached and read only."""
     bits = over_sources(np.bitwise_or, window_bits(windows, grid, blocks), tile_sources(grid, blocks, groups))
     bits.flags.writeable = False
     return bits

@@ -1,7 +1,7 @@
-"""Running passes: everything that happens between them happens here.
+"""Runs passes, and everything that happens between them.
 
 Passes are run in *stages*. A stage takes one unit through the changes of several passes and ends with the survey of the
-next pass that decides over all units; so a unit is read, changed and put away once a stage, in any process.
+next pass that decides over all units. So a unit is read, changed and stored once in a stage, in any process.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from calibatt.plans import PRECISIONS, ScheduleError
 
 
 class Source(Protocol):
-    """What units are made of; a `StatisticsSource`, or what stands in for it."""
+    """Where units come from: a `StatisticsSource`, or its stand-in in a test."""
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
-        """A unit before any pass."""
+        """The unit before any pass."""
 
 
 Work = Callable[[int, Any], Any]
@@ -44,19 +44,19 @@ Map = Callable[[Work, Sequence[Any]], Iterator[tuple[int, Any]]]
 
 @dataclass(frozen=True)
 class Account:
-    """What a job amounts to after a pass.
+    """The sums over a job after a pass.
 
     Args:
-        name: Of the pass; ``dense`` for the job before any.
+        name: Name of the pass; ``dense`` for the job before any.
         passes: The pass with its options, as in a pass string.
-        seconds: What the pass took, over all processes; reading statistics counts as ``dense``.
-        blocks: Computed over all times, layers and heads.
-        density: `blocks` / those of dense attention.
-        cost: `predicted_ms` / those of dense attention in 16 bit; equal to `density` where all heads are in 16 bit.
-        plan_bytes: Of the block lists as plain CSR, nothing shared; after `lower` with what heads share.
-        predicted_ms: Milliseconds of one attention call, summed over all times and layers.
-        error: Predicted, summed over all.
-        findings: What the pass reports.
+        seconds: Seconds of the pass, over all processes; reading statistics counts as ``dense``.
+        blocks: Computed blocks over all times, layers and heads.
+        density: `blocks` / blocks of dense attention.
+        cost: `predicted_ms` / that of dense attention in 16 bit; equal to `density` if all heads are in 16 bit.
+        plan_bytes: Bytes of the block lists as plain CSR; heads share lists only after `lower`.
+        predicted_ms: Predicted milliseconds of one attention call, summed over all times and layers.
+        error: Predicted error, summed over all times, layers and heads.
+        findings: Findings of the pass.
     """
 
     name: str
@@ -73,17 +73,17 @@ class Account:
 
 @dataclass(frozen=True)
 class UnitAccount:
-    """What a unit amounts to after a pass; see `Account`.
+    """The sums over a unit after a pass; see `Account`.
 
     Args:
-        kinds: Heads by kind.
-        head_error: Predicted error of each head, copies included.
-        copy_error: That of copies.
-        density: Of each head's mask, before copies.
+        kinds: Number of heads by kind.
+        head_error: Predicted error of each head, copies and precision included.
+        copy_error: The part of it that is due to copies.
+        density: Density of each head's mask, before copies.
         choice: Name of each head's mask.
         share_error: See `UnitIR`.
-        precision: Of each head.
-        precision_error: What that adds to `head_error`.
+        precision: Precision of each head.
+        precision_error: The part of `head_error` that is due to it.
     """
 
     seconds: float
@@ -103,7 +103,7 @@ class UnitAccount:
 
 @dataclass(frozen=True)
 class Run:
-    """What `run` did: an account for each pass, and one for each unit after the last."""
+    """The result of `run`: an account for each pass, and one for each unit after the last pass."""
 
     accounts: list[Account]
     units: list[UnitAccount]
@@ -114,9 +114,9 @@ class Stage:
     """The changes of some passes, and the survey of the pass that decides next.
 
     Args:
-        number: 0 gathers units from the statistics.
-        passes: What changes units; if the first one decides, the decision is given to it.
-        survey: What decides next, if anything does.
+        number: Number of the stage; 0 gathers units from the statistics.
+        passes: The passes that change units; if the first one decides, it gets its decision.
+        survey: The pass that decides next, if there is one.
     """
 
     number: int
@@ -126,14 +126,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Found:
-    """What a stage says of one unit."""
+    """The result of a stage for one unit."""
 
     accounts: tuple[UnitAccount, ...]
     survey: Any
 
 
 def stages(passes: Sequence[Pass]) -> list[Stage]:
-    """Cuts a list of passes before every one that decides."""
+    """Cuts a list of passes into stages, before every pass that decides."""
     parts: list[list[Pass]] = [[]]
     for each in passes:
         if each.decides:
@@ -147,11 +147,11 @@ def run(source: Source, job: Job, passes: Sequence[Pass], shelf: Shelf, over: Ma
     """Runs passes in order; verifies and accounts after each.
 
     Args:
-        source: What units are made of.
-        job: Of the source; what passes decide is written into it.
-        passes: What to run.
-        shelf: Where the units are left.
-        over: How units are spread over processes; `in_turn`, or `processes`.
+        source: Where units come from.
+        job: The job of the source; decisions of passes are written into it.
+        passes: The passes to run.
+        shelf: Where the units are stored.
+        over: How units are spread over processes: `in_turn`, or `processes`.
 
     Returns:
         The accounts: of the job before any pass, then one a pass; and of every unit after the last.
@@ -167,8 +167,8 @@ def run(source: Source, job: Job, passes: Sequence[Pass], shelf: Shelf, over: Ma
     decisions: Sequence[Any] = [None] * job.units
     for stage in stages(passes):
         work = partial(_work, source, job, stage, shelf)
-        found = dict(over(work, decisions))
-        ordered = [found[index] for index in range(job.units)]
+        results = dict(over(work, decisions))
+        ordered = [results[index] for index in range(job.units)]
         names: list[Pass | None] = [None] if stage.number == 0 else []
         for position, each in enumerate([*names, *stage.passes]):
             accounts.append(_sum(job, each, [unit.accounts[position] for unit in ordered]))
@@ -184,7 +184,7 @@ def in_turn(work: Work, arguments: Sequence[Any]) -> Iterator[tuple[int, Any]]:
 
 
 def _serve() -> None:
-    """In each process: Ctrl-C is for the one that waits for them, and they end when that one is killed."""
+    """Runs first in each process: it ignores Ctrl-C, which is for the parent, and ends when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
 
@@ -212,10 +212,10 @@ def processes(jobs: int) -> Iterator[Map]:
                 for future in as_completed(waiting):
                     yield waiting[future], future.result()
             except BrokenProcessPool:
-                for each in set(active_children()) - others:  # the pool would wait for one that was just starting
+                for each in set(active_children()) - others:  # the pool would wait for a process that was just starting
                     each.kill()
-                told = f"all {jobs} processes must go on to the end, got one that was killed; fewer take less memory"
-                raise CompileError(told) from None
+                message = f"all {jobs} processes must go on to the end, got one that was killed; fewer take less memory"
+                raise CompileError(message) from None
             finally:
                 for future in waiting:
                     future.cancel()
@@ -240,9 +240,9 @@ def _work(source: Source, job: Job, stage: Stage, shelf: Shelf, index: int, deci
         accounts.append(_account(job, unit, seconds, findings))
     if unit.means.votes is not None:
         unit.means = replace(unit.means, votes=None)
-    found = Found(tuple(accounts), None if stage.survey is None else stage.survey.survey(job, unit))
+    result = Found(tuple(accounts), None if stage.survey is None else stage.survey.survey(job, unit))
     shelf.put(index, unit)
-    return found
+    return result
 
 
 def _account(job: Job, unit: UnitIR, seconds: float, findings: Findings) -> UnitAccount:
@@ -266,36 +266,36 @@ def _account(job: Job, unit: UnitIR, seconds: float, findings: Findings) -> Unit
 
 
 def _kinds(unit: UnitIR, blocks: Any) -> dict[str, int]:
-    """Heads that are dense, sparse, and that have anchors; and by kind of mask."""
+    """Number of heads that are dense, sparse or have anchors, and by name of mask."""
     anchored = sum(groups is not None for groups in unit.anchors)
     dense = int((blocks == unit.dense_blocks).sum())
-    found = {"dense": dense, "sparse": unit.heads - dense - anchored, "anchored": anchored}
+    counts = {"dense": dense, "sparse": unit.heads - dense - anchored, "anchored": anchored}
     for choice in unit.choice:
-        found[f"mask {choice}"] = found.get(f"mask {choice}", 0) + 1
-    return found
+        counts[f"mask {choice}"] = counts.get(f"mask {choice}", 0) + 1
+    return counts
 
 
 def _sum(job: Job, each: Pass | None, units: Iterable[UnitAccount]) -> Account:
-    found = list(units)
+    accounts = list(units)
     total: Findings = {}
-    for unit in found:
+    for unit in accounts:
         for name, value in unit.findings.items():
             total[name] = total.get(name, 0) + value
     findings = {} if each is None else each.report(job, total)
     if each is not None:
         job.findings[each.name] = findings
-    blocks, predicted_ms = (sum(getattr(unit, name) for unit in found) for name in ("blocks", "predicted_ms"))
+    blocks, predicted_ms = (sum(getattr(unit, name) for unit in accounts) for name in ("blocks", "predicted_ms"))
     dense_blocks = job.units * job.unit_dense_blocks
     return Account(
         name="dense" if each is None else each.name,
         passes="" if each is None else print_passes([each]),
-        seconds=sum(unit.seconds for unit in found),
+        seconds=sum(unit.seconds for unit in accounts),
         blocks=blocks,
         density=blocks / dense_blocks,
         cost=predicted_ms / (dense_blocks * job.block_ms),
-        plan_bytes=sum(unit.plan_bytes for unit in found),
+        plan_bytes=sum(unit.plan_bytes for unit in accounts),
         predicted_ms=predicted_ms,
-        error=float(sum(unit.head_error.sum() for unit in found)),
+        error=float(sum(unit.head_error.sum() for unit in accounts)),
         findings=dict(findings),
     )
 
@@ -321,11 +321,11 @@ def verify(unit: UnitIR, after: str) -> None:
     shape = (unit.heads, unit.q_blocks, -(-unit.k_blocks // 8))
     spare = -unit.k_blocks % 8
     for what, bits in (("required", unit.required), ("keep", unit.keep)):
-        found = (bits.dtype.name, bits.shape)
-        require(found == ("uint8", shape), what, f"be uint8 {shape}", found)
+        given = (bits.dtype.name, bits.shape)
+        require(given == ("uint8", shape), what, f"be uint8 {shape}", given)
         require(not spare or not (bits[..., -1] >> (8 - spare)).any(), what, "have zero padding bits", "ones")
         dropped = bits is not unit.required and bool((unit.required & ~bits).any())
-        if dropped or bits is unit.required:  # what holds those has no empty row either
+        if dropped or bits is unit.required:  # a mask that holds all required blocks has no empty row
             require(bool(bits.any(-1).all()), what, "hold a block for every query block", "an empty row")
         require(not dropped, what, "hold every required block", "one dropped")
     require(len(unit.choice) == unit.heads, "choice", f"name {unit.heads} heads", len(unit.choice))

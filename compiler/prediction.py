@@ -1,4 +1,4 @@
-"""What a plan does to the final latent, predicted from what the samplings measured of whole masks.
+"""Predicts what a plan does to the final latent, from measured effects of whole masks.
 
 The effects of all heads' masks and precisions are signed, and add up: for every sampling whose ladder was measured, and
 every random vector, the effect of a plan is the sum of the effects of what it chooses. Its mean square over the vectors
@@ -18,7 +18,7 @@ from calibatt.compiler.ir import Float64, Int64
 from calibatt.compiler.stats import SamplingTables, Table
 
 DENSE, CUT = -1, -2
-"""Kinds of masks beside windows."""
+"""Kinds of masks other than windows."""
 LEAST_SAMPLINGS = 2
 
 
@@ -26,11 +26,11 @@ class Masks(NamedTuple):
     """The masks of a plan; T times, L layers, H heads, C shares of the ladder.
 
     Args:
-        kind: int64 ``(T, L, H)``: index of a window, `DENSE`, or `CUT` for whatever else.
+        kind: int64 ``(T, L, H)``: index of a window, `DENSE`, or `CUT` for all others.
         density: float64 ``(T, L, H)``: blocks / all blocks, before rows or frames are copied.
-        error: float64 ``(T, L, H)``: by the error model, without that of copies and precisions.
-        copied: float64 ``(T, L, H)``: of copies.
-        share_error: float64 ``(T, L, C, H)``: by the error model, of the head's own cut at each share of the ladder.
+        error: float64 ``(T, L, H)``: price by the error model, without copies and precisions.
+        copied: float64 ``(T, L, H)``: price of copies.
+        share_error: float64 ``(T, L, C, H)``: price of the head's own cut at each share of the ladder.
         precision: int64 ``(T, L, H)``: one of `plans.PRECISIONS`.
     """
 
@@ -47,9 +47,9 @@ class Prediction:
     """Signal-to-noise of the final latent.
 
     Args:
-        mean: Over the samplings, dB; infinite where nothing changes.
-        standard_error: Of the mean.
-        samplings: How many could tell.
+        mean: Mean over the samplings, dB; infinite where nothing changes.
+        standard_error: Standard error of the mean.
+        samplings: How many samplings have a measured ladder.
     """
 
     mean: float
@@ -63,20 +63,20 @@ class Prediction:
 
 
 def predict(table: Table, levels: Float64, shares: tuple[float, ...], masks: Masks) -> Prediction | str:
-    """Predicts what a plan does; in words, why it cannot be said.
+    """The predicted signal-to-noise of a plan, or, as text, why it cannot be predicted.
 
     Args:
-        table: What the samplings measured.
-        levels: float64 ``(T,)``: of each time, as in errors.
+        table: The tables of the samplings.
+        levels: float64 ``(T,)``: the level of each time, by which errors are scaled.
         shares: Densities of the ladder's masks.
-        masks: Of the plan.
+        masks: The masks of the plan.
     """
     if why := cannot_predict(table):
         return why
     samplings = [each for each in table.samplings if each.has_ladder]
-    found = np.array([_decibels(each, levels, shares, masks) for each in samplings])
-    error = 0.0 if np.isinf(found).any() else found.std(ddof=1) / np.sqrt(len(found))
-    return Prediction(float(found.mean()), float(error), len(found))
+    decibels = np.array([_decibels(each, levels, shares, masks) for each in samplings])
+    error = 0.0 if np.isinf(decibels).any() else decibels.std(ddof=1) / np.sqrt(len(decibels))
+    return Prediction(float(decibels.mean()), float(error), len(decibels))
 
 
 def cannot_predict(table: Table) -> str:
@@ -86,7 +86,7 @@ def cannot_predict(table: Table) -> str:
 
 
 def _decibels(sampling: SamplingTables, levels: Float64, shares: tuple[float, ...], masks: Masks) -> float:
-    """Of one sampling; infinite where nothing changes."""
+    """The signal-to-noise of one sampling; infinite where nothing changes."""
     joint = np.zeros(sampling.vectors)
     time, layer, head = np.nonzero(masks.kind >= 0)
     window = masks.kind[time, layer, head]
@@ -105,5 +105,5 @@ def _decibels(sampling: SamplingTables, levels: Float64, shares: tuple[float, ..
 
 
 def log_bias(vectors: int) -> float:
-    """What the logarithm makes of a mean of so many squares, on average, as a factor: less than its mean."""
+    """exp of the mean logarithm of a mean of so many squares of normal numbers of variance 1: a factor below 1."""
     return float(np.exp(digamma(vectors / 2) - np.log(vectors / 2)))

@@ -1,8 +1,7 @@
-"""What a compilation tells: one JSON value for programs, and that value as tables, in a terminal or as a page."""
+"""The report of a compilation: one JSON value for programs, and the same in a terminal or on a page for people."""
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from dataclasses import asdict
@@ -13,19 +12,18 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from calibatt.compiler.emit import predicted_snr
 from calibatt.compiler.ir import Job
 from calibatt.compiler.pipeline import Run
-from calibatt.plans import PlanFile, told_precisions
+from calibatt.plans import PlanFile, page, told_precisions
 from calibatt.plans.files import write_text
+from calibatt.plans.readable import duration, number, size, snr
 
 KINDS = ("dense", "sparse", "anchored")
 """Of heads, in every report."""
-PAPER, INK = (238, 243, 250), (20, 60, 130)
-"""Colours of densities 0 and 1."""
-PAGE_WIDTH, LAYER_WIDTH, CELL_WIDTH = 200, 4, 5
+ERROR = "what the squared errors of all heads leave of the final latent, as a signal-to-noise"
+WEIGHT = "how much errors at a time count, relative to the time where they count most"
 
 
 def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, Any]:
@@ -39,6 +37,9 @@ def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, An
     for unit in run.units:
         kinds.update({name: number for name, number in unit.kinds.items() if number})
     return {
+        "model": asdict(plan.signature),
+        "grid": asdict(plan.grid) | {"tokens": plan.grid.tokens},
+        "blocks": asdict(plan.blocks),
         "passes": plan.passes,
         "accounts": [asdict(each) for each in run.accounts],
         "density": plan.predicted["density"],
@@ -71,76 +72,103 @@ def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, An
 
 def show(console: Console, value: dict[str, Any]) -> None:
     """Prints the report of `as_json`."""
-    passes = _table("passes", "pass", "blocks", "density", "predicted ms", "error", "seconds")
-    for each in value["accounts"]:
-        cells = [f"{each['blocks']:,}", f"{each['density']:.3f}", f"{each['predicted_ms']:,.4g}"]
-        passes.add_row(each["name"], *cells, f"{each['error']:.1e}", f"{each['seconds']:.2f}")
-    times = _table("times, from clean to noise", "time", "level", "density", "error", "ms", "of dense", *KINDS)
-    for index, now in enumerate(value["times"]):
-        density, error = (float(np.mean(value[f"{key}_by_time_and_layer"][index])) for key in ("density", "error"))
-        heads = value["heads_by_time_and_layer"][index]
-        cells = [f"{value['levels'][index]:.1e}", f"{density:.3f}", f"{error * len(heads):.1e}"]
-        cells += [f"{value[key][index]:.3g}" for key in ("planned_ms", "dense_ms")]
-        times.add_row(f"{now:.3f}", *cells, *(str(sum(layer[kind] for layer in heads)) for kind in KINDS))
-    densities = np.array(value["density_by_time_and_layer"])
-    for each in (passes, times, "density in % by layer and time"):
-        console.print(each, highlight=False)
-    width = (console.width - LAYER_WIDTH) // CELL_WIDTH
-    for first in range(0, len(densities), width):
-        layers = Table(box=None, padding=0, show_header=False)
-        for layer, row in enumerate(densities[first : first + width].T):
-            layers.add_row(f"{layer:<{LAYER_WIDTH}}", *(_shaded(each) for each in row))
-        console.print(layers)
-    findings = {each["name"]: _findings(each["findings"]) for each in value["accounts"] if each["findings"]}
-    sizes = value["file_bytes"] / 1e6, value["plain_csr_bytes"] / 1e6
-    console.print()
-    by_layer = {f"precision, layer {layer}": text for layer, text in enumerate(value["precision_by_layer"])}
-    facts = {
-        **findings,
-        "heads": ", ".join(f"{number} {kind}" for kind, number in value["heads_by_kind"].items()),
-        "predicted latent SNR": value["predicted_snr"],
-        "predicted attention": f"{sum(value['planned_ms']):.4g} ms planned, {sum(value['dense_ms']):.4g} ms dense, "
-        f"{value['attention_speedup']:.2f} times, on {value['device']['name']} ({value['device']['source']})",
-        "density": f"{value['density']:.4f} of the blocks of dense attention",
-        "attention cost": f"{value['attention_cost']:.4f} of dense attention in 16 bit",
-        "precision": value["precision"],
-        **(by_layer if len(set(by_layer.values())) > 1 else {}),
-        "passes": value["passes"],
-        "provenance": f"{len(value['provenance']['samples'])} samplings, manifest {value['provenance']['manifest']}",
-        "file": f"{sizes[0]:.3g} MB; {sizes[1]:.3g} MB as plain CSR",
-        "cost": "{units} units (layer, time), {seconds_a_unit:.2g} s and {file_bytes_a_unit:.0f} bytes each".format(
-            **value["cost"]
-        ),
-    }
-    for name, text in facts.items():
+    for title, names, rows in _tables(value):
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for name in names:
+            table.add_column(name, justify="right" if table.columns else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table, highlight=False)
+    for name, text in _facts(value).items():
         console.print(f"{name}: {text}", markup=False, highlight=False)
 
 
 def write(path: Path, value: dict[str, Any]) -> None:
     """Writes the report: HTML where the name ends so, else JSON."""
     if path.suffix == ".html":
-        page = Console(record=True, file=io.StringIO(), width=PAGE_WIDTH, force_terminal=True, color_system="truecolor")
-        show(page, value)
-        write_text(path, page.export_html())
+        write_text(path, _page(value))
     else:
         write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
-def _table(title: str, first: str, *names: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first, no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+def _page(value: dict[str, Any]) -> str:
+    model, grid, blocks, device = (value[name] for name in ("model", "grid", "blocks", "device"))
+    latent = value["predicted_latent_db"]
+    cards = [
+        (f"{value['density']:.1%}", "of the blocks of dense attention"),
+        (f"{latent['mean']:.1f} dB" if latent else "unknown", f"predicted latent SNR: {value['predicted_snr']}"),
+        (f"{number(value['attention_speedup'])} x", f"as fast as dense attention, predicted for {device['name']}"),
+        (size(value["file_bytes"]), "the plan file"),
+    ]
+    densities = np.array(value["density_by_time_and_layer"]).T.tolist()
+    passes, times = (page.table(names, rows) for _, names, rows in _tables(value))
+    facts = _facts(value)
+    text = facts.pop("passes")
+    return page.page(
+        "A compiled plan",
+        f"{model['architecture']}: {model['layers']} layers of {model['heads']} heads; {grid['frames']} x "
+        f"{grid['height']} x {grid['width']} tokens of video in blocks of {blocks['block_q']} queries and "
+        f"{blocks['block_k']} keys.",
+        page.cards(*cards),
+        page.element("h2", "From pass to pass"),
+        passes,
+        page.element("h2", "From video to noise"),
+        times,
+        page.element("small", f"Error: {ERROR}. Weight: {WEIGHT}. Then numbers of heads by kind."),
+        page.heat(
+            ["layer", *(f"{time:.2f}" for time in value["times"])],
+            {str(layer): row for layer, row in enumerate(densities)},
+            "Density in % of dense attention, by layer and time",
+        ),
+        page.folded("the pass string", page.element("p", page.element("code", text))),
+        page.folded("everything else", page.table(["", ""], list(facts.items()))),
+    )
 
 
-def _shaded(density: float) -> Text:
-    """Percent, on a ground that is the darker the denser."""
-    red, green, blue = (round(a + (b - a) * density) for a, b in zip(PAPER, INK, strict=True))
-    ink = "rgb(255,255,255)" if density > 0.5 else "rgb(0,0,0)"
-    return Text(f"{100 * density:{CELL_WIDTH - 1}.0f} ", f"{ink} on rgb({red},{green},{blue})")
+def _tables(value: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Titles, names of columns, and rows."""
+    passes, times = [], []
+    for account in value["accounts"]:
+        cells = f"{account['blocks']:,}", f"{account['density']:.1%}", duration(account["predicted_ms"])
+        passes.append([account["name"], *cells, snr(account["error"]), duration(1e3 * account["seconds"])])
+    for index, now in enumerate(value["times"]):
+        heads, density = value["heads_by_time_and_layer"][index], np.mean(value["density_by_time_and_layer"][index])
+        weight = 100 * value["levels"][index] / max(value["levels"])
+        cells = f"{number(weight)}%", f"{density:.1%}", snr(sum(value["error_by_time_and_layer"][index]))
+        milliseconds = (duration(value[key][index]) for key in ("planned_ms", "dense_ms"))
+        times.append([f"{now:.3f}", *cells, *milliseconds, *(str(sum(each[kind] for each in heads)) for kind in KINDS)])
+    columns = ["time", "weight", "density", "error", "attention", "all dense", *KINDS]
+    return [
+        ("passes", ["pass", "blocks", "density", "attention", "error", "took"], passes),
+        ("times, from video to noise", columns, times),
+    ]
+
+
+def _facts(value: dict[str, Any]) -> dict[str, str]:
+    """What is no table, by name."""
+    findings = {each["name"]: _findings(each["findings"]) for each in value["accounts"] if each["findings"]}
+    by_layer = {f"precision, layer {layer}": text for layer, text in enumerate(value["precision_by_layer"])}
+    cost, device = value["cost"], value["device"]
+    return {
+        "error": ERROR,
+        "weight": WEIGHT,
+        **findings,
+        "heads": ", ".join(f"{count} {kind}" for kind, count in value["heads_by_kind"].items()),
+        "predicted latent SNR": value["predicted_snr"],
+        "predicted attention": f"{duration(sum(value['planned_ms']))}, dense {duration(sum(value['dense_ms']))}: "
+        f"{value['attention_speedup']:.2f} times as fast, on {device['name']} ({device['source']})",
+        "density": f"{value['density']:.4f} of the blocks of dense attention",
+        "attention cost": f"{value['attention_cost']:.4f} of dense attention in 16 bit",
+        "precision": value["precision"],
+        **(by_layer if len(set(by_layer.values())) > 1 else {}),
+        "passes": value["passes"],
+        "provenance": f"{len(value['provenance']['samples'])} samplings, manifest {value['provenance']['manifest']}",
+        "file": f"{size(value['file_bytes'])}; {size(value['plain_csr_bytes'])} as plain CSR",
+        "compilation": f"{cost['units']} units (layer, time), {duration(1e3 * cost['seconds_a_unit'])} and "
+        f"{cost['file_bytes_a_unit']:.0f} bytes each",
+    }
 
 
 def _findings(findings: dict[str, Any]) -> str:
     plain = ((key.replace("_", " "), value) for key, value in findings.items() if not isinstance(value, dict))
-    return ", ".join(f"{key} {f'{value:.4g}' if isinstance(value, float) else value}" for key, value in plain)
+    return ", ".join(f"{key} {number(value, 4) if isinstance(value, float) else value}" for key, value in plain)

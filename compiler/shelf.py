@@ -1,4 +1,4 @@
-"""Where units are kept between stages: in a folder that many processes share."""
+"""Stores units between stages, in a folder that many processes share."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from calibatt.plans.files import whole_file
 
 
 class Shelf(Protocol):
-    """Keeps each unit as the last stage left it."""
+    """Stores each unit as the last stage left it."""
 
     def unit(self, index: int) -> UnitIR:
-        """A copy of a unit, to be changed."""
+        """A copy of a unit, which the caller may change."""
 
     def put(self, index: int, unit: UnitIR) -> None:
-        """Keeps a unit in place of what was there."""
+        """Stores a unit, in place of an older one."""
 
 
 class DiskShelf:
     """For many processes and jobs of any size.
 
     Args:
-        folder: Made for this job, private to this user: what is read from it is unpickled.
+        folder: A folder of this job that only this user can write: its files are unpickled.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,5 +49,5 @@ class DiskShelf:
             pickle.dump(light, file)
 
     def _codes(self, index: int) -> Path:
-        """Large, and changed by no pass: stored once, mapped afterwards."""
+        """Fields that are large and that no pass changes: they are stored once, and mapped afterwards."""
         return self.folder / f"{index}.npy"

@@ -14,7 +14,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 FAILED, WRONG, INCOMPLETE, INTERRUPTED = 1, 2, 3, 130
-"""A requirement does not hold; the call or its input is wrong; the result is there, not all of the rest; Ctrl-C."""
+"""Exit codes: a requirement does not hold; the call or its input is wrong; the result is written, but not all that
+should follow it; Ctrl-C."""
 EXTRAS = {
     "runtime": ("torch", "triton"),
     "tools": ("matplotlib", "PIL", "safetensors"),
@@ -25,7 +26,7 @@ NOBODY_READS = "not all could be said: nobody reads the output any more"
 
 
 class Incomplete(Exception):
-    """The result is written; what should have followed is not. The message says both."""
+    """The result is written, but something that should follow it is not; the message says what."""
 
 
 def told(error: BaseException) -> str:
@@ -57,14 +58,14 @@ def one_line(name: str | Callable[[], str], *errors: type[Exception]) -> Callabl
     def decorate(call: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(call)
         def framed(*args: P.args, **kwargs: P.kwargs) -> R:
-            for stream in (sys.stdout, sys.stderr):  # a terminal that knows ASCII alone shows ? for the rest
+            for stream in (sys.stdout, sys.stderr):  # an ASCII terminal shows ? for other characters
                 if hasattr(stream, "reconfigure"):
                     stream.reconfigure(errors="replace")
             who = name if isinstance(name, str) else name()
             try:
-                found = call(*args, **kwargs)
+                result = call(*args, **kwargs)
                 sys.stdout.flush()
-                return found
+                return result
             except KeyboardInterrupt:
                 fail(who, "interrupted", INTERRUPTED)
             except Incomplete as error:
@@ -86,7 +87,7 @@ def one_line(name: str | Callable[[], str], *errors: type[Exception]) -> Callabl
 
 
 def _quiet_stdout() -> None:
-    """Python flushes at exit, and would complain once more of what cannot be written."""
+    """Sends what is left in stdout nowhere: Python flushes it at exit, and would fail once more."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

@@ -154,7 +154,7 @@ class Container:
     """A file of the container, memory mapped and read only.
 
     `open` proves the structure: prefix, header, bounds, layout and padding. A section's bytes are proved the first
-    time it is asked for, so that who needs one array of a large file reads no other; `verify` proves all of them.
+    time it is asked for, so that one array of a large file can be read without the others; `verify` proves all of them.
     The mapping lives as long as the container or any array taken from it.
     """
 
@@ -181,8 +181,8 @@ class Container:
             magic: The 8 bytes it must begin with.
             version: The version this caller understands. Another major version is an error. From a newer minor
                 version the container skips what it does not know, and so should the caller (see `newer`).
-            crc: This kind of file may have a CRC-32 of each section: where it is, it proves the section, four times as
-                fast as the digest and enough against accidents. The digest proves what has none.
+            crc: Whether this kind of file may have a CRC-32 of each section. Where there is one it proves the section,
+                which is four times as fast as by the digest, and enough against accidents.
 
         Raises:
             PlanError: One subclass for each broken promise; the message names file, rule and value.
@@ -242,9 +242,9 @@ class Container:
         raise kind(f"{self.path}: {what} must {rule}, got {value}")
 
     def _read_prefix(self, magic: bytes, version: tuple[int, int]) -> int:
-        found, major, minor, header_bytes, digest = _PREFIX.unpack_from(self._data)
-        if found != magic:
-            self._fail(BadMagic, "the file", f"begin with {magic!r}", repr(found))
+        begins, major, minor, header_bytes, digest = _PREFIX.unpack_from(self._data)
+        if begins != magic:
+            self._fail(BadMagic, "the file", f"begin with {magic!r}", repr(begins))
         if major != version[0]:
             self._fail(UnsupportedVersion, "the major version", f"be {version[0]}", f"{major}.{minor}")
         if header_bytes > MAX_HEADER_BYTES:
@@ -258,9 +258,9 @@ class Container:
         self.digest = digest.hex()
         """Stands for every byte of the file, 32 hexadecimal digits."""
         start = _PREFIX.size - DIGEST_BYTES
-        found = _digest(self._data[:start], self._data[_PREFIX.size : _PREFIX.size + header_bytes])
-        if found != digest:
-            self._fail(ChecksumError, "the header", f"have digest {self.digest}", found.hex())
+        computed = _digest(self._data[:start], self._data[_PREFIX.size : _PREFIX.size + header_bytes])
+        if computed != digest:
+            self._fail(ChecksumError, "the header", f"have digest {self.digest}", computed.hex())
         return int(header_bytes)
 
     def _read_header(self, header_bytes: int) -> dict[str, Any]:
@@ -272,7 +272,7 @@ class Container:
         return self._known(HeaderError, "the header", document, ("header", "sections"), (dict, list))
 
     def _read_entries(self, entries: list[Any]) -> dict[str, _Entry]:
-        found: dict[str, _Entry] = {}
+        read: dict[str, _Entry] = {}
         last = ""
         kinds = (bytes, str, str, int, str, int, list)
         for index, fields in enumerate(entries):
@@ -285,8 +285,8 @@ class Container:
             if not self.newer or (entry.codec == "raw" and entry.dtype in DTYPES):
                 self._check_decodable(entry)
             last = entry.name
-            found[last] = entry
-        return found
+            read[last] = entry
+        return read
 
     def _known(
         self, kind: type[PlanError], what: str, value: object, keys: tuple[str, ...], kinds: tuple[type, ...]
@@ -358,11 +358,11 @@ class Container:
         start = self._data_start + entry.offset
         with memoryview(self._data) as view, view[start : start + entry.length] as part:
             if quick and entry.crc32 is not None:
-                what, expected, found = "CRC-32", f"{entry.crc32:08x}", f"{zlib.crc32(part):08x}"
+                what, expected, computed = "CRC-32", f"{entry.crc32:08x}", f"{zlib.crc32(part):08x}"
             else:
-                what, expected, found = "digest", entry.checksum.hex(), _digest(part).hex()
-        if found != expected:
-            self._fail(ChecksumError, f"section {entry.name!r}", f"have {what} {expected}", found)
+                what, expected, computed = "digest", entry.checksum.hex(), _digest(part).hex()
+        if computed != expected:
+            self._fail(ChecksumError, f"section {entry.name!r}", f"have {what} {expected}", computed)
         self._proved.add(entry.name)
 
 

@@ -29,13 +29,13 @@ from calibatt.plans.schedule import (
 from calibatt.plans.schema import Blocks, TokenGrid
 
 MAX_BASES = 4
-"""Segments between one and what is stored whole, itself not counted."""
+"""Longest chain of differences that leads from a segment to one that is stored in full."""
 LEVEL, BASE_LEVEL = 6, 12
-"""Effort of compression; a base is stored once and read for all of its group."""
+"""Levels of zstd. A base gets more effort: it is stored once, and read for all segments of its group."""
 LAYER_BYTES, FILE_TIMES = 1 << 26, 64
-"""A layer of a file may need so many bytes, and so many times the file's, to be used; see `layer_bytes`."""
+"""Memory that a layer may need: so many bytes, and so many times the size of the file; see `layer_bytes`."""
 LIMIT_VARIABLE = "CALIBATT_PLAN_BYTES"
-"""Environment variable: what a layer may need instead."""
+"""Environment variable that replaces this limit, in bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ def encode(layer: PackedLayer, base: PackedLayer | None) -> EncodedLayer:
 
 
 def layer_bytes(lists: int, k_blocks: int, tiles: int) -> int:
-    """Bytes that a layer needs at least, for so many lists and tiles: bits, and what is counted and ordered."""
+    """Least bytes of memory that a layer needs: for the bits of its lists, their counts, and the order of its tiles."""
     return lists * (-(-k_blocks // 8) + 16) + tiles * 16
 
 
@@ -75,7 +75,7 @@ def granted_bytes(file_bytes: int) -> int:
     """Bytes that a layer of a file may need.
 
     Raises:
-        LimitError: The environment says otherwise, but no whole number above 0.
+        LimitError: `LIMIT_VARIABLE` is set, but not to a whole number above 0.
     """
     said = os.environ.get(LIMIT_VARIABLE)
     if said is None:
@@ -92,14 +92,14 @@ def decode(
 
     Args:
         stored: What a file holds.
-        base: The layer that it is the difference from; None: from nothing.
+        base: The layer from which the stored bits differ; None if they are stored in full.
         grid: The token sequence.
         blocks: Block sizes.
-        granted: Most `layer_bytes`; None: any.
+        granted: Most `layer_bytes` that it may need; None: no limit.
 
     Raises:
         LimitError: It needs more than is granted.
-        MaskError: The frame is none, or not of so many lists.
+        MaskError: The masks are no zstd frame, or do not hold as many lists as the file says.
         ScheduleError: A promise of `LayerSchedule` is broken.
     """
     return finish(unpack(stored, base, grid, blocks, granted), len(stored.small["tile_order"]) == 0)
@@ -108,7 +108,7 @@ def decode(
 def unpack(
     stored: EncodedLayer, base: PackedLayer | None, grid: TokenGrid, blocks: Blocks, granted: int | None
 ) -> PackedLayer:
-    """The layer, all proved but its bits; without an order of tiles if the file has none. Enough for a base."""
+    """The layer, proved except for its bits, and without a tile order if the file stores none: enough for a base."""
     width = -(-blocks.k_blocks(grid.tokens) // 8)
     size = stored.lists * width
     outline = PackedLayer(grid=grid, blocks=blocks, list_bits=np.zeros((0, width), np.uint8), **stored.small)
@@ -131,7 +131,7 @@ def unpack(
             raise MaskError(f"masks must {rule}, got {zstandard.frame_content_size(stored.masks.data)}")
         unpacker = zstandard.ZstdDecompressor()
         data = unpacker.decompress(stored.masks.data, max_output_size=size, allow_extra_data=False)
-        if size == 0:  # decompress does not look at what follows a frame of nothing
+        if size == 0:  # decompress ignores what follows an empty frame
             empty = unpacker.decompressobj()
             empty.decompress(stored.masks.data)
             if not empty.eof or empty.unused_data or not stored.masks.data[:4] == zstandard.FRAME_HEADER:
@@ -146,13 +146,13 @@ def unpack(
 
 
 def finish(layer: PackedLayer, natural: bool) -> PackedLayer:
-    """Proves what `unpack` left, and orders the tiles."""
+    """Proves the bits of an unpacked layer, and orders its tiles if the file stores the natural order."""
     layer.check_bits()
     if not natural:
         return layer
-    found = replace(layer, tile_order=layer.natural_order)
-    found.__dict__["lengths"] = layer.lengths  # counted already, and of the same bits
-    return found
+    ordered = replace(layer, tile_order=layer.natural_order)
+    ordered.__dict__["lengths"] = layer.lengths  # the bits are the same, and were counted already
+    return ordered
 
 
 def _prediction(layer: PackedLayer, base: PackedLayer) -> UInt8:
@@ -161,13 +161,13 @@ def _prediction(layer: PackedLayer, base: PackedLayer) -> UInt8:
     The lists of a head correspond if neither is dense and both have as many tiles; of heads that share lists the first
     one counts.
     """
-    found = np.zeros_like(layer.list_bits)
+    predicted = np.zeros_like(layer.list_bits)
     for head in reversed(range(layer.heads)):
         bits = base.head_bits(head)
         first, tiles = int(layer.head_list[head]), layer.tiles(head)
         if first != DENSE and bits is not None and len(bits) == tiles:
-            found[first : first + tiles] = bits
-    return found
+            predicted[first : first + tiles] = bits
+    return predicted
 
 
 def check_bases(bases: Sequence[int]) -> bool:

@@ -7,7 +7,7 @@ MAX_MESSAGE = 1000
 
 
 def legible(text: str, most: int = MAX_MESSAGE) -> str:
-    """Text of a file or of a stranger, for a terminal: nothing in it acts on one, and it is not long.
+    """Text from a file or a stranger, made short and harmless for a terminal.
 
     Args:
         text: Any; what does not print, escape sequences and marks of direction among it, is spelled out. Lines stay.

@@ -11,11 +11,11 @@ from typing import IO, Any
 
 FilePath = str | os.PathLike[str]
 MANIFEST, UNITS = "manifest.json", "units"
-"""By which a store of statistics is known."""
+"""The file and the folder by which a store of statistics is recognised."""
 
 
 def store_around(path: Path) -> Path | None:
-    """The store of statistics that a path is in, if it is in one: nothing but the store's own may be written there."""
+    """The store of statistics that contains a path, or None; only the store's own code may write there."""
     for folder in path.resolve().parents:
         if (folder / MANIFEST).is_file() and (folder / UNITS).is_dir():
             return folder
@@ -29,7 +29,7 @@ def whole_file(path: FilePath, mode: str = "wb", sync: bool = True) -> Iterator[
     Args:
         path: Where to; an existing file is replaced.
         mode: ``wb``, or ``w`` for UTF-8.
-        sync: Also whole after a power cut.
+        sync: Whether it must be whole even after a power cut.
 
     Raises:
         OSError: It cannot be written; names `path` whatever failed.
@@ -92,8 +92,8 @@ def alone(path: FilePath, busy: Exception) -> Iterator[None]:
 
 
 def _locked(lock: Path, busy: Exception) -> int:
-    """A handle of the lock file, held; a file that its last holder has just removed is no lock."""
-    import fcntl  # who only reads plans may be where there is none
+    """A handle of the lock file, locked. If the last holder has just removed that file, a new one is made."""
+    import fcntl  # some systems on which plans are only read do not have it
 
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)

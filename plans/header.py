@@ -14,7 +14,7 @@ MAX_DEPTH = 32
 MAX_ITEMS = 1 << 16
 """Entries of one list or map."""
 MAX_VALUES = 1 << 19
-"""Of a header, lists and maps counted too: a reader holds each as an object, and looks at each."""
+"""Most values of a header, lists and maps included: a reader makes an object of each and visits it."""
 MAX_KEY_BYTES = 255
 
 
@@ -39,7 +39,7 @@ def unpack_header(packed: bytes) -> dict[str, Any]:
     inside, around = 1, 0
 
     def counted(entries: list[Any]) -> list[Any]:
-        """Whenever a list or map is whole, so that no header can make many."""
+        """Called when a list or map is complete, so that no header can make a reader build too many."""
         nonlocal inside, around
         inside, around = inside + len(entries), around + 1
         if max(inside, around) > MAX_VALUES:
@@ -63,7 +63,7 @@ def unpack_header(packed: bytes) -> dict[str, Any]:
 
 
 class _Broken(Exception):
-    """A rule that a value breaks; `where` is put together on the way up, since nobody asks for it otherwise."""
+    """A value breaks a rule. `where` is put together while the exception travels up: valid headers need it not."""
 
     def __init__(self, rule: str) -> None:
         super().__init__(rule)

@@ -29,7 +29,7 @@ from calibatt.plans.schema import Blocks, TokenGrid
 
 @dataclass(frozen=True, eq=False)
 class PackedLayer:
-    """What a `LayerSchedule` says, lists as bits.
+    """The same as a `LayerSchedule`, with its block lists as bits.
 
     Args:
         grid: The video tokens.
@@ -87,11 +87,11 @@ class PackedLayer:
         Args:
             grid: The video's tokens.
             blocks: Block sizes.
-            heads: Of each head uint8 ``(tiles, ceil(K / 8))``, a bit for each key block; no row is empty.
-            precision: Of each head; `BF16` in all if absent.
-            patterns: Of each anchor pattern its axis, and of each of its groups the first member and the anchor.
-            head_anchor: Of each head its pattern, or `NO_ANCHORS`; none has one if absent.
-            tile_order: In which tiles are executed; the longest of a head first if absent.
+            heads: The mask of each head, uint8 ``(tiles, ceil(K / 8))``, a bit for each key block; no row is empty.
+            precision: uint8 ``(heads,)``; all `BF16` if absent.
+            patterns: For each anchor pattern its axis, the first members of its groups, and their anchors.
+            head_anchor: The pattern of each head, or `NO_ANCHORS`; all `NO_ANCHORS` if absent.
+            tile_order: The order in which tiles are executed; `natural_order` if absent.
         """
         k_blocks = blocks.k_blocks(grid.tokens)
         full = np.packbits(np.ones(k_blocks, np.bool_), bitorder="little")
@@ -107,7 +107,7 @@ class PackedLayer:
                 listed.append(bits)
         starts, anchors = ([np.asarray(each[which]) for each in patterns] for which in (1, 2))
         none = np.zeros(0, np.int64)
-        found = cls(
+        layer = cls(
             grid=grid,
             blocks=blocks,
             list_bits=np.concatenate(listed),
@@ -120,7 +120,7 @@ class PackedLayer:
             tile_order=np.zeros(0, np.int32) if tile_order is None else tile_order,
             head_precision=np.full(len(heads), BF16, np.uint8) if precision is None else precision,
         )
-        return replace(found, tile_order=found.natural_order) if tile_order is None else found
+        return replace(layer, tile_order=layer.natural_order) if tile_order is None else layer
 
     @property
     def heads(self) -> int:
@@ -135,15 +135,15 @@ class PackedLayer:
         """int64 ``(lists,)``: blocks of each list."""
         bits = np.ascontiguousarray(self.list_bits)
         words = bits.view(np.uint16) if bits.shape[1] % 2 == 0 else bits
-        found: npt.NDArray[np.int64] = np.einsum("ij->i", np.bitwise_count(words), dtype=np.uint32).astype(np.int64)
-        return found  # three times as fast as a sum of int64
+        counts: npt.NDArray[np.int64] = np.einsum("ij->i", np.bitwise_count(words), dtype=np.uint32).astype(np.int64)
+        return counts  # three times as fast as a sum of int64
 
     @property
     def row_ptr(self) -> Int32:
         """int32 ``(lists + 1,)``, as in `LayerSchedule`."""
-        found = np.zeros(len(self.list_bits) + 1, np.int32)
-        np.cumsum(self.lengths, out=found[1:])
-        return found
+        starts = np.zeros(len(self.list_bits) + 1, np.int32)
+        np.cumsum(self.lengths, out=starts[1:])
+        return starts
 
     @cached_property
     def _shell(self) -> LayerSchedule:
@@ -185,8 +185,8 @@ class PackedLayer:
         """The part of `check` that reads every bit."""
         width, spare = -(-self.k_blocks // 8), -self.k_blocks % 8
         if self.list_bits.dtype != np.uint8 or self.list_bits.ndim != 2 or self.list_bits.shape[1] != width:
-            found = f"{self.list_bits.dtype} of {self.list_bits.shape}"
-            raise ScheduleError(f"list_bits must be uint8 of (lists, {width}), got {found}")
+            given = f"{self.list_bits.dtype} of {self.list_bits.shape}"
+            raise ScheduleError(f"list_bits must be uint8 of (lists, {width}), got {given}")
         if spare and (self.list_bits[:, -1] >> (8 - spare)).any():
             raise ScheduleError(f"list_bits must have zero bits from key block {self.k_blocks} on, got ones")
         if len(self.lengths) and not self.lengths.all():
@@ -194,14 +194,14 @@ class PackedLayer:
         check_total(int(self.lengths.sum()))
 
     def schedule(self) -> LayerSchedule:
-        """The lowered form, what kernels use; of a layer that keeps its promises."""
+        """The lowered form, which kernels use; the layer must keep its promises."""
         row_ptr = self.row_ptr
         col_idx = np.empty(int(row_ptr[-1]), np.uint16)
         width = 8 * self.list_bits.shape[1]
-        for start in range(0, len(self.list_bits), _ROWS_AT_ONCE):  # a part at a time stays in the cache
+        for start in range(0, len(self.list_bits), _ROWS_AT_ONCE):  # so many lists at a time stay in the cache
             stop = min(start + _ROWS_AT_ONCE, len(self.list_bits))
             bits = np.unpackbits(self.list_bits[start:stop].reshape(-1), bitorder="little")
-            place = np.flatnonzero(bits.view(np.bool_)).astype(np.uint16)  # modulo 65536, and so is what follows
+            place = np.flatnonzero(bits.view(np.bool_)).astype(np.uint16)  # modulo 65536, as are the differences below
             first = (np.arange(stop - start) * width).astype(np.uint16)
             part = slice(int(row_ptr[start]), int(row_ptr[stop]))
             np.subtract(place, np.repeat(first, self.lengths[start:stop]), out=col_idx[part])
@@ -236,7 +236,7 @@ class PackedLayer:
 
 
 class _UnpackedLater(LayerSchedule):
-    """The schedule of a packed layer that unpacks its lists when they are asked for, and keeps them."""
+    """The schedule of a packed layer; its lists are unpacked when they are first asked for."""
 
     packed: PackedLayer
 
@@ -260,7 +260,7 @@ _ROWS_AT_ONCE = 512
 
 
 def longest_first(lengths: Sequence[npt.NDArray[np.int64]]) -> Int32:
-    """Tile ids head by head, within a head by falling length, equal ones by their place."""
+    """Tile ids: head after head, in a head the longest list first, lists of one length in their order."""
     order, first = [np.zeros(0, np.int64)], 0
     for each in lengths:
         falling = (each.max(initial=0) - each).astype(np.uint16)  # lengths are 1 to 65536; a radix sort is stable

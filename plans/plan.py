@@ -35,8 +35,8 @@ Value = TypeVar("Value", ModelSignature, TokenGrid, Blocks)
 
 @dataclass(frozen=True, eq=False)
 class PlanFile:
-    """Everything a plan file says. Who holds one need check nothing: schedules are checked when the plan is made, and
-    those of a file or of a compiler when they are first asked for.
+    """Everything a plan file says, checked: schedules when the plan is made, those of a file or of a compiler when they
+    are first asked for.
 
     Args:
         signature: The model the plan is for.
@@ -106,7 +106,7 @@ class PlanFile:
 
     @classmethod
     def read(cls, path: FilePath) -> PlanFile:
-        """Maps a plan file and proves its bytes and header; a schedule when it is first asked for.
+        """Maps a plan file and proves its bytes and header; a schedule is proved when it is first asked for.
 
         Raises:
             PlanError: The first broken promise of FORMAT.md; the message names file, rule and value.
@@ -269,7 +269,7 @@ _HEADER_KEYS = ("model", "grid", "blocks", "segments", "bases", *_FREE_KEYS)
 
 
 def _bases(value: object, segments: int) -> tuple[int, ...]:
-    """Each segment's base; few steps lead to one that is its own."""
+    """Each segment's base, checked: at most `MAX_BASES` steps lead to a segment that is its own base."""
     _require_kind("bases", value, list)
     assert isinstance(value, list)
     right = len(value) == segments and all(type(base) is int and 0 <= base < segments for base in value)
@@ -286,8 +286,8 @@ def _layers(container: Container, index: int, layers: int) -> list[EncodedLayer]
     starts: Int64 = container.section(name)
     shape = (layers + 1, len(COLUMNS))
     if starts.dtype != np.int64 or starts.shape != shape:
-        found = f"{starts.dtype} of {starts.shape}"
-        raise SectionError(f"{container.path}: section {name!r} must be int64 of shape {shape}, got {found}")
+        given = f"{starts.dtype} of {starts.shape}"
+        raise SectionError(f"{container.path}: section {name!r} must be int64 of shape {shape}, got {given}")
     for column, of in enumerate(COLUMNS):
         ptr = starts[:, column]
         stop = ptr[-1] if of == "lists" else arrays[of].size
@@ -296,9 +296,9 @@ def _layers(container: Container, index: int, layers: int) -> list[EncodedLayer]
             what = (
                 f"{MAX_LISTS} at most" if of == "lists" else f"the length of section '{index}/{of}', {arrays[of].shape}"
             )
-            found = f"{ptr[:4].tolist()}..{ptr[-1]}"
+            given = f"{ptr[:4].tolist()}..{ptr[-1]}"
             raise SectionError(
-                f"{container.path}: column {column} of section {name!r} must rise from 0 to {what}, got {found}"
+                f"{container.path}: column {column} of section {name!r} must rise from 0 to {what}, got {given}"
             )
     for of, array in arrays.items():
         if (kind := np.dtype(np.uint8) if of == "masks" else dtype_of(of)) != array.dtype:
@@ -328,10 +328,10 @@ def _check_segments(segments: tuple[Segment, ...]) -> None:
 
 
 def _segment(where: str, value: object, newer: bool) -> Segment:
-    found = _known(where, value, ("start", "stop", "time"), newer)
-    for key, number in found.items():
+    values = _known(where, value, ("start", "stop", "time"), newer)
+    for key, number in values.items():
         _require_kind(f"{where}.{key}", number, float)
-    return Segment(**found)
+    return Segment(**values)
 
 
 def _value(kind: type[Value], key: str, header: dict[str, Any], newer: bool) -> Value:

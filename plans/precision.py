@@ -1,4 +1,4 @@
-"""In what a head multiplies."""
+"""Number formats in which a head multiplies; the compiler's pass `select` decides which one a head has."""
 
 from __future__ import annotations
 
@@ -16,5 +16,8 @@ PRECISIONS = {BF16: "16 bit", INT8: "int8 QK", INT8_FP8: "int8 QK with fp8 PV"}
 def told_precisions(heads: npt.NDArray[np.uint8]) -> str:
     """Shares of heads, of any shape, in each of `PRECISIONS`, in words."""
     counts = np.bincount(heads.reshape(-1), minlength=len(PRECISIONS))
-    shares = [f"{count / heads.size:.1%} in {PRECISIONS[each]}" for each, count in enumerate(counts) if count]
-    return f"heads {', '.join(shares)}"
+    if counts.max() == heads.size:
+        return f"all heads in {PRECISIONS[int(counts.argmax())]}"
+    return ", ".join(
+        f"{count / heads.size:.1%} of heads in {PRECISIONS[each]}" for each, count in enumerate(counts) if count
+    )

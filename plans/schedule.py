@@ -34,13 +34,13 @@ SMALL_ARRAYS = (
     *("head_list", "head_anchor", "anchor_ptr", "anchor_axis", "group_start", "group_anchor", "tile_order"),
     "head_precision",
 )
-"""Of a `LayerSchedule`: all but the lists."""
+"""The arrays of a `LayerSchedule` other than its block lists."""
 ARRAYS = ("row_ptr", "col_idx", *SMALL_ARRAYS)
 
 MAX_QUERIES = 1 << 28
-"""Of all heads of a layer, and once more those of one, so that kernels index up to eight int32 of each."""
+"""Most queries of all heads of a layer and of one head more: kernels index up to eight int32 values for each."""
 MAX_KEPT = INT32_END - 2 * MAX_BLOCKS
-"""Key blocks in the lists of a layer: kernels have all key blocks before them and read a little beyond their end."""
+"""Most key blocks in the lists of a layer: kernels put all key blocks before them, and read a little past the end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class LayerSchedule:
             ``head_tile_ptr[h] + t``.
         head_precision: uint8 ``(heads,)``; one of `PRECISIONS` for each head, all `BF16` if not given.
 
-    The class only holds; `check` proves the promises above once, at load, so that kernels need not.
+    Making a schedule checks nothing: `check` proves these promises once, at load, so that kernels need not.
     """
 
     grid: TokenGrid
@@ -116,14 +116,14 @@ class LayerSchedule:
     @cached_property
     def pattern_tokens(self) -> Int64:
         """int64 ``(patterns,)``: packed queries of the heads of each pattern."""
-        found: Int64 = np.diff(self.anchor_ptr) * self.member_tokens
-        return found
+        tokens: Int64 = np.diff(self.anchor_ptr) * self.member_tokens
+        return tokens
 
     def group_sizes(self, pattern: int) -> Int64:
         """int64 ``(groups,)``: members of each of a pattern's groups."""
         members = self.grid.tokens // int(self.member_tokens[pattern])
-        found: Int64 = np.diff(np.append(self.groups(pattern)[0].astype(np.int64), members))
-        return found
+        sizes: Int64 = np.diff(np.append(self.groups(pattern)[0].astype(np.int64), members))
+        return sizes
 
     def packed_tokens(self, head: int) -> int:
         """Queries that the head computes."""
@@ -218,7 +218,7 @@ class LayerSchedule:
         used = self.lists_of(chosen, tiles[chosen])
         shown = np.zeros(len(self.anchor_ptr) - 1, dtype=np.bool_)
         shown[self.head_anchor[chosen][self.head_anchor[chosen] != NO_ANCHORS]] = True
-        kept, groups = np.diff(self.row_ptr), np.diff(self.anchor_ptr)
+        lengths, groups = np.diff(self.row_ptr), np.diff(self.anchor_ptr)
         in_shown = np.repeat(shown, groups)
         number = np.full(int(self.head_tile_ptr[-1]), -1)
         before = 0
@@ -228,8 +228,8 @@ class LayerSchedule:
         order = number[self.tile_order]
         return replace(
             self,
-            row_ptr=_starts(kept[used]),
-            col_idx=self.col_idx[np.repeat(used, kept)],
+            row_ptr=_starts(lengths[used]),
+            col_idx=self.col_idx[np.repeat(used, lengths)],
             head_list=_renumber(self.head_list[chosen], used),
             head_anchor=_renumber(self.head_anchor[chosen], shown),
             anchor_ptr=_starts(groups[shown]),
@@ -241,7 +241,7 @@ class LayerSchedule:
         )
 
     def lists_of(self, heads: Int64, tiles: Int64) -> Bool:
-        """bool ``(lists,)``: the lists that heads use, of so many tiles each."""
+        """bool ``(lists,)``: which lists these heads use; `tiles` is how many tiles each of them has."""
         used = np.zeros(len(self.row_ptr) - 1, dtype=np.bool_)
         for first, count in zip(self.head_list[heads], tiles, strict=True):
             if first != DENSE:
@@ -262,12 +262,12 @@ class LayerSchedule:
 
 
 def _starts(counts: npt.NDArray[np.integer]) -> Int32:
-    """Where each of so many begins, and where the last ends."""
+    """Running sum from 0: where each part begins, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
 
 def _renumber(indices: Int32, stay: Bool) -> Int32:
-    """Indices into what stays; -1 stays -1."""
+    """Indices after the entries that do not stay were removed; -1 stays -1."""
     return np.append(np.cumsum(stay) - 1, -1)[indices].astype(np.int32)
 
 
@@ -295,7 +295,7 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 
 def check_types(s: LayerSchedule) -> None:
-    """The part of `LayerSchedule.check` that everything else takes for granted."""
+    """The part of `LayerSchedule.check` on which all others rely: types and sizes."""
     check_size(s.grid, s.blocks, s.heads)
     for name in ARRAYS:
         array = getattr(s, name)
@@ -321,14 +321,14 @@ def _check_lists(s: LayerSchedule) -> None:
     if len(col) and int(col.max()) >= s.k_blocks:
         _fail("col_idx", f"be below {s.k_blocks} key blocks", int(col.max()))
     rising = col[1:] > col[:-1]
-    rising[ptr[1:-1] - 1] = True  # from one list to the next anything goes
+    rising[ptr[1:-1] - 1] = True  # the first block of a list may be smaller than the last of the list before
     if not rising.all():
         at = int(np.flatnonzero(~rising)[0])
         _fail("col_idx", "rise strictly within a list", f"{col[at]}, {col[at + 1]} at position {at}")
 
 
 def check_total(kept: int) -> None:
-    """The part of `LayerSchedule.check` that is about how long all lists are together."""
+    """The part of `LayerSchedule.check` that limits the sum of all list lengths."""
     if kept > MAX_KEPT:
         _fail("lists", f"hold at most {MAX_KEPT} key blocks", kept)
 
@@ -371,12 +371,12 @@ def check_anchors(s: LayerSchedule) -> None:
     if len(bad):
         _fail("head_anchor", f"be -1 or below {patterns} patterns", f"{s.head_anchor[bad[0]]} for head {bad[0]}")
     unused = np.setdiff1d(np.arange(patterns), s.head_anchor)
-    if len(unused):  # so that they are at most as many as heads
+    if len(unused):  # so there are never more patterns than heads
         _fail("head_anchor", f"name each of {patterns} patterns", f"none of pattern {unused[0]}")
 
 
 def check_heads(s: LayerSchedule, lists: int) -> None:
-    """The part of `LayerSchedule.check` that is about which lists a head has, of so many."""
+    """The part of `LayerSchedule.check` that is about which of the lists a head has."""
     tiles = np.diff(s.head_tile_ptr)
     last = s.head_list.astype(np.int64) + tiles
     bad = np.flatnonzero((s.head_list != DENSE) & ((s.head_list < 0) | (last > lists)))

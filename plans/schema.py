@@ -1,6 +1,6 @@
 """The vocabulary of a plan: what model, what tokens, what blocks, what times.
 
-Everything here is a small frozen value that checks itself when it is made, so whoever holds one may trust it.
+Everything here is a small frozen value that checks itself when it is made, so no user of one has to check it again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 MAX_BLOCKS = 1 << 16
 """Block columns are stored as uint16."""
 INT32_END = 1 << 31
-"""Kernels count in int32: whatever they count stays below."""
+"""Kernels count in int32, so every count must stay below."""
 
 
 def _require(ok: bool, what: str, rule: str, value: object) -> None:
@@ -144,7 +144,7 @@ class Segment:
 
 
 def check_predicted(predicted: Mapping[str, Any], segments: int, layers: int, heads: int) -> None:
-    """Proves the shapes of what a plan may predict, so that whoever finds it there may use it.
+    """Proves the shapes of what a plan may predict, so that its readers need not.
 
     Raises:
         SchemaError: ``planned_ms``, ``dense_ms``, ``head_price`` or ``latent_db`` is there and of another kind.
@@ -157,10 +157,10 @@ def check_predicted(predicted: Mapping[str, Any], segments: int, layers: int, he
         right = name not in predicted or _is_table(predicted[name], shape)
         rule = f"lists of lists of finite numbers, none negative, {shape}"
         _require(right, f"predicted.{name}", rule, None if right else str(predicted[name])[:80])
-    found = predicted.get("latent_db")
+    latent = predicted.get("latent_db")
     names = ("mean", "standard_error", "samplings")
-    right = found is None or (isinstance(found, Mapping) and all(_is_number(found.get(name)) for name in names))
-    _require(right, "predicted.latent_db", f"nil or a map of finite numbers {', '.join(names)}", found)
+    right = latent is None or (isinstance(latent, Mapping) and all(_is_number(latent.get(name)) for name in names))
+    _require(right, "predicted.latent_db", f"nil or a map of finite numbers {', '.join(names)}", latent)
 
 
 def _is_number(value: object) -> bool:

@@ -24,18 +24,18 @@ from calibatt.plans.schedule import LayerSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
 
 CACHE_BYTES = 1 << 27
-"""The layers of a plan that were last used are kept, up to so many bytes in each of `StoredLayers`' three forms."""
+"""Size of each of the three caches in which `StoredLayers` keeps the layers used last."""
 LAYERS = 128
-"""All lists of a file may need as much as so many layers may: what proving it takes."""
+"""All lists of a file together may need so many times what one layer may."""
 PROVE_BYTES = 1 << 30
-"""Threads that prove share so many bytes, as long as one has enough."""
+"""Memory that threads share while they prove a file; one thread runs in any case."""
 
 
 class StoredLayers(Sequence[Sequence[LayerSchedule]]):
     """The schedules of a plan, decoded and proved when they are asked for; ``[segment][layer]``.
 
-    ``schedule(segment, layer)`` is the lowered form, ``packed(segment, layer)`` the packed one. The layers last used
-    are kept in both, and as what others are the difference from. All methods may be called from many threads.
+    ``schedule(segment, layer)`` is the lowered form, ``packed(segment, layer)`` the packed one. The layers used last
+    are cached in both forms, and in a third as bases of other segments. All methods may be called from many threads.
 
     Args:
         where: What errors name.
@@ -44,7 +44,7 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
         heads: Of every layer.
         bases: The base of each segment; `check_bases` holds.
         layers: ``[segment][layer]``.
-        granted: Most `layer_bytes` of a layer, and of the lists of all `LAYERS` times as many; None: any.
+        granted: Most `layer_bytes` of a layer; the lists of all layers may need `LAYERS` times as much. None: no limit.
 
     Raises:
         LimitError: All lists need more than is granted.
@@ -71,9 +71,9 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
         self._most_bytes = max(needed, default=0)
         for segment, each in enumerate(layers):
             for at, layer in enumerate(each):
-                if (found := len(layer.small["head_list"])) != heads:
+                if (given := len(layer.small["head_list"])) != heads:
                     raise ScheduleError(
-                        f"segment {segment}, layer {at}: head_list must have {heads} heads, got {found}"
+                        f"segment {segment}, layer {at}: head_list must have {heads} heads, got {given}"
                     )
         mask_blocks = heads * blocks.q_blocks(grid.tokens) * blocks.k_blocks(grid.tokens)
         packed, lowered = (max(4, int(CACHE_BYTES / (mask_blocks * size))) for size in (1 / 8, 2))
@@ -85,7 +85,7 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
         return StoredLayers, (self.where, self.grid, self.blocks, self.heads, self.bases, self.layers)
 
     def _unpack(self, segment: int, layer: int) -> PackedLayer:
-        """A layer that is good enough for a base."""
+        """A layer that can serve as a base."""
         base = self.bases[segment]
         return self._unpack_from(None if base == segment else self._unpacked(base, layer), segment, layer)
 
@@ -99,7 +99,7 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
 
     @contextmanager
     def _named(self, segment: int, layer: int) -> Iterator[None]:
-        """Errors say where they are."""
+        """Adds plan, segment and layer to the message of an error."""
         try:
             yield
         except PlanError as error:
@@ -121,7 +121,7 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
         return self.packed(segment, layer).schedule()
 
     def forget(self) -> None:
-        """Lets go of the layers that were kept because they were used."""
+        """Empties the caches of layers used last."""
         for cached in (self._unpacked, self.packed, self.schedule):
             cached.cache_clear()
 
@@ -136,7 +136,7 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
                 yield segment, layer, self._finish(unpacked, segment, layer)
 
     def prove(self) -> None:
-        """Decodes every layer and keeps none, on all cores; threads hold `MAX_BASES` + 4 layers each, about.
+        """Decodes every layer once, on all cores, and stores none. Each thread holds about `MAX_BASES` + 4 layers.
 
         Raises:
             MaskError, ScheduleError: The first broken promise of the first layer that breaks one.
@@ -155,7 +155,7 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
         return range(len(self.layers[0]) if self.layers else 0)
 
     def _walk(self, layer: int) -> Iterator[tuple[int, PackedLayer]]:
-        """Every segment of a layer, not finished: a base before what differs from it, which its own proof precedes."""
+        """Every segment of a layer before `finish`; a base comes before the segments stored as differences from it."""
         above: dict[int, list[int]] = defaultdict(list)
         for segment, base in enumerate(self.bases):
             above[base].append(segment)

@@ -1,4 +1,4 @@
-"""What differs between model families, as data: where self-attention is, and how to read a forward's arguments.
+"""Model families as data: where self-attention is, and how to read a forward's arguments.
 
 A new family is a row of `ADAPTERS`, or one that a user passes to `attach`.
 """
@@ -25,7 +25,7 @@ class UnknownModelError(ValueError):
 
 
 class PlanMismatchError(PlanError):
-    """A plan is not for this model or this forward; says everything that differs, or what the model's row lacks."""
+    """A plan is not for this model or this forward; the message lists all differences, or what the row needs."""
 
 
 class Place(Protocol):
@@ -44,9 +44,9 @@ class Site:
     """One self-attention of a model.
 
     Args:
-        layer: Its number in execution order, 0 first.
+        layer: Its number in execution order, from 0.
         name: Its module's name in the model, for example ``blocks.3.attn1``.
-        attention: The module; its ``processor`` is what gets replaced.
+        attention: The module, whose ``processor`` is replaced.
         block: The transformer block around it.
     """
 
@@ -69,16 +69,16 @@ class Adapter:
         heads: (heads, channels of a head) from the model's configuration.
         grid: (frames, height, width) of the video in tokens, and how many other tokens stand before it in the sequence;
             from configuration and arguments of the model.
-        time: Denoising time from the arguments of the model: float64 ``()`` on the CPU, 1 is pure noise. The noisiest
-            where the samples or tokens of a batch differ.
+        time: Denoising time from the arguments of the model: float64 ``()`` on the CPU, 1 is pure noise. If samples or
+            tokens of a batch differ, that of the noisiest.
         timestep: Name of the one argument that `time` looks at, if it is one: it is then read from its device without
             waiting where that is possible, and `time` gets it on the CPU, outside of what is traced.
-        channel_axis: Axis of the model's ``hidden_states`` that has the channels; the batch is axis 0. Only to record.
+        channel_axis: Axis of the channels in the model's ``hidden_states``, whose axis 0 is the batch; for calibration.
         coordinates: Name of the argument that has coordinates of every token, where `grid` looks at their values: in a
             call that has it, `grid` gets it alone, outside of what is traced.
         valid_text: int64 ``(B,)``; how many of the tokens after the video are no padding, which is at their end, for a
             family that tells its attention by a mask of the keys; from the arguments of the model.
-        not_dense: What the self-attention of a configuration is instead of dense, if it is not: no plan can be of it.
+        not_dense: From the configuration: what self-attention is if it is not dense, so that it can have no plan.
     """
 
     architecture: str
@@ -104,21 +104,21 @@ class Adapter:
         Raises:
             AttributeError: The model lacks a module that this row names.
         """
-        found = [
+        places = [
             (f"{blocks}.{index}.{attention}", block.get_submodule(attention), block)
             for blocks, attention in self.attentions
             for index, block in enumerate(unwrap(model).get_submodule(blocks))
         ]
-        return tuple(Site(layer, *values) for layer, values in enumerate(found))
+        return tuple(Site(layer, *values) for layer, values in enumerate(places))
 
     def signature(self, model: nn.Module) -> ModelSignature:
-        """What the model is, in the words of a plan; weights are not digested."""
+        """The signature of the model, as plans have it; weights are not digested."""
         model = unwrap(model)
         heads, head_dim = self.heads(model.config)
         return ModelSignature(self.architecture, len(self.sites(model)), heads, head_dim)
 
     def lengths(self, config: Any, arguments: Arguments) -> torch.Tensor | None:
-        """Tokens of each sample without padding, int32 ``(B,)`` on the device; None where no mask says them."""
+        """Tokens of each sample without padding, int32 ``(B,)`` on the device; None if no mask of the call tells."""
         if self.valid_text is None:
             return None
         frames, height, width, start = self.grid(config, arguments)
@@ -134,7 +134,7 @@ class Adapter:
 
 
 def naming_the_missing(read: Callable[..., Any], architecture: str) -> Callable[..., Any]:
-    """The same function, whose `PlanMismatchError` names the row and the argument that a call lacks."""
+    """The same function; if a call lacks an argument, a `PlanMismatchError` names the row and the argument."""
 
     def named(*args: Any) -> Any:
         try:
@@ -167,7 +167,7 @@ def _ltx2_grid(config: Any, arguments: Arguments) -> tuple[int, int, int, int]:
 
 
 _known_grids = WeakTensorKeyDictionary()
-"""Version and grid of every tensor of coordinates alive: read once a run, since reading waits for the device."""
+"""By living tensor of coordinates: its version and grid. It is read once a run, since reading waits for the device."""
 
 
 def _grid_of_coordinates(
@@ -188,19 +188,19 @@ def _grid_of_coordinates(
     version = None if coordinates.is_inference() else coordinates._version
     known = _known_grids.get(coordinates)
     if known is None or version is None or known[0] != version:
-        found = by_token(coordinates).cpu()
-        tokens, size = len(found), int((found[:, 0] == found[-1, 0]).flip(0).cumprod(0).sum())
-        last = found[-size:, 1:]
+        positions = by_token(coordinates).cpu()
+        tokens, size = len(positions), int((positions[:, 0] == positions[-1, 0]).flip(0).cumprod(0).sum())
+        last = positions[-size:, 1:]
         rows, columns = (axis.unique() for axis in last.T)
         if not torch.equal(torch.cartesian_prod(rows, columns), last):
             raise PlanMismatchError(
                 f"tokens must end with a whole frame, row by row, got {tokens} whose last {size} are none"
             )
-        frames = found[tokens % size :].unflatten(0, (-1, size))
-        whole = (frames[:, :, 1:] == last).all(2).all(1) & (frames[:, :, 0] == frames[:, :1, 0]).all(1)
+        frames = positions[tokens % size :].unflatten(0, (-1, size))
+        are_frames = (frames[:, :, 1:] == last).all(2).all(1) & (frames[:, :, 0] == frames[:, :1, 0]).all(1)
         count, stop, run, before = 0, 0, 0, 0.0
-        for index, (time, is_whole) in enumerate(zip(frames[:, 0, 0].tolist(), whole.tolist(), strict=True)):
-            run = run * (time > before) + 1 if is_whole else 0
+        for index, (time, is_frame) in enumerate(zip(frames[:, 0, 0].tolist(), are_frames.tolist(), strict=True)):
+            run = run * (time > before) + 1 if is_frame else 0
             before = time
             if run >= count:
                 count, stop = run, index + 1
@@ -269,7 +269,7 @@ _row = partial(
     time=_thousandths,
     timestep="timestep",
 )
-"""What nearly all families have in common."""
+"""Fields that nearly all families have in common."""
 
 ADAPTERS = (
     _row(
@@ -373,7 +373,7 @@ NOT_DENSE = {
     "SanaWMTransformer3DModel": "linear",
     "WanAnimate2Transformer3DModel": "windowed: a frame sees the reference of its own time alone",
 }
-"""What the self-attention of video transformers is that can have no plan."""
+"""Video transformers that can have no plan, and what their self-attention is."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -389,9 +389,9 @@ def adapter_for(model: nn.Module) -> Adapter:
     """
     names = [kind.__name__ for kind in type(unwrap(model)).__mro__]
     row = next((row for row in ADAPTERS if row.architecture in names), None)
-    found = next((NOT_DENSE[name] for name in names if name in NOT_DENSE), row and row.not_dense(model.config))
-    if found:
-        raise UnknownModelError(f"self-attention must be dense to follow a plan, that of {names[0]} is {found}")
+    other = next((NOT_DENSE[name] for name in names if name in NOT_DENSE), row and row.not_dense(model.config))
+    if other:
+        raise UnknownModelError(f"self-attention must be dense to follow a plan, that of {names[0]} is {other}")
     if row is not None:
         return row
     known = ", ".join(row.architecture for row in ADAPTERS)

@@ -1,4 +1,4 @@
-"""Plans at work in a model or a pipeline, and how all of it is undone."""
+"""Attaches plans to a model or a pipeline, and undoes it exactly."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class Attachable:
 
 
 class Attachment:
-    """Plans of one model at work in it; made by `Plan.attach` and `PlanSet.attach`. Also a context manager, which
-    detaches at its end.
+    """Plans attached to one model; made by `Plan.attach` and `PlanSet.attach`. Also a context manager, which detaches
+    at its end.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Attachment:
         raise TypeError("an attachment must not be copied or stored: copy the model, and attach the plan to the copy")
 
     def detach(self) -> None:
-        """Gives the model back its own attention, the very processors it had; a second call does nothing."""
+        """Puts back the very attention processors that the model had; a second call does nothing."""
         self._session.interception.detach()
 
     def __enter__(self) -> Attachment:
@@ -113,8 +113,8 @@ class Attachment:
             if device.type == "cuda" and find_spec("triton"):
                 from calibatt.runtime.eight_bits import verdict
 
-                told = [verdict(each, device, plan.signature.head_dim, plan.grid.tokens)[1] for each in EIGHT_BITS]
-                lines += [f"triton on {device}: {sentence}" for sentence in told]
+                verdicts = [verdict(each, device, plan.signature.head_dim, plan.grid.tokens)[1] for each in EIGHT_BITS]
+                lines += [f"triton on {device}: {sentence}" for sentence in verdicts]
         if ulysses := self._session.ulysses:
             heads = range(plan.signature.heads)
             works = ([packed.computed_blocks(head) for head in heads] for _, _, packed in plan.file.walk())
@@ -129,18 +129,18 @@ class Attachment:
 
 
 class PipelineAttachment:
-    """Plans at work in the transformers of a pipeline; made by `attach`. Also a context manager, which detaches at its
+    """Plans attached to the transformers of a pipeline; made by `attach`. Also a context manager, which detaches at its
     end.
 
     Args:
-        attachments: By the names of the pipeline's components.
+        attachments: Attachments by the names of the pipeline's components.
     """
 
     def __init__(self, attachments: Mapping[str, Attachment]) -> None:
         self.attachments = dict(attachments)
 
     def detach(self) -> None:
-        """Gives every transformer back its own attention; a second call does nothing."""
+        """Puts back the attention of every transformer; a second call does nothing."""
         for attachment in self.attachments.values():
             attachment.detach()
 
@@ -171,7 +171,7 @@ def attach(
         model_or_pipeline: A transformer, or a diffusers pipeline, or whatever has `components`.
         plans: A plan or a set of plans. For a pipeline of several transformers, such as the two experts of Wan 2.2
             A14B, a plan or a set for each of them, by the name of its component.
-        options: Of `Plan.attach`, for all of them.
+        options: Options of `Plan.attach`, the same for all of them.
 
     Returns:
         The `Attachment` of a model; the `PipelineAttachment` of a pipeline.

@@ -1,7 +1,8 @@
-"""Plans in ComfyUI: two nodes, and the attention that a model's options put in place of ComfyUI's own.
+"""Plans in ComfyUI: two nodes, and an override of ComfyUI's attention.
 
-ComfyUI calls ``transformer_options["optimized_attention_override"]`` wherever a model attends, and says beside it what
-a plan has to know of the call. Nothing of ComfyUI is imported or changed. `docs/comfyui.md` shows how to install it.
+ComfyUI calls ``transformer_options["optimized_attention_override"]`` for every attention of a model, and passes
+layer, grid and time of the call beside it. Nothing of ComfyUI is imported or changed. `docs/comfyui.md` shows how to
+install it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ OVERRIDE = "optimized_attention_override"
 
 @dataclass(frozen=True)
 class Family:
-    """A model class of ComfyUI, and how its calls of attention say what a plan has to know of them.
+    """A model class of ComfyUI, and how to read the grid of its calls of attention.
 
     Args:
         architecture: The class of the same model in diffusers, which plans name.
@@ -67,7 +68,7 @@ FAMILIES = {
         grid=_h3_grid,
     ),
 }
-"""By the exact name of ComfyUI's class: what inherits from one of them often has other tokens, or more attention."""
+"""By the exact name of ComfyUI's class: classes that inherit from one of them often have other tokens or attention."""
 
 
 def family_of(model: nn.Module) -> Family:
@@ -107,7 +108,7 @@ class PlannedOverride:
     def __deepcopy__(self, memo: dict[int, Any]) -> PlannedOverride:
         return self  # ComfyUI copies options with every copy of a model, and plans are large
 
-    @torch.compiler.disable  # ComfyUI drops guards on what options hold: traced, the first call's would be compiled in
+    @torch.compiler.disable  # ComfyUI drops guards on options: if traced, the first values stay
     def __call__(self, func: Attention, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The attention of one call; `func` is ComfyUI's own, the rest are its arguments."""
         out = self._planned(*args, **kwargs)
@@ -142,10 +143,10 @@ class PlannedOverride:
         if (q.shape[1], q.shape[3]) != (self._signature.heads, self._signature.head_dim):
             return None
         try:
-            found = self._family.grid(transformer_options, q.shape[2])
-            if found is None:
+            place = self._family.grid(transformer_options, q.shape[2])
+            if place is None:
                 return None
-            grid, start = found
+            grid, start = place
             layer, sigmas = transformer_options["block_index"], transformer_options["sigmas"]
         except KeyError as error:
             return self._refuse(f"this ComfyUI is too old for plans: transformer_options must have {error}, got none")
@@ -199,12 +200,12 @@ class PlannedOverride:
 
 
 class _Running(threading.local):
-    """The forward that a thread is in: ComfyUI runs one at a time on each device."""
+    """The forward of a thread; ComfyUI runs one at a time on each device."""
 
     sigmas: torch.Tensor | None = None
     time = 0.0
     layer = -1
-    """The last one whose self-attention was computed."""
+    """The last layer whose self-attention was computed."""
     entry: tuple[Plan, int] | None = None
 
 
@@ -226,7 +227,7 @@ class ApplyPlan:
 
     @classmethod
     def IS_CHANGED(cls, plan: str, **_: Any) -> list[tuple[str, int]]:
-        """What ComfyUI compares to know whether the plan's files are still the same."""
+        """A value that changes with the plan's files; ComfyUI compares it to run the node again."""
         return [(str(path), path.stat().st_mtime_ns) for path in _files(plan)]
 
     def apply(self, model: Any, plan: str, on_mismatch: OnMismatch) -> tuple[Any]:

@@ -1,8 +1,8 @@
 """A plan's execution as torch ops: opaque to `torch.compile`, so one graph serves every time, layer and plan.
 
-What changes from call to call reaches the ops as tensors on the CPU, the number of the session included: Python numbers
-would be compiled in. For the same reason no CUDA graph may hold the ops, which would repeat one segment for ever:
-``torch.compile(mode="reduce-overhead")`` makes its graphs of what is between them.
+Everything that changes from call to call reaches the ops as tensors on the CPU, including the number of the session:
+Python numbers would be compiled in. A CUDA graph of the ops would repeat one segment for ever, so they are excluded
+from graphs: ``torch.compile(mode="reduce-overhead")`` makes its graphs of the code between them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from weakref import WeakValueDictionary
 import torch
 
 OUTSIDE_GRAPHS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
-"""Tags of the ops. Where torch lacks this one (2.8), it makes no graphs of what has tensors on the CPU."""
+"""Tags of the ops. torch 2.8 lacks this one, and makes no graphs of ops with tensors on the CPU anyway."""
 
 
 _sessions: WeakValueDictionary[int, Any] = WeakValueDictionary()
-"""Each a `session.Session`: plans attached to one model."""
+"""Sessions by number; each is a `session.Session`: plans attached to one model."""
 _numbers = itertools.count()
 
 
 def open_session(session: Any) -> torch.Tensor:
-    """The number, int64 ``()`` on the CPU, by which the ops find a `session.Session` for as long as it lives."""
+    """The number of a session, int64 ``()`` on the CPU, by which the ops find it as long as it lives."""
     number = next(_numbers)
     _sessions[number] = session
     return torch.tensor(number, device="cpu")
@@ -34,7 +34,7 @@ def open_session(session: Any) -> torch.Tensor:
 def resolve_segment(
     time: torch.Tensor, grid: Sequence[int], coordinates: torch.Tensor | None, session: torch.Tensor
 ) -> torch.Tensor:
-    """`Session.resolve` of what says the time; int64 ``(2,)`` on the CPU."""
+    """`Session.resolve` as an op: int64 ``(2,)`` on the CPU."""
     return torch.tensor(_sessions[int(session)].resolve(time, tuple(grid), coordinates), device="cpu")
 
 

@@ -15,7 +15,7 @@ from calibatt.runtime.workspace import PackedLists, Workspace, expanded
 
 T = TypeVar("T")
 EVERY_AT_ONCE = 1024
-"""Queries of a run, where all of a video are computed."""
+"""Queries of a run, for heads without anchors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,14 +23,13 @@ class DeviceSchedule:
     """Index arrays of one schedule on one device: all that a kernel needs besides q, k and v.
 
     Args:
-        core: The schedule, on the host. Where lists are packed on the device, they are packed here too, until somebody
-            asks for them.
+        core: The schedule, on the host. If lists are packed on the device, they are packed here too until first used.
         device: Where the arrays are.
         tiles: int32 ``(tiles, 4)``, in execution order: head, tile within the head's packed queries, start and stop of
             its key blocks in `columns`. `stop` exceeds `start`.
         columns: uint16: 0, 1, ... ``k_blocks - 1``, the list of dense heads; then `col_idx`; then a 0, so that a kernel
-            may read one column ahead; more may follow. What `lists` are unpacked to holds those of whichever layer came
-            last: `lowered` makes them these. Its address is for ever.
+            may read one column ahead; more may follow. With `lists` this is a buffer that all layers share: call
+            `lowered()` before use. Its address never changes.
         heads: int32 ``(heads, 3)``: packed queries of the head, where they start in the three arrays below, and the
             tokens from one that receives an output to the next.
         query_token: int32 ``(packed,)``; the token of each packed query, counted from the first one of the video: the
@@ -39,8 +38,7 @@ class DeviceSchedule:
         query_first: int32 ``(packed,)``; the first token that receives the query's output.
         query_copies: int32 ``(packed,)``; how many receive it: tokens of the same place in rows, or frames, that follow
             each other.
-        lists: What is unpacked to `columns` and the three arrays above before each use, as said there; None: all of it
-            is there.
+        lists: The packed lists that `lowered` unpacks to `columns` and the three arrays above; None: they are there.
     """
 
     core: LayerSchedule
@@ -56,7 +54,7 @@ class DeviceSchedule:
     _streams: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
     _graphs: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
     _known: set[int] = field(default_factory=set, repr=False)
-    """Handles of `_streams`: a torch stream is made anew each time that one asks for it, which takes longer."""
+    """Handles of `_streams`, which are quick to look up: torch makes a new stream object at every request."""
 
     @property
     def captured(self) -> bool:
@@ -64,13 +62,13 @@ class DeviceSchedule:
         return len(self._graphs) > 0
 
     def use(self) -> None:
-        """Before the current CUDA stream uses the arrays: what is queued after this comes after the copies."""
+        """Makes the current CUDA stream wait for the copies before it uses the arrays."""
         capturing = torch.cuda.is_current_stream_capturing()
         handle = torch._C._cuda_getCurrentRawStream(self.device.index)
         if handle in self._known and not capturing:
             return
         stream = torch.cuda.current_stream(self.device)
-        if capturing:  # which begins by waiting for all streams
+        if capturing:  # a capture begins by waiting for all streams
             if stream not in self._graphs:
                 self._graphs.append(stream)
         elif stream not in self._streams:
@@ -80,7 +78,7 @@ class DeviceSchedule:
             self._known.add(handle)
 
     def let_go(self) -> None:
-        """Before the arrays are freed: memory goes back to the stream it came from, which first waits for all."""
+        """Makes the stream that owns the memory wait for all others that used it, before the arrays are freed."""
         for stream in self._streams:
             for other in self._streams:
                 if other != stream:
@@ -88,12 +86,12 @@ class DeviceSchedule:
 
     @property
     def anchored(self) -> bool:
-        """Whether some head computes anchors only."""
+        """Whether some head computes its anchors only."""
         return len(self.query_token) > 0
 
     @contextmanager
     def lowered(self) -> Iterator[DeviceSchedule]:
-        """This, with its lists in `columns`, for what the current stream is given before the context ends."""
+        """Unpacks the lists to `columns`, for all work that the current stream is given before the context ends."""
         if self.lists is None:
             yield self
             return
@@ -103,7 +101,7 @@ class DeviceSchedule:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays and of the tensors that backends derived; not of those that other layers share."""
+        """Bytes of the arrays and of tensors that backends derived, without buffers that layers share."""
         arrays = [self.tiles, self.heads]
         if self.lists is None:
             arrays += [self.columns, self.query_token, self.query_first, self.query_copies]
@@ -113,7 +111,7 @@ class DeviceSchedule:
         return packed + sum({array.data_ptr(): array.nbytes for array in arrays}.values())
 
     def derived(self, make: Callable[[DeviceSchedule], T]) -> T:
-        """What a backend derives from the schedule: ``make(self)``, called once and kept."""
+        """A value that a backend derives from the schedule: ``make(self)``, called once and stored."""
         if make not in self._derived:
             self._derived[make] = make(self)
         return self._derived[make]
@@ -127,7 +125,9 @@ def bound_to(core: LayerSchedule, device: torch.device, workspace: Workspace | N
 
     runs, pattern_start = _query_runs(core)
     facts = (np.append(core.pattern_tokens, core.grid.tokens), pattern_start, np.append(core.member_tokens, 0))
-    heads = np.stack(facts, axis=1)[core.head_anchor].astype(np.int32)  # -1 where every query is computed: the last
+    heads = np.stack(facts, axis=1)[core.head_anchor].astype(
+        np.int32
+    )  # -1, where every query is computed, takes the last
     tiles = there(_tiles(core))
     if workspace is None:
         every = np.arange(core.k_blocks, dtype=np.uint16)
@@ -140,7 +140,7 @@ def bound_to(core: LayerSchedule, device: torch.device, workspace: Workspace | N
 
 
 def other_tiles(bound: DeviceSchedule, all_tokens: int, video_start: int) -> int:
-    """Tiles of a head for the queries of the prefix and of the suffix, of which each is cut by itself."""
+    """Number of tiles for the queries of the prefix and of the suffix; each of both begins a new tile."""
     blocks, grid = bound.core.blocks, bound.core.grid
     return blocks.q_blocks(video_start) + blocks.q_blocks(all_tokens - video_start - grid.tokens)
 

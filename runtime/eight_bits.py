@@ -1,7 +1,7 @@
-"""Whether the triton backend executes heads of 8 bits on a card: only where they were measured to be faster there.
+"""Decides whether the triton backend executes heads of 8 bits on a card: only if they were measured to be faster there.
 
-``calibatt-bench precision`` measures a card and writes a small file, which counts from then on; until then what was
-measured on cards of the same sm and is written below counts.
+``calibatt-bench precision`` measures a card and writes a small file, which counts from then on. Until then the
+measurements of cards of the same sm count, which are written below.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from calibatt.plans.files import write_text
 from calibatt.plans.precision import PRECISIONS
 
 KERNEL = ("kernels/block_sparse.py", "kernels/quantise.py", "backends/triton.py")
-"""What is timed: another version of these files is another kernel."""
+"""The files of the kernel that is timed; if one of them changes, it must be timed again."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What heads of 8 bits gain over heads of 16.
+    """The measured gain of heads of 8 bits over heads of 16.
 
     Args:
         precision: `INT8` or `INT8_FP8`.
         head_dim: Channels of a head.
-        tokens: Of the video.
-        speed_up: The time of 16 bits / theirs, of whole calls, quantisation included.
-        problem: Why there is none: a wrong result, or an error.
+        tokens: Tokens of the video.
+        speed_up: The time of 16 bits / that of 8 bits, of whole calls, quantisation included.
+        problem: Why there is no measurement: a wrong result, or an error.
     """
 
     precision: int
@@ -45,25 +45,25 @@ class Timing:
 
 
 SHIPPED: dict[int, Sequence[Timing]] = {}
-"""By sm. None yet: the kernel was right on an H200, and no card was timed."""
+"""Measurements that come with us, by sm. None yet: the kernel was right on an H200, and no card was timed."""
 
 
 @functools.cache
 def kernel_digest() -> str:
-    """Of the text of the kernel, its launcher and its pre-pass."""
+    """Digest of the source of the kernel, its launcher and its pre-pass."""
     root = Path(__file__).parent
     return hashlib.sha256(b"".join((root / name).read_bytes() for name in KERNEL)).hexdigest()[:12]
 
 
 def timings_file(device: torch.device) -> Path:
-    """Where the timings of a card are remembered, under this Triton and of this kernel; below `XDG_CACHE_HOME`."""
+    """The file for the timings of a card with this Triton and this kernel, below `XDG_CACHE_HOME`."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parts = (torch.cuda.get_device_name(device), f"triton-{triton.__version__}", kernel_digest())
     return cache / "calibatt" / "precision" / (re.sub(r"[^\w.+]+", "-", " ".join(parts)) + ".json")
 
 
 def remember(device: torch.device, timings: Sequence[Timing], notes: dict[str, str]) -> Path:
-    """Writes the timings of a card, which count from now on; the file.
+    """Writes the timings of a card, which count from now on; returns the file.
 
     Raises:
         OSError: It cannot be written.
@@ -90,12 +90,12 @@ def verdict(precision: int, device: torch.device, head_dim: int, tokens: int) ->
 
     Args:
         precision: `INT8` or `INT8_FP8`.
-        device: Where.
+        device: The CUDA device.
         head_dim: Channels of a head.
-        tokens: Of the video: the measurement nearest to it decides.
+        tokens: Tokens of the video; the measurement nearest to it decides.
 
     Raises:
-        ValueError: The card's file is not one.
+        ValueError: The card's file cannot be read.
     """
     path, (major, minor) = timings_file(device), torch.cuda.get_device_capability(device)
     measured, name, where = _remembered(path), PRECISIONS[precision], str(path)
@@ -108,6 +108,6 @@ def verdict(precision: int, device: torch.device, head_dim: int, tokens: int) ->
         return False, f"{name} is off: it was not measured on {card}; {how}"
     nearest = min(alike, key=lambda timing: abs(timing.tokens - tokens))
     on = nearest.speed_up > 1 and not nearest.problem
-    found = nearest.problem or f"{nearest.speed_up:.2f} times as fast as 16 bit at {nearest.tokens} tokens"
+    outcome = nearest.problem or f"{nearest.speed_up:.2f} times as fast as 16 bit at {nearest.tokens} tokens"
     rest = "" if on else "; compile the plan with --precision bf16"
-    return on, f"{name} is {'on' if on else 'off'}: {found} ({where}){rest}"
+    return on, f"{name} is {'on' if on else 'off'}: {outcome} ({where}){rest}"

@@ -1,7 +1,7 @@
-"""Any model's self-attention through a function of ours: on the model object alone, and undone exactly.
+"""Routes a model's self-attention through a function of ours: on the model object alone, and undone exactly.
 
-The stock processor's own code runs (projections, normalisation, rotation), with one global name of it bound to us: the
-function that computes attention from q, k and v, or the module that holds it.
+The code of the stock processor runs (projections, normalisation, rotation). Only one of its global names is replaced:
+the function that computes attention from q, k and v, or the module that holds it.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def each_sample(
 
 
 class InterceptionLostError(RuntimeError):
-    """Someone replaced attention processors under an interception: it would be ignored from here on."""
+    """Attention processors were replaced under an interception, so that plans would be ignored."""
 
 
 class OutsideForwardError(RuntimeError):
-    """Self-attention was called by a thread in which no forward of the model has begun: nothing says what it is of."""
+    """Self-attention was called in a thread in which no forward of the model has begun, so its time is not known."""
 
 
 class _Forward:
@@ -61,14 +61,14 @@ class _Forward:
 
 
 class _Forwards(threading.local):
-    """Of the calling thread. `torch.compile` writes to an attribute's attribute, but not to one of a thread's own."""
+    """The state of the calling thread, in an object of its own: `torch.compile` cannot write to a thread-local one."""
 
     def __init__(self) -> None:
         self.here = _Forward()
 
 
 class InterceptedSite:
-    """What `attend` is told of the call's place.
+    """The place of a call, as `attend` gets it.
 
     Eager code reads `layer`. Code that `torch.compile` traces reads `index` instead, the same number as an int64 ``()``
     tensor on the CPU: a Python number would be compiled in, one graph a layer.
@@ -110,8 +110,8 @@ class Interception:
             `OutsideForwardError`.
         parallel: Whether `attend` takes part in context parallelism: it then gets this rank's part of the sequence.
             Otherwise such calls are refused.
-        padded: Whether `attend` knows the lengths of samples with padded text, from `Adapter.lengths`, and gets the
-            padding too. Otherwise it is called for each sample without its padding, whose outputs are zeros.
+        padded: Whether `attend` handles padded text by the lengths of `Adapter.lengths`. Otherwise it is called for
+            each sample without its padding, whose outputs are zeros.
 
     Raises:
         ValueError: A processor's code does not call the function that the adapter names.
@@ -151,7 +151,7 @@ class Interception:
         return tuple(processor.site for processor in self._processors)
 
     def verify(self) -> None:
-        """Proves that the calls still come here, or to interceptions above.
+        """Proves that calls still come to this interception, or to newer ones.
 
         Raises:
             InterceptionLostError: They do not; names every site.
@@ -245,7 +245,7 @@ class Interception:
 
 
 def _nothing_intercepted() -> Interception:
-    """What a copy of a model has in place of an interception: its hooks do nothing."""
+    """Takes the place of the interception in copies of a model: its hooks do nothing."""
     interception = object.__new__(Interception)
     interception._processors, interception._begin, interception._forwards = [], None, _Forwards()
     return interception
@@ -256,7 +256,7 @@ _OURS = ("interception", "site", "beneath")
 
 
 class _Running(threading.local):
-    """The intercepting processor whose code runs now: the function that it calls is not told who calls."""
+    """The intercepting processor whose code runs now, for the function that it calls."""
 
     processor: Any = None
 
@@ -303,7 +303,7 @@ def _intercepted(stock: type, dispatch: str) -> type:
             _running.processor = None
 
     def as_stock(processor: Any, _: Any) -> Any:
-        """What is copied or pickled."""
+        """The stock processor, which is copied or pickled instead."""
         plain = object.__new__(stock)
         plain.__dict__.update(_state(processor))
         return plain.__reduce_ex__(1)  # later protocols name the class of what is pickled
@@ -318,7 +318,7 @@ def _state(processor: Any) -> dict[str, Any]:
 
 
 def _reject(options: dict[str, Any], parallel: bool) -> None:
-    """What no row's self-attention asks for today, and what would be wrong to ignore."""
+    """Options of attention that no known family uses, and that must not be ignored."""
     for option, value in options.items():
         if value is None or value is False or option == "backend" or (parallel and option == "parallel_config"):
             continue
@@ -332,9 +332,9 @@ def _parameters(module: nn.Module) -> tuple[str, ...]:
 
 def _stack(attention: nn.Module) -> list[Any]:
     """The intercepting processors of a module, newest first."""
-    found = []
+    processors = []
     processor = attention.processor
     while hasattr(processor, "beneath"):
-        found.append(processor)
+        processors.append(processor)
         processor = processor.beneath
-    return found
+    return processors

@@ -1,4 +1,4 @@
-"""Launching a kernel again without asking Triton again, and what TMA takes of tensors."""
+"""Launches a kernel again without Triton's overhead, and knows what TMA requires of tensors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ KNOWN_RELEASES = ("3.6.0", "3.9.0")
 ALIGNED_BYTES = 16
 """Of addresses and strides that TMA takes, and that Triton tells apart when it compiles."""
 MOST_MAPS = 1024
-"""TMA descriptors that are kept of each kind, of 128 bytes each."""
+"""How many TMA descriptors of each kind are cached, of 128 bytes each."""
 MOST_KINDS = 256
-"""Kinds of TMA descriptors that are kept: every length of a sequence has its own."""
+"""How many kinds of TMA descriptors are cached: every length of a sequence has its own."""
 MOST_LAYOUTS = 64
-"""Launches of one schedule that are kept."""
+"""How many launches of one schedule are cached."""
 ZERO_PADDING = 0
 """TMA reads 0 beyond the ends of a tensor."""
 
@@ -44,7 +44,7 @@ class Launch:
         grid: The launch grid.
         arguments: By name, in the kernel's order, then launch options. Tensors must stay where they are, unless they
             are moving.
-        moving: Names of the tensors and descriptors whose addresses are told at every launch: always multiples of 16.
+        moving: Names of the tensors and descriptors whose addresses are passed at every launch: always multiples of 16.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], moving: list[str]) -> None:
@@ -129,7 +129,7 @@ def _raw_launch(compiled: Any, grid: tuple[int, int, int]) -> Callable[[int, lis
 
 
 def keep(launches: dict[Any, Any], layout: Any, launch: Any) -> None:
-    """Keeps a launch; where there are too many, it alone."""
+    """Caches a launch; if there are too many, the others are dropped."""
     if len(launches) == MOST_LAYOUTS:
         launches.clear()
     launches[layout] = launch

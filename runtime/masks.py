@@ -1,4 +1,4 @@
-"""Plans from block masks of one's own: a published pattern, a measurement, a hypothesis."""
+"""Makes plans from your own block masks: a published pattern, a measurement, a hypothesis."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def plan_from_masks(
         segments: Edges of the segments of denoising time, from 0 to 1 (pure noise), one more than there are segments:
             ``(0.0, 0.8, 1.0)`` for two, of which the second is the noisier one, where sampling begins.
         adapter: The model's row, for a family that `calibatt.runtime.adapters.ADAPTERS` lacks.
-        notes: Stored in the plan: where the masks come from.
+        notes: Text that is stored in the plan, such as where the masks come from.
 
     Raises:
         SchemaError: `grid` or `blocks` has a size that no plan can have.

@@ -42,7 +42,7 @@ def planned_attention(
             dtype, as by `scaled_dot_product_attention`.
         k: As q, same shape, dtype and device.
         v: As q, same shape, dtype and device.
-        schedule: What to compute; H is the schedule's, and N at least P + V.
+        schedule: The schedule; H is its number of heads, and N is at least P + V.
         backend: ``auto``, or the name of the backend that must execute.
         scale: Factor of the scores, positive; ``D ** -0.5`` if absent.
         return_lse: Also return the natural log of the sum of exponentials of the kept, scaled scores.
@@ -99,7 +99,7 @@ def as_attention_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tup
     """q, k and v as `scaled_dot_product_attention` would compute with them: under autocast in its dtype.
 
     Raises:
-        ValueError: Somebody wants gradients of them.
+        ValueError: One of them requires gradients.
     """
     if torch.is_grad_enabled():
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -115,14 +115,14 @@ def as_attention_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tup
 
 
 def check_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None = None) -> None:
-    """Proves that kernels may take k and v to be as q, and lengths to be of its batch (its first axis).
+    """Proves that k and v have the shape, dtype and device of q, and that lengths are of its batch (its first axis).
 
     Raises:
         ValueError: Shape, dtype or device differ; names the tensor.
     """
     if lengths is not None and (lengths.dtype, lengths.device, lengths.shape) != (torch.int32, q.device, q.shape[:1]):
-        found = f"{lengths.dtype} {tuple(lengths.shape)} on {lengths.device}"
-        raise ValueError(f"lengths must be int32 of ({q.shape[0]},) on {q.device}, got {found}")
+        given = f"{lengths.dtype} {tuple(lengths.shape)} on {lengths.device}"
+        raise ValueError(f"lengths must be int32 of ({q.shape[0]},) on {q.device}, got {given}")
     if q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype and q.device == k.device == v.device:
         return
     for name, x in (("k", k), ("v", v)):

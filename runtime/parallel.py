@@ -23,7 +23,7 @@ from calibatt.runtime.device_schedule import DeviceSchedule, move
 from calibatt.runtime.schedule import AttentionSchedule
 
 Heads = Sequence[torch.Tensor]
-"""For each rank, the heads that it computes: int64 ``(heads of the rank,)`` on the device."""
+"""The heads that each rank computes: int64 ``(heads of the rank,)`` on the device, by rank."""
 
 
 class ParallelismError(ValueError):
@@ -36,8 +36,8 @@ class Ulysses:
 
     Args:
         group: Their process group.
-        rank: This one's number; also that of its part of the sequence.
-        ranks: How many there are.
+        rank: Number of this rank, and of its part of the sequence.
+        ranks: How many ranks there are.
         uneven: Whether parts of the sequence, and numbers of heads, may differ by one.
     """
 
@@ -105,14 +105,14 @@ class Ulysses:
         received = [length * batch * len(some) * head_dim for some in heads]
         parts = out.new_empty(sum(received))
         dist.all_to_all_single(parts, out.transpose(0, 1).reshape(-1), received, sent, group=self.group)
-        whole = out.new_empty(batch, length, sum(map(len, heads)), head_dim)
+        gathered = out.new_empty(batch, length, sum(map(len, heads)), head_dim)
         for some, part in zip(heads, parts.split(received), strict=True):
-            whole[:, :, some] = part.view(length, batch, len(some), head_dim).transpose(0, 1)
-        return whole
+            gathered[:, :, some] = part.view(length, batch, len(some), head_dim).transpose(0, 1)
+        return gathered
 
 
 class Share(AttentionSchedule):
-    """This rank's heads of a layer in one segment; which ones is decided, and the rest cut off, when it is bound.
+    """This rank's heads of a layer in one segment; they are chosen, and cut out of the schedule, when it is bound.
 
     Args:
         whole: The schedule of all heads.
@@ -127,12 +127,12 @@ class Share(AttentionSchedule):
 
     @cached_property
     def divided(self) -> list[list[int]]:
-        """The heads of each rank; every rank finds the same."""
+        """The heads of each rank; every rank computes the same."""
         return divide(self._whole.work, self._ulysses.ranks)
 
     @property
     def core(self) -> LayerSchedule:
-        """Of this rank's heads, cut out anew."""
+        """The schedule of this rank's heads, cut out anew."""
         return self._whole.core.select(self.divided[self._ulysses.rank])
 
     @property
@@ -175,24 +175,24 @@ def divide(work: Sequence[int], ranks: int) -> list[list[int]]:
     """Spreads heads over ranks, the most work first, each to the rank with the least work that still has room.
 
     Args:
-        work: Of each head.
-        ranks: At most as many as heads.
+        work: Work of each head.
+        ranks: How many ranks, at most as many as heads.
 
     Returns:
         The heads of each rank, ascending; equally many for all, or one less for the last ranks.
     """
-    room = even_counts(len(work), ranks)
-    found: list[list[int]] = [[] for _ in room]
+    capacity = even_counts(len(work), ranks)
+    shares: list[list[int]] = [[] for _ in capacity]
     load = [0] * ranks
     for head in sorted(range(len(work)), key=lambda head: -work[head]):
-        rank = min((rank for rank in range(ranks) if len(found[rank]) < room[rank]), key=load.__getitem__)
-        found[rank].append(head)
+        rank = min((rank for rank in range(ranks) if len(shares[rank]) < capacity[rank]), key=load.__getitem__)
+        shares[rank].append(head)
         load[rank] += work[head]
-    return [sorted(heads) for heads in found]
+    return [sorted(heads) for heads in shares]
 
 
 def slowest_rank(works: Iterable[Sequence[int]], ranks: int) -> tuple[float, float]:
-    """How long all ranks wait for the slowest one, who is another one in every layer.
+    """How long ranks wait for the slowest one, which is another one in every layer.
 
     Args:
         works: For each layer, the work of each head.
@@ -211,7 +211,7 @@ def slowest_rank(works: Iterable[Sequence[int]], ranks: int) -> tuple[float, flo
 
 
 def even_counts(count: int, ranks: int) -> list[int]:
-    """How many each rank has, as `torch.tensor_split` cuts: equally many, or one less for the last ranks."""
+    """Heads of each rank, as `torch.tensor_split` cuts: equally many, or one less for the last ranks."""
     return [count // ranks + (rank < count % ranks) for rank in range(ranks)]
 
 

@@ -1,4 +1,4 @@
-"""Plans at run time: load one, ask it, attach it to a model."""
+"""Loads plans, one or a set, and attaches them to models."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Plan(Attachable, LoadedPlan):
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Plan, (self.file,)  # what is on devices stays there
+        return Plan, (self.file,)  # without its arrays on devices
 
     def fitting(self, signature: ModelSignature) -> Sequence[Plan]:
-        """This plan alone.
+        """This plan, if it is for the model.
 
         Raises:
             PlanMismatchError: It is for another model; lists all differences.
@@ -88,8 +88,8 @@ def load_plan(path: str | PathLike[str], *, prove: bool = True) -> Plan:
 
     Args:
         path: The file.
-        prove: Prove every layer now, all cores at work. Else only header and checksums are: a layer is proved when it
-            is first used, and a plan that was written wrongly fails in the middle of a video.
+        prove: Prove every layer now, on all cores. Else only header and checksums are proved now and a layer when it
+            is first used, so that a wrongly written plan may fail in the middle of a video.
 
     Raises:
         PlanError: The first broken promise of FORMAT.md; the message names file, rule and value.

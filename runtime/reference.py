@@ -107,13 +107,13 @@ def _rounded(
     made = _Operands(plain.q.clone(), torch.zeros_like(plain.k), torch.zeros_like(plain.v))
     for sample, end in enumerate(ends):
         each = slice(sample, sample + 1)
-        found = eight_bit(
+        rounded = eight_bit(
             plain.q[each, video], plain.k[each, :end], plain.v[each, :end], schedule.core, [head], precision, scale,
             video.start,
         )  # fmt: skip
-        made.q[each, video], made.k[each, :end], made.v[each, :end] = found.q, found.k, found.v
-        made.lse_shift[each, video], made.out_shift[each] = found.lse_shift, found.out_shift
-        made.rounds = found.rounds and not exact_weights
+        made.q[each, video], made.k[each, :end], made.v[each, :end] = rounded.q, rounded.k, rounded.v
+        made.lse_shift[each, video], made.out_shift[each] = rounded.lse_shift, rounded.out_shift
+        made.rounds = rounded.rounds and not exact_weights
     return made
 
 

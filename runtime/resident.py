@@ -1,4 +1,4 @@
-"""A plan and its schedules, of which the last used ones stay on devices."""
+"""A plan and its schedules; those used last stay on devices."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule, StoredS
 from calibatt.runtime.workspace import Workspace
 
 RESIDENT_BYTES = 1 << 28
-"""Index arrays of a plan stay on devices up to so many bytes, and always those of the segment at work and the next one.
-A plan whose lists would take no more even if they held every block is put there once, as lists. A larger one is there
-as bits, a segment each time that it comes, and a layer's lists are unpacked when it runs."""
+"""Most bytes of a plan's index arrays that stay on devices, beside those of the current and the next segment. A plan
+whose lists could not exceed this is put there once, as lists. A larger one is put there as bits, segment by segment,
+and a layer's lists are unpacked when it runs."""
 COLUMN_BYTES = 2
 
 
@@ -27,7 +27,7 @@ class ResidentSchedules:
 
     def __init__(self, schedules: Sequence[Sequence[AttentionSchedule]]) -> None:
         self.lock = threading.RLock()
-        """Held by threads that put arrays on devices, use them, or let them go."""
+        """A lock for threads that put arrays on devices, use them or free them."""
         self._schedules = tuple(map(tuple, schedules))
         self._last_used: list[int] = []
         self._workspace: Workspace | None = None
@@ -40,7 +40,7 @@ class ResidentSchedules:
 
     @property
     def bound_bytes(self) -> int:
-        """Bytes on all devices, of all that is there now."""
+        """Bytes of all arrays that are on devices now."""
         return self._shared_bytes + sum(self._bound_bytes(segment) for segment in range(len(self._schedules)))
 
     def layers(self, segment: int) -> Sequence[AttentionSchedule]:
@@ -48,7 +48,7 @@ class ResidentSchedules:
         return self._schedules[segment]
 
     def make_room(self, *segments: int) -> None:
-        """Lets go of the arrays of the segments used longest ago, beyond `RESIDENT_BYTES`; never of those named."""
+        """Frees arrays of segments used longest ago until `RESIDENT_BYTES` remain; never those of named segments."""
         others = [each for each in self._last_used if each not in segments]
         self._last_used = [*segments, *others]
         total = self._shared_bytes + sum(self._bound_bytes(each) for each in segments)
@@ -67,7 +67,7 @@ class ResidentSchedules:
 
 
 class LoadedPlan(ResidentSchedules):
-    """A plan's contents, and its schedules, each decoded when it is put on a device, as lists or as bits.
+    """A plan's contents, and its schedules, which are decoded when they are put on a device, as lists or as bits.
 
     Args:
         file: The contents.

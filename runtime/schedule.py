@@ -1,4 +1,4 @@
-"""What one layer executes during one segment, as the runtime sees it: torch views, and index arrays on a device."""
+"""What one layer executes during one segment, as the runtime sees it: as torch tensors, and as arrays on a device."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from calibatt.runtime.workspace import Workspace
 
 
 class Outline:
-    """What is known of a schedule before its lists: enough to say who can execute it.
+    """The part of a schedule that is known without its lists, and decides which backends can execute it.
 
     Args:
         grid: The video tokens.
         blocks: Block sizes.
-        heads: How many.
-        precisions: What they multiply in; of a share, those of all ranks, so that all choose the same backend.
+        heads: How many heads.
+        precisions: Precisions of the heads; of a share those of all ranks, so that all choose the same backend.
     """
 
     def __init__(self, grid: TokenGrid, blocks: Blocks, heads: int, precisions: Iterable[int]) -> None:
@@ -33,17 +33,17 @@ class Outline:
 
 
 class AttentionSchedule(Outline):
-    """What all heads of one layer compute in one segment; immutable.
+    """What all heads of one layer compute in one segment; immutable. The arguments are those of `Outline`.
 
     Args:
-        grid: As of `Outline`, like the others.
+        grid: The video tokens.
         blocks: Block sizes.
-        heads: How many.
-        precisions: What they multiply in.
+        heads: How many heads.
+        precisions: Precisions of the heads.
     """
 
     workspace: Workspace | None = None
-    """Where lists are unpacked on devices, as bits of which they wait there; None: lists wait themselves."""
+    """The buffer where lists are unpacked, if they are on devices as bits; None: they are there as lists."""
 
     def __init__(self, grid: TokenGrid, blocks: Blocks, heads: int, precisions: Iterable[int]) -> None:
         super().__init__(grid, blocks, heads, precisions)
@@ -51,7 +51,7 @@ class AttentionSchedule(Outline):
 
     @property
     def core(self) -> LayerSchedule:
-        """The schedule as the plan file means it. It is trusted: `core.check()` has passed."""
+        """The schedule of the plan file, which is trusted: `core.check()` has passed."""
         raise NotImplementedError
 
     @property
@@ -61,12 +61,12 @@ class AttentionSchedule(Outline):
 
     @property
     def most_lists(self) -> int:
-        """How many lists there are, at most: known without unpacking any."""
+        """Most lists that there can be, known without unpacking any."""
         raise NotImplementedError
 
     @property
     def most_queries(self) -> int:
-        """Length of the arrays of queries, at most."""
+        """Most entries that the arrays of queries can have."""
         raise NotImplementedError
 
     @property
@@ -95,7 +95,7 @@ class AttentionSchedule(Outline):
         return [packed.computed_blocks(head) for head in range(packed.heads)]
 
     def bind(self, device: torch.device | str) -> DeviceSchedule:
-        """Index arrays of this schedule on `device`, made at the first call for that device and kept until `unbind`.
+        """Index arrays of this schedule on `device`, made at the first call for that device and stored until `unbind`.
 
         The first call copies on the current stream, without waiting for it; a later one does nothing. Any stream may
         use them.
@@ -124,7 +124,7 @@ class AttentionSchedule(Outline):
             self.bind(device)
 
     def unbind(self) -> None:
-        """Lets go of the arrays on every device, but for those that a CUDA graph uses; `bind` makes them again."""
+        """Frees the arrays on every device, except those that a CUDA graph uses; `bind` makes them again."""
         for device, bound in tuple(self._bound.items()):
             if not bound.captured:
                 bound.let_go()
@@ -165,8 +165,8 @@ class StoredSchedule(AttentionSchedule):
 
     Args:
         stored: The schedules of a plan.
-        segment: Which one, from 0.
-        layer: Of which layer, from 0.
+        segment: Number of the segment, from 0.
+        layer: Number of the layer, from 0.
     """
 
     def __init__(self, stored: StoredLayers, segment: int, layer: int) -> None:

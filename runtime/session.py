@@ -1,4 +1,4 @@
-"""Which plan and segment each forward of a model follows, who executes it, and the seam by which it does."""
+"""Decides which plan and segment each forward of a model follows and which backend executes it, and executes it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from calibatt.runtime.schedule import AttentionSchedule
 from calibatt.runtime.timesteps import Timesteps
 
 STOCK = -1
-"""In place of an entry: the model's own attention."""
+"""Takes the place of an entry where the model's own attention runs."""
 
 
 class Here(threading.local):
-    """Where the forwards of the calling thread are."""
+    """The entry of the calling thread's forward."""
 
     entry: int | None = None
 
@@ -39,17 +39,17 @@ class Session:
     models can be freed.
 
     Args:
-        plans: What to execute, each for a grid of its own.
+        plans: The plans, each for a grid of its own.
         adapter: The model's row.
         backend: ``auto`` or a name.
-        dense: Whether another grid means the model's own attention instead of an error.
+        dense: Whether a forward with another grid runs the model's own attention instead of raising an error.
     """
 
     interception: Interception
 
     def __init__(self, plans: Sequence[LoadedPlan], adapter: Adapter, backend: str, dense: bool) -> None:
         self.entries = [(plan, segment) for plan in plans for segment in range(len(plan.segments))]
-        """All segments of all plans: the ops know a segment by its place here."""
+        """The entries: all segments of all plans. Ops name a segment by its index here."""
         self.plans = {plan.grid: plan for plan in plans}
         self.first_entry = {plan.grid: self.entries.index((plan, 0)) for plan in plans}
         self.adapter = adapter
@@ -61,24 +61,24 @@ class Session:
         self.device = torch.device("cpu")
         self.here = Here()
         self.after: dict[int, int] = {}
-        """The entry that came after one, the last time."""
+        """For each entry, the one that followed it last time."""
         self.backends: dict[tuple[torch.device, torch.dtype], list[list[str]]] = {}
-        """Who executes each entry and layer, for every device and dtype met so far."""
+        """The backend of each entry and layer, by device and dtype."""
         self.ulysses: Ulysses | None = None
-        """The ranks that run each forward together, if any."""
+        """The ranks that run each forward together, if there are several."""
         self.shares: dict[LoadedPlan, ResidentSchedules] = {}
-        """What this rank executes of each plan, if there are several."""
+        """This rank's share of each plan, if there are several ranks."""
 
     def join(self, model: nn.Module, places: Sequence[Place]) -> None:
-        """Learns how the model is spread over ranks now.
+        """Notes how the model is spread over ranks now.
 
         Raises:
             ParallelismError: In a way that plans cannot follow.
         """
-        found = ulysses_of(model, places)
-        if found != self.ulysses:
-            self.ulysses = found
-            self.shares = {plan: share_plan(plan, found) for plan in self.plans.values()} if found else {}
+        ulysses = ulysses_of(model, places)
+        if ulysses != self.ulysses:
+            self.ulysses = ulysses
+            self.shares = {plan: share_plan(plan, ulysses) for plan in self.plans.values()} if ulysses else {}
 
     def check_parallel(self, plan: LoadedPlan) -> None:
         """Proves that a plan can be spread over the ranks.
@@ -90,10 +90,10 @@ class Session:
             self.ulysses.check(plan.signature.heads, plan.grid.tokens)
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> list[list[str]]:
-        """Chooses who executes every schedule on a device; the noisiest segment of a lone plan is put there.
+        """Chooses the backend of every schedule on a device, and puts the noisiest segment of a single plan there.
 
         Raises:
-            UnsupportedBackendError: Nobody can, or the one asked for cannot; says why for each.
+            UnsupportedBackendError: No backend can execute one, or the chosen one cannot; says why for each.
         """
         chosen = self.backends.get((device, dtype))
         if chosen is None:
@@ -126,7 +126,7 @@ class Session:
         return plan.bound_bytes + (self.shares[plan].bound_bytes if plan in self.shares else 0)
 
     def _layers(self, entry: int) -> Sequence[AttentionSchedule]:
-        """What is executed here: the plan's schedules, or this rank's shares of them."""
+        """The schedules that are executed here: the plan's, or this rank's shares of them."""
         plan, segment = self.entries[entry]
         return self.shares.get(plan, plan).layers(segment)
 
@@ -137,22 +137,22 @@ class Session:
         resident.make_room(segment, *([following] if owner is plan and following != segment else []))
 
     def _following(self, entry: int) -> int:
-        """The entry that should be next: time falls, and after the last video comes another."""
+        """The entry that is expected next: time falls, and after a video comes another."""
         plan, segment = self.entries[entry]
         return self.after.get(entry, entry - 1 if segment else entry + len(plan.segments) - 1)
 
     def read_time(self, time: torch.Tensor) -> float:
-        """The denoising time from what the adapter said of it, or from the timestep itself on whatever device."""
+        """The denoising time, from the adapter's value or from the timestep itself on any device."""
         if self.adapter.timestep is not None:
             time = self.adapter.time({self.adapter.timestep: self.timesteps.read(time)})
         return float(time)
 
     def resolve(self, time: torch.Tensor, grid: tuple[int, ...], coordinates: torch.Tensor | None) -> tuple[int, int]:
-        """The entry that a forward runs in, everything it needs made ready, and where the video starts.
+        """Prepares a forward; returns its entry, and where the video starts.
 
         Args:
-            time: What says the denoising time.
-            grid: That of `Adapter.grid`.
+            time: The adapter's time, or the timestep.
+            grid: The result of `Adapter.grid`.
             coordinates: Of the tokens, from which the grid is then read.
 
         Raises:
@@ -166,9 +166,9 @@ class Session:
             if coordinates is not None:
                 grid = self.adapter.grid(self.interception.model.config, {self.adapter.coordinates: coordinates})
             *video, start = grid
-            plan = self.plans.get(found := TokenGrid(*video))
+            plan = self.plans.get(grid := TokenGrid(*video))
             if plan is None:
-                raise PlanMismatchError(f"grid must be {' or '.join(map(str, self.plans))}, got {found}")
+                raise PlanMismatchError(f"grid must be {' or '.join(map(str, self.plans))}, got {grid}")
         except PlanMismatchError as error:
             message = f"forward does not fit the plan: {error}"
             if not self.dense:
@@ -178,9 +178,9 @@ class Session:
                 warnings.warn(f"{message}; such forwards run the model's own attention", stacklevel=2)
             return STOCK, 0
         self.check_parallel(plan)
-        if self.ulysses and start:  # here, where every rank comes, since who waits for one that does not hangs
+        if self.ulysses and start:  # checked where every rank comes: a rank that waits for one that raised would hang
             raise PlanMismatchError(f"a sequence over ranks must begin with the video, got {start} tokens before it")
-        entry, before = self.first_entry[found] + plan.file.segment_index(self.read_time(time)), self.here.entry
+        entry, before = self.first_entry[grid] + plan.file.segment_index(self.read_time(time)), self.here.entry
         with plan.lock:
             if entry != before:
                 if before is not None:
@@ -219,7 +219,7 @@ class Session:
             out = ops.attend(*parts, schedule, backend, video_start=video_start, lengths=lengths).transpose(1, 2)
             if isinstance(schedule, Share):
                 out = schedule.heads_to_tokens(out)
-        # While the device computes, arrays get there: the next layer's, if need be, and this layer's of what follows.
+        # While the device computes, copy arrays to it: the next layer's, and this layer's of the next segment.
         following = self._following(entry)
         owner, _ = self.entries[following]
         for coming in schedules[layer + 1 : layer + 2]:
@@ -231,7 +231,7 @@ class Session:
         """Proves that ``(B, N, H, D)`` queries are of all heads and hold the video.
 
         Raises:
-            PlanMismatchError: Somebody has split what kernels take for whole.
+            PlanMismatchError: Heads or tokens were split before attention.
         """
         plan, _ = self.entries[entry]
         least, heads, tokens = video_start + plan.grid.tokens, plan.signature.heads, q.shape[1]
@@ -245,14 +245,14 @@ class Session:
 
 
 def where_it_runs(model: nn.Module, weight: torch.Tensor) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a model's attention, wherever and however its weights wait for their use meanwhile."""
-    # diffusers' own properties know of its group offloading and layerwise casting.
+    """Device and dtype in which a model's attention computes, even if its weights are stored elsewhere or otherwise."""
+    # diffusers' properties take its group offloading and layerwise casting into account.
     device, dtype = getattr(model, "device", weight.device), getattr(model, "dtype", weight.dtype)
     for module in model.modules():  # accelerate's offloading
         hook = getattr(module, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):
-            if (found := getattr(each, "execution_device", None)) is not None:
-                return torch.device(found), dtype
+            if (execution := getattr(each, "execution_device", None)) is not None:
+                return torch.device(execution), dtype
     return device, dtype
 
 
@@ -288,11 +288,11 @@ def intercepted(model: nn.Module, adapter: Adapter, session: Session) -> Interce
 
 
 def check_signature(plan: ModelSignature, model: ModelSignature) -> None:
-    """Raises `PlanMismatchError` where a plan is for another model; lists all differences."""
+    """Raises `PlanMismatchError` if a plan is for another model; the message lists all differences."""
     wrong = [
-        f"{name} must be {expected!r}, got {found!r}"
+        f"{name} must be {expected!r}, got {actual!r}"
         for name in ("architecture", "layers", "heads", "head_dim")
-        if (expected := getattr(plan, name)) != (found := getattr(model, name))
+        if (expected := getattr(plan, name)) != (actual := getattr(model, name))
     ]
     if plan.weights_digest and model.weights_digest and plan.weights_digest != model.weights_digest:
         wrong.append(f"weights_digest must be {plan.weights_digest!r}, got {model.weights_digest!r}")

@@ -1,4 +1,4 @@
-"""Timesteps that wait on a device, read without waiting for the device where they were read before."""
+"""Reads timesteps from a device without waiting for it if they were read before."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import torch
 
 MOST_BYTES = 1 << 16
-"""Of a tensor that is read as a whole: the timesteps of a sampling are some hundred bytes."""
+"""Largest storage that is read as a whole; the timesteps of a sampling are some hundred bytes."""
 
 
 class Timesteps(threading.local):
@@ -21,7 +21,7 @@ class Timesteps(threading.local):
 
     def __init__(self) -> None:
         self._storage: torch.UntypedStorage | None = None
-        """Held, so that nothing else comes to its address."""
+        """A reference, so that nothing else is allocated at its address."""
         self._version = -1
         self._values = torch.empty(0, dtype=torch.uint8, device="cpu")
 
@@ -38,8 +38,8 @@ class Timesteps(threading.local):
         ):
             self._values = fetch(storage)
             self._storage, self._version = storage, timestep._version
-        found = torch.empty(0, dtype=timestep.dtype, device="cpu")
-        return found.set_(self._values.untyped_storage(), timestep.storage_offset(), timestep.shape, timestep.stride())
+        view = torch.empty(0, dtype=timestep.dtype, device="cpu")
+        return view.set_(self._values.untyped_storage(), timestep.storage_offset(), timestep.shape, timestep.stride())
 
 
 def at_hand(x: torch.Tensor) -> bool:
@@ -49,5 +49,5 @@ def at_hand(x: torch.Tensor) -> bool:
 
 def fetch(storage: torch.UntypedStorage) -> torch.Tensor:
     """The bytes of a storage on the CPU, uint8; waits for its device."""
-    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    return whole.to("cpu", copy=True)
+    content = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return content.to("cpu", copy=True)

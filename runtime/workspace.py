@@ -1,9 +1,9 @@
-"""Block lists unpacked on a device just before their use: bits wait there in a fifth of the memory that lists take.
-So are the arrays that say which token a packed query is, of which runs wait.
+"""Unpacks block lists on a device just before their use: as bits they take a fifth of the memory there. The indices
+of packed queries are stored run-length encoded, and expanded in the same way.
 
-The lists of one layer at a time are in a room that all layers of a plan share. Whoever uses it first fills it, on the
-stream that then reads it: nothing waits, and a CUDA graph fills it whenever it is replayed. At the size of Wan 14B in
-720p this costs some 0.1 % of the layer's attention.
+The lists of one layer at a time are in a buffer, the *room*, which all layers of a plan share. They are unpacked on
+the stream that then reads them: nothing waits, and a CUDA graph unpacks them whenever it is replayed. At the size of
+Wan 14B in 720p this costs some 0.1 % of the layer's attention.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch
 from calibatt.plans.schedule import Int32
 
 ALIGNED = 64
-"""Integers between the beginnings of arrays in a room are a multiple of this."""
+"""Arrays in a room begin at multiples of so many integers."""
 LISTS_AT_ONCE = 4096
-"""By torch alone; bounds what it holds meanwhile."""
+"""How many lists torch unpacks at a time, which bounds its memory."""
 
 
 class Workspace:
     """Room for the lists of one layer at a time, on every device where they are needed.
 
     Args:
-        columns: Of the layer with the most of them.
-        queries: Likewise, of anchor patterns.
+        columns: Most columns of a layer.
+        queries: Most queries of a layer's anchor patterns.
     """
 
     def __init__(self, columns: int, queries: int = 0) -> None:
@@ -50,13 +50,13 @@ class Workspace:
 
 
 class Room:
-    """Where lists are unpacked on one device.
+    """The buffer on one device.
 
-    Uses from many threads and streams come one after the other. Replays of CUDA graphs are seen by nobody: they, and
-    calls beside them, must not run on several streams at once where they use the same room, that is, the same plan.
+    Uses from many threads and streams take turns. Replays of CUDA graphs cannot be seen here: they, and calls beside
+    them, must not run on several streams at once if they use the same room, that is, the same plan.
 
     Args:
-        columns: uint16; its address is for all layers and for ever.
+        columns: uint16; all layers use it, and its address never changes.
         queries: int32 ``(3, queries)``; as columns.
     """
 
@@ -64,7 +64,7 @@ class Room:
         self.columns, self._queries = columns, queries
         self._lock = threading.Lock()
         self._stream = torch.cuda.current_stream(columns.device) if columns.device.type == "cuda" else None
-        """That of the last use; at first the one that the memory comes from."""
+        """The stream of the last use; at first the one that allocated the memory."""
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +76,7 @@ class Room:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """For those who queue work on the current stream before they leave."""
+        """A context for queueing work on the current stream that uses the room."""
         with self._lock:
             if self.columns.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
                 stream = torch.cuda.current_stream(self.columns.device)
@@ -97,8 +97,8 @@ class PackedLists:
         starts: int32 ``(lists + 1,)``; list i goes to ``columns[starts[i]:starts[i + 1]]``. The first is K.
         k_blocks: K.
         runs: int32 ``(runs, 5)``; see `expanded`.
-        queries: How many they say.
-        room: Where to.
+        queries: How many queries the runs have.
+        room: The buffer to unpack to.
     """
 
     bits: torch.Tensor
@@ -166,8 +166,8 @@ def unpack_by_torch(lists: PackedLists) -> None:
     places = torch.arange(8, dtype=torch.uint8, device=columns.device)
     for first in range(0, len(lists.bits), LISTS_AT_ONCE):
         bits = lists.bits[first : first + LISTS_AT_ONCE]
-        found = (bits[:, :, None] >> places & 1).flatten(1).nonzero()[:, 1]
-        columns[starts[first] : starts[first + len(bits)]] = found.to(torch.int16)
+        blocks = (bits[:, :, None] >> places & 1).flatten(1).nonzero()[:, 1]
+        columns[starts[first] : starts[first + len(bits)]] = blocks.to(torch.int16)
     columns[starts[-1]] = 0
     for array, values in zip(lists.room.queries(lists.queries), expanded(lists.runs.cpu().numpy()), strict=True):
         array.copy_(torch.from_numpy(values))

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of what `calibatt` offers."""
+"""The examples in the docstrings of what `calibatt` offers, and of what all reports share."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import doctest
 import inspect
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from support import wan
+from support import api, wan
 
 import calibatt
+from calibatt.plans import page, readable
 
 ROOT = Path(__file__).parent.parent
 OFFERED = sorted({*calibatt.__all__} - {"__version__"})
@@ -39,3 +41,14 @@ def test_the_examples_are_true(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert examples.examples, f"{name} must have an example"
     told: list[str] = []
     assert doctest.DocTestRunner().run(examples, out=told.append).failed == 0, "".join(told)
+
+
+@pytest.mark.parametrize("module", [page, readable])
+def test_the_examples_of_reports_are_true(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed
+
+
+def test_the_page_of_the_api_is_made_of_these_docstrings() -> None:
+    assert (ROOT / "docs" / "api.md").read_text("utf-8") == api.page(), "see tests/support/api.py"

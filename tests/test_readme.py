@@ -34,6 +34,13 @@ def test_links_lead_somewhere(page: str) -> None:
             assert section in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, section
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_of_prose_fit_a_window(page: str) -> None:
+    """Tables and code may be wider."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "    ", "!["))] == []
+
+
 def test_every_picture_is_shown() -> None:
     text = "".join((ROOT / page).read_text("utf-8") for page in PAGES)
     pictures = [path.name for path in (ROOT / "docs" / "pictures").iterdir() if path.suffix in (".png", ".svg")]
@@ -63,3 +70,13 @@ def test_what_contributors_are_sent_to_is_there() -> None:
     paths = re.findall(r"`((?:plans|compiler|runtime|tools|tests|docs)/[\w/.]+)`", text)
     assert len(paths) > 10
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("folder", ["plans", "compiler", "runtime"])
+def test_the_map_of_files_names_every_module_and_no_other(folder: str) -> None:
+    text = (ROOT / "docs" / "design.md").read_text("utf-8")
+    table = text[text.index(f"| {folder}/ | |") :].split("\n\n")[0]
+    named = set(re.findall(r"`(\w+\.py|\w+/)`", "".join(row.split("|")[1] for row in table.splitlines())))
+    files = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+    folders = {f"{path.parent.name}/" for path in (ROOT / folder).glob("*/__init__.py")}
+    assert named == files | folders

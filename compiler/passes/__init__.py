@@ -1,7 +1,7 @@
-"""The passes by name; a pass is imported when it is asked for.
+"""The passes by name; a pass is imported when it is first used.
 
-A pass is a frozen dataclass whose fields are its options. It changes units and does nothing else: verifying, timing,
-printing and accounting are the pipeline's.
+A pass is a frozen dataclass whose fields are its options. It changes units and does nothing else: the pipeline
+verifies, times, prints and accounts.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from calibatt.compiler.errors import PassError
 from calibatt.compiler.ir import Job, UnitIR
 
 Findings = dict[str, float]
-"""What a pass counted in one unit; the pipeline adds them up."""
+"""Numbers that a pass counted in one unit; the pipeline adds them up."""
 
 
 @dataclass(frozen=True)
 class Pass(ABC):
     """One step of the compiler.
 
-    Most passes see one unit at a time. One with `decides` looks at every unit first (`survey`), then once at all that
-    was found (`decide`), and then changes every unit by what was decided.
+    Most passes see one unit at a time. One with `decides` first surveys every unit (`survey`), then decides once from
+    all surveys (`decide`), and then changes every unit by that decision.
     """
 
     name: ClassVar[str]
-    """In pass strings; kebab-case."""
+    """Its name in pass strings, in kebab-case."""
     decides: ClassVar[bool] = False
 
     def check(self, job: Job, before: Sequence[Pass]) -> None:
-        """Refuses what cannot work, before any unit is read.
+        """Refuses options and orders of passes that cannot work, before any unit is read.
 
         Args:
-            job: Nothing has been decided yet.
-            before: The passes that will have been run.
+            job: The job, in which nothing has been decided yet.
+            before: The passes that are run before this one.
 
         Raises:
-            PassError: An option that the statistics rule out, or a place among the passes.
+            PassError: The statistics lack what an option needs, or another pass must come before or after.
         """
         return None
 
     def refuse_after(self, before: Sequence[Pass], *names: str) -> None:
-        """Raises a `PassError` in one form if one of some passes, this one perhaps, will have been run."""
+        """Raises a `PassError` if one of these passes is run before this one."""
         for each in before:
             self.require(each.name not in names, self.name, f"come before {each.name}", "it after")
 
     def survey(self, job: Job, unit: UnitIR) -> Any:
-        """What `decide` needs to know of a unit: small, and able to travel between processes.
+        """What `decide` needs to know of a unit: small, and picklable.
 
         Raises:
             PassError: The unit lacks what the pass requires.
@@ -57,11 +57,11 @@ class Pass(ABC):
         return None
 
     def decide(self, job: Job, surveys: Sequence[Any]) -> Sequence[Any]:
-        """What is to be done with each unit; may set what the job knows.
+        """Decides what is done with each unit; may set values of the job.
 
         Args:
-            job: May be changed.
-            surveys: One a unit, all layers of a time after the other.
+            job: The job; it may be changed.
+            surveys: The survey of each unit, layer by layer, time by time.
 
         Raises:
             PassError: It cannot be done.
@@ -73,16 +73,16 @@ class Pass(ABC):
         """Changes a unit; the job is read only.
 
         Args:
-            job: Read only.
-            unit: To be changed.
-            decision: Of `decide`.
+            job: The job, which is not changed.
+            unit: The unit to change.
+            decision: What `decide` returned for the unit.
 
         Raises:
             PassError: The unit lacks what the pass requires.
         """
 
     def report(self, job: Job, total: Findings) -> dict[str, Any]:
-        """What the report says of the pass, from the sum of what `change` found."""
+        """The findings in the report, from the sums of what `change` returned."""
         return dict(total)
 
     def require(self, ok: bool, what: str, rule: str, value: object) -> None:
@@ -93,8 +93,8 @@ class Pass(ABC):
 
 def _load(module: str, kind: str) -> Callable[[], type[Pass]]:
     def load() -> type[Pass]:
-        found: type[Pass] = getattr(import_module(f"calibatt.compiler.passes.{module}"), kind)
-        return found
+        loaded: type[Pass] = getattr(import_module(f"calibatt.compiler.passes.{module}"), kind)
+        return loaded
 
     return load
 
@@ -108,4 +108,4 @@ PASSES: dict[str, Callable[[], type[Pass]]] = {
     "schedule": _load("schedule", "Schedule"),
     "lower": _load("lower", "Lower"),
 }
-"""Every pass there is, in the order in which they are usually run."""
+"""All passes, in the order in which they are usually run."""

@@ -17,15 +17,15 @@ from calibatt.plans import FRAMES, ROWS
 
 @dataclass(frozen=True)
 class Anchors(Pass):
-    """Gives heads whose output repeats anchors, rows or frames, where that is cheaper than computing every token.
+    """Gives heads whose output repeats anchors (rows or frames), where that is cheaper than computing every token.
 
-    For each head, dynamic programming finds the partition of a frame's rows into groups, and an anchor in each, of
-    least copy error + price of the computed rows (a row at its share of the head's predicted
-    milliseconds); every frame has the same groups. Likewise the partition of the video's frames. The head adopts the
-    better of the two, with the best mask of the last `select`'s menu beside it, if that is still cheaper when lowered:
-    a packed tile keeps what any of its queries' blocks keeps, so packing rows apart can cost more than it saves.
+    For each head, dynamic programming partitions a frame's rows into groups with an anchor each, so that the error of
+    copies plus the price of the computed rows is least (a row has its share of the head's predicted milliseconds).
+    Every frame has the same groups. The video's frames are partitioned likewise. The head adopts the better of the two
+    partitions, with the best mask of the last `select`'s menu, if both together are still cheaper when lowered: a
+    packed tile keeps every block that one of its queries keeps, so packing distant rows can cost more than it saves.
 
-    Another `select` after it spends what was saved: milliseconds are then worth less, and heads whose anchors are no
+    Another `select` after it spends what was saved. Milliseconds are then worth less, and heads whose anchors are no
     longer worth their error lose them again.
 
     Heads stay in the precision that `select` gave them.
@@ -57,7 +57,7 @@ class Anchors(Pass):
         multiplier = job.multiplier
         assert multiplier is not None
         keep, unit.error, unit.copy_error = unit.keep.copy(), unit.error.copy(), np.zeros(unit.heads)
-        found: Findings = {"heads": unit.heads, "of_frames": 0.0, "computed": 0.0}
+        counts: Findings = {"heads": unit.heads, "of_frames": 0.0, "computed": 0.0}
         best: dict[int, Offer] = {}
         market = Market(job, unit, multiplier)
         offered = set()
@@ -76,17 +76,17 @@ class Anchors(Pass):
             unit.anchors[head], unit.packed[head], unit.packed_menu[head] = offer.groups, offer.packed, offer.blocks
             unit.copy_error[head], unit.error[head] = offer.copied, offer.error
             keep[head], unit.choice[head] = offer.keep, offer.choice
-            found["of_frames"] += offer.groups.axis == FRAMES
-            found["computed"] += len(offer.groups.anchors) / offer.groups.members(unit.grid)
+            counts["of_frames"] += offer.groups.axis == FRAMES
+            counts["computed"] += len(offer.groups.anchors) / offer.groups.members(unit.grid)
         unit.keep = keep
-        found["heads_with_anchors"] = len(best)
-        found["dearer_when_lowered"] = len(offered) - len(best)
-        return found
+        counts["heads_with_anchors"] = len(best)
+        counts["dearer_when_lowered"] = len(offered) - len(best)
+        return counts
 
     def report(self, job: Job, total: Findings) -> dict[str, Any]:
         adopted, computed = total["heads_with_anchors"], total.pop("computed")
-        found: dict[str, Any] = {name: int(value) for name, value in total.items()}
-        return {**found, "computed_in_them": computed / adopted if adopted else 1.0}
+        findings: dict[str, Any] = {name: int(value) for name, value in total.items()}
+        return {**findings, "computed_in_them": computed / adopted if adopted else 1.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +96,11 @@ class Offer:
     Args:
         gain: Milliseconds saved x their price - error added.
         groups: The anchors.
-        copied: Error that the copies make.
-        error: With that of the mask.
+        copied: Error of the copies.
+        error: Error of copies and mask together.
         choice: Name of the mask.
         keep: The mask over the original query blocks, packed.
-        packed: Over the tiles of the anchors.
+        packed: The mask over the tiles of the anchors, packed.
         blocks: int64 ``(masks,)``, blocks of each mask of the menu with these anchors.
     """
 
@@ -115,14 +115,14 @@ class Offer:
 
 
 class Market:
-    """What masks and anchors of a unit's heads cost together.
+    """Prices masks and anchors of a unit's heads together.
 
     A head with anchors pays less for a block, and so is better off with more of them: its mask is chosen anew from the
     menu of the last `select`, and its groups for that mask.
 
     Args:
-        job: Of the unit.
-        unit: Masks chosen, no anchors yet.
+        job: The job of the unit.
+        unit: A unit whose masks are chosen, without anchors.
         multiplier: The price of a millisecond.
     """
 
@@ -134,27 +134,27 @@ class Market:
         self.menu = Menu(job, key)
 
     def groups(self, axis: int, errors: Float64, most: int) -> Iterator[tuple[int, Groups]]:
-        """Heads for which some groups of this axis seem cheaper than all of it, with the best that was found.
+        """Heads for which anchors on this axis seem cheaper than computing every token, each with its best groups.
 
         Args:
             axis: `ROWS` or `FRAMES`.
-            errors: float64 ``(H, members, 2 R)``, what a member adds to the head's error where it is a copy.
-            most: Members of a group.
+            errors: float64 ``(H, members, 2 R)``, what a member adds to the head's error if it is a copy.
+            most: Most members of a group.
         """
         members = errors.shape[1]
         added = group_errors(errors, most)
-        found = best_groups(added, self.blocks * self.block_price / members)
-        share = np.array([len(starts) / members for starts, _ in found])
+        partitions = best_groups(added, self.blocks * self.block_price / members)
+        share = np.array([len(starts) / members for starts, _ in partitions])
         cost = (share * self.block_price)[:, None] * self.menu_blocks + self.menu_error
         chosen = np.take_along_axis(self.menu_blocks, cost.argmin(1)[:, None], 1)[:, 0]
         blocks = np.where(share < 1, chosen, self.blocks)
-        found = best_groups(added, blocks * self.block_price / members)
-        for head, (starts, anchors) in enumerate(found):
+        partitions = best_groups(added, blocks * self.block_price / members)
+        for head, (starts, anchors) in enumerate(partitions):
             if len(starts) < members:
                 yield head, Groups(axis, starts, anchors)
 
     def offer(self, head: int, groups: Groups, copied: float) -> Offer:
-        """The best mask with these anchors, as lowered; where it computes more than the head does now, no gain."""
+        """The best mask with these anchors, as lowered; its gain is 0 if it computes more than the head does now."""
         unit = self.unit
         price = self.block_price[head]
         before = self.blocks[head] * price + float(unit.error[head])
@@ -172,7 +172,7 @@ class Market:
 
 
 def group_errors(member_error: Float64, most_members: int) -> Float64:
-    """Error of every short group of members, rows of a frame or frames, with each of them as its anchor.
+    """Error of every short group of members (rows of a frame, or frames), with each of them as its anchor.
 
     Args:
         member_error: float64 ``(H, Y, 2 R)``: error of member r + d standing for member r; offsets -R..-1, 1..R.
@@ -203,10 +203,11 @@ def best_groups(errors: Float64, price: Float64) -> list[tuple[tuple[int, ...], 
 
     Args:
         errors: float64 ``(H, Y, G, G)`` of `group_errors`.
-        price: float64 ``(H,)``, of an anchor.
+        price: float64 ``(H,)``, the price of an anchor.
 
     Returns:
-        For each head starts and anchors of the groups. Of equals the shortest last group, the first anchor.
+        For each head the starts and anchors of its groups. Of equal partitions the one with the shortest last group and
+        the first anchor.
     """
     heads, members, most, _ = errors.shape
     anchor = errors.argmin(3)
@@ -232,7 +233,7 @@ def _trace(size_at: Int64, anchor: Int64) -> tuple[tuple[int, ...], tuple[int, .
 
 
 def copied(errors: Float64, groups: Groups) -> float:
-    """Sum of the errors ``(members, 2 R)`` of all members that are copies."""
+    """Error of all copies, from the errors ``(members, 2 R)`` of each member."""
     members, radius = len(errors), errors.shape[1] // 2
     offset = np.repeat(groups.anchors, np.diff([*groups.starts, members])) - np.arange(members)
     copies = np.flatnonzero(offset)

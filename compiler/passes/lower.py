@@ -1,4 +1,4 @@
-"""From masks and anchors to what the file stores and the runtime executes."""
+"""Lowers masks and anchors to what the file stores and the runtime executes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from calibatt.plans import NO_ANCHORS, PackedLayer
 class Lower(Pass):
     """Makes every unit's `PackedLayer`: dense heads list nothing, identical heads share lists and anchor patterns.
 
-    Requires: nothing; what no pass has decided stays dense, and in order.
+    Requires: nothing; heads without a decision stay dense, and tiles in their natural order.
     Ensures: every schedule keeps the promises of `LayerSchedule`.
     """
 

@@ -16,10 +16,10 @@ from calibatt.compiler.passes import Findings, Pass
 
 @dataclass(frozen=True)
 class MergeHeads(Pass):
-    """Lets two heads of a layer keep the union of their masks at all times, where they differ little.
+    """Gives pairs of heads of a layer that differ little the union of their masks at all times.
 
-    Heads that are alike at every time are the edges of a graph, weighted by the blocks whose storage is saved; a
-    matching of most weight is taken. Lowered, such heads share their lists.
+    Pairs of heads that are alike at every time are the edges of a graph, weighted by the blocks that need not be
+    stored; a matching of largest weight is taken. `lower` makes such heads share their lists.
 
     Heads with anchors at any time are left alone.
 
@@ -43,7 +43,7 @@ class MergeHeads(Pass):
         self.refuse_after(before, "schedule")
 
     def survey(self, job: Job, unit: UnitIR) -> Any:
-        """Blocks of the union of any two heads, on the diagonal of each alone; and which heads may share."""
+        """Blocks of the union of any two heads (on the diagonal, of one head), and which heads may share."""
         union, free = np.zeros((unit.heads, unit.heads), np.int64), np.ones(unit.heads, np.bool_)
         free[list(unit.packed)] = False
         for head in range(unit.heads):
@@ -51,12 +51,12 @@ class MergeHeads(Pass):
         return union, free
 
     def decide(self, job: Job, surveys: Sequence[Any]) -> Sequence[Any]:
-        layers, found = job.manifest.model.layers, []
+        layers, decisions = job.manifest.model.layers, []
         for layer in range(layers):
             unions, free = zip(*surveys[layer::layers], strict=True)
             union = np.sum(unions, 0)
-            found.append(pairs(union.diagonal(), union, np.all(free, 0), self.max_growth))
-        return found * len(job.manifest.times)
+            decisions.append(pairs(union.diagonal(), union, np.all(free, 0), self.max_growth))
+        return decisions * len(job.manifest.times)
 
     def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
         keep = unit.keep.copy()
@@ -83,5 +83,5 @@ def pairs(size: Int64, union: Int64, free: np.ndarray[Any, np.dtype[np.bool_]], 
             added = 2 * int(union[one, other]) - both
             if free[one] and free[other] and added <= growth * both:
                 graph.add_edge(one, other, weight=both - added)
-    found = nx.max_weight_matching(graph)
-    return sorted((min(pair), max(pair)) for pair in found)
+    matching = nx.max_weight_matching(graph)
+    return sorted((min(pair), max(pair)) for pair in matching)

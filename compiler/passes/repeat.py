@@ -23,7 +23,7 @@ class Repeat(Pass):
     Ensures: no head computes more blocks than before.
 
     Args:
-        max_difference: Most mean squared difference between a copied row and its anchor, relative to the row.
+        max_difference: Largest mean squared difference between a copied row and its anchor, relative to the row.
         group: Rows of a group.
 
     Raises:
@@ -47,7 +47,7 @@ class Repeat(Pass):
     def change(self, job: Job, unit: UnitIR, decision: Any) -> Findings:
         difference = unit.means.row_difference
         assert difference is not None
-        found: Findings = {"heads_with_anchors": 0, "heads": unit.heads}
+        counts: Findings = {"heads_with_anchors": 0, "heads": unit.heads}
         height = unit.grid.height
         starts = range(0, height, self.group)
         anchors = tuple(start + (min(self.group, height - start) - 1) // 2 for start in starts)
@@ -61,5 +61,5 @@ class Repeat(Pass):
                 unit.anchors[head], unit.packed[head] = groups, packed
                 unit.copy_error[head] = copied(unit.means.row_error[head], groups)
                 unit.error[head] += unit.copy_error[head]
-                found["heads_with_anchors"] += 1
-        return found
+                counts["heads_with_anchors"] += 1
+        return counts

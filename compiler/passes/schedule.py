@@ -13,7 +13,7 @@ from calibatt.plans import longest_first
 
 @dataclass(frozen=True)
 class Schedule(Pass):
-    """Orders tiles head by head, within a head longest first, equal ones by their place.
+    """Orders tiles: heads one after the other, in a head the longest list first, lists of one length in their order.
 
     One head's keys and values fill most of a GPU's L2, so heads stay together; longest first shortens the tail.
 

@@ -1,4 +1,4 @@
-"""Each head's mask and precision at each time, from a menu, under one budget over the whole job."""
+"""Chooses each head's mask and precision at each time, from a menu, under one budget over the whole job."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DEFAULT_DENSITY = 0.5
 
 
 class Survey(NamedTuple):
-    """What the heads of a unit may choose from; H heads, M masks, C shares of the ladder.
+    """The candidates of a unit's heads; H heads, M masks, C shares of the ladder.
 
     Args:
-        blocks: int32 ``(H, 2, M)``: what each mask computes, without the head's anchors and with them.
-        error: float64 ``(H, M)``: of masks.
-        copied: float64 ``(H,)``: what copies of the head's anchors add; infinite where it has none.
-        rounding: float64 ``(H, 3)``: what each of `plans.PRECISIONS` adds.
+        blocks: int32 ``(H, 2, M)``: blocks that each mask computes, without the head's anchors and with them.
+        error: float64 ``(H, M)``: error of each mask.
+        copied: float64 ``(H,)``: error that copies of the head's anchors add; infinite where it has none.
+        rounding: float64 ``(H, 3)``: error that each of `plans.PRECISIONS` adds.
         share_error: float64 ``(C, H)``; see `UnitIR`.
     """
 
@@ -41,16 +41,16 @@ class Survey(NamedTuple):
 
 @dataclass(frozen=True)
 class Select(Pass):
-    """Picks masks so that the whole job loses least within its budget.
+    """Picks masks, and precisions, with the least error of the whole job within its budget.
 
-    A head may be dense, keep a window, whose error was measured, or a *cut*: the blocks whose price is above a level;
-    and with `precision` auto compute in 8 bits, whose error was measured, too, and is added. A candidate costs its
-    predicted milliseconds and loses its error. One multiplier, the price of a millisecond, decides for all heads and
-    times at once; what it leaves of the budget is spent on single changes, and the distance to a proven bound is
-    reported. Where a signal-to-noise of the final latent is the target instead, the budget is bisected.
+    A head may be dense, keep a window, whose error was measured, or keep a *cut*: the blocks whose price is above a
+    level. With `precision` auto it may compute in 8 bits, whose error was measured as well, and is added. A candidate
+    costs its predicted milliseconds and loses its error. One multiplier, the price of a millisecond, decides for all
+    heads and times at once. The rest of the budget is spent on single changes, and the distance to a proven bound is
+    reported. If the target is a signal-to-noise of the final latent instead, the budget is bisected.
 
-    A second `select` after `anchors` spends what those saved: all heads choose anew, those with anchors among all masks
-    with them (cheaper, as only anchors are computed) and without.
+    A second `select` after `anchors` spends what those saved. All heads choose anew; heads with anchors choose among
+    all masks with them, which are cheaper since only anchors are computed, and without them.
 
     Ensures: every mask keeps the required blocks; the budget holds.
 
@@ -59,11 +59,11 @@ class Select(Pass):
             heads; 0.5 if no target is given. Where all heads are in 16 bit, cost is density, the share of blocks.
         target_db: Least predicted signal-to-noise of the final latent, at the least cost that reaches it.
         menu: What heads may choose beside dense: `windows` and `cuts`, joined by ``+``.
-        precision: ``bf16``: all heads compute in the 16 bits of their inputs; ``auto``: or in 8, as `Job.device` has.
+        precision: ``bf16``: all heads compute in the 16 bits of their inputs; ``auto``: some in 8 bits of `Job.device`.
 
     Raises:
-        PassError: Both targets, one out of range or beyond the best that can be reached (which is named), or a menu
-            or precision that cannot be had.
+        PassError: Both targets are given, one is out of range or beyond what can be reached (which is named), or there
+            is no such menu or precision.
     """
 
     name: ClassVar[str] = "select"
@@ -91,8 +91,8 @@ class Select(Pass):
         if self.target_db is not None and (why := cannot_predict(job.table)):
             self.require(False, "target-db", "have a prediction to go by", f"{self.target_db}: it {why}")
         if self.precision == "auto":
-            rule, found = "be bf16 on a device whose 8 bits were not measured", f"auto, {job.device.name}"
-            self.require(bool(job.device.eight_bit), "precision", rule, found)
+            rule, given = "be bf16 on a device whose 8 bits were not measured", f"auto, {job.device.name}"
+            self.require(bool(job.device.eight_bit), "precision", rule, given)
 
     def survey(self, job: Job, unit: UnitIR) -> Survey:
         menu = Menu(job, self.menu)
@@ -175,7 +175,7 @@ class Select(Pass):
         dense = job.unit_dense_blocks * len(cost) // job.manifest.model.heads
         least = float(np.where(np.isfinite(loss), cost, np.inf).min(1).sum())
         if self.target_db is not None:
-            found = self._reach(loss, cost, predicted)
+            choice = self._reach(loss, cost, predicted)
         else:
             assert self.target_density is not None
             limit = float(np.floor(self.target_density * dense))
@@ -185,24 +185,25 @@ class Select(Pass):
             rule = f"leave room for the least that the menu can keep, {what} {least / dense:.4f}"
             self.require(chosen is not None, "target-density", rule, self.target_density)
             assert chosen is not None
-            found = chosen
-        job.multiplier = found.multiplier / job.block_ms
-        return found
+            choice = chosen
+        job.multiplier = choice.multiplier / job.block_ms
+        return choice
 
     def _reach(self, loss: Float64, cost: Float64, predicted: Callable[[Int64], Prediction | str]) -> Choice:
         """The choice of least cost whose prediction reaches the target."""
         seen = []
 
         def enough(pick: Int64) -> bool:
-            told = predicted(pick)
-            if isinstance(told, str):
-                self.require(False, "target-db", "have a prediction to go by", f"{self.target_db}: it {told}")
-            seen.append(told)
-            return isinstance(told, Prediction) and self.target_db is not None and told.mean >= self.target_db
+            prediction = predicted(pick)
+            if isinstance(prediction, str):
+                self.require(False, "target-db", "have a prediction to go by", f"{self.target_db}: it {prediction}")
+            seen.append(prediction)
+            assert isinstance(prediction, Prediction)
+            return self.target_db is not None and prediction.mean >= self.target_db
 
-        found = reach(loss, cost, enough)
+        choice = reach(loss, cost, enough)
         self.require(
-            found is not None, "target-db", f"be at most the best that can be reached, {seen[0]}", self.target_db
+            choice is not None, "target-db", f"be at most the best that can be reached, {seen[0]}", self.target_db
         )
-        assert found is not None
-        return found
+        assert choice is not None
+        return choice

@@ -1,4 +1,4 @@
-"""What the samples agree on, everywhere: the paper's own method, which measures no error."""
+"""Keeps the blocks on which the samples agree: the paper's own method, which measures no error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Vote(Pass):
 
     Args:
         agreement: Share of the samples, in (0, 1]; at least one sample in any case.
-        threshold: One of the store's.
+        threshold: One of the store's thresholds.
 
     Raises:
         PassError: `agreement` is out of range, or the store has no such threshold.

@@ -16,25 +16,25 @@ Codes = npt.NDArray[Any]
 """uint8 or uint16."""
 
 STEPS_PER_OCTAVE = 8
-"""Of uint8 codes: 31.75 octaves, at most 2 ** (1 / 16) - 1 = 4.4 % from the value."""
+"""Steps of an octave in uint8 codes: 31.75 octaves, at most 2 ** (1 / 16) - 1 = 4.4 % from the value."""
 FINE_STEPS = 2048
-"""Of uint16 codes: 32 octaves, at most 2 ** (1 / 4096) - 1 = 0.017 % from the value."""
+"""Steps of an octave in uint16 codes: 32 octaves, at most 2 ** (1 / 4096) - 1 = 0.017 % from the value."""
 ZERO_CODE = 255
 MOST = 1e18
-"""Of squared effects, levels and differences; 1 / level too, and the square of a signed effect: sums and ratios of them
-stay in float32.
+"""Largest squared effect, level and difference, and largest 1 / level and square of a signed effect: sums and ratios of
+them stay within float32.
 """
 _ROUNDING = 1e-3
 _TOP_BITS = 15
 
 
 def quantise(values: npt.ArrayLike, peak: npt.ArrayLike, fine: bool = False) -> Codes:
-    """Codes of non-negative values; what is below half a step under the last one becomes 0.
+    """Codes of non-negative values; a value more than half a step below the last code becomes 0.
 
     Args:
-        values: Any shape, finite, 0 <= values <= peak; what rounding put above the peak, by up to 0.1 %, is the peak.
+        values: Any shape, finite, 0 <= values <= peak; up to 0.1 % above the peak, by rounding, counts as the peak.
         peak: Broadcasts against `values`; finite, non-negative.
-        fine: uint16 instead of uint8.
+        fine: Whether codes are uint16 instead of uint8.
 
     Raises:
         UnitError: A value or peak out of range.
@@ -44,7 +44,7 @@ def quantise(values: npt.ArrayLike, peak: npt.ArrayLike, fine: bool = False) -> 
         raise UnitError(f"peak must be finite and not negative, got {top.min()} to {top.max()}")
     with np.errstate(divide="ignore", invalid="ignore"):
         code = np.asarray(value / top)
-        code[np.broadcast_to(value == 0, code.shape)] = 0.0  # also where the peak is 0
+        code[np.broadcast_to(value == 0, code.shape)] = 0.0  # this also handles a peak of 0
         if code.size and not (code.min() >= 0 and code.max() <= 1 + _ROUNDING):
             wrong = ~((code >= 0) & (code <= 1 + _ROUNDING))
             got = (np.broadcast_to(each, code.shape)[wrong][0] for each in (value, top))
@@ -52,31 +52,31 @@ def quantise(values: npt.ArrayLike, peak: npt.ArrayLike, fine: bool = False) -> 
         np.log2(code, out=code)
     code *= -(FINE_STEPS if fine else STEPS_PER_OCTAVE)
     kind = np.dtype(np.uint16 if fine else np.uint8)
-    found: Codes = np.clip(np.rint(code, out=code), 0, np.iinfo(kind).max, out=code).astype(kind)
-    return found
+    codes: Codes = np.clip(np.rint(code, out=code), 0, np.iinfo(kind).max, out=code).astype(kind)
+    return codes
 
 
 def dequantise(codes: Codes, peak: npt.ArrayLike) -> Float:
     """The values of `quantise`'s codes, float32 of the codes' shape; `peak` broadcasts."""
     if codes.dtype not in (np.uint8, np.uint16):
         raise UnitError(f"codes must be uint8 or uint16, got {codes.dtype}")
-    found: Float = _fractions(codes.dtype.itemsize == 2).take(codes)
-    found *= np.asarray(peak, np.float32)
-    return found
+    values: Float = _fractions(codes.dtype.itemsize == 2).take(codes)
+    values *= np.asarray(peak, np.float32)
+    return values
 
 
 def code_values(peak: float) -> Float:
-    """What every uint8 code stands for under a peak, float32 (256,): a table for what must be fast."""
-    found: Float = _fractions(False) * np.float32(peak)
-    return found
+    """The value of every uint8 code under a peak, float32 (256,): a look-up table."""
+    values: Float = _fractions(False) * np.float32(peak)
+    return values
 
 
 @lru_cache(maxsize=2)
 def _fractions(fine: bool) -> Float:
     last, steps = (65535, FINE_STEPS) if fine else (ZERO_CODE, STEPS_PER_OCTAVE)
-    found: Float = np.append(np.exp2(-np.arange(last) / steps), 0.0).astype(np.float32)
-    found.flags.writeable = False
-    return found
+    fractions: Float = np.append(np.exp2(-np.arange(last) / steps), 0.0).astype(np.float32)
+    fractions.flags.writeable = False
+    return fractions
 
 
 def fast_codes(values: Float, peak: np.float32) -> Code:
@@ -90,8 +90,8 @@ def fast_codes(values: Float, peak: np.float32) -> Code:
         return np.full(values.shape, ZERO_CODE, np.uint8)
     bits = (values * np.float32(1 / peak)).view(np.uint32)
     bits >>= _TOP_BITS
-    found: Code = _table().take(bits, mode="clip")
-    return found
+    codes: Code = _table().take(bits, mode="clip")
+    return codes
 
 
 @lru_cache(maxsize=1)

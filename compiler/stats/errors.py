@@ -1,4 +1,4 @@
-"""What can be wrong with a statistics store; every message names the file or field, the rule and the value found."""
+"""Errors of a statistics store; every message names the file or field, the rule and the value."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class ManifestError(StoreError):
 
 
 class ManifestMismatch(StoreError):
-    """Two manifests that must be one differ; the message lists every difference."""
+    """Two manifests that must be equal differ; the message lists every difference."""
 
 
 class UnitError(StoreError):
-    """The arrays of one unit contradict the manifest, each other or their place."""
+    """The arrays of one unit contradict the manifest, each other, or the unit's time and layer."""
 
 
 class SampleExists(StoreError):

@@ -17,10 +17,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def check_name(name: str) -> str:
-    """A sampling's name.
+    """Checks and returns the name of a sampling.
 
     Raises:
-        SampleError: It could not be the name of a file everywhere.
+        SampleError: It cannot be the name of a file on every system.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith("."):
         rule = "1 to 100 letters, digits, '.', '_' or '-', begin with a letter or digit and not end in '.'"
@@ -38,7 +38,7 @@ def places(manifest: Manifest) -> list[tuple[int, int]]:
 
 
 def require_outside(path: Path) -> None:
-    """Refuses to write what would make a store unreadable, or destroy it.
+    """Refuses an output inside a store, which could make it unreadable or destroy it.
 
     Raises:
         StoreError: `path` is in a store.
@@ -48,7 +48,7 @@ def require_outside(path: Path) -> None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What a folder holds, by name, without hidden files; empty where there is no folder."""
+    """The files and folders in a folder, by name, without hidden ones; none if there is no folder."""
     return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
 
 
@@ -66,10 +66,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         with open(path, "rb") as file:
-            found = file.read(MAX_MANIFEST_BYTES + 1)
-        if len(found) > MAX_MANIFEST_BYTES:
+            encoded = file.read(MAX_MANIFEST_BYTES + 1)
+        if len(encoded) > MAX_MANIFEST_BYTES:
             raise ManifestError(f"{path}: the manifest must have at most {MAX_MANIFEST_BYTES} bytes, got more")
-        text = found.decode()
+        text = encoded.decode()
     except (FileNotFoundError, NotADirectoryError):
         raise ManifestError(f"{folder} must be a store of statistics, got no {MANIFEST} in it") from None
     except UnicodeDecodeError as error:
@@ -91,6 +91,6 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a killed writer left half written; its names are hidden and end in ``.tmp``."""
+    """Removes half-written files of a killed writer: hidden files whose names end in ``.tmp``."""
     for path in folder.glob(".*.tmp") if folder.is_dir() else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -50,8 +50,8 @@ class Manifest:
         row_radius: Row offsets -radius..-1, 1..radius are measured; 0 for none.
         frame_radius: Frame offsets, likewise.
         thresholds: Masses whose votes are counted for the paper's own method, floats in (0, 1], ascending; mostly none.
-        versions: What wrote it: tool or library name to version.
-        schema_version: Version of all of this.
+        versions: Versions of the tools and libraries that wrote it, by name.
+        schema_version: Version of the store's format.
 
     Raises:
         ManifestError: A value breaks its rule.
@@ -76,7 +76,7 @@ class Manifest:
             _require(isinstance(getattr(self, name), kind), name, f"a {kind.__name__}", getattr(self, name))
         try:
             check_size(self.grid, self.blocks, self.model.heads)
-        except ScheduleError as error:  # no plan could be made of it
+        except ScheduleError as error:  # no plan can be that large
             raise ManifestError(str(error)) from None
         _require(_ascending(self.times, 0.0, 1.0), "times", "ascending floats in [0, 1]", self.times)
         units = len(self.times) * self.model.layers
@@ -110,7 +110,7 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """Stands for the whole manifest, 32 hexadecimal digits; every unit carries it."""
+        """Digest of the whole manifest, 32 hexadecimal digits; every unit carries it."""
         return blake2b(self.to_json().encode(), digest_size=16).hexdigest()
 
     def to_json(self) -> str:
@@ -160,7 +160,7 @@ def _window(value: object) -> Window:
 
 
 def _fields_of(kind: type[Any], what: str, value: object) -> dict[str, Any]:
-    """The map's values if its keys are just the dataclass's fields."""
+    """The values of a map whose keys must be exactly the fields of a dataclass."""
     names = {each.name for each in fields(kind)}
     if not isinstance(value, dict):
         raise ManifestError(f"{what} must be a map, got {value!r}")

@@ -1,4 +1,4 @@
-"""What is kept of each sampling: signed effects of whole masks, which only together say what a plan does to it."""
+"""The file of one sampling: its level, and signed effects of whole masks and precisions, which predictions add up."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class SamplingTables:
-    """Of one sampling; V random vectors, T times, L layers, H heads, W windows, C shares of the ladder.
+    """The tables of one sampling; V random vectors, T times, L layers, H heads, W windows, C shares of the ladder.
 
     Args:
         level: float64 (T,), positive: sum over layers, heads and blocks of the squared effects of single blocks, mean
             over the vectors.
         window_effect: float32 (V, T, L, W, H): signed effect of each window.
         ladder_effect: float32 (V, T, L, C, H): signed effect of each mask of the ladder; NaN in all of a (time, layer)
-            in which no earlier sampling had been.
+            that had no earlier sampling.
         precision_effect: float32 (V, T, L, 2, H): signed effect of each of `plans.EIGHT_BITS`, of the dense head.
     """
 
@@ -47,7 +47,7 @@ class SamplingTables:
 
     @property
     def has_ladder(self) -> bool:
-        """The ladder was measured at every time and layer."""
+        """Whether the ladder was measured at every time and layer."""
         return self.ladder_effect.size > 0 and bool(np.isfinite(self.ladder_effect).all())
 
     def check(self, manifest: Manifest) -> None:
@@ -71,8 +71,8 @@ class SamplingTables:
             if (array.dtype.name, array.shape) != (dtype, shape):
                 raise SampleError(f"{name} must be {dtype} {shape}, got {array.dtype.name} {array.shape}")
         missing = np.isnan(self.ladder_effect)
-        whole = missing.all((0, 3, 4), keepdims=True)
-        if (missing != whole).any():
+        absent = missing.all((0, 3, 4), keepdims=True)
+        if (missing != absent).any():
             raise SampleError("ladder_effect must be numbers, or NaN in all of a (time, layer), got others")
         signed = math.sqrt(MOST)
         for name, array, least, most in (
@@ -104,7 +104,7 @@ def write_sampling(
 
 
 def read_header(path: str | PathLike[str], name: str, manifest: Manifest) -> tuple[dict[str, Any], str]:
-    """What was said of a sampling when it was finished, and the digest of its file; only the header is read.
+    """The meta data of a finished sampling and the digest of its file; only the header is read.
 
     Raises:
         SampleError: The file is damaged, or of another name or manifest.
@@ -123,7 +123,7 @@ def read_sampling(path: str | PathLike[str], name: str, manifest: Manifest) -> S
     """
     file = _open(path, name, manifest)
     try:
-        file.verify(quick=True)  # what a later version has added, too
+        file.verify(quick=True)  # also sections that a later version added
         tables = SamplingTables(*(file.section(each.name) for each in fields(SamplingTables)))
         tables.check(manifest)
     except (PlanError, SampleError) as error:

@@ -40,7 +40,7 @@ from calibatt.plans.files import MANIFEST, UNITS
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """What all samplings say.
+    """The tables of all samplings.
 
     Args:
         samplings: Their tables, in the order of their names.
@@ -51,8 +51,8 @@ class Table:
     @cached_property
     def time_level(self) -> Float64:
         """float64 (T,): the geometric mean over the samplings."""
-        found: Float64 = np.exp(np.mean([np.log(each.level) for each in self.samplings], 0))
-        return found
+        levels: Float64 = np.exp(np.mean([np.log(each.level) for each in self.samplings], 0))
+        return levels
 
     @cached_property
     def window_error(self) -> Float64:
@@ -61,7 +61,7 @@ class Table:
 
     @cached_property
     def precision_error(self) -> Float64:
-        """Likewise of each of `plans.EIGHT_BITS`, float64 (T, L, 2, H)."""
+        """The same for each of `plans.EIGHT_BITS`, float64 (T, L, 2, H)."""
         return self._squared("precision_effect")
 
     def _squared(self, name: str) -> Float64:
@@ -69,8 +69,8 @@ class Table:
         for each in self.samplings:
             squared = sum(vector.astype(np.float64) ** 2 for vector in getattr(each, name))
             total += squared / each.vectors / each.level[:, None, None, None]
-        found: Float64 = total / len(self.samplings)
-        return found
+        mean: Float64 = total / len(self.samplings)
+        return mean
 
 
 class Store:
@@ -87,7 +87,7 @@ class Store:
         """Use `Store.open`."""
         self.manifest = manifest
         self.meta: dict[str, dict[str, Any]] = meta
-        """What was said of each sampling when it was finished."""
+        """Meta data of each finished sampling, by name."""
         self.unfinished = unfinished
         """Names of samplings in progress; units may hold them already, in part."""
         self._folders = folders
@@ -108,7 +108,7 @@ class Store:
             DuplicateSample: Two folders hold one sampling.
             MissingUnits: A folder with a finished sampling lacks units; names them.
             SampleError: A sampling's file or name breaks its rule.
-            StoreError: A folder holds what no store does.
+            StoreError: A folder holds files that do not belong into a store.
             NoSamples: There is no finished sampling.
         """
         folders = [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(path) for path in paths]
@@ -125,17 +125,17 @@ class Store:
                 listed = "; ".join(different)
                 raise ManifestMismatch(f"{folders[0]} and {folder} must have one manifest, got: {listed}")
             _check_entries(folder)
-            found = finished(folder)
-            for name, path in found.items():
+            samplings = finished(folder)
+            for name, path in samplings.items():
                 if name in owner:
                     raise DuplicateSample(f"sampling {name!r} must be in one store, got {owner[name]} and {folder}")
                 owner[name] = folder
                 meta[name], digest = read_header(path, check_name(name), manifest)
                 digests.append(digest)
-            if found:  # its manifest is proved now: a damaged one could ask for any number of units
-                names[folder] = tuple(found)
+            if samplings:  # a header that fits proves the manifest; a damaged one could ask for any number of units
+                names[folder] = tuple(samplings)
                 _check_units(folder, manifest)
-            unfinished |= {path.name for path in entries(folder / PROGRESS)} - set(found)
+            unfinished |= {path.name for path in entries(folder / PROGRESS)} - set(samplings)
         waiting = tuple(sorted(unfinished))
         if not names:
             hint = f"; unfinished: {', '.join(waiting)}" if waiting else ""
@@ -174,7 +174,7 @@ class Store:
             raise DuplicateSample(f"{unit_name(time_index, layer)}: {error}") from None
 
     def table(self) -> Table:
-        """What all samplings say; the large arrays are views of mapped files.
+        """The tables of all samplings; the large arrays are views of mapped files.
 
         Raises:
             SampleError: A file is damaged, or its arrays break a rule.
@@ -186,7 +186,7 @@ class Store:
         return Table(tuple(read_sampling(path, name, self.manifest) for path, name in pairs))
 
     def __eq__(self, other: object) -> bool:
-        """Whether the tables are the same, in the same files."""
+        """Whether both stores read the same files."""
         return isinstance(other, Store) and (self._folders, self._digests) == (other._folders, other._digests)
 
     def __hash__(self) -> int:
@@ -210,10 +210,10 @@ def _check_entries(folder: Path) -> None:
 
 
 def _check_units(folder: Path, manifest: Manifest) -> None:
-    found = {path.name for path in entries(folder / UNITS)}
+    present = {path.name for path in entries(folder / UNITS)}
     expected = [unit_name(*place) for place in places(manifest)]
-    if missing := [name for name in expected if name not in found]:
+    if missing := [name for name in expected if name not in present]:
         listed = ", ".join(missing[:8])
         raise MissingUnits(f"{folder / UNITS} must have {len(expected)} units, got none named {listed}")
-    if unknown := sorted(found - set(expected)):
+    if unknown := sorted(present - set(expected)):
         raise StoreError(f"{folder / UNITS} must hold only units, got {', '.join(unknown[:8])}")

@@ -35,7 +35,7 @@ class Unit:
         samplings: Names of the samplings it holds, in order of arrival.
         effect: Codes (H, Q, K) of squared effects, uint16 while samplings are being added, uint8 once closed; see
             `stats.codes`.
-        effect_peak: float32 (H,): what code 0 stands for.
+        effect_peak: float32 (H,): the value of code 0.
         error: Codes of the errors of blocks, likewise.
         error_peak: float32 (H,).
         row_effect: float32 (H, Y, 2 R), offsets -R..-1, 1..R, NaN just where there is no such row: squared effect of
@@ -43,7 +43,7 @@ class Unit:
         frame_effect: float32 (H, F, 2 S), of frames, likewise; None where S is 0.
         votes: uint16 (T, H, Q, K), a sum: in how many samples (branches count singly) the block is in the smallest set
             that holds the mass; None without thresholds.
-        vote_samples: Of how many samples the votes are; 0 without thresholds.
+        vote_samples: How many samples voted; 0 without thresholds.
         row_difference: float32 (H, Y, 2 R): mean ||O[r] - O[r + d]||^2 / ||O[r]||^2; None without thresholds.
     """
 
@@ -60,7 +60,7 @@ class Unit:
 
     @classmethod
     def of(cls, sampling: str, effect: Float, error: Float, row_effect: Float, **more: Any) -> Unit:
-        """What one sampling measured: effects and errors are float32 ``(H, Q, K)``, mean over vectors / level.
+        """The unit of one sampling; effects and errors are float32 ``(H, Q, K)``, means over vectors / level.
 
         Raises:
             UnitError: An effect or error is negative or not finite.
@@ -139,8 +139,8 @@ def combined(parts: Sequence[Unit], closed: bool = False) -> Unit:
     """The mean of several units, each weighted by the samplings it holds; votes are added.
 
     Args:
-        parts: In order.
-        closed: uint8 codes instead of uint16.
+        parts: The units, in the order in which their samplings are listed.
+        closed: Whether codes are uint8 instead of uint16.
 
     Raises:
         DuplicateSample: Two hold one sampling.
@@ -206,7 +206,7 @@ def write_unit(path: str | PathLike[str], unit: Unit, manifest: Manifest, place:
     Args:
         path: The file.
         unit: The arrays; checked against the manifest.
-        manifest: Of the store.
+        manifest: The store's manifest.
         place: ``time_index`` and ``layer``; a reader proves that it found the file where it belongs.
 
     Returns:
@@ -266,8 +266,8 @@ def _open(
     except PlanError as error:
         raise UnitError(str(error)) from None
     expected = {**place, "manifest": manifest.digest}
-    found = {key: value for key, value in file.header.items() if key not in ("samplings", "vote_samples")}
-    if found != expected or len(file.header) != len(expected) + 2:
+    given = {key: value for key, value in file.header.items() if key not in ("samplings", "vote_samples")}
+    if given != expected or len(file.header) != len(expected) + 2:
         rule = f"be {expected} with samplings and vote_samples"
         raise UnitError(f"{path}: the header must {rule}, got {file.header}")
     names, count = file.header["samplings"], file.header["vote_samples"]

@@ -1,4 +1,4 @@
-"""Parametric masks: blocks that are near in space and time, whatever the content."""
+"""Windows: masks of blocks that are near in space and time, whatever the content."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Window:
         radii: Non-negative integers, one for ``frames`` and ``rows``, three for ``box``.
 
     Raises:
-        ManifestError: No such kind, or radii that do not fit it.
+        ManifestError: There is no such kind, or the radii do not fit it.
     """
 
     kind: str
@@ -57,7 +57,7 @@ def window_keep(window: Window, grid: TokenGrid, blocks: Blocks) -> npt.NDArray[
     """The blocks that a window keeps: those in which any token pair is within the radii.
 
     Returns:
-        bool (Q, K), the caller's own.
+        bool (Q, K), a new array.
     """
     keep: npt.NDArray[np.bool_] = _window_keep(window, grid, blocks).copy()
     return keep
@@ -88,13 +88,13 @@ def _window_keep(window: Window, grid: TokenGrid, blocks: Blocks) -> npt.NDArray
 
 
 def default_windows(grid: TokenGrid) -> tuple[Window, ...]:
-    """A small menu for a grid: a few of each kind, none that keeps everything."""
+    """The windows that are measured by default: a few of each kind, none that keeps everything."""
     frames, height, width = grid.frames, grid.height, grid.width
     menu = [Window("frames", (radius,)) for radius in (0, 1, frames // 8, frames // 4)]
     menu += [Window("rows", (height // part,)) for part in (16, 8, 4)]
     menu += [Window("box", (frames // t, height // s, width // s)) for t, s in ((8, 8), (4, 8), (2, 8), (8, 4), (4, 4))]
-    whole = (frames - 1, height - 1, width - 1)
-    distinct = {window.reach(grid): window for window in reversed(menu) if window.reach(grid) != whole}
+    widest = (frames - 1, height - 1, width - 1)
+    distinct = {window.reach(grid): window for window in reversed(menu) if window.reach(grid) != widest}
     return tuple(reversed(distinct.values()))
 
 

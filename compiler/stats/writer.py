@@ -36,7 +36,7 @@ from calibatt.plans.files import MANIFEST, UNITS, sync_folder
 
 
 class StoreWriter:
-    """One process's hold on one store; a context manager. Use `StoreWriter.open`, and `join` in its helpers."""
+    """Writes a store; a context manager. One process uses `StoreWriter.open`, others of the same job `join`."""
 
     def __init__(self, path: Path, manifest: Manifest, lock: int) -> None:
         """Use `StoreWriter.open`."""
@@ -46,7 +46,7 @@ class StoreWriter:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], manifest: Manifest) -> StoreWriter:
-        """Starts a store, or continues one of the same manifest; what a killed writer left half written is removed.
+        """Starts a store, or continues one of the same manifest; half-written files of a killed writer are removed.
 
         Args:
             path: The folder; created with its parents.
@@ -60,7 +60,7 @@ class StoreWriter:
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        if entries(folder):  # before anything of ours is in it
+        if entries(folder):  # before anything is written into it
             _check_same(folder, manifest, "continued")
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -82,12 +82,12 @@ class StoreWriter:
 
     @classmethod
     def join(cls, path: str | os.PathLike[str], manifest: Manifest) -> StoreWriter:
-        """Helps another process of the same job, which has the store open and keeps it open for as long.
+        """Writes beside another process of the same job, which has the store open and keeps it open meanwhile.
 
         The processes agree among themselves who adds which samplings.
 
         Raises:
-            StoreBusy: Nobody has it open.
+            StoreBusy: No process has it open.
             ManifestMismatch: It is of another manifest; every difference is listed.
             ManifestError: It has no manifest, or a broken one.
             OSError: It cannot be read.
@@ -104,7 +104,7 @@ class StoreWriter:
         raise StoreBusy(f"{folder} must be open in another process of this job, got nobody")
 
     def close(self) -> None:
-        """Lets another writer in; what was not finished stays unfinished."""
+        """Closes the store for this writer; samplings in progress stay unfinished."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -166,9 +166,9 @@ class StoreWriter:
         """Makes a sampling count, once every unit holds it.
 
         Args:
-            name: Of the sampling.
-            tables: What is kept of it alone.
-            meta: What it is (prompt, seed, steps, branches, vectors, seconds and so on): plain values.
+            name: Name of the sampling.
+            tables: The tables of its own file.
+            meta: Facts of it (prompt, seed, steps, branches, vectors, seconds and so on): plain values.
 
         Raises:
             SampleExists: It is finished already.
@@ -211,7 +211,7 @@ class StoreWriter:
         return count
 
     def progress_folder(self, name: str) -> Path:
-        """The folder of a sampling in progress, created where it is missing; what is in it is the caller's.
+        """The folder of a sampling in progress, created if it is missing, for the caller's own files.
 
         Raises:
             SampleError: The name breaks its rule.
@@ -223,7 +223,7 @@ class StoreWriter:
         return path
 
     def drop_progress(self, name: str) -> None:
-        """Removes that folder, where there is one; a kill while it does leaves it whole or gone.
+        """Removes that folder if there is one; after a kill it is whole or gone.
 
         Raises:
             SampleError: The name breaks its rule.
@@ -238,7 +238,7 @@ class StoreWriter:
 
     @contextmanager
     def _alone(self, path: Path) -> Iterator[None]:
-        """Keeps the other processes of the job from changing a unit; the lock is a hidden file beside it."""
+        """Locks a unit against the other processes of the job, by a hidden file beside it."""
         lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -197,7 +197,7 @@ def test_a_terminal_of_ascii_shows_the_report(store: Path, tmp_path: Path) -> No
     line = [*COMMAND, str(store), "-o", str(tmp_path / "p.plan")]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert "density in % by layer and time" in done.stdout.decode("ascii")
+    assert "times, from video to noise" in done.stdout.decode("ascii")
 
 
 def test_names_in_a_store_do_nothing_to_a_terminal(store: Path, tmp_path: Path) -> None:

@@ -507,7 +507,7 @@ def test_load_and_explain(tmp_path: Any) -> None:
         text = attachment.explain()
     assert f"index arrays on devices now: {loaded.bound_bytes / 2**20:.1f} MiB" in text
     assert f"time 0.9370 to 1.0000: mean {np.mean([s.density for s in loaded.layers(2)]):.3f}; " in text
-    assert text.endswith("precision, over all segments: heads 100.0% in 16 bit")
+    assert text.endswith("precision, over all segments: all heads in 16 bit")
     text = "\n".join(Plan(frames_plan()).explain())
-    shares = "heads 75.0% in 16 bit, 12.5% in int8 QK, 12.5% in int8 QK with fp8 PV"
+    shares = "75.0% of heads in 16 bit, 12.5% of heads in int8 QK, 12.5% of heads in int8 QK with fp8 PV"
     assert text.endswith(f"precision, over all segments: {shares}\n  layer 0: {shares}\n  layer 1: {shares}")

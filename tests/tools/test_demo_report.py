@@ -34,7 +34,7 @@ def test_the_report_is_one_file_that_says_what_it_was_given(tmp_path: Path) -> N
     facts |= {"device": "an abacus", "versions": "v1", "command": "make demo", "date": "2026-01-02"}
     report.write_report(tmp_path / "r.html", PlanFile.read(PLAN), "demo.plan", found, facts)
     page = (tmp_path / "r.html").read_text("utf-8")
-    words = ("a &lt;b&gt; prompt", "seed 7", "<b>100.0 dB</b>", "2.00x", "an abacus", "v1", "make demo", "2026-01-02")
+    words = ("a &lt;b&gt; prompt", "seed 7", "<b>100.0 dB</b>", "2.00 x", "an abacus", "v1", "make demo", "2026-01-02")
     assert [text for text in words if text not in page] == []
     assert len(re.findall('<img alt="[^"]*" src="data:image/png;base64,', page)) == 4
     assert not re.search(r"<script|<link|https?://|\$\{", page)

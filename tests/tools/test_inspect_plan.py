@@ -67,12 +67,13 @@ def test_the_terminal_summary_says_it_all() -> None:
         "TinyTransformer: 2 layers x 4 heads x 8 channels",
         "2 frames x 3 rows x 13 tokens = 78 video tokens",
         "4 dense, 6 sparse, 6 anchored (2 by frames)",
-        "heads 75.0% in 16 bit, 12.5% in int8 QK, 12.5% in int8 QK with fp8 PV",
-        "layer 1: heads 75.0% in 16 bit, 12.5% in int8 QK, 12.5% in int8 QK with fp8 PV",
-        "vote{agreement=0.5},select{max-error=0.02},lower",
-        "flow_shift: 5.0",
+        "75.0% of heads in 16 bit, 12.5% of heads in int8 QK, 12.5% of heads in int8 QK with fp8 PV",
+        "a layer has 25.0% in 8 bits",
+        "vote{agreement=0.5} select{max-error=0.02} lower",
+        "flow shift: 5",
         "samples: 3",
-        "1.4 ms of attention a forward, 2.0 ms dense: 1.45 x",
+        "layers 480 B, tile_order 288 B, masks 72 B, all other sections 352 B",
+        "attention: 1.38 ms a forward, 2 ms dense, 1.45 times as fast",
         "CC0-1.0",
         "layer 1",
         "0.75 0.25",
@@ -94,17 +95,46 @@ def test_predictions_are_told_in_words(tmp_path: Path) -> None:
     text = shown(plan, tmp_path / "plan", 200)
     for words in (
         "signal-to-noise of the final latent: 33.9 dB (standard error 0.4, 7 samplings)",
-        "squared effects of all heads on the final latent, relative to its size: 1.60e-03 in sum",
+        "were the errors of heads independent of each other: 28.0 dB",
         "device: abacus",
         "cost: 40.0% of that of dense attention in 16 bit",
-        "heads 100.0% in 16 bit",
-        "samples: 8 of them",
+        "all heads in 16 bit",
+        "samples: 8 values",
     ):
         assert words in text
-    assert "{" not in text.replace(plan.passes, "")
+    assert not set("{}[]") & set("".join(text.split("passes")[0] + text.split("lower")[1]))
     assert json.loads(inspect(tmp_path / "plan", "--json").output)["predicted"] == predicted
     other = tiny_plan(predicted={**predicted, "latent_db": None})
     assert "latent_db" not in shown(other, tmp_path / "plan", 200)
+
+
+def test_what_was_evaluated_is_told_in_words(tmp_path: Path) -> None:
+    summary_of = {"mean": 33.9412, "standard_error": 0.4237, "worst": 23.9, "spread": [1, {"a": 2}]}
+    stamp = {"verdict": "passed: psnr>=30 (39.7)", "metrics": {"psnr": summary_of, "ssim": [1, 2]}, "videos": 64}
+    provenance = {"evaluation": stamp, "sizes": [480, 832], "nested": {"list": [{"a": 1}], "digest": b"12"}}
+    write_plan(tmp_path / "plan", tiny_plan(provenance=provenance))
+    text = shown(PlanFile.read(tmp_path / "plan"), tmp_path / "plan", 200)
+    for words in (
+        "evaluated   passed: psnr>=30 (39.7)",
+        "psnr, dB: 33.94 ± 0.42, the worst video 23.9",
+        "ssim: 1 x 2",
+        "videos: 64",
+        "sizes: 480 x 832",
+        "nested: digest 2 B, list 1 value",
+    ):
+        assert words in text
+    assert not set("{}[]'") & set(text.split("provenance")[1])
+    for odd in ("by eye", {"metrics": None}, {"metrics": {}}):
+        write_plan(tmp_path / "plan", tiny_plan(provenance={"evaluation": odd}))
+        assert "evaluated " in inspect(tmp_path / "plan").output
+
+
+@pytest.mark.parametrize(("eights", "words"), [((1, 2), "from 25.0% of its heads (layer 0) to 50.0% (layer 1)")])
+def test_layers_in_8_bits_are_told_by_their_ends(eights: tuple[int, int], words: str) -> None:
+    precisions = np.zeros((3, 2, 4), np.uint8)
+    for layer, count in enumerate(eights):
+        precisions[:, layer, :count] = 1
+    assert words in summary._precision_lines(precisions)[1]
 
 
 def shown(plan: PlanFile, path: Path, width: int, colours: bool = False) -> str:
@@ -259,6 +289,10 @@ def test_two_plans_are_compared(tmp_path: Path) -> None:
     text = inspect(tmp_path / "a", "--diff", tmp_path / "b").output
     assert "- notes: \\x1bone\n+ notes: two" in text
     assert "100.0%" in text
+    write_plan(tmp_path / "d", tiny_plan(provenance={"same": 1, "samples": ["a"] * 4}))
+    write_plan(tmp_path / "e", tiny_plan(provenance={"same": 1, "samples": ["b"] * 4}))
+    text = inspect(tmp_path / "d", "--diff", tmp_path / "e").output
+    assert "- provenance: samples 4 values\n+ provenance: samples 4 values, but not the same\n" in text
     value = json.loads(inspect(tmp_path / "a", "--diff", tmp_path / "b", "--json").output)
     keeps = [np.concatenate([each.tile_keep(head) for head in range(3)]) for each in (first, second)]
     both, either = (keeps[0] & keeps[1]).sum(), (keeps[0] | keeps[1]).sum()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ALIGNMENT = 8
-"""Channels of a head are a multiple of this for the kernels of a GPU; others are padded with zeros."""
+"""Kernels of a GPU take a multiple of so many channels of a head; other heads are padded with zeros."""
 CUDNN_CHANNELS = 128
 """Most channels of a head for which cuDNN has a backward."""
 
@@ -34,15 +34,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         q, k, v = (F.pad(x, (0, -channels % ALIGNMENT)) for x in (q, k, v))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if kernel_name(q) == "cuDNN":
-        found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
+        result = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
     else:
-        found = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
-    out, total = found[0], found[1]
+        result = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
+    out, total = result[0], result[1]
     return out[..., :channels], total.detach().reshape(*q.shape[:2], -1)[..., :queries]
 
 
 def kernel_name(q: Tensor) -> str:
-    """Whose kernels `attention` uses for such queries."""
+    """Name of the library whose kernels `attention` uses for such queries."""
     if not q.is_cuda:
         return "PyTorch on the CPU"
     half = q.dtype in (torch.float16, torch.bfloat16)

@@ -1,6 +1,6 @@
-"""One sampling after the other into a store: recorded as it runs, then differentiated, last step first.
+"""Measures samplings into a store: each is recorded as it runs, then differentiated, last step first.
 
-Both halves are kept in a journal, forward by forward, so that a job that was killed loses the step in progress.
+A journal stores every forward of both halves, so that a job that was killed loses only the step in progress.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from calibatt.tools.calibrate.sums import LayerSums, Moment, table_of, tables_of
 TIME_TOLERANCE = 1e-3
 """How far the time that a forward receives may be from the manifest's: timesteps are rounded to a thousandth."""
 BACKWARD_COST = 5.0
-"""What the backward part of a forward takes, about, in forwards; only for what is shown while it runs."""
+"""About how many forwards the backward part of one takes; used by the progress bar only."""
 
 OnProgress = Callable[[float], None]
 """Called with the work done since the last call, in forwards."""
 
 
 class CalibrationError(ValueError):
-    """A sampling is not of the kind that was to be measured."""
+    """A sampling differs from what the manifest says should be measured."""
 
 
 def sampling_name(prompt: str, seed: int) -> str:
@@ -54,11 +54,11 @@ class Forward:
 
     Args:
         number: Counted over all transformers.
-        transformer: Whose.
+        transformer: The transformer that is called.
         given: Its arguments.
-        versions: How often each had been changed in place; a later change would be one of what is differentiated.
-        time: Denoising time.
-        moment: Index of the manifest's time at which it is measured; None where it is not.
+        versions: How often each argument had been changed in place; a later change would corrupt the derivatives.
+        time: Its denoising time.
+        moment: Index of the manifest's time at which it is measured; None if it is not measured.
         autocast: Device type, dtype, and whether it ran under `torch.autocast`.
     """
 
@@ -76,11 +76,11 @@ class Calibrator:
 
     Args:
         sampler: What to run.
-        writer: Of the store.
+        writer: Writes the store.
         vectors: Random vectors of the final latent for each sampling.
         inputs_on_cpu: Keep what enters the blocks of a forward on the CPU.
         adapter: The model's row; found by its class if absent.
-        on_progress: Called as work is done.
+        on_progress: Called with the work done since the last call, in forwards.
 
     Raises:
         CalibrationError: The manifest is of another model or grid.
@@ -112,12 +112,12 @@ class Calibrator:
         ]
 
     def calibrate(self, prompt: str, seed: int, **meta: Any) -> Latent:
-        """Measures one prompt, or goes on with one that was interrupted.
+        """Measures one prompt, or continues one that was interrupted.
 
         Args:
             prompt: What to sample.
-            seed: Of the noise and of the random vectors.
-            meta: More to keep of the sampling; JSON values.
+            seed: Seed of the noise and of the random vectors.
+            meta: More facts to store with the sampling; JSON values.
 
         Returns:
             The final latent, just as without measuring.
@@ -128,15 +128,15 @@ class Calibrator:
         """
         with self.recording(prompt, seed, **meta) as recording:
             recording.final = self.sampler.run(prompt, seed)
-        found = tuple(map(plain, parts(recording.final)))
-        return found[0] if len(found) == 1 else found
+        latents = tuple(map(plain, parts(recording.final)))
+        return latents[0] if len(latents) == 1 else latents
 
     @contextmanager
     def recording(self, prompt: str, seed: int, **meta: Any) -> Iterator[Recording]:
         """Records the sampling that happens inside, whoever runs it, and measures it afterwards.
 
-        The final latent is to be put into ``recording.final``, as it comes out of the sampling; of a video with sound
-        both, of which each counts relative to its own size, and half.
+        The caller puts the final latent into ``recording.final``, as it comes out of the sampling. Of a video with
+        sound that is both latents: the mean of what each loses, relative to its own size, is measured.
 
         Raises:
             CalibrationError, ChainError: It cannot be measured.
@@ -160,15 +160,15 @@ class Calibrator:
         self.writer.drop_progress(name)
 
     def rehearse(self, prompt: str, seed: int, forwards: int) -> tuple[tuple[float, float], str]:
-        """Seconds that a forward takes, and its differentiation with all that is measured; nothing is kept.
+        """Seconds that a forward takes, and that its differentiation with all measurements takes; nothing is stored.
 
         Args:
-            prompt: What to begin to sample.
-            seed: Of the noise.
-            forwards: So many are tried, the last one is timed.
+            prompt: The prompt of the sampling that is begun.
+            seed: Seed of the noise.
+            forwards: How many forwards to run; the last one is timed.
 
         Returns:
-            Both seconds, and whose attention kernels computed.
+            Both numbers of seconds, and the library whose attention kernels computed.
 
         Raises:
             CalibrationError, ChainError: The model cannot be measured.
@@ -179,7 +179,7 @@ class Calibrator:
         return recording.rehearse()
 
     def moment(self, now: float) -> int | None:
-        """Index of the manifest's time that this is; None if it is none, or another step of the sampler is nearer."""
+        """Index of the manifest's time at which a step is measured; None if another step is nearer to it."""
         times = self.manifest.times
         nearest = min(range(len(times)), key=lambda index: abs(times[index] - now))
         apart = abs(times[nearest] - now)
@@ -187,22 +187,22 @@ class Calibrator:
         return nearest if apart <= TIME_TOLERANCE and not closer else None
 
     def keep_inputs(self, *, on_cpu: bool) -> None:
-        """Says where what enters the blocks of a forward is kept, of whichever transformer."""
+        """Sets, for all transformers, where the inputs of blocks wait for the backward."""
         for each in self.models:
             each.inputs_on_cpu = on_cpu
 
 
 class _EnoughError(Exception):
-    """Ends a sampling of which enough has been seen."""
+    """Ends a sampling after enough forwards."""
 
 
 class Recording:
     """One sampling, while it runs and while it is measured; see `Calibrator.recording`.
 
     Args:
-        calibrator: Whose.
-        journal: What has been done of it, and is kept.
-        most: The sampling is ended before a further forward of the measured transformer; all are run if absent.
+        calibrator: The calibrator that measures it.
+        journal: Stores what has been done of it.
+        most: Most forwards of the measured transformer: the sampling is ended after them. All are run if absent.
     """
 
     def __init__(self, calibrator: Calibrator, journal: Journal, most: int | None = None) -> None:
@@ -215,10 +215,10 @@ class Recording:
         self._name = ""
         self._tables: dict[int, dict[str, np.ndarray]] = {}
         self._returned: dict[Transformer, Any] = {}
-        """What the last computed forward of each transformer returned: so outputs that were kept are given back."""
+        """What the last computed forward of each transformer returned: stored outputs are given back in this form."""
 
     def hear(self, transformer: Transformer, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A forward of a transformer: it is run, and adds itself to the chain."""
+        """Runs a forward of a transformer and adds it to the chain."""
         if torch.is_inference_mode_enabled():
             raise ChainError("a recorded sampling must run without torch.inference_mode (torch.no_grad is fine)")
         names = [*inspect.signature(type(transformer.model).forward).parameters][1:]
@@ -232,8 +232,8 @@ class Recording:
         if transformer is self.calibrator.transformer:
             if self._most is not None and len(self._measured()) == self._most:
                 raise _EnoughError
-            if (found := transformer.adapter.token_grid(transformer.model, arguments)) != self.calibrator.manifest.grid:
-                raise CalibrationError(f"a forward must have {self.calibrator.manifest.grid}, got {found}")
+            if (grid := transformer.adapter.token_grid(transformer.model, arguments)) != self.calibrator.manifest.grid:
+                raise CalibrationError(f"a forward must have {self.calibrator.manifest.grid}, got {grid}")
             moment = self.calibrator.moment(now)
         if moment is not None:
             self._moments.setdefault(moment, Moment()).numbers.append(number)
@@ -248,7 +248,7 @@ class Recording:
         self.forwards.append(forward)
         marks = [now, *(float(x.double().norm()) for x in floating(given.flat))]
         kept = self.journal.output(number, marks)
-        if kept is None or transformer not in self._returned:  # the first one is computed again: is it the same model?
+        if kept is None or transformer not in self._returned:  # the first is computed again: is the model the same?
             begun = self._now()
             with torch.no_grad():
                 self._returned[transformer] = given.call(run)
@@ -258,17 +258,17 @@ class Recording:
                 self.journal.keep_output(number, marks, made)
             else:
                 self.journal.compare(kept, made)
-        found = self._returned[transformer]
+        returned = self._returned[transformer]
         if kept is not None:
-            found = replaced(found, [x.to(device) for x in kept])
+            returned = replaced(returned, [x.to(device) for x in kept])
         self.calibrator.on_progress(1.0)
-        tensors = [x.detach() for x in floating(found)]
+        tensors = [x.detach() for x in floating(returned)]
         leaves = self._chain.add(f"forward {number} (time {now:.3f})", inputs, tensors, partial(self._pull, forward))
         with torch.enable_grad():  # copies: a pipeline may change what it gets
-            return replaced(found, [leaf.clone().as_subclass(Traced) for leaf in leaves])
+            return replaced(returned, [leaf.clone().as_subclass(Traced) for leaf in leaves])
 
     def measure(self, name: str, seed: int) -> SamplingTables:
-        """Differentiates the sampling and adds what it says to the store, one time after the other.
+        """Differentiates the sampling and adds its measurements to the store, one time after the other.
 
         Raises:
             CalibrationError: The sampling did not go through the manifest's times.
@@ -320,7 +320,7 @@ class Recording:
         return [forward for forward in self.forwards if forward.transformer is self.calibrator.transformer]
 
     def _now(self) -> float:
-        """Seconds of a clock; where forwards are timed, after all that the device has to do."""
+        """Seconds of a clock; where forwards are timed, it first waits for the device."""
         if self._most is not None and torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -328,7 +328,7 @@ class Recording:
     def _pull(self, forward: Forward, cotangents: Cotangents) -> Cotangents:
         moment = Moment([forward.number]) if forward.moment is None else self._moments[forward.moment]
         self.calibrator.on_progress(BACKWARD_COST)
-        # Of a time, gradients are kept one forward after the other: they count when all are there.
+        # Gradients of a time are collected forward by forward, and stored when all are there.
         if all(map(self.journal.has_gradients, moment.numbers)):
             device = next(iter(floating(forward.given.flat))).device
             return [[x.to(device) for x in some] for some in self.journal.gradients(forward.number)]
@@ -339,14 +339,14 @@ class Recording:
                 "got one that was changed in place"
             )
         collect = None if forward.moment is None else partial(self.collect, forward, moment)
-        found = self._differentiated(forward, cotangents, collect)
-        moment.pulled[forward.number] = found
+        gradients = self._differentiated(forward, cotangents, collect)
+        moment.pulled[forward.number] = gradients
         if len(moment.pulled) == len(moment.numbers):
             if forward.moment is not None and moment.layers:
                 self._finish(forward.moment, moment)
             self.journal.keep_gradients(moment.pulled)
             moment.pulled, moment.layers = {}, {}
-        return found
+        return gradients
 
     def _differentiated(self, forward: Forward, cotangents: Cotangents, collect: Any) -> Cotangents:
         """Gradients of a forward's inputs, as it ran."""
@@ -355,7 +355,7 @@ class Recording:
             return forward.transformer.pull(forward.given, cotangents, collect)
 
     def collect(self, forward: Forward, moment: Moment, call: AttentionCall) -> None:
-        """Adds what one call says to the sums of its layer."""
+        """Adds the measurements of one call to the sums of its layer."""
         self._kernels = kernel_name(call.q)
         assert forward.moment is not None
         if call.layer not in moment.layers:
@@ -363,7 +363,7 @@ class Recording:
         moment.layers[call.layer].add(call, self.calibrator.manifest)
 
     def _empty_sums(self, moment: int, call: AttentionCall) -> LayerSums:
-        """With the masks that are measured: all windows, and the ladder that earlier samplings made."""
+        """Empty sums of a layer, with the masks to measure: all windows, and the ladder from earlier samplings."""
         ours, unit = self.calibrator, self.calibrator.writer.read_unit(moment, call.layer)
         earlier = None if unit is None or self._name in unit.samplings else unit
         return LayerSums.empty(ours.manifest, ours.vectors, ours.windows, earlier, call.q.device)
@@ -380,7 +380,7 @@ class Recording:
         if not 1 / MOST <= level <= MOST:
             raise CalibrationError(f"{what} {1 / MOST:g} to {MOST:g}, got a sum of {level}")
         if index not in self._tables:
-            # Before units hold this sampling: the ladder was made by those before it, and could not be made again.
+            # Before the units hold this sampling: after that, the ladder of earlier samplings cannot be made again.
             self._tables[index] = table_of([moment.layers[layer] for layer in layers], manifest, level)
             self.journal.keep_table(index, self._tables[index])
         for layer in layers:

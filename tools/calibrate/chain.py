@@ -1,8 +1,8 @@
-"""A computation as a chain: derivatives of its links are computed apart, those of the arithmetic between by autograd.
+"""A computation as a chain of links, each of which is differentiated by itself; autograd does the arithmetic between.
 
 A sampling is such a chain: its links are the forwards of the transformer, and between them are guidance, scheduler and
-whatever else the pipeline does to latents. A forward of the transformer is one as well: its links are the blocks. The
-outputs of a link are leaves of autograd's graph, which therefore holds what is between links and nothing of their own.
+whatever else the pipeline does to latents. A forward of the transformer is a chain as well: its links are the blocks.
+The outputs of a link are leaves of autograd's graph, so that graph holds only what happens between links.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Cotangents = list[list[Tensor]]
-"""``[vector][tensor]``: for each of several vectors a gradient of each tensor."""
+"""``[vector][tensor]``: a gradient of each tensor, for each of several vectors."""
 Place = tuple[int, int]
-"""Which output of which link."""
+"""A tensor's origin: number of the link, and which of its outputs."""
 
 
 class ChainError(RuntimeError):
@@ -41,18 +41,18 @@ class Traced(Tensor):
             )
         if func in (Tensor.numpy, Tensor.__array__):
             args = (args[0].detach(), *args[1:])
-        # What derivatives need is kept as a copy, since latents may be written over; scaling and adding need nothing.
+        # Derivatives need copies, since latents may be written over; those of scaling and adding need no tensor at all.
         kept = torch.autograd.graph.saved_tensors_hooks(lambda x: plain(x).clone(), lambda x: x)
         with torch.enable_grad(), kept:
-            found = super().__torch_function__(func, types, args, kwargs or {})
-        # An ordinary tensor into which a traced one was written: its arithmetic is to be recorded from here on.
+            result = super().__torch_function__(func, types, args, kwargs or {})
+        # A traced tensor was written into an ordinary one, whose arithmetic must be recorded from here on.
         if args and type(args[0]) is Tensor and args[0].requires_grad and not args[0].is_leaf:
             args[0].__class__ = cls
-        return found
+        return result
 
 
 def _is_shared(x: Tensor) -> bool:
-    """Whether there are other tensors on the memory of this one."""
+    """Whether other tensors share the memory of this one."""
     return torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 2  # type: ignore[attr-defined]
 
 
@@ -67,8 +67,8 @@ class Given:
 
     Args:
         flat: All values, tensors without gradient.
-        structure: How they make up positional and keyword arguments.
-        wanted: Which of them are to have a gradient.
+        structure: How positional and keyword arguments are put together from them.
+        wanted: Indices of those that need a gradient.
     """
 
     flat: list[Any]
@@ -84,24 +84,24 @@ class Given:
         for index in wanted:
             flat[index] = flat[index].detach()
         flat = [plain(x) for x in flat]
-        # Tensors of torch.inference_mode, such as embeddings of a prompt, can be no part of a graph; their copies can.
+        # Tensors made in torch.inference_mode, such as embeddings of a prompt, cannot enter a graph; their copies can.
         flat = [x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in flat]
         return cls(flat, structure, wanted), inputs
 
     def call(self, run: Callable[..., Any], flat: list[Any] | None = None) -> Any:
-        """Calls a function with these arguments, or with others in their places."""
+        """Calls a function with these arguments, or with `flat` in place of their values."""
         args, kwargs = tree_unflatten(self.flat if flat is None else flat, self.structure)
         return run(*args, **kwargs)
 
 
-def floating(found: Any) -> list[Tensor]:
+def floating(value: Any) -> list[Tensor]:
     """The floating-point tensors of a result, at any depth."""
-    return [x for x in tree_flatten(found)[0] if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x for x in tree_flatten(value)[0] if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def replaced(found: Any, tensors: Iterable[Tensor]) -> Any:
+def replaced(value: Any, tensors: Iterable[Tensor]) -> Any:
     """A result with other tensors in place of its floating-point ones."""
-    flat, structure = tree_flatten(found)
+    flat, structure = tree_flatten(value)
     others = iter(tensors)
     return tree_unflatten(
         [next(others) if isinstance(x, Tensor) and x.is_floating_point() else x for x in flat], structure
@@ -109,7 +109,7 @@ def replaced(found: Any, tensors: Iterable[Tensor]) -> Any:
 
 
 Pull = Callable[[Cotangents], Cotangents]
-"""Gradients of a link's outputs to gradients of its inputs."""
+"""Turns gradients of a link's outputs into gradients of its inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,9 +138,9 @@ class Chain:
 
         Args:
             name: What it is, for messages.
-            inputs: Tensors that it was given and that need a gradient.
-            outputs: What it returned, without gradient.
-            pull: Gradients of the outputs to gradients of the inputs.
+            inputs: Those of its inputs that need a gradient.
+            outputs: The tensors that it returned, without gradient.
+            pull: Turns gradients of the outputs into gradients of the inputs.
 
         Returns:
             The outputs as leaves that need a gradient.
@@ -156,13 +156,13 @@ class Chain:
     def pull(
         self, ends: Sequence[Tensor], cotangents: Cotangents, sources: Sequence[Tensor] = (), first: int = 0
     ) -> Cotangents:
-        """Gradients of what the chain began with; links are pulled last one first.
+        """Gradients with respect to the sources of the chain; links are pulled last one first.
 
         Args:
-            ends: What the chain ended with.
+            ends: The tensors in which the chain ends.
             cotangents: Gradients of the ends.
-            sources: Leaves that the chain began with.
-            first: Link that is pulled last; 0 if gradients of the sources are wanted.
+            sources: The leaves with which the chain begins.
+            first: Number of the link that is pulled last; 0 if gradients of the sources are wanted.
 
         Returns:
             Gradients of the sources, zeros where nothing depends on one.
@@ -181,7 +181,7 @@ class Chain:
             total[vector, place] = grad if held is None else held + grad
 
         def spread(tensors: Sequence[Tensor | Place], given: Cotangents) -> None:
-            """Gives what tensors have to what they were made of."""
+            """Passes gradients of tensors on to the outputs and sources that they were computed from."""
             made = [index for index, x in enumerate(tensors) if isinstance(x, Tensor) and x.requires_grad]
             for vector, grads in enumerate(given):
                 for x, grad in zip(tensors, grads, strict=True):
@@ -189,20 +189,20 @@ class Chain:
                         add(vector, x, grad)
                 if not made or not before:
                     continue
-                found = torch.autograd.grad(
+                grads = torch.autograd.grad(
                     [tensors[index] for index in made],  # type: ignore[misc]
                     list(before.values()),
                     [grads[index].to(tensors[index].dtype) for index in made],  # type: ignore[union-attr]
                     retain_graph=True,
                     allow_unused=True,
                 )
-                for place, grad in zip(before, found, strict=True):
+                for place, grad in zip(before, grads, strict=True):
                     if grad is not None:
                         add(vector, place, plain(grad))
 
         def taken(vector: int, place: Place, like: tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
-            found = total.pop((vector, place), None)
-            return torch.zeros(like[0], dtype=like[1], device=like[2]) if found is None else found
+            grad = total.pop((vector, place), None)
+            return torch.zeros(like[0], dtype=like[1], device=like[2]) if grad is None else grad
 
         spread([getattr(x, "_place", x) for x in ends], cotangents)
         for number in reversed(range(first, len(self.links))):

@@ -1,4 +1,4 @@
-"""Models that cannot be calibrated are refused before any work."""
+"""Refuses models that cannot be calibrated, before any work."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from calibatt.runtime.adapters import Adapter, unwrap
 from calibatt.tools.calibrate.gradients import at_hand
 
 ROWS, DIRECTIONS = 16, 3
-"""A layer is tried on so many random inputs, in so many directions."""
+"""How many random inputs a layer is tried on, and in how many directions."""
 STEP = 0.25
-"""Length of a difference, as a part of its input: far above the rounding of quantised inputs, which it averages out."""
+"""Length of a difference relative to its input: far above the rounding of quantised inputs, so that it averages out."""
 TOLERANCE = 0.1
 
 
@@ -57,10 +57,10 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_gradients(model: nn.Module, adapter: Adapter) -> None:
-    """Refuses models with linear layers that give no gradient, or another one than that of what they compute.
+    """Refuses models with linear layers whose backward gives no gradient, or not that of what they compute.
 
-    One layer of every kind in the blocks is tried, unless it is PyTorch's own with ordinary weights: a vector-Jacobian
-    product against differences of its outputs.
+    One layer of every kind in the blocks is tried, except PyTorch's own with ordinary weights: a vector-Jacobian
+    product is compared with differences of the layer's outputs.
 
     Raises:
         CheckError: A layer fails; names it, its class and both numbers.
@@ -76,7 +76,7 @@ def check_gradients(model: nn.Module, adapter: Adapter) -> None:
                 _check_layer(f"{name} ({_described(layer)})", layer, _dtype_of(model))
 
 
-def _check_layer(told: str, layer: nn.Module, dtype: torch.dtype) -> None:
+def _check_layer(name: str, layer: nn.Module, dtype: torch.dtype) -> None:
     """Compares gradients of one layer with differences.
 
     With the difference of its outputs as the vector w, <w, J d> is the squared size of the difference.
@@ -91,14 +91,14 @@ def _check_layer(told: str, layer: nn.Module, dtype: torch.dtype) -> None:
             with torch.no_grad():
                 change = (layer(x + d).float() - layer(x - d).float()) / 2
             truth = float(change.double().square().sum())
-            found = _product(layer, x, change, d)
+            product = _product(layer, x, change, d)
         except Exception as error:
             raise CheckError(
-                f"{told} must compute and be differentiated by itself, got {type(error).__name__}: {error}"
+                f"{name} must compute and be differentiated by itself, got {type(error).__name__}: {error}"
             ) from error
-        if not abs(found - truth) <= TOLERANCE * truth:
+        if not abs(product - truth) <= TOLERANCE * truth:
             raise CheckError(
-                f"{told} must have the gradient of what it computes, got <w, J d> = {found:.4g} by its backward and "
+                f"{name} must have the gradient of what it computes, got <w, J d> = {product:.4g} by its backward and "
                 f"{truth:.4g} by differences of its outputs; calibrate the model with layers that are differentiable"
             )
 
@@ -136,10 +136,10 @@ def _described(layer: nn.Module) -> str:
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
-    """What the model computes in."""
-    found = getattr(unwrap(model), "dtype", None)
-    if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1:
-        return found
+    """The dtype in which the model computes."""
+    dtype = getattr(unwrap(model), "dtype", None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+        return dtype
     return next((x.dtype for x in model.parameters() if x.is_floating_point() and x.element_size() > 1), torch.float32)
 
 
@@ -148,7 +148,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _stateful_hooks(modules: dict[str, nn.Module]) -> list[str]:
-    """Hooks of diffusers that keep something from step to step."""
+    """Hooks of diffusers that reuse something from one step in the next."""
     hooks = [getattr(getattr(module, "_diffusers_hook", None), "hooks", {}) for module in modules.values()]
     return [type(hook).__name__ for some in hooks for hook in some.values() if getattr(hook, "_is_stateful", False)]
 

@@ -55,7 +55,7 @@ def open_store(path: Path, manifest: Manifest, ranks: Ranks) -> StoreWriter:
 
 
 def outstanding(writer: StoreWriter, work: Work, ranks: Ranks, console: Console) -> Work:
-    """What this rank measures: its part of the samplings that are not finished.
+    """The samplings that this rank measures: its share of those that are not finished.
 
     Raises:
         RankLostError: A rank has failed.
@@ -64,7 +64,7 @@ def outstanding(writer: StoreWriter, work: Work, ranks: Ranks, console: Console)
     done, begun = ranks.from_first((writer.done(), begun))  # all must divide the same work
     todo = [each for each in work if sampling_name(*each) not in done]
     for name in set(begun) & set(done) if ranks.is_first else ():
-        writer.drop_progress(name)  # a job that was killed after the last write
+        writer.drop_progress(name)  # left by a job that was killed after its last write
     begun = [name for name in begun if name not in done]
     if len(todo) < len(work):
         console.print(f"{len(work) - len(todo)} of {len(work)} samplings are done: skipped")
@@ -76,7 +76,7 @@ def outstanding(writer: StoreWriter, work: Work, ranks: Ranks, console: Console)
 
 
 def costs(calibrator: Calibrator, samplings: int, ranks: int, trial: estimate.Trial | None) -> str:
-    """The table that is shown before any work of so many samplings by so many ranks."""
+    """The table of costs that is shown before any work."""
     sampler, manifest = calibrator.sampler, calibrator.manifest
     model, grid, device = manifest.model, manifest.grid, device_of(sampler)
     forwards, pulled = estimate.forwards_of(calibrator)
@@ -109,7 +109,7 @@ def costs(calibrator: Calibrator, samplings: int, ranks: int, trial: estimate.Tr
 
 
 def _who() -> str:
-    """The command, and which rank of several."""
+    """The name of the command, with the rank if there are several."""
     ranks = Ranks.of_environment()
     return f"{NAME}: rank {ranks.rank}" if ranks.count > 1 else NAME
 

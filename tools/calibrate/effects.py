@@ -1,4 +1,4 @@
-"""What a self-attention call says of masks and copies: effects on the final latent, measured from its gradient.
+"""Measures what masks, copies and rounding of one self-attention call do to the final latent, from its gradient.
 
 With g the gradient of <u, z> / ||z|| for the final latent z and a random vector u, <g, e> is the first-order effect of
 an error e of the output; its square is, on average over u, the relative squared change of z. Effects are signed: those
@@ -19,19 +19,19 @@ from calibatt.tools.calibrate.gradients import EVERY, LEAST_KEPT, LEAST_REST, At
 from calibatt.tools.calibrate.precision import input_changes
 
 SCORES_AT_ONCE = 1 << 19
-"""Scores that the PyTorch path holds at a time (2 MiB in float32: they stay in a core's cache)."""
+"""How many scores PyTorch holds at a time (2 MiB in float32, which stay in a core's cache)."""
 NUMBERS_AT_ONCE = 1 << 26
-"""Numbers of all tokens that are held at a time in whole heads (256 MiB in float32)."""
+"""How many numbers are held at a time where whole heads are processed (256 MiB in float32)."""
 ERROR_STRIDE = 8
 """Block errors are sums of squares, for which every 8th query is enough."""
 ROUNDED_STRIDE = 8
-"""On a CPU every 8th run of queries stands for all where probabilities are rounded: such errors are as good as
-independent, so that their sum grows with the root of their number.
+"""On a CPU the rounding of probabilities is measured for every 8th run of queries. These errors are as good as
+independent, so that the sum over all runs is that over the measured ones times the root of this number.
 """
 DIAGONAL_SHARE = 1e-3
-"""Of the mean of a diagonal, added to all of it: rounding could make a metric negative where there is no gradient."""
+"""Share of a diagonal's mean that is added to it: where there is no gradient, rounding could make a metric negative."""
 MOST_MASKS = 31
-"""Masks that are measured together, a bit each."""
+"""How many masks are measured together, one bit for each."""
 
 
 def mask_words(masks: Tensor) -> Tensor:
@@ -64,8 +64,8 @@ def block_effects(call: AttentionCall, words: Tensor, masks: int, blocks: Blocks
         blocks: Block sizes.
 
     Returns:
-        Float32 ``(V, H, Q, K)`` effects of blocks, but for their sign, which is the same for all; and float64
-        ``(V, masks, H)`` effects of masks, ``(V, H)`` of rounding.
+        Float32 ``(V, H, Q, K)`` effects of blocks, all with the opposite sign; float64 ``(V, masks, H)`` effects of
+        masks; and float64 ``(V, H)`` effects of rounding.
     """
     measure = _block_effects
     if call.q.is_cuda:
@@ -74,8 +74,8 @@ def block_effects(call: AttentionCall, words: Tensor, masks: int, blocks: Blocks
         if kernels.fits(call.q, blocks):
             measure = kernels.block_effects
     words = words.expand(len(call.q), -1, -1)
-    found = [measure(call, grad, words, masks, blocks) for grad in call.grads]
-    effect, kept, rounding = (torch.stack(each) / call.scale for each in zip(*found, strict=True))
+    measured = [measure(call, grad, words, masks, blocks) for grad in call.grads]
+    effect, kept, rounding = (torch.stack(each) / call.scale for each in zip(*measured, strict=True))
     return effect, kept, rounding
 
 
@@ -121,8 +121,8 @@ def _block_effects(
 def precision_effects(call: AttentionCall, rounding: Tensor, blocks: Blocks) -> Tensor:
     """Signed effects of heads in 8 bits, to first order: <gradient of an input, what rounding changes in it>.
 
-    Of INT8 queries and keys, of INT8_FP8 values too, and probabilities. What other tokens' queries make of keys and
-    values is in the gradients of those, though such queries are computed in 16 bits: they are few.
+    With INT8 queries and keys are rounded, with INT8_FP8 values and probabilities as well. Gradients of keys and values
+    include what queries of other tokens do with them, although these are computed in 16 bits: they are few.
 
     Args:
         call: The call, with V gradients.
@@ -132,7 +132,7 @@ def precision_effects(call: AttentionCall, rounding: Tensor, blocks: Blocks) -> 
     Returns:
         float64 ``(V, len(EIGHT_BITS), H)``.
     """
-    found = rounding.new_zeros(len(call.grads), len(EIGHT_BITS), len(call.q))
+    effects = rounding.new_zeros(len(call.grads), len(EIGHT_BITS), len(call.q))
     for some in _heads_at_once(call.q, copies=4):
         changes = input_changes(call.q[some], call.k[some], call.v[some], call.video, blocks.block_k)
         for vector, grads in enumerate(call.input_grads):
@@ -140,13 +140,13 @@ def precision_effects(call: AttentionCall, rounding: Tensor, blocks: Blocks) -> 
                 if grad is not None:
                     effect = torch.linalg.vecdot(grad[some].float(), change).sum(1, dtype=torch.float64) / call.scale
                     for precision in precisions:
-                        found[vector, EIGHT_BITS.index(precision), some] += effect
-    found[:, EIGHT_BITS.index(INT8_FP8)] += rounding
-    return found
+                        effects[vector, EIGHT_BITS.index(precision), some] += effect
+    effects[:, EIGHT_BITS.index(INT8_FP8)] += rounding
+    return effects
 
 
 def _in_blocks(x: Tensor, video: slice, block_k: int) -> Tensor:
-    """Keys or values ``(H, N, D)``: those of the video, zeros that fill up its last block, then all others."""
+    """Keys or values ``(H, N, D)`` rearranged: the video's, zeros that fill up its last block, then all others."""
     start, stop, _ = video.indices(x.shape[1])
     filled = F.pad(x[:, start:stop], (0, 0, 0, (start - stop) % block_k))
     return torch.cat([filled, x[:, :start], x[:, stop:]], 1)
@@ -178,7 +178,7 @@ def block_errors(call: AttentionCall, blocks: Blocks, stride: int = ERROR_STRIDE
     Args:
         call: The call.
         blocks: Block sizes.
-        stride: Every so-manieth query of a block is measured and stands for the others.
+        stride: Every `stride`-th query of a block is measured, and stands for the others.
     """
     mean = torch.zeros(len(call.q), *(call.q.shape[-1],) * 2, dtype=torch.float64, device=call.q.device)
     for some in _heads_at_once(call.q):
@@ -196,18 +196,18 @@ def block_errors(call: AttentionCall, blocks: Blocks, stride: int = ERROR_STRIDE
 def _root(mean: Tensor) -> tuple[Tensor, Tensor]:
     """A ``(H, D, D)`` float32 with A A^T = G / size for matrices G float64 ``(H, D, D)``, and the sizes ``(H,)``."""
     size = mean.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float64).tiny)
-    found = mean / size[:, None, None]
-    found.diagonal(dim1=1, dim2=2).add_(DIAGONAL_SHARE)
-    return torch.linalg.cholesky(found).float(), size.float()
+    metric = mean / size[:, None, None]
+    metric.diagonal(dim1=1, dim2=2).add_(DIAGONAL_SHARE)
+    return torch.linalg.cholesky(metric).float(), size.float()
 
 
 def _behind(v: Tensor, factor: Tensor) -> Tensor:
     """Values ``(H, N, D)`` times a matrix a head; less their mean, which no error sees."""
-    found = torch.empty(v.shape, dtype=v.dtype if v.is_cuda else torch.float32, device=v.device)
+    centred = torch.empty(v.shape, dtype=v.dtype if v.is_cuda else torch.float32, device=v.device)
     for some in _heads_at_once(v):
         values = v[some].float() @ factor[some]
-        found[some] = values - values.mean(1, keepdim=True)
-    return found
+        centred[some] = values - values.mean(1, keepdim=True)
+    return centred
 
 
 def block_statistics(
@@ -276,7 +276,7 @@ def copy_effects(call: AttentionCall, grid: TokenGrid, row_radius: int, frame_ra
             x[some, call.video].float().unflatten(1, (grid.frames, grid.height, grid.width))
             for x in (call.out, *call.grads)
         )
-        for found, axis, radius in ((rows, 2, row_radius), (frames, 1, frame_radius)):
+        for effects, axis, radius in ((rows, 2, row_radius), (frames, 1, frame_radius)):
             if not radius:
                 continue
             # <g[member], o[other]> of all pairs at once, summed over what a member spans in the other axis
@@ -287,12 +287,12 @@ def copy_effects(call: AttentionCall, grid: TokenGrid, row_radius: int, frame_ra
             for column, offset in enumerate((*range(-radius, 0), *range(1, radius + 1))):
                 first, last = max(0, -offset), min(out.shape[axis], out.shape[axis] - offset)
                 if first < last:
-                    found[:, some, first:last, column] = pairs.diagonal(offset, 2, 3) - kept[..., first:last]
+                    effects[:, some, first:last, column] = pairs.diagonal(offset, 2, 3) - kept[..., first:last]
     return rows, frames
 
 
 def row_differences(out: Tensor, grid: TokenGrid, radius: int) -> Tensor:
-    """How far the output of a row is from its neighbours': what the paper's own method looks at.
+    """How far the output of a row is from its neighbours', which is what the paper's own method looks at.
 
     Args:
         out: ``(H, V, D)``, of the video.
@@ -303,7 +303,7 @@ def row_differences(out: Tensor, grid: TokenGrid, radius: int) -> Tensor:
         float32 ``(H, rows, 2 * radius)``: ||o[row] - o[row + offset]||^2 / ||o[row]||^2 over the row's tokens in all
         frames; NaN where there is no such row.
     """
-    found = []
+    parts = []
     for some in _heads_at_once(out):
         x = out[some].float().unflatten(1, (grid.frames, grid.height, grid.width)).movedim(2, 1).flatten(2)
         size = x.square().sum(-1).clamp(min=1e-30)
@@ -311,8 +311,8 @@ def row_differences(out: Tensor, grid: TokenGrid, radius: int) -> Tensor:
         for column, offset in enumerate((*range(-radius, 0), *range(1, radius + 1))):
             those = torch.arange(max(0, -offset), min(x.shape[1], x.shape[1] - offset), device=x.device)
             part[:, those, column] = (x[:, those] - x[:, those + offset]).square().sum(-1) / size[:, those]
-        found.append(part)
-    return torch.cat(found)
+        parts.append(part)
+    return torch.cat(parts)
 
 
 def keep_planes(mass: Tensor, thresholds: Sequence[float], others: bool = False) -> Tensor:
@@ -321,7 +321,7 @@ def keep_planes(mass: Tensor, thresholds: Sequence[float], others: bool = False)
     Args:
         mass: ``(H, Q, K)``; sums to 1 over K.
         thresholds: Shares of the mass, ascending.
-        others: Whether what lacks to 1 is the mass of keys that are in no block, which count as kept.
+        others: Whether the mass that is missing to 1 belongs to keys outside of all blocks, which count as kept.
 
     Returns:
         bool ``(T, H, Q, K)``, nested; of equal masses the lower block comes first.
@@ -335,10 +335,10 @@ def keep_planes(mass: Tensor, thresholds: Sequence[float], others: bool = False)
 
 
 def ladder(order: Tensor, shares: Sequence[float]) -> Tensor:
-    """Masks of fixed densities: the blocks of the highest order, and the highest one of every row.
+    """Masks of fixed densities: the blocks that come first in `order`, and the first one of every row.
 
     Args:
-        order: ``(H, Q, K)``.
+        order: ``(H, Q, K)``; larger values come first.
         shares: Densities, ascending.
 
     Returns:
@@ -351,6 +351,6 @@ def ladder(order: Tensor, shares: Sequence[float]) -> Tensor:
 
 
 def _heads_at_once(x: Tensor, copies: int = 1) -> Iterator[slice]:
-    """Slices of the heads of ``(H, N, D)``, about `NUMBERS_AT_ONCE` numbers in so many copies each."""
+    """Slices of the heads of ``(H, N, D)``, such that so many copies of each hold about `NUMBERS_AT_ONCE` numbers."""
     step = max(1, NUMBERS_AT_ONCE // (copies * x.shape[1] * x.shape[2]))
     return (slice(first, min(first + step, len(x))) for first in range(0, len(x), step))

@@ -15,9 +15,9 @@ from calibatt.tools.calibrate.work import device_of
 TRIAL_FORWARDS = 2
 GB = 1e9
 FREE_SHARE = 0.85
-"""Of a device's memory that may be used before what enters blocks goes to the CPU."""
+"""Share of a device's memory that may be used before the inputs of blocks are moved to the CPU."""
 OPEN_BYTES, CLOSED_BYTES = 4, 2
-"""Of a block in a unit that is being added to, and in one that is finished."""
+"""Bytes of a block in a unit that is being added to, and in one that is finished."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Trial:
     """What two forwards of a sampling took.
 
     Args:
-        forward_seconds: Of a forward as the sampling runs it.
-        pull_seconds: Of its differentiation, measuring included.
-        peak_bytes: Most device memory; 0 on a CPU.
-        kernels: Whose attention kernels computed.
+        forward_seconds: Seconds of a forward as the sampling runs it.
+        pull_seconds: Seconds of its differentiation, including all measurements.
+        peak_bytes: Most device memory in use; 0 on a CPU.
+        kernels: The library whose attention kernels computed.
     """
 
     forward_seconds: float
@@ -45,7 +45,7 @@ class Trial:
     kernels: str
 
     def hours(self, forwards: int, pulled: int, samplings: int) -> float:
-        """Hours of so many samplings of so many forwards, and differentiated ones."""
+        """Hours for so many samplings, with so many forwards and so many differentiated ones each."""
         return samplings * (forwards * self.forward_seconds + pulled * self.pull_seconds) / 3600
 
 
@@ -57,14 +57,14 @@ def forwards_of(calibrator: Calibrator) -> tuple[int, int]:
 
 
 def disk_bytes(manifest: Manifest, samplings: int, forwards: int, vectors: int, latent_bytes: int) -> Disk:
-    """Bytes on disk, but for the headers of files.
+    """Bytes on disk, without the headers of files.
 
     Args:
         manifest: What is measured.
-        samplings: How many.
-        forwards: Of each.
-        vectors: Of each.
-        latent_bytes: Of one output of a forward, and of a gradient of its input.
+        samplings: How many samplings.
+        forwards: Forwards of each sampling.
+        vectors: Random vectors of each sampling.
+        latent_bytes: Bytes of one output of a forward, and of a gradient of its input.
     """
     model = manifest.model
     units = len(manifest.times) * model.layers
@@ -84,7 +84,7 @@ def disk_bytes(manifest: Manifest, samplings: int, forwards: int, vectors: int, 
 
 
 def wants_cpu(calibrator: Calibrator) -> bool:
-    """Whether what enters the blocks of a forward should be kept on the CPU: it would fill the device."""
+    """Whether the inputs of a forward's blocks should wait on the CPU, because they would fill the device."""
     device = device_of(calibrator.sampler)
     if device.type != "cuda":
         return False
@@ -97,7 +97,7 @@ def wants_cpu(calibrator: Calibrator) -> bool:
 
 
 def trial(calibrator: Calibrator, prompt: str, seed: int) -> Trial:
-    """Runs two forwards of a sampling and differentiates both; the second ones are timed, nothing is kept.
+    """Runs two forwards of a sampling and differentiates both. The second ones are timed; nothing is stored.
 
     Raises:
         CalibrationError, ChainError: The model cannot be measured.

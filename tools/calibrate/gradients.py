@@ -1,7 +1,7 @@
-"""Gradients through one forward of a transformer, block by block, with the gradient of every self-attention on the way.
+"""Gradients through one forward of a transformer, block by block, including that of every self-attention.
 
-The forward is computed again; only what enters a block is kept, on the CPU if asked for. Then every block is computed
-once more, last one first, and differentiated. Weights, LoRA, quantised linears and offloading are used as they are.
+The forward is computed again, and only the inputs of blocks are stored, on the CPU if asked for. Then every block is
+computed once more, last one first, and differentiated. Weights, LoRA, quantised linears and offloading may be in use.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from calibatt.tools.calibrate.attention import attention
 from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given, floating, replaced, with_attributes
 
 LARGE_BYTES = 1 << 20
-"""Inputs of blocks from this size on go to the CPU; the rest is small."""
+"""Inputs of blocks of at least this size are moved to the CPU; smaller ones stay."""
 HALF_RANGE = 5, 6, 4
-"""For fp16: gradients enter with a largest value of 2 ** 5; after an overflow 2 ** 6 less, so many times at most."""
+"""For fp16: gradients are scaled to at most 2 ** 5, after an overflow to 2 ** 6 less; how many times at most."""
+
+
 LEAST_REST = 1e-3
-"""A block that holds more of a query's mass than 1 less this counts as if it held so much."""
+"""The mass of a block for a query counts as at most 1 less this."""
 LEAST_KEPT = 1e-20
-"""A mask that keeps less mass of a query than this keeps nothing of it."""
+"""A mask that keeps less of a query's mass than this counts as keeping none."""
 EVERY = slice(None)
-"""The tokens of a sequence that is nothing but video."""
+"""The video's tokens in a sequence without prefix and suffix."""
 
 
 class OverflowInHalf(ArithmeticError):
@@ -43,16 +45,16 @@ class AttentionCall:
     """One self-attention call of one sample, with its gradient.
 
     Args:
-        layer: Its number, 0 first.
+        layer: Number of the self-attention, from 0.
         q: ``(H, N, D)`` as attention receives it, without padding at its end.
         k: ``(H, N, D)``.
         v: ``(H, N, D)``.
         out: ``(H, N, D)``, its output.
         total: float32 ``(H, N)``, natural logarithm of the sum of each query's exponentials; None on a CPU.
         grads: V gradients of the output, ``(H, N, D)``.
-        scale: What all gradients are to be divided by.
-        video: Which tokens are the video's; the others are keys of every mask, and their queries are dense.
-        input_grads: V times the gradients of q, k and v; None of one that depends on nothing.
+        scale: The number by which all gradients must be divided.
+        video: The video's tokens; the others are keys of every mask, and their queries are dense.
+        input_grads: For each of V vectors the gradients of q, k and v; None where an input needs none.
     """
 
     layer: int
@@ -113,11 +115,11 @@ class Transformer:
             scale = 2.0**exponent
             try:
                 scaled = [[x * scale for x in some] for some in cotangents]
-                found = self._pull(given, scaled, scale, half, on_attention, done)
+                gradients = self._pull(given, scaled, scale, half, on_attention, done)
             except OverflowInHalf:
                 exponent -= HALF_RANGE[1]
                 continue
-            return [[x.float() / scale for x in some] for some in found]
+            return [[x.float() / scale for x in some] for some in gradients]
         raise ChainError(f"gradients in fp16 must be finite, got an overflow at a scale of 2^{exponent}; use bfloat16")
 
     def _pull(
@@ -137,8 +139,8 @@ class Transformer:
             flat[index] = flat[index].detach().requires_grad_()
             sources.append(flat[index])
 
-        def tell() -> None:
-            """Hands on the calls of the block that was pulled just now."""
+        def hand_on() -> None:
+            """Gives `on_attention` the calls of the block that was just pulled."""
             for layer, (q, k, v, out), total, grads, inputs, video in self._calls:
                 assert on_attention is not None
                 if not all(bool(grad.isfinite().all()) for some in (grads, *inputs) for grad in some):
@@ -146,8 +148,8 @@ class Transformer:
                         raise OverflowInHalf
                     raise ChainError(f"the gradient of self-attention {layer} must be finite, got NaN or infinity")
                 for sample in range(len(q)):
-                    at = layer, sum(key[0] == layer for key in told)
-                    told.append(at)
+                    at = layer, sum(key[0] == layer for key in handed_on)
+                    handed_on.append(at)
                     if at in done:
                         continue
                     tensors = (x[sample] for x in (q, k, v, out))
@@ -160,21 +162,21 @@ class Transformer:
                     done.add(at)
             self._calls.clear()
 
-        told: list[tuple[int, int]] = []
+        handed_on: list[tuple[int, int]] = []
         with (
             _frozen(self.model),
-            self._blocks_as_links(chain, tell, given.call(self._video), listening=on_attention is not None),
+            self._blocks_as_links(chain, hand_on, given.call(self._video), listening=on_attention is not None),
         ):
             with torch.enable_grad(), _keeping_weights():
                 out = floating(given.call(self.model, flat))
-            found = chain.pull(
+            gradients = chain.pull(
                 out, [[x.to(y.dtype) for x, y in zip(some, out, strict=True)] for some in cotangents], sources
             )
         if not chain.links:
             raise ChainError(f"a forward of {type(self.model).__name__} must run its blocks, got none")
-        if half and not all(bool(x.isfinite().all()) for some in found for x in some):
+        if half and not all(bool(x.isfinite().all()) for some in gradients for x in some):
             raise OverflowInHalf
-        return found if given.wanted else [[] for _ in cotangents]
+        return gradients if given.wanted else [[] for _ in cotangents]
 
     def _video(self, *args: Any, **kwargs: Any) -> slice:
         """Which tokens are the video's in a forward with these arguments."""
@@ -183,9 +185,11 @@ class Transformer:
         return slice(start, start + self.adapter.token_grid(self.model, arguments).tokens)
 
     @contextmanager
-    def _blocks_as_links(self, chain: Chain, tell: Callable[[], None], video: slice, listening: bool) -> Iterator[None]:
-        """Every block of the model adds itself to the chain instead of being differentiated by autograd; calls of
-        attention and their gradients are kept for `tell` where somebody listens.
+    def _blocks_as_links(
+        self, chain: Chain, hand_on: Callable[[], None], video: slice, listening: bool
+    ) -> Iterator[None]:
+        """While the context lasts, every block of the model adds itself to the chain instead of being differentiated by
+        autograd; with `listening`, calls of attention and their gradients are collected for `hand_on`.
         """
 
         def attend(q: Tensor, k: Tensor, v: Tensor, site: InterceptedSite, _: Any) -> Tensor:
@@ -195,9 +199,9 @@ class Transformer:
                 grads: list[Tensor] = []
                 out.register_hook(grads.append)
                 inputs: list[list[Tensor]] = [[], [], []]
-                for x, found in zip((q, k, v), inputs, strict=True):
+                for x, collected in zip((q, k, v), inputs, strict=True):
                     if x.requires_grad:
-                        x.register_hook(found.append)
+                        x.register_hook(collected.append)
                 detached = tuple(x.detach() for x in (q, k, v, out))
                 self._calls.append((site.layer, detached, total, grads, inputs, video))
             return out.transpose(1, 2)
@@ -210,7 +214,7 @@ class Transformer:
             stack.callback(self._calls.clear)
             stack.enter_context(interception)
             for block in blocks:
-                forward = partial(self._block, block, block.forward, names[id(block)], chain, tell)
+                forward = partial(self._block, block, block.forward, names[id(block)], chain, hand_on)
                 stack.enter_context(with_attributes(block, forward=forward))
             yield
 
@@ -220,13 +224,13 @@ class Transformer:
         run: Callable[..., Any],
         name: str,
         chain: Chain,
-        tell: Callable[[], None],
+        hand_on: Callable[[], None],
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         given, inputs = Given.of(args, kwargs)
         with torch.no_grad():
-            found = given.call(run)
+            output = given.call(run)
         if self.inputs_on_cpu:
             own = set(given.wanted)  # the rest, such as rotations, is shared by all blocks
             given = replace(given, flat=[_to_cpu(x) if index in own else x for index, x in enumerate(given.flat)])
@@ -234,10 +238,10 @@ class Transformer:
 
         def pull(cotangents: Cotangents) -> Cotangents:
             grads = _pull_block(block, name, run, given, devices, cotangents)
-            tell()
+            hand_on()
             return grads
 
-        return replaced(found, chain.add(name, inputs, floating(found), pull))
+        return replaced(output, chain.add(name, inputs, floating(output), pull))
 
 
 def _pull_block(
@@ -255,8 +259,8 @@ def _pull_block(
     wanted = [flat[index] for index in given.wanted]
     with at_hand(block):
         with torch.enable_grad(), _keeping_weights():
-            found = floating(given.call(run, flat))
-        live = [index for index, x in enumerate(found) if x.requires_grad]
+            outputs = floating(given.call(run, flat))
+        live = [index for index, x in enumerate(outputs) if x.requires_grad]
         if not live:
             raise ChainError(f"{name} must depend on its inputs by differentiation, got outputs without gradient")
         grads = []
@@ -264,7 +268,7 @@ def _pull_block(
             last = vector + 1 == len(cotangents)
             grads.append(
                 torch.autograd.grad(
-                    [found[index] for index in live],
+                    [outputs[index] for index in live],
                     wanted,
                     [some[index] for index in live],
                     retain_graph=not last,
@@ -277,7 +281,7 @@ def _pull_block(
 
 
 def _keeping_weights() -> torch.autograd.graph.saved_tensors_hooks:
-    """What the backward needs of a parameter is the data that it has now: offloading gives it other data afterwards."""
+    """Saves the data that a parameter has now for the backward, since offloading gives it other data afterwards."""
     return torch.autograd.graph.saved_tensors_hooks(
         lambda x: x.detach() if isinstance(x, nn.Parameter) else x, lambda x: x
     )
@@ -294,7 +298,7 @@ def _to_cpu(x: Any) -> Any:
 
 
 def _hidden_states(model: nn.Module, given: Given) -> int:
-    """Which argument is the model's `hidden_states`: of the first forward nothing else would need a gradient."""
+    """Index of the argument `hidden_states`: in the first forward of a sampling nothing else would need a gradient."""
     marked = [object() for _ in given.flat]
 
     def find(*args: Any, **kwargs: Any) -> Any:
@@ -318,7 +322,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def at_hand(block: nn.Module) -> Iterator[None]:
-    """The groups of a block that diffusers' group offloading has put away are on the device while the context lasts.
+    """Puts the parts of a block that diffusers' group offloading has moved away on the device while the context lasts.
 
     Hooks expect forwards in the model's order: a block in the midst of a group would not load it, and a block that
     loads the next one ahead would leave it on the device.

@@ -16,16 +16,16 @@ from calibatt.tools.calibrate.gradients import EVERY, LEAST_KEPT, LEAST_REST, At
 LOG2E = 1.4426950408889634
 MAX_TILE = 128
 ROWS = 128
-"""Queries of a program: those measured of one query block, or of several where few of each are."""
+"""Queries of one program: the measured ones of a query block, or of several blocks where each has few."""
 SHARED_BYTES = 232_448
-"""Of a program on sm90."""
+"""Shared memory that a program has on sm90, in bytes."""
 MOST_GAP = 64.0
 """Of log2 of a probability; 2 to its power is far from the end of float32."""
 
 
 @triton.jit
 def _keys_of(column, k_blocks, video_start, video_stop, tokens, BLOCK_K: tl.constexpr):
-    """First key of a part of the keys (see `_parts`), and where they stop."""
+    """Where a part of the keys (see `_parts`) starts and stops."""
     other = column - k_blocks
     prefix = tl.cdiv(video_start, BLOCK_K)
     start = tl.where(other < prefix, other * BLOCK_K, video_stop + (other - prefix) * BLOCK_K)
@@ -223,7 +223,7 @@ def _block_effects(
         worth = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         change = p * (worth - own[:, None])
         top = tl.maximum(top, tl.max(tl.where(there[None], scores, float("-inf")), 1))
-        times = tl.exp2(tl.minimum(level - top, MOST_GAP) + SHIFT)  # what is so far below all counts for nothing
+        times = tl.exp2(tl.minimum(level - top, MOST_GAP) + SHIFT)  # a score so far below the others counts as 0
         large = p * times[:, None]
         rounding += tl.sum((_as_e4m3(large) - large) * (worth - of_mean[:, None]), 1) / times
         block_mass = tl.sum(p, 1)
@@ -307,7 +307,7 @@ def block_effects(
 
 
 def _parts(k_blocks: int, start: int, stop: int, tokens: int, block_k: int) -> int:
-    """Into how many parts kernels cut the keys: the blocks of the video, then the prefix, then the suffix."""
+    """How many parts kernels cut the keys into: the blocks of the video, then those of the prefix and of the suffix."""
     return k_blocks + -(-start // block_k) + -(-(tokens - stop) // block_k)
 
 

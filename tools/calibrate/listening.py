@@ -1,4 +1,4 @@
-"""Hearing every forward of a sampling's transformers, while other networks stay out of what is differentiated."""
+"""Intercepts every forward of a sampling's transformers, and keeps other networks out of what is differentiated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from calibatt.tools.calibrate.gradients import Transformer
 
 
 class _NoGradient(torch.autograd.Function):
-    """What a network that is no link made of latents: the name, how many tensors it made, these, and the latents."""
+    """Marks what another network made of latents, so that its gradient raises an error.
+
+    Its inputs are the name of the network, how many tensors it made, these, and the latents.
+    """
 
     @staticmethod
     def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -47,12 +50,12 @@ def listening(transformers: Sequence[Transformer], hear: Callable[..., Any]) -> 
         left[id(module)] = traced
         return tuple(map(plain, args))
 
-    def come_back(module: nn.Module, args: Any, found: Any) -> Any:
-        if (traced := left.pop(id(module), None)) is None or not (made := floating(found)):
+    def come_back(module: nn.Module, args: Any, output: Any) -> Any:
+        if (traced := left.pop(id(module), None)) is None or not (made := floating(output)):
             return None
         with torch.enable_grad():
             ends = _NoGradient.apply(type(module).__name__, len(made), *map(plain, made), *traced)
-            return replaced(found, [x.as_subclass(Traced) for x in ends])
+            return replaced(output, [x.as_subclass(Traced) for x in ends])
 
     hooks = nn.modules.module
     with ExitStack() as stack:

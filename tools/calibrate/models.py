@@ -10,16 +10,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # help texts are shown where there is no torch
+if TYPE_CHECKING:  # --help works without torch
     from calibatt.tools.calibrate.sampler import Sampler
 
 DEFAULT_SAMPLES = 8
 MOST_TIMES = 15
 """Steps that are measured by default; plans are keyed by time, so a finer schedule may follow them."""
 SMALL_TOKENS = 8192
-"""Up to here blocks of 64 tokens pay, and several random vectors for each sampling cost little on a GPU."""
+"""Grids of at most so many tokens gain by blocks of 64, and several random vectors a sampling cost little on a GPU."""
 FIRST_SEED = 5000
-"""Of the first held-out video; one more for each."""
+"""Seed of the first held-out video; each further one has the next."""
 PROMPTS_FILE = Path(__file__).with_name("prompts.txt")
 """Prompts to calibrate on where the user has none: people, animals, places, motion of things and of the camera."""
 MODEL_HELP = (
@@ -72,7 +72,7 @@ def make_sampler(model: str, steps: int | None, device: str) -> Sampler:
 
 
 def _where(error: Exception) -> str:
-    """An error of code that is not ours, and where it came from."""
+    """An error raised by code that is not ours, with the place that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__}: {error} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 

@@ -24,11 +24,11 @@ from calibatt.tools.calibrate.sampler import Latent, parts
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref")
 """Denoisers that a pipeline may have."""
 REHEARSAL = "nothing"
-"""The prompt of runs whose transformers do not compute."""
+"""The prompt of runs in which transformers compute next to nothing."""
 
 
 class PipelineError(ValueError):
-    """A pipeline that cannot be sampled as it must be."""
+    """A pipeline that cannot be used as a sampler."""
 
 
 class _Forward(NamedTuple):
@@ -41,7 +41,7 @@ class _Forward(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """What a run was made of, and the latents after its last step, as the pipeline itself goes on with them."""
+    """Arguments and seed of a run, and the latents after its last step, in the form in which the pipeline continues."""
 
     arguments: dict[str, Any]
     seed: int
@@ -65,18 +65,18 @@ class PipelineSampler:
         [1.0, 0.75]
 
     Args:
-        pipe: The pipeline, where it shall run.
-        transformer: Which of its denoisers is meant: a pipeline of two experts has two plans.
+        pipe: The pipeline, on the device on which it shall run.
+        transformer: Name of the denoiser to measure: a pipeline of two experts has two plans.
         adapter: The model's row; found by its class if absent.
-        prompt_arguments: What the pipeline is called with for a prompt, beside `arguments`; ``{"prompt": prompt}`` if
-            absent.
+        prompt_arguments: A function from a prompt to the arguments of the pipeline beside `arguments`;
+            ``{"prompt": prompt}`` if absent.
         images: The image of each prompt, a path, URL or `PIL.Image.Image`, for a pipeline that takes one.
-        arguments: What every call has: height, width, num_frames, num_inference_steps, guidance_scale...
+        arguments: Arguments of every call: height, width, num_frames, num_inference_steps, guidance_scale...
 
     Attributes:
         forwards: The denoising time of every forward in a run, in order; None for one of another transformer. Branches
-            of guidance in forwards of their own count each, a batch of both is one.
-        times: Those of the transformer, each once, falling.
+            of guidance count one each where each has a forward of its own, and as one where they are a batch.
+        times: Denoising times of the transformer, each once, falling.
         branches: How many samples a step gives the transformer: 2 with guidance, in two forwards or in one.
 
     Raises:
@@ -103,28 +103,28 @@ class PipelineSampler:
         self.adapter = adapter or adapter_for(model)
         self._set_images(images or {})
         self._made = WeakTensorKeyDictionary()
-        """How each tensor that `run` and `run_batch` returned was made, as long as it lives: a list of `_Made`."""
+        """By each tensor that `run` and `run_batch` returned, as long as it lives: the runs that made it."""
         self.versions = {
             "diffusers": diffusers.__version__,
             "pipeline": self._name,
             "scheduler": type(pipe.scheduler).__name__,
         }
         forwards = self.prove_repeatable()
-        found = [forward for forward in forwards if forward is not None]
-        if not found:
+        present = [forward for forward in forwards if forward is not None]
+        if not present:
             raise PipelineError(f"the pipeline must call its {transformer}, got a run of {self._name} without")
-        if len(grids := {forward.grid for forward in found}) > 1:
+        if len(grids := {forward.grid for forward in present}) > 1:
             raise PipelineError(f"all forwards must have one token grid, got {', '.join(map(str, grids))}")
-        self.grid = found[0].grid
+        self.grid = present[0].grid
         self.forwards = tuple(forward and forward.time for forward in forwards)
-        self.times = sorted({forward.time for forward in found}, reverse=True)
-        self.branches = sum(forward.samples for forward in found if forward.step == found[0].step)
+        self.times = sorted({forward.time for forward in present}, reverse=True)
+        self.branches = sum(forward.samples for forward in present if forward.step == present[0].step)
 
     @property
     def other_transformers(self) -> tuple[nn.Module, ...]:
         """The pipeline's other denoisers, through which errors travel too."""
-        found = (getattr(self.pipe, name, None) for name in TRANSFORMERS)
-        return tuple(x for x in found if isinstance(x, nn.Module) and x is not self.transformer)
+        candidates = (getattr(self.pipe, name, None) for name in TRANSFORMERS)
+        return tuple(x for x in candidates if isinstance(x, nn.Module) and x is not self.transformer)
 
     def check(self, prompts: Sequence[str]) -> None:
         """Proves that prompts can be sampled.
@@ -185,9 +185,9 @@ class PipelineSampler:
             arguments, steps = self._arguments_of(prompt), Steps()
             results.append(self._call(arguments, seed, steps))
             made.append(_Made(arguments, seed, steps.latents))
-        found = tuple(map(torch.cat, zip(*results, strict=True)))
-        self._made[found[0]] = made
-        return found[0] if len(found) == 1 else found
+        latents = tuple(map(torch.cat, zip(*results, strict=True)))
+        self._made[latents[0]] = made
+        return latents[0] if len(latents) == 1 else latents
 
     def decode(self, latent: Latent) -> Tensor:
         """Videos ``(n, 3, F, H, W)`` in [-1, 1], by the pipeline's own code.
@@ -223,23 +223,23 @@ class PipelineSampler:
 
     def _arguments_of(self, prompt: str) -> dict[str, Any]:
         """All arguments for a prompt."""
-        found = {**self.arguments, **self._prompt_arguments(prompt)}
+        arguments = {**self.arguments, **self._prompt_arguments(prompt)}
         if prompt in self._images:
             image = self._images[prompt]
-            found["image"] = load_image(image if isinstance(image, PIL.Image.Image) else str(image))
-        if _needs_image(self.pipe) and found.get("image") is None:
+            arguments["image"] = load_image(image if isinstance(image, PIL.Image.Image) else str(image))
+        if _needs_image(self.pipe) and arguments.get("image") is None:
             if prompt != REHEARSAL:
                 raise PipelineError(
                     f"{self._name} must have an image for every prompt (--images, or images of PipelineSampler), got "
                     f"none for {prompt!r}"
                 )
-            found["image"] = PIL.Image.new("RGB", (64, 64), "grey")
-        return found
+            arguments["image"] = PIL.Image.new("RGB", (64, 64), "grey")
+        return arguments
 
     def _call(
         self, arguments: dict[str, Any], seed: int, steps: Steps, output_type: str = "latent"
     ) -> tuple[Tensor, ...]:
-        """What the pipeline makes: the video or its latents, and the latents of its sound if there are some."""
+        """The result of the pipeline: the video or its latents, and the latents of its sound if it has one."""
         arguments = {**arguments, "generator": torch.Generator("cpu").manual_seed(seed)}
         modular, latent = _is_modular(self.pipe), output_type == "latent"
         with seeded(seed, self.pipe._execution_device), ExitStack() as stack:
@@ -257,10 +257,10 @@ class PipelineSampler:
             made = self.pipe(**arguments)
         names = ("latents", "audio_latents") if modular else ("frames", "audio")
         names = names if latent else ("videos",) if modular else names[:1]
-        found = [x for x in (getattr(made, name, None) for name in names) if x is not None]
-        if modular and len(found) > 1:
-            found[1] = found[1][None]  # both channels of one video
-        return tuple(x if isinstance(x, Tensor) else torch.stack(list(x)) for x in found)
+        outputs = [x for x in (getattr(made, name, None) for name in names) if x is not None]
+        if modular and len(outputs) > 1:
+            outputs[1] = outputs[1][None]  # both channels of one video
+        return tuple(x if isinstance(x, Tensor) else torch.stack(list(x)) for x in outputs)
 
     def _rehearse(self) -> tuple[tuple[Tensor, ...], list[_Forward | None]]:
         """The latents of a run whose transformers compute next to nothing, and its forwards."""
@@ -281,7 +281,7 @@ class PipelineSampler:
         seen: Callable[[Arguments], None] = lambda arguments: None,
         others: Callable[[Arguments], None] = lambda arguments: None,
     ) -> Iterator[None]:
-        """Replaces the forwards of all transformers, which show their arguments: this sampler's, and the others'."""
+        """Replaces the forwards of this sampler's transformer and of the others by ones that report their arguments."""
         with ExitStack() as stack:
             for name in TRANSFORMERS:
                 model = getattr(self.pipe, name, None)
@@ -300,9 +300,9 @@ def with_images(sampler: Any, images: Mapping[str, Any]) -> PipelineSampler:
     """
     if not isinstance(sampler, PipelineSampler):
         raise PipelineError(f"images must be for a PipelineSampler, got {type(sampler).__name__}")
-    found = copy.copy(sampler)
-    found._set_images(images)
-    return found
+    other = copy.copy(sampler)
+    other._set_images(images)
+    return other
 
 
 def _is_modular(pipe: Any) -> bool:
@@ -310,7 +310,7 @@ def _is_modular(pipe: Any) -> bool:
 
 
 def _inputs(pipe: Any) -> Mapping[str, bool]:
-    """What a pipeline is called with by name, and whether it must be."""
+    """Names of the arguments that a pipeline can be called with, and whether each is required."""
     if _is_modular(pipe):
         return {x.name: x.required for x in pipe.blocks.inputs}
     parameters = inspect.signature(type(pipe).__call__).parameters
@@ -318,7 +318,7 @@ def _inputs(pipe: Any) -> Mapping[str, bool]:
 
 
 def _needs_image(pipe: Any) -> bool:
-    """Whether a pipeline starts from an image; some declare it optional, and cannot do without all the same."""
+    """Whether a pipeline starts from an image; some declare the argument optional although they need it."""
     named = any("ImageToVideo" in kind.__name__ for kind in type(pipe).__mro__)
     inputs = _inputs(pipe)
     return "image" in inputs and (named or inputs["image"])

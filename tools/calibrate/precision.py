@@ -10,7 +10,7 @@ from calibatt.runtime.quantise import QUERY_GROUP, e4m3_channels, rounded_rows
 
 
 def input_changes(q: Tensor, k: Tensor, v: Tensor, video: slice, block_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounded inputs less what they were, float32 ``(H, N, D)`` each.
+    """The change of each input when it is rounded, float32 ``(H, N, D)`` each.
 
     Args:
         q: ``(H, N, D)``, to int8: one scale for 64 queries, from the first one of the video on; others stay.

@@ -1,4 +1,4 @@
-"""How far a long job is, for people: a bar in a terminal, a line every half minute elsewhere."""
+"""Shows the progress of a long job: a bar in a terminal, a line every half minute elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LINE_SECONDS = 30.0
 
 
 class Steps:
-    """Counts work done; says how much is left.
+    """Counts the work that is done, and shows how much is left.
 
     Args:
         name: What is going on.
@@ -35,7 +35,7 @@ class Steps:
             self._task = self.bar.add_task(name, total=total)
 
     def advance(self, work: float) -> None:
-        """So much more is done."""
+        """Counts so much more as done."""
         self._done = min(self._done + work, self._total)
         if self.bar is not None:
             self.bar.update(self._task, completed=self._done)
@@ -52,12 +52,12 @@ class Steps:
 @contextmanager
 def steps(name: str, total: float, console: Console, quiet: bool = False) -> Iterator[Steps]:
     """Shows the progress of what happens inside; see `Steps`."""
-    found = Steps(name, total, console, quiet)
-    if found.bar is None:
-        yield found
+    shown = Steps(name, total, console, quiet)
+    if shown.bar is None:
+        yield shown
     else:
-        with found.bar:
-            yield found
+        with shown.bar:
+            yield shown
 
 
 def _clock(seconds: float) -> str:

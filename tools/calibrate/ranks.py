@@ -14,7 +14,7 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=30)
-"""How long a rank waits for one that has more to do. A rank that fails ends the wait of all at once."""
+"""How long a rank waits for another one. A rank that fails ends the wait of all at once."""
 
 
 class RankLostError(RuntimeError):
@@ -23,7 +23,7 @@ class RankLostError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of its job; a context manager, in which they can speak to each other.
+    """This process among those of its job; a context manager, inside which they can communicate.
 
     Args:
         rank: Its number.
@@ -37,7 +37,7 @@ class Ranks:
 
     @classmethod
     def of_environment(cls) -> Ranks:
-        """As torchrun says."""
+        """This process as torchrun's environment variables describe it."""
         names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
         return cls(*(int(os.environ[name]) for name in names)) if set(names) <= set(os.environ) else cls()
 
@@ -73,16 +73,16 @@ class Ranks:
         return list(items[self.rank :: self.count])
 
     def wait(self) -> None:
-        """Returns when all ranks are here.
+        """Returns when all ranks have called it.
 
         Raises:
-            RankLostError: One never will be.
+            RankLostError: A rank never will.
         """
         if self.count > 1:
             self._together(dist.barrier)
 
     def from_first(self, value: T) -> T:
-        """The value of rank 0; what the others give is dropped.
+        """The value of rank 0, whatever the others pass.
 
         Raises:
             RankLostError: A rank has failed.

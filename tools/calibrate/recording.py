@@ -37,19 +37,19 @@ def recording(
             video = pipe("a boat", num_inference_steps=30, height=480, width=832, num_frames=81).frames
 
     The final latent is what the pipeline's schedulers return last. Where there is no such scheduler, or the pipeline
-    changes latents after it, the program says it: ``with recording(...) as found: ...; found.final = latent``.
+    changes latents afterwards, the program sets it: ``with recording(...) as sampling: ...; sampling.final = latent``.
 
     Args:
-        sampler: Says the grid and the times of the generation, and which transformer is meant; it is not run.
+        sampler: Describes the generation: its grid, its times and its transformer. It is not run.
         path: The store to create or continue.
         prompt: What is generated; with the seed it names the sampling.
-        seed: Of the noise.
+        seed: Seed of the noise.
         vectors: Random vectors of the final latent; `default_vectors` if absent.
         adapter: The model's row; found by its class if absent.
-        options: Of `make_manifest`; the same for all of a store.
+        options: Options of `make_manifest`; the same for all samplings of a store.
 
     Raises:
-        CalibrationError: A forward is not one of the sampler's, or some that must be measured did not come.
+        CalibrationError: A forward is not one of the sampler's, or one that must be measured is missing.
         ChainError: The generation cannot be differentiated.
         StoreError: The store has other options, has this sampling, or is in use.
     """
@@ -58,15 +58,15 @@ def recording(
     count = vectors or default_vectors(sampler.grid, device_of(sampler))
     with StoreWriter.open(Path(path), manifest) as writer:
         calibrator = Calibrator(sampler, writer, vectors=count, adapter=adapter)
-        with calibrator.recording(prompt, seed, steps=len(sampler.times)) as found:
-            with _last_step(getattr(sampler, "pipe", None), found):
-                yield found
+        with calibrator.recording(prompt, seed, steps=len(sampler.times)) as sampling:
+            with _last_step(getattr(sampler, "pipe", None), sampling):
+                yield sampling
         writer.close_units()
 
 
 @contextmanager
-def _last_step(pipe: Any, found: Recording) -> Iterator[None]:
-    """What the pipeline's schedulers return last becomes the final latent; one for sound may be a copy of the other."""
+def _last_step(pipe: Any, sampling: Recording) -> Iterator[None]:
+    """Takes what the pipeline's schedulers return last as the final latent; sound may have a scheduler of its own."""
     last: dict[int, Traced] = {}
 
     def watched(kind: type) -> type:
@@ -75,7 +75,7 @@ def _last_step(pipe: Any, found: Recording) -> Iterator[None]:
             result = kind.step(scheduler, *args, **kwargs)  # type: ignore[attr-defined]
             values = result if isinstance(result, tuple) else tuple(result.values())
             last.update((id(scheduler), x) for x in values[:1] if isinstance(x, Traced))
-            found.final = tuple(last.values()) or found.final
+            sampling.final = tuple(last.values()) or sampling.final
             return result
 
         return type(kind.__name__, (kind,), {"step": step})

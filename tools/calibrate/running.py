@@ -21,33 +21,33 @@ class Steps:
     """Follows the steps of a pipeline.
 
     Args:
-        end: The latents after each step, in place of those that the pipeline has; its own if absent.
+        end: Latents that replace the pipeline's own after each step; None: nothing is replaced.
     """
 
     def __init__(self, end: Tensor | None = None) -> None:
         self.count, self.latents, self._end = 0, end, end
 
     def on_step_end(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What diffusers calls after every step; it goes on with the latents that are returned, if any are."""
+        """The callback of diffusers after every step; diffusers continues with the latents that it returns, if any."""
         self.count += 1
         self.latents = tensors["latents"]
         return {} if self._end is None else {"latents": self._end.clone()}  # some are written over
 
     def after(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """A scheduler's step, for a pipeline that calls nobody after it."""
+        """Replaces a scheduler's step, for a pipeline that has no callback."""
 
         def followed(*args: Any, **kwargs: Any) -> Any:
-            found = step(*args, **kwargs)
-            other = self.on_step_end(None, self.count, None, {"latents": found[0]})
-            return (other["latents"], *found[1:]) if other else found
+            result = step(*args, **kwargs)
+            other = self.on_step_end(None, self.count, None, {"latents": result[0]})
+            return (other["latents"], *result[1:]) if other else result
 
         return followed
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds all global random states, for whatever draws without a generator, and puts them back in the end."""
-    # Another seed than the generator's: noise drawn in a step must not be that which the run began with.
+    """Seeds all global random states, for code that draws without a generator, and restores them afterwards."""
+    # Another seed than the generator's: noise that is drawn in a step must differ from the initial noise.
     seed = random.Random(seed).getrandbits(32)
     cuda = device.type == "cuda" or torch.cuda.is_initialized()
     ours, numpys = random.getstate(), np.random.get_state()

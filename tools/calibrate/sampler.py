@@ -1,4 +1,4 @@
-"""What calibration must know of a sampler, whatever the model."""
+"""What calibration needs of a sampler, for any model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from calibatt.plans import TokenGrid
 from calibatt.runtime.adapters import Adapter, adapter_for
 
 Latent = Tensor | tuple[Tensor, ...]
-"""Final latents ``(n, ...)`` of videos, or those of videos and of their sound, which count alike."""
+"""Final latents ``(n, ...)`` of videos; with sound a pair of both latents, which count the same."""
 
 
 def parts(latent: Latent) -> tuple[Tensor, ...]:
@@ -22,15 +22,15 @@ def parts(latent: Latent) -> tuple[Tensor, ...]:
 class Sampler(Protocol):
     """A model with its denoising loop; the same prompt and seed always give the same result, bit for bit.
 
-    A sampler may also have ``forwards``, the denoising time of every forward of a run (None for another transformer's),
-    ``branches``, how many samples a
-    step gives the transformer (1 if absent), and ``check_decode()``, which proves before any work that `decode` works.
+    A sampler may also have ``forwards``, the denoising time of every forward of a run (None for another transformer);
+    ``branches``, how many samples a step gives the transformer (1 if absent); and ``check_decode()``, which proves
+    before any work that `decode` works.
 
     Attributes:
         transformer: The model whose self-attention is measured.
         grid: Its token sequence.
         times: The denoising times that the transformer receives in a run, each once, falling, in [0, 1].
-        versions: What else made the result: names to versions or digests.
+        versions: Versions or digests, by name, of everything else that determines the result.
     """
 
     transformer: nn.Module
@@ -46,13 +46,13 @@ class Sampler(Protocol):
         """
 
     def run(self, prompt: str, seed: int) -> Latent:
-        """The final latent of one prompt ``(1, ...)``, from the noise of a seed."""
+        """The final latent ``(1, ...)`` of one prompt, from the noise of a seed."""
 
     def run_batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> Latent:
-        """Final latents ``(n, ...)`` of several prompts, each as of `run` but for rounding."""
+        """Final latents ``(n, ...)`` of several prompts, each the same as by `run`, up to rounding."""
 
     def decode(self, latent: Latent) -> Tensor:
-        """What `run` or `run_batch` returned as videos ``(n, 3, F, H, W)`` in [-1, 1]; only evaluation asks for it."""
+        """Decodes what `run` or `run_batch` returned to videos ``(n, 3, F, H, W)`` in [-1, 1]; only evaluation does."""
 
 
 def transformers_of(sampler: Sampler, adapter: Adapter | None = None) -> dict[nn.Module, Adapter]:

@@ -1,4 +1,4 @@
-"""What one sampling measures of a layer at one time: sums over its calls, and what becomes of them in a store."""
+"""The measurements of one layer at one time of a sampling: sums over its calls, in the form that a store takes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class LayerSums:
     """Signed effects of one layer at one time, added up over its calls; see `effects`.
 
     Args:
-        words: int32 ``(H or 1, Q, K)``: the masks that are measured, a bit each.
-        has_ladder: Whether the last of these are a ladder.
+        words: int32 ``(H or 1, Q, K)``: the masks that are measured, one bit for each.
+        has_ladder: Whether the last of these masks are a ladder.
         effect: ``(V, H, Q, K)``, of dropping single blocks.
         error: ``(H, Q, K)``, not signed.
         masks: float64 ``(V, M, H)``.
@@ -51,14 +51,14 @@ class LayerSums:
     def empty(
         cls, manifest: Manifest, vectors: int, windows: Sequence[Any], earlier: Unit | None, device: torch.device
     ) -> LayerSums:
-        """Sums of no call.
+        """Sums before any call.
 
         Args:
             manifest: Of the store.
             vectors: Random vectors of the final latent.
-            windows: Their masks, bool ``(Q, K)``.
-            earlier: What other samplings measured here, of which a ladder of masks is made; none if absent.
-            device: Where calls come from.
+            windows: The masks of the windows, bool ``(Q, K)``.
+            earlier: Measurements of other samplings, from which a ladder of masks is made; no ladder if absent.
+            device: The device of the calls.
         """
         sizes, heads = (manifest.q_blocks, manifest.k_blocks), manifest.model.heads
         masks = torch.from_numpy(np.array(windows, np.bool_).reshape(-1, 1, *sizes)).to(device)
@@ -83,7 +83,7 @@ class LayerSums:
         )
 
     def add(self, call: AttentionCall, manifest: Manifest) -> None:
-        """Adds what one call says."""
+        """Adds the measurements of one call."""
         blocks, grid = manifest.blocks, manifest.grid
         effect, masks, rounding = effects.block_effects(call, self.words, self.masks.shape[1], blocks)
         self.effect += effect
@@ -107,7 +107,7 @@ class LayerSums:
         self.row_difference = self.row_difference + effects.row_differences(out, manifest.grid, manifest.row_radius)
 
     def is_finite(self) -> bool:
-        """Whether all that was added is."""
+        """Whether everything that was added is finite."""
         every = (self.effect, self.error, self.masks, self.precisions, self.rows, self.frames)
         return all(bool(x.isfinite().all()) for x in every)
 
@@ -120,8 +120,8 @@ class LayerSums:
 
         def squares(x: Tensor, members: int) -> np.ndarray:
             """Mean over vectors of squared effects of copies, NaN where there is no such member."""
-            found = (x.square().mean(0) / level).float().cpu().numpy()
-            return np.where(neighbours(members, x.shape[-1] // 2), found, np.float32(np.nan))
+            squared = (x.square().mean(0) / level).float().cpu().numpy()
+            return np.where(neighbours(members, x.shape[-1] // 2), squared, np.float32(np.nan))
 
         counts: dict[str, Any] = {}
         if self.votes is not None:
@@ -142,7 +142,7 @@ class LayerSums:
 
 @dataclass(eq=False)
 class Moment:
-    """All that is measured at one time: numbers of its forwards, gradients of those done, sums of its layers."""
+    """One time of a sampling: numbers of its forwards, gradients of those that are done, sums of its layers."""
 
     numbers: list[int] = field(default_factory=list)
     pulled: dict[int, Cotangents] = field(default_factory=dict)
@@ -150,7 +150,7 @@ class Moment:
 
 
 def table_of(layers: Sequence[LayerSums], manifest: Manifest, level: float) -> dict[str, np.ndarray]:
-    """What is kept of one time of a sampling alone: signed effects of whole masks and of precisions, and the level."""
+    """What is stored for one time of one sampling: signed effects of whole masks and of precisions, and the level."""
     windows, rungs, precisions = [], [], []
     count = len(manifest.windows)
     for sums in layers:
@@ -168,7 +168,7 @@ def table_of(layers: Sequence[LayerSums], manifest: Manifest, level: float) -> d
 
 
 def tables_of(times: Sequence[dict[str, np.ndarray]]) -> SamplingTables:
-    """`table_of` of every time of a sampling: their axis comes first, or after that of the vectors."""
+    """The tables of all times of a sampling, joined along an axis of times: the first, or the one after the vectors."""
     return SamplingTables(
         **{key: np.stack([table[key] for table in times], 0 if key == "level" else 1) for key in times[0]}
     )

@@ -1,4 +1,4 @@
-"""What a calibration is to do: prompts, what is measured of which model, defaults that follow from model and grid."""
+"""Plans the work of a calibration: its prompts, what is measured, and defaults that follow from model and grid."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ SMALL_VECTORS = 8
 ROW_RADIUS, FRAME_RADIUS = 3, 4
 
 MODEL_ERRORS = (CalibrationError, ChainError, CheckError, PipelineError, UnsupportedBackendError, ValueError)
-"""What a user's model or call may be wrong about."""
+"""Errors of a user's model or call."""
 
 Work = list[tuple[str, int]]
 """Prompts and their seeds."""
 
 
 def default_block_size(grid: TokenGrid, device: torch.device) -> int:
-    """128 tokens, the size that the fastest kernel takes; 64 for small grids and on a CPU."""
+    """Tokens of a block: 128, the size for the fastest kernel; 64 for small grids and on a CPU."""
     return 128 if device.type == "cuda" and grid.tokens > SMALL_TOKENS else 64
 
 
 def default_vectors(grid: TokenGrid, device: torch.device) -> int:
-    """Random vectors for each sampling: one, but for small grids on a GPU."""
+    """Random vectors for each sampling: one, and more for small grids on a GPU."""
     return SMALL_VECTORS if device.type == "cuda" and grid.tokens <= SMALL_TOKENS else 1
 
 
@@ -50,7 +50,7 @@ def make_manifest(
     thresholds: tuple[float, ...] = (),
     adapter: Adapter | None = None,
 ) -> Manifest:
-    """What to measure of a sampler's model.
+    """The manifest of a store: what is measured of a sampler's model.
 
     Args:
         sampler: The sampler.
@@ -65,7 +65,7 @@ def make_manifest(
         Its manifest.
 
     Raises:
-        CalibrationError: There are not so many steps, or both ways to choose them are used.
+        CalibrationError: There are fewer steps, or both `times` and `every` are given.
         StoreError: A value breaks its rule.
         UnknownModelError: No adapter fits the model.
     """
@@ -108,7 +108,7 @@ def check_sampler(sampler: Sampler, adapter: Adapter | None = None) -> None:
 
 @contextmanager
 def device_memory(hint: str) -> Iterator[None]:
-    """Also a decorator: says in one line that the device has too little memory, and what takes less."""
+    """Context manager or decorator: says in one line that the device has too little memory, and what takes less."""
     try:
         yield
     except torch.cuda.OutOfMemoryError:
@@ -116,10 +116,10 @@ def device_memory(hint: str) -> Iterator[None]:
 
 
 def device_of(sampler: Sampler) -> torch.device:
-    """Where the sampler's model computes: also where its weights are elsewhere between uses."""
+    """The device on which the sampler's model computes, even if its weights wait elsewhere between uses."""
     pipe = getattr(sampler, "pipe", None)
-    found = getattr(pipe, "_execution_device", None) if pipe is not None else None
-    return torch.device(found) if found is not None else next(sampler.transformer.parameters()).device
+    device = getattr(pipe, "_execution_device", None) if pipe is not None else None
+    return torch.device(device) if device is not None else next(sampler.transformer.parameters()).device
 
 
 def spread(size: int, count: int) -> list[int]:
@@ -128,7 +128,7 @@ def spread(size: int, count: int) -> list[int]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; empty lines do not count.
+    """Reads one prompt a line; empty lines are skipped.
 
     Raises:
         ValueError: The file is not UTF-8 or has no prompt.
@@ -144,18 +144,18 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_images(path: Path, prompts: list[str]) -> dict[str, str]:
-    """The image of each prompt: one path or address a line, in the order of the prompts.
+    """Reads the image of each prompt: one path or address a line, in the order of the prompts.
 
     Raises:
-        ValueError: There are not as many as prompts.
+        ValueError: There are fewer images than prompts, or a prompt comes twice.
         OSError: The file cannot be read.
     """
-    found = read_prompts(path)
+    images = read_prompts(path)
     if len(set(prompts)) < len(prompts):
         raise ValueError("prompts with --images must differ, since each has one image, got one twice")
-    if len(found) < len(prompts):
-        raise ValueError(f"--images must name an image for each of {len(prompts)} prompts, got {len(found)} in {path}")
-    return dict(zip(prompts, found, strict=False))
+    if len(images) < len(prompts):
+        raise ValueError(f"--images must name an image for each of {len(prompts)} prompts, got {len(images)} in {path}")
+    return dict(zip(prompts, images, strict=False))
 
 
 def plan_work(model: str, path: Path | None, samples: int | None, seed: int) -> Work:
@@ -188,7 +188,7 @@ def pick_device(device: str) -> str:
     """The device that ``--device`` names.
 
     Raises:
-        ValueError: This machine has none of that name.
+        ValueError: This machine has no such device.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

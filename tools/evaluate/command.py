@@ -19,6 +19,7 @@ from calibatt.compiler.stats.files import require_outside
 from calibatt.plans.command import FAILED, one_line
 from calibatt.plans.errors import legible
 from calibatt.plans.files import write_text
+from calibatt.plans.readable import number, snr
 from calibatt.runtime import load_plan
 from calibatt.tools.calibrate.models import make_sampler
 from calibatt.tools.calibrate.pipeline import PipelineError
@@ -28,7 +29,7 @@ from calibatt.tools.evaluate import evaluation, gate
 from calibatt.tools.evaluate.evaluation import Candidate, Cells, EvaluationError, Work
 from calibatt.tools.evaluate.harness import about
 from calibatt.tools.evaluate.metrics import ALWAYS, LATENT, LPIPS, Metric, lpips_metric
-from calibatt.tools.evaluate.report import number, predicted, write_page
+from calibatt.tools.evaluate.report import summary, write_page
 
 NAME = "calibatt-evaluate"
 QUICK_PROMPTS = 2
@@ -91,22 +92,22 @@ def run(
     write_page(output / "report.html", result, metrics, animations)
     _show(result, metrics)
     if stamp:
-        for candidate, path, found in zip(candidates, paths, result["plans"], strict=True):
-            gate.stamp(path, candidate.plan.file, _stamped(result, found))
+        for candidate, path, findings in zip(candidates, paths, result["plans"], strict=True):
+            gate.stamp(path, candidate.plan.file, _stamped(result, findings))
     click.echo(f"{output / 'report.html'}")
     if not all(plan["verdict"]["passed"] for plan in result["plans"]):
         sys.exit(FAILED)
 
 
 def _metrics(sampler: Any) -> tuple[tuple[Metric, ...], dict[str, str]]:
-    """The metrics there are, and why others are not available."""
+    """The metrics that can be measured, and why others cannot."""
     try:
         getattr(sampler, "check_decode", lambda: None)()
     except PipelineError as error:
         return (LATENT,), {"videos": f"judged on final latents alone: {error}"}
     perceptual = lpips_metric()
-    found = (LATENT, *ALWAYS)
-    return ((*found, perceptual), {}) if isinstance(perceptual, Metric) else (found, {LPIPS: perceptual})
+    metrics = (LATENT, *ALWAYS)
+    return ((*metrics, perceptual), {}) if isinstance(perceptual, Metric) else (metrics, {LPIPS: perceptual})
 
 
 def _result(
@@ -120,16 +121,16 @@ def _result(
     requirements: Sequence[gate.Requirement],
     floor_prompts: int,
 ) -> dict[str, Any]:
-    """What ``report.json`` holds: all but `about` is the same for the same call."""
+    """The content of ``report.json``; the same call gives the same, except for `about`."""
     plans = []
     for candidate in candidates:
-        found = evaluation.plan_findings(sampler, candidate, work, metrics, cells)
+        findings = evaluation.plan_findings(sampler, candidate, work, metrics, cells)
         heads = evaluation.head_findings(sampler, candidate, heads_work, cells) if heads_work else {}
-        found["heads"] = heads
-        found["verdict"] = gate.verdict(requirements, found["metrics"], heads)
+        findings["heads"] = heads
+        findings["verdict"] = gate.verdict(requirements, findings["metrics"], heads)
         if plans:
-            found["difference_from_first"] = {m.name: evaluation.paired(plans[0], found, m) for m in metrics}
-        plans.append(found)
+            findings["difference_from_first"] = {m.name: evaluation.paired(plans[0], findings, m) for m in metrics}
+        plans.append(findings)
     settings = json.loads((cells.folder / "settings.json").read_text("utf-8"))
     return {
         "about": about("calibatt-evaluate", sampler),
@@ -143,8 +144,8 @@ def _result(
 def _stamped(result: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     """The verdict with its provenance, as `gate.stamp` writes it."""
     metrics = {
-        name: {key: round(found[key], 4) for key in ("mean", "standard_error", "worst")}
-        for name, found in plan["metrics"].items()
+        name: {key: round(summary[key], 4) for key in ("mean", "standard_error", "worst")}
+        for name, summary in plan["metrics"].items()
     }
     checks = [f"{check['requirement']} ({number(check['value'])})" for check in plan["verdict"]["checks"]]
     passed = ("passed" if plan["verdict"]["passed"] else "FAILED") if checks else "nothing was required"
@@ -160,26 +161,16 @@ def _stamped(result: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(result: dict[str, Any], metrics: Sequence[Metric]) -> None:
+    names, rows = summary(result, metrics)
     table = Table()
-    table.add_column("plan", overflow="fold")
-    columns = (*(m.name for m in metrics), "worst " + metrics[0].name, "effect / promised", "verdict")
-    for name in ("density", "predicted latent", *columns):
-        table.add_column(name, justify="right")
-    for plan in result["plans"]:
-        cells = [
-            f"{number(plan['metrics'][m.name]['mean'])} ± {number(plan['metrics'][m.name]['standard_error'])}"
-            for m in metrics
-        ]
-        ratio = plan["heads"].get("ratio")
-        verdict = ("passed" if plan["verdict"]["passed"] else "FAILED") if plan["verdict"]["checks"] else ""
-        worst = number(plan["metrics"][metrics[0].name]["worst"])
-        start = plan["plan"], f"{plan['density']:.3f}", predicted(plan)
-        table.add_row(*start, *cells, worst, number(ratio) if ratio else "", verdict)
-    if result["floor"]:
-        cells = [number(result["floor"][m.name]["mean"]) for m in metrics]
-        table.add_row(
-            "floor: two exact kernels", "1", "", *cells, number(result["floor"][metrics[0].name]["worst"]), "", ""
-        )
+    for name in (*names, f"worst {metrics[0].name}", "effect / promised", "verdict"):
+        table.add_column(name, justify="right" if table.columns else "left", overflow="fold")
+    for row, plan in zip(rows, [*result["plans"], None], strict=False):
+        values = (plan["metrics"] if plan else result["floor"])[metrics[0].name]
+        ratio = plan["heads"].get("ratio") if plan else None
+        checks = plan["verdict"]["checks"] if plan else ()
+        verdict = ("passed" if plan["verdict"]["passed"] else "FAILED") if checks else ""
+        table.add_row(*row, number(values["worst"]), number(ratio) if ratio else "", verdict)
     out = Console(width=None if console.is_terminal else 160)
     out.print(table)
     for name, why in result["not_available"].items():
@@ -191,8 +182,8 @@ def _show(result: dict[str, Any], metrics: Sequence[Metric]) -> None:
 
 def _named(row: dict[str, Any]) -> str:
     return (
-        f"broken: layer {row['layer']}, head {row['head']} at time {row['time']:.3f}: squared effect "
-        f"{row['effect']:.2e}, {row['ratio']:.0f} times the promised {row['promised']:.2e}"
+        f"broken: layer {row['layer']}, head {row['head']} at time {row['time']:.3f}: alone it leaves a latent SNR of "
+        f"{snr(row['effect'])}, {snr(row['promised'])} was promised"
     )
 
 
@@ -202,17 +193,17 @@ def _quick(sampler: Any, candidates: Sequence[Candidate], work: Work) -> int:
     with tempfile.TemporaryDirectory() as folder:
         cells = Cells(Path(folder), {})
         for candidate in candidates:
-            found = evaluation.quick_findings(sampler, candidate, work, cells)
-            drifted += not found["fits"]
+            findings = evaluation.quick_findings(sampler, candidate, work, cells)
+            drifted += not findings["fits"]
             promise = candidate.plan.file.predicted.get("latent_db")
-            told = ""
+            snr_text = ""
             if promise:
-                now = promise["mean"] - 10 * math.log10(found["ratio"])
-                told = f"predicted latent SNR {now:.1f} dB on this model, {promise['mean']:.1f} dB promised; "
+                now = promise["mean"] - 10 * math.log10(findings["ratio"])
+                snr_text = f"predicted latent SNR {now:.1f} dB on this model, {promise['mean']:.1f} dB promised; "
             click.echo(
-                f"{candidate.name}: {'fits' if found['fits'] else 'HAS DRIFTED'}: {told}squared effect "
-                f"{found['ratio']:.2f} times what was promised (at most {evaluation.DRIFT_RATIO:g}); "
-                f"{found['heads_measured']} heads at {found['times']} of {len(sampler.times)} times, "
+                f"{candidate.name}: {'fits' if findings['fits'] else 'HAS DRIFTED'}: {snr_text}squared effect "
+                f"{findings['ratio']:.2f} times what was promised (at most {evaluation.DRIFT_RATIO:g}); "
+                f"{findings['heads_measured']} heads at {findings['times']} of {len(sampler.times)} times, "
                 f"{len(work)} prompts"
             )
     return int(drifted > 0)

@@ -1,4 +1,4 @@
-"""What plans do to the final latent, head by head and to first order, measured by differentiating dense samplings."""
+"""Measures, to first order, what each head of a plan does to the final latent, by differentiating dense samplings."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from calibatt.tools.evaluate.harness import Floats
 
 @dataclass(frozen=True)
 class NoStore:
-    """In place of a store, for what is not to be kept."""
+    """Takes the place of a store where nothing is stored."""
 
     manifest: Manifest
 
 
 class PlanRecording(Recording):
-    """A sampling in which plans are measured, in place of blocks.
+    """A sampling in which plans are measured instead of blocks.
 
     Args:
-        calibrator: What to measure.
-        plans: Of its model.
+        calibrator: The calibrator of the sampler.
+        plans: Plans for its model.
     """
 
     def __init__(self, calibrator: Calibrator, plans: Sequence[Plan]) -> None:
@@ -43,12 +43,12 @@ class PlanRecording(Recording):
         model, times = calibrator.manifest.model, len(calibrator.manifest.times)
         self.plans = plans
         self.effects = np.zeros((len(plans), calibrator.vectors, times, model.layers, model.heads))
-        """Signed, ``(plans, V, T, L, H)``; those of all forwards of one time are added."""
+        """Signed effects ``(plans, V, T, L, H)``; those of all forwards of one time are added."""
 
     def collect(self, forward: Forward, moment: Moment, call: AttentionCall) -> None:
         for index, plan in enumerate(self.plans):
-            found = plan_effects(call, plan.schedule(forward.time, call.layer))
-            self.effects[index, :, forward.moment, call.layer] += found.cpu().numpy()
+            measured = plan_effects(call, plan.schedule(forward.time, call.layer))
+            self.effects[index, :, forward.moment, call.layer] += measured.cpu().numpy()
 
 
 def plan_effects(call: AttentionCall, schedule: AttentionSchedule) -> Tensor:
@@ -58,8 +58,8 @@ def plan_effects(call: AttentionCall, schedule: AttentionSchedule) -> Tensor:
     schedule.unbind()
     assert isinstance(planned, Tensor)
     change = planned[0].float() - call.out.float()
-    found = [(change * grad.float()).sum((1, 2), dtype=torch.float64) for grad in call.grads]
-    return torch.stack(found) / call.scale
+    products = [(change * grad.float()).sum((1, 2), dtype=torch.float64) for grad in call.grads]
+    return torch.stack(products) / call.scale
 
 
 def measure_plans(
@@ -69,11 +69,11 @@ def measure_plans(
 
     Args:
         sampler: The sampler.
-        plans: Of its model and grid.
-        prompt: What to sample.
-        seed: Of the noise and of the random vectors.
+        plans: Plans for its model and grid.
+        prompt: The prompt to sample.
+        seed: Seed of the noise and of the random vectors.
         vectors: How many random vectors, V.
-        times: T of the sampler's, ascending.
+        times: T times of the sampler, ascending.
 
     Returns:
         float64 ``(plans, V, T, L, H)``.
@@ -98,26 +98,26 @@ def visited(plan: PlanFile, times: Sequence[float]) -> list[int]:
 
 def by_segment(plan: PlanFile, effects: Floats, times: Sequence[float]) -> Floats:
     """Effects ``(..., T, L, H)`` at some times, added up over the times of each segment: ``(..., segments, L, H)``."""
-    found = np.zeros((*effects.shape[:-3], len(plan.segments), *effects.shape[-2:]))
+    sums = np.zeros((*effects.shape[:-3], len(plan.segments), *effects.shape[-2:]))
     for index, now in enumerate(times):
-        found[..., plan.segment_index(now), :, :] += effects[..., index, :, :]
-    return found
+        sums[..., plan.segment_index(now), :, :] += effects[..., index, :, :]
+    return sums
 
 
 def promised(plan: PlanFile, times: Sequence[float]) -> Floats | None:
     """Squared effects that the plan's header promises, ``(segments, L, H)``; None for a plan that does not say.
 
-    A sampler of few steps leaves out segments: a step then does what several were to do, so the promise of a segment
-    that is left out counts for the nearest one that is not.
+    A sampler of few steps skips segments. A step then does the work of several, so the promise of a skipped segment is
+    added to that of the nearest segment that the sampler visits.
     """
     values = plan.predicted.get("head_price")
     if values is None:
         return None
     prices = np.array(values, np.float64)
-    found, known = np.zeros_like(prices), visited(plan, times)
+    promise, known = np.zeros_like(prices), visited(plan, times)
     for index, segment in enumerate(plan.segments):
-        found[min(known, key=lambda other: abs(plan.segments[other].time - segment.time))] += prices[index]
-    return found
+        promise[min(known, key=lambda other: abs(plan.segments[other].time - segment.time))] += prices[index]
+    return promise
 
 
 def first_order_db(effects: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""Dense against plans on held-out prompts: what is measured, kept prompt by prompt, and what it says in sum."""
+"""Measures plans against dense attention on held-out prompts, stores it prompt by prompt, and summarises it."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ Work = Sequence[tuple[str, int]]
 """Prompts and their seeds."""
 SUSPECTS = 12
 LEAST_EFFECT = 1e-6
-"""A plan whose whole squared effect is less counts as if it were this (60 dB): kernels round more than that."""
+"""Least squared effect of a plan (60 dB): a smaller one counts as this, since kernels round more than that."""
 BROKEN_RATIO = 10.0
-"""A head whose squared effect is so many times what calibration promised is broken, if that matters:"""
+"""A head is broken if its squared effect is at least so many times what calibration promised, and"""
 BROKEN_SHARE = 0.02
 """if its squared effect beyond the promise is at least this share of the whole plan's."""
 VECTORS = 4
 """Random vectors of the final latent, on which heads are measured."""
 QUICK_TIMES = 4
 DRIFT_RATIO = 3.0
-"""From this many times the promised squared effect on, a plan does not fit its model any more."""
+"""Above so many times the promised squared effect, a plan does not fit its model any more."""
 
 
 class EvaluationError(ValueError):
-    """What was asked cannot be evaluated; says why."""
+    """The evaluation that was asked for is not possible; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        """Of what the plan executes, whatever its header says: a stamp does not make another plan of it."""
+        """Digest of what the plan executes, whatever its header says: a stamp does not change it."""
         return schedules_digest(self.plan.file)
 
 
@@ -75,11 +75,11 @@ def schedules_digest(plan: PlanFile) -> str:
 
 
 class Cells:
-    """What has been measured, one file a prompt and plan, so that an evaluation goes on where it stopped.
+    """Stores measurements, one file a prompt and plan, so that an evaluation continues where it stopped.
 
     Args:
-        folder: Where; made if absent.
-        settings: What all of it depends on, plain values.
+        folder: The folder; it is made if absent.
+        settings: Everything that all measurements depend on, plain values.
 
     Raises:
         EvaluationError: The folder holds measurements under other settings; names what differs.
@@ -90,13 +90,13 @@ class Cells:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "settings.json"
         if path.exists():
-            found = _read(path)
-            wrong = sorted(name for name in {*found, *settings} if found.get(name) != settings.get(name))
+            stored = _read(path)
+            wrong = sorted(name for name in {*stored, *settings} if stored.get(name) != settings.get(name))
             if wrong:
                 name = wrong[0]
                 raise EvaluationError(
                     f"{folder} must hold an evaluation of {name} {settings.get(name)!r}, got one of "
-                    f"{found.get(name)!r}: give another folder"
+                    f"{stored.get(name)!r}: give another folder"
                 )
         else:
             write_text(path, json.dumps(settings, indent=1))
@@ -105,27 +105,27 @@ class Cells:
         return self.folder / key / f"{sampling_name(prompt, seed)}.{ending}"
 
     def get(self, path: Path, shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, Any] | None:
-        """What a cell says, or None where nothing has been measured.
+        """The values of a cell, or None if it has not been measured.
 
         Args:
-            path: The cell.
-            shapes: What it holds: finite numbers by name, () for one, else lists of lists of so many; None: any number.
+            path: File of the cell.
+            shapes: Shapes of its finite numbers, by name: () for one number, else sizes of nested lists; None: any.
 
         Raises:
             EvaluationError: It holds something else.
         """
         if not path.exists():
             return None
-        found = _read(path)
+        stored = _read(path)
         for name, shape in shapes.items():
             try:
-                array = np.array(found[name], np.float64)
+                array = np.array(stored[name], np.float64)
             except (KeyError, TypeError, ValueError):
                 array = np.array(np.nan)
             right = array.ndim == len(shape) and np.isfinite(array).all()
             if not right or any(want not in (None, size) for want, size in zip(shape, array.shape, strict=True)):
                 raise EvaluationError(f"{path} must hold {name} as it was measured, got something else: {REMOVE}")
-        return found
+        return stored
 
     def put(self, path: Path, value: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,18 +136,18 @@ REMOVE = "remove the file, and it is measured again"
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A map that was written as JSON."""
+    """Reads a JSON file that holds a map."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{path} must be JSON, got {error}: {REMOVE}") from None
-    if not isinstance(found, dict):
-        raise EvaluationError(f"{path} must hold a map, got {type(found).__name__}: {REMOVE}")
-    return found
+    if not isinstance(value, dict):
+        raise EvaluationError(f"{path} must hold a map, got {type(value).__name__}: {REMOVE}")
+    return value
 
 
 def settings_of(sampler: Sampler, metrics: Sequence[Metric]) -> dict[str, Any]:
-    """What a measurement depends on besides plan, prompt and seed."""
+    """Everything that a measurement depends on besides plan, prompt and seed."""
     model = sampler.transformer
     weight = next(model.parameters())
     return {
@@ -202,11 +202,11 @@ def measure_videos(
     cells: Cells,
     done: Callable[[], None],
 ) -> None:
-    """Generates every prompt dense and under every plan from the same noise, and, for the first `floor` prompts, dense
-    by a second exact kernel; what is measured already is not done again.
+    """Generates every prompt dense and under every plan from the same noise, and the first `floor` prompts also dense
+    by a second exact kernel. Cells that are stored already are skipped.
 
     Args:
-        metrics: `LATENT`, and those of the decoded videos; videos are decoded only if there are any.
+        metrics: `LATENT` and metrics of videos; videos are decoded only if there are metrics of them.
         done: Called after each prompt.
     """
     for index, (prompt, seed) in enumerate(work):
@@ -221,16 +221,16 @@ def measure_videos(
             attached = candidate.plan.attach(sampler.transformer) if candidate else None
             with attached or attending(sampler.transformer, written_out):
                 latent = sampler.run(prompt, seed)
-            found = {LATENT.name: float(latent_db(latent, dense)[0])}
+            measured = {LATENT.name: float(latent_db(latent, dense)[0])}
             if videos:
                 video = sampler.decode(latent)
-                found |= {metric.name: float(metric.measure(video, shown)[0]) for metric in videos}
+                measured |= {metric.name: float(metric.measure(video, shown)[0]) for metric in videos}
                 if candidate:
                     picture = cells.path(key, prompt, seed, "png")
                     picture.parent.mkdir(parents=True, exist_ok=True)
                     with whole_file(picture) as file:
                         file.write(side_by_side(shown[0], video[0]))
-            cells.put(cells.path(key, prompt, seed), found)
+            cells.put(cells.path(key, prompt, seed), measured)
         done()
 
 
@@ -249,13 +249,13 @@ def measure_heads(
     Args:
         done: Called after each prompt.
         vectors: Random vectors of the final latent.
-        times: Of the sampler, ascending.
+        times: Times of the sampler, ascending.
     """
     for prompt, seed in work:
         todo = [each for each in candidates if not _heads_path(cells, each, prompt, seed).exists()]
         if todo:
-            found = effects.measure_plans(sampler, [each.plan for each in todo], prompt, seed, vectors, times)
-            for candidate, each in zip(todo, found, strict=True):
+            measured = effects.measure_plans(sampler, [each.plan for each in todo], prompt, seed, vectors, times)
+            for candidate, each in zip(todo, measured, strict=True):
                 cells.put(_heads_path(cells, candidate, prompt, seed), {"times": list(times), "effects": each.tolist()})
         done()
 
@@ -267,8 +267,8 @@ def _heads_path(cells: Cells, candidate: Candidate, prompt: str, seed: int) -> P
 def head_findings(sampler: Sampler, candidate: Candidate, work: Work, cells: Cells) -> dict[str, Any]:
     """What `measure_heads` found, against what calibration promised: plain values.
 
-    A head's *share* is the part of the plan's whole squared effect that is this head's beyond its promise. With no
-    promise in the plan, heads are ranked by their effect alone, and none is called broken.
+    A head's *share* is its squared effect beyond its promise, relative to the squared effect of the whole plan. If the
+    plan promises nothing, heads are ranked by their effect alone, and none is called broken.
     """
     model = candidate.plan.signature
     shapes = {"times": (None,), "effects": (None, None, model.layers, model.heads)}
@@ -279,7 +279,7 @@ def head_findings(sampler: Sampler, candidate: Candidate, work: Work, cells: Cel
     squared = effects.by_segment(file, signed, times)[:, :, known] ** 2
     each = squared.mean(1)
     totals = np.maximum(each.sum((1, 2, 3)), LEAST_EFFECT**2)
-    # Prompts differ up to 100-fold: as in the promise, each counts by its own level, and the level is the typical one.
+    # Prompts differ up to 100-fold. As in the promise, each is divided by its level; the result has the typical level.
     measured = (each / totals[:, None, None, None]).mean(0) * np.exp(np.log(totals).mean())
     worst = each.max(0)
     promise = effects.promised(file, sampler.times)
@@ -314,8 +314,8 @@ def head_findings(sampler: Sampler, candidate: Candidate, work: Work, cells: Cel
     if len(times) == len(sampler.times):
         result["first_order_latent"] = _summary(effects.first_order_db(signed).tolist(), LATENT)
     if promise is not None:
-        told = max(float(promise.sum()), LEAST_EFFECT)
-        result |= {"effect_promised": told, "ratio": total / told}
+        promised = max(float(promise.sum()), LEAST_EFFECT)
+        result |= {"effect_promised": promised, "ratio": total / promised}
     return result
 
 
@@ -360,8 +360,8 @@ def plan_findings(
 def floor_findings(work: Work, metrics: Sequence[Metric], cells: Cells) -> dict[str, Any]:
     """What was measured between two exact kernels: plain values; empty if nothing was."""
     of = {metric.name: () for metric in metrics}
-    found = [cell for p, s in work if (cell := cells.get(cells.path("floor", p, s), of))]
-    return {m.name: _summary([cell[m.name] for cell in found], m) for m in metrics} if found else {}
+    measured = [cell for p, s in work if (cell := cells.get(cells.path("floor", p, s), of))]
+    return {m.name: _summary([cell[m.name] for cell in measured], m) for m in metrics} if measured else {}
 
 
 def _summary(values: list[float], metric: Metric) -> dict[str, Any]:

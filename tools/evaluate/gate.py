@@ -37,7 +37,7 @@ class Requirement:
         return f"{self.name}{statistic}{self.relation}{self.limit:g}"
 
     def value(self, metrics: Mapping[str, Any], heads: Mapping[str, Any]) -> float:
-        """The number that it is about; see `check_names`."""
+        """The number that the requirement is about; `check_names` has proved that there is one."""
         if self.name == "broken" and "broken" in heads:
             return float(len(heads["broken"]))
         if self.name == "ratio" and "ratio" in heads:
@@ -54,7 +54,7 @@ def parse_requirements(text: str) -> tuple[Requirement, ...]:
     Raises:
         RequirementError: A part is not ``name>=number`` or ``name.statistic<=number``.
     """
-    found = []
+    requirements = []
     for part in text.split(","):
         match = _REQUIREMENT.fullmatch(part)
         rule = f"read name>=number or name.{'|'.join(STATISTICS)}<=number"
@@ -64,23 +64,23 @@ def parse_requirements(text: str) -> tuple[Requirement, ...]:
             limit = float(match[4])
         except ValueError:
             raise RequirementError(f"--require must {rule}, got {part.strip()!r}") from None
-        found.append(Requirement(match[1], match[2] or STATISTICS[0], match[3], limit))
-    return tuple(found)
+        requirements.append(Requirement(match[1], match[2] or STATISTICS[0], match[3], limit))
+    return tuple(requirements)
 
 
 def check_names(
     requirements: Sequence[Requirement], metrics: Sequence[Metric], candidates: Sequence[Candidate], heads: bool
 ) -> None:
-    """Refuses, before anything is measured, requirements of what will not be.
+    """Refuses requirements of numbers that will not be measured, before any work.
 
     Args:
         requirements: What must hold.
-        metrics: What is measured of videos.
+        metrics: The metrics that are measured.
         candidates: The plans.
-        heads: Heads are measured.
+        heads: Whether heads are measured.
 
     Raises:
-        RequirementError: Names what there will be.
+        RequirementError: One is of something else; the message names what is measured.
     """
     known = [metric.name for metric in metrics]
     if heads:

@@ -24,11 +24,11 @@ Attention = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 Floats = npt.NDArray[np.float64]
 
 CHUNK_SCORES = 1 << 24
-"""Scores held at a time where attention is written out: 64 MiB in fp32."""
+"""How many scores are held at a time where attention is computed in full: 64 MiB in fp32."""
 
 
 def typed(command: str) -> str:
-    """The command with the arguments of this process; of absolute paths just the names, since folders are private."""
+    """The command with the arguments of this process; absolute paths are cut to names, since folders are private."""
     return " ".join([command, *(Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:])])
 
 
@@ -59,8 +59,8 @@ def attending(model: nn.Module, attention: Attention) -> Iterator[None]:
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, layer: int, time: float) -> Tensor:
-    """Dense attention written out in float32, some queries of a head at a time: a second exact kernel, whose sums are
-    in another order than those of the model's own."""
+    """Dense attention in float32, some queries of a head at a time: a second exact kernel, which adds in another order
+    than the model's own."""
     out = torch.empty_like(v)
     step = max(1, CHUNK_SCORES // k.shape[2])
     for sample in range(len(q)):

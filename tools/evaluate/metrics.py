@@ -1,4 +1,4 @@
-"""What two videos differ by, and what many such numbers say together.
+"""Metrics of how two videos differ, and their summary over prompts.
 
 Videos are ``(n, 3, F, H, W)`` in [-1, 1] on one device; every metric computes in float64 and gives one number a video,
 float64 ``(n,)`` on the CPU.
@@ -43,8 +43,8 @@ def latent_db(latent: Latent, reference: Latent) -> Tensor:
     Of videos with sound, the mean of both relative squared errors.
     """
     errors = []
-    for found, true in zip(parts(latent), parts(reference), strict=True):
-        lost, size = (x.detach().double().flatten(1).square().sum(1) for x in (found - true, true))
+    for estimate, true in zip(parts(latent), parts(reference), strict=True):
+        lost, size = (x.detach().double().flatten(1).square().sum(1) for x in (estimate - true, true))
         errors.append(lost / size)
     return -10 * torch.stack(errors).mean(0).clamp(min=LEAST_SHARE).log10().cpu()
 
@@ -70,8 +70,8 @@ def ssim(video: Tensor, reference: Tensor) -> Tensor:
 
     mx, my = blurred(x), blurred(y)
     vx, vy, both = blurred(x * x) - mx * mx, blurred(y * y) - my * my, blurred(x * y) - mx * my
-    found = (2 * mx * my + 1e-4) * (2 * both + 9e-4) / ((mx * mx + my * my + 1e-4) * (vx + vy + 9e-4))
-    return found.view(len(video), -1).mean(1).cpu()
+    similarity = (2 * mx * my + 1e-4) * (2 * both + 9e-4) / ((mx * mx + my * my + 1e-4) * (vx + vy + 9e-4))
+    return similarity.view(len(video), -1).mean(1).cpu()
 
 
 def flicker(video: Tensor, reference: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Metric:
 
 
 LATENT = Metric("latent", "dB", True, latent_db)
-"""Of final latents, whatever decodes them; all others are of videos."""
+"""The metric of final latents, whatever decodes them; all others are of videos."""
 PSNR = Metric("psnr", "dB", True, psnr_db)
 SSIM = Metric("ssim", "", True, ssim)
 FLICKER = Metric("flicker", "", False, flicker)
@@ -125,7 +125,7 @@ def lpips_metric() -> Metric | str:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a metric says over prompts.
+    """The summary of a metric over prompts.
 
     Args:
         mean: Over prompts.

@@ -12,8 +12,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from calibatt.plans.page import Html
+
 SHOWN_PIXELS = 192
-"""About how wide one video is shown."""
+"""About how many pixels wide one video is shown."""
 FRAME_MS = 180
 DIFFERENCE_GAIN = 4
 GAP_PIXELS = 2
@@ -46,9 +48,10 @@ def side_by_side(dense: Tensor, planned: Tensor) -> bytes:
     return animation([dense, planned, difference])
 
 
-def embedded(picture: bytes, alt: str) -> str:
-    """A PNG as an HTML element that needs no file."""
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+def embedded(picture: bytes, alt: str, kind: str = "") -> Html:
+    """A PNG as an HTML element that needs no file; ``drawing`` is the kind of pictures with a white ground."""
+    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    return Html(f'<img alt="{html.escape(alt)}" src="{source}" class="{kind}">')
 
 
 def drawn(figure: Figure) -> bytes:

@@ -1,150 +1,130 @@
-"""The evaluation's page: one HTML file that needs nothing else, the worst cases first."""
+"""The evaluation's page: what each plan loses, the worst cases first."""
 
 from __future__ import annotations
 
-import html
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from calibatt.plans.files import write_text
+from calibatt.plans.page import Html, element, folded, joined, page, table
+from calibatt.plans.readable import number, snr, with_error
 from calibatt.tools.evaluate.metrics import Metric
 from calibatt.tools.evaluate.pictures import DIFFERENCE_GAIN, embedded
 
-TEMPLATE = Path(__file__).with_name("report.html")
 WORST_SHOWN = 4
+Animations = Mapping[tuple[str, str, int], Path]
+"""PNG files of dense, planned and difference by (key of the plan, prompt, seed)."""
 
 
-def write_page(
-    path: Path, result: Mapping[str, Any], metrics: Sequence[Metric], animations: Mapping[tuple[str, str, int], Path]
-) -> None:
+def write_page(path: Path, result: Mapping[str, Any], metrics: Sequence[Metric], animations: Animations) -> None:
     """Writes the page.
 
     Args:
         path: The HTML file.
         result: What ``report.json`` holds.
         metrics: What was measured.
-        animations: PNG files of dense, planned and difference by (key of the plan, prompt, seed).
+        animations: By key of the plan, prompt and seed.
     """
-    about = result["about"]
-    floor = result["floor"]
-    page = string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        count=len(result["plans"][0]["by_prompt"]),
-        floor_count=f"{floor[metrics[0].name]['count']} prompts" if floor else "not measured",
-        summary=_summary(result, metrics),
-        unavailable=html.escape("; ".join(f"{name}: {why}" for name, why in result["not_available"].items())),
-        plans="\n".join(_plan(plan, metrics, animations) for plan in result["plans"]),
-        command=html.escape(about["command"]),
-        device=html.escape(about["device"]),
-        versions=html.escape(about["versions"]),
-        date=html.escape(about["date"]),
+    about, floor, plans = result["about"], result["floor"], result["plans"]
+    prompts = f"{floor[metrics[0].name]['count']} prompts" if floor else "not measured"
+    text = page(
+        "What plans lose",
+        f"{len(plans[0]['by_prompt'])} held-out videos, each generated dense and planned from the same noise. The "
+        f"floor is what two exact dense kernels differ by ({prompts}): no plan can be better. Means over videos ± "
+        "their standard errors.",
+        table(*summary(result, metrics)),
+        *(element("p", f"{name}: {why}") for name, why in result["not_available"].items()),
+        *(part for each in plans for part in _plan(each, floor, metrics, animations)),
+        footer=f"{about['command']} · {about['device']} · {about['versions']} · {about['date']}",
     )
-    write_text(path, page)
+    write_text(path, text)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """A table of ready HTML cells."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    named = f"<caption>{caption}</caption>" if caption else ""
-    return f"<table>{named}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def number(value: float) -> str:
-    """Four digits or so, as people read them."""
-    return f"{value:.2f}" if 0.1 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
-
-
-def predicted(plan: Mapping[str, Any]) -> str:
-    """The signal-to-noise that the plan's header predicts of the final latent."""
-    found = plan["predicted_latent_db"]
-    return f"{number(found['mean'])} ± {number(found['standard_error'])}" if found else "not stated"
-
-
-def with_error(summary: Mapping[str, Any]) -> str:
-    """A mean and its standard error."""
-    return f"{number(summary['mean'])} &plusmn; {number(summary['standard_error'])}"
-
-
-def _summary(result: Mapping[str, Any], metrics: Sequence[Metric]) -> str:
-    head = ["plan", "density", "predicted latent, dB"]
-    for metric in metrics:
-        unit = f", {metric.unit}" if metric.unit else ""
-        head += [f"{metric.name}{unit}", "spread", "worst"]
+def summary(result: Mapping[str, Any], metrics: Sequence[Metric]) -> tuple[list[str], list[list[str]]]:
+    """Names of columns, and a row of text for every plan, then one for the floor if it was measured."""
     rows = []
     for plan in result["plans"]:
-        row = [html.escape(plan["plan"]), f"{plan['density']:.3f}", predicted(plan)]
-        for metric in metrics:
-            found = plan["metrics"][metric.name]
-            row += [with_error(found), number(found["spread"]), number(found["worst"])]
-        rows.append(row)
+        latent = plan["predicted_latent_db"]
+        predicted = with_error(latent["mean"], latent["standard_error"]) if latent else "not stated"
+        rows.append([plan["plan"], f"{plan['density']:.1%}", predicted, *_means(plan["metrics"], metrics)])
     if result["floor"]:
-        row = ["floor: two exact kernels", "1.000", ""]
-        for metric in metrics:
-            found = result["floor"][metric.name]
-            row += [with_error(found), number(found["spread"]), number(found["worst"])]
-        rows.append(row)
-    return _table(head, rows)
+        rows.append(["floor: two exact kernels", "100.0%", "", *_means(result["floor"], metrics)])
+    return ["plan", "density", "predicted latent, dB", *map(_titled, metrics)], rows
 
 
-def _plan(plan: Mapping[str, Any], metrics: Sequence[Metric], animations: Mapping[tuple[str, str, int], Path]) -> str:
-    parts = [f"<h2>{html.escape(plan['plan'])}</h2>", _verdict(plan["verdict"])]
-    if plan["heads"]:
-        parts.append(_heads(plan["heads"]))
-    first = metrics[0]
-    rows = sorted(plan["by_prompt"], key=lambda row: row[first.name] * (1 if first.higher_is_better else -1))
-    shown = f": dense, planned, difference &times; {DIFFERENCE_GAIN}" if len(metrics) > 1 else ""
-    parts.append(f"<h3>Worst prompts{shown}</h3><div class='videos'>")
-    for row in rows[:WORST_SHOWN]:
-        path = animations[plan["executes"], row["prompt"], row["seed"]]
-        picture = embedded(path.read_bytes(), row["prompt"]) if path.exists() else ""
-        told = ", ".join(f"{metric.name} {number(row[metric.name])}" for metric in metrics)
-        caption = f"{html.escape(row['prompt'])}, seed {row['seed']}<br><b>{told}</b>"
-        parts.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
-    parts.append("</div><details><summary>every prompt</summary>")
-    cells = [
-        [html.escape(row["prompt"]), str(row["seed"]), *(number(row[metric.name]) for metric in metrics)]
-        for row in rows
+def _titled(metric: Metric) -> str:
+    return f"{metric.name}, {metric.unit}" if metric.unit else metric.name
+
+
+def _means(summaries: Mapping[str, Any], metrics: Sequence[Metric]) -> list[str]:
+    return [with_error(*(summaries[metric.name][key] for key in ("mean", "standard_error"))) for metric in metrics]
+
+
+def _plan(
+    plan: Mapping[str, Any], floor: Mapping[str, Any], metrics: Sequence[Metric], animations: Animations
+) -> list[Html]:
+    first, prompts = metrics[0], plan["by_prompt"]
+    videos = sorted(prompts, key=lambda row: row[first.name] * (1 if first.higher_is_better else -1))
+    measured = []
+    for metric, mean in zip(metrics, _means(plan["metrics"], metrics), strict=True):
+        values = plan["metrics"][metric.name]
+        worst = number(values["worst"]), prompts[values["worst_at"]]["prompt"]
+        measured.append(
+            [_titled(metric), mean, number(values["spread"]), *worst, *(_means(floor, [metric]) if floor else [])]
+        )
+    every = [[row["prompt"], row["seed"], *(number(row[metric.name]) for metric in metrics)] for row in videos]
+    shown = f": dense, planned, difference × {DIFFERENCE_GAIN}" if len(metrics) > 1 else ""
+    pictures = (_video(row, plan["executes"], metrics, animations) for row in videos[:WORST_SHOWN])
+    return [
+        element("h2", plan["plan"]),
+        _verdict(plan["verdict"]),
+        table(["", "mean", "spread over videos", "worst", "at", *(["floor"] if floor else [])], measured),
+        *(_heads(plan["heads"]) if plan["heads"] else []),
+        element("h3", f"Worst prompts{shown}"),
+        element("div", *pictures, kind="videos"),
+        folded("every prompt", table(["prompt", "seed", *map(_titled, metrics)], every)),
+        folded("the pass string", element("p", element("code", plan["passes"]))),
     ]
-    parts.append(_table(["prompt", "seed", *(metric.name for metric in metrics)], cells) + "</details>")
-    parts.append(f"<p>Passes: <code>{html.escape(plan['passes'])}</code></p>")
-    return "\n".join(parts)
 
 
-def _verdict(verdict: Mapping[str, Any]) -> str:
+def _video(row: Mapping[str, Any], executes: str, metrics: Sequence[Metric], animations: Animations) -> Html:
+    path = animations[executes, row["prompt"], row["seed"]]
+    picture = embedded(path.read_bytes(), row["prompt"]) if path.exists() else ""
+    values = ", ".join(f"{metric.name} {number(row[metric.name])} {metric.unit}".rstrip() for metric in metrics)
+    caption = element("figcaption", f"{row['prompt']}, seed {row['seed']}", Html("<br>"), element("b", values))
+    return element("figure", picture, caption)
+
+
+def _verdict(verdict: Mapping[str, Any]) -> Html:
     if not verdict["checks"]:
-        return "<p>Nothing was required.</p>"
-    told = [
-        f"<span class='{'good' if check['holds'] else 'bad'}'>{html.escape(check['requirement'])}: "
-        f"{number(check['value'])}</span>"
-        for check in verdict["checks"]
-    ]
-    return f"<p>{'Passed' if verdict['passed'] else 'Failed'}: {', '.join(told)}</p>"
+        return element("p", "Nothing was required.")
+    checks = (
+        joined(
+            " ", element("span", f"{each['requirement']}: {number(each['value'])}", kind=("bad", "good")[each["holds"]])
+        )
+        for each in verdict["checks"]
+    )
+    return element("p", "Passed:" if verdict["passed"] else "Failed:", *checks)
 
 
-def _heads(heads: Mapping[str, Any]) -> str:
-    lines = [
-        f"{heads['heads_measured']} heads (every time and layer counts) on {heads['prompts']} dense samplings with "
-        f"{heads['vectors']} random vectors each."
-    ]
+def _heads(heads: Mapping[str, Any]) -> list[Html]:
+    text = f"{heads['heads_measured']:,} heads (each layer and time counts), measured on {heads['prompts']} samplings. "
     if "first_order_latent" in heads:
-        lines.append(f"To first order the latent SNR is {with_error(heads['first_order_latent'])} dB.")
+        latent = heads["first_order_latent"]
+        text += f"To first order the latent SNR is {with_error(latent['mean'], latent['standard_error'])} dB. "
     if "ratio" in heads:
-        lines.append(f"The squared effect is {number(heads['ratio'])} times what calibration promised.")
+        text += f"Their squared effect is {number(heads['ratio'])} times what calibration promised. "
     else:
-        lines.append("The plan does not say what calibration promised: heads are ranked by their effect alone.")
-    broken = [f"layer {row['layer']}, head {row['head']} at time {row['time']:.3f}" for row in heads["broken"]]
-    lines.append(f"<span class='bad'>Broken: {'; '.join(broken)}.</span>" if broken else "No head is broken.")
+        text += "The plan does not say what calibration promised: heads are ranked by their effect alone. "
+    broken = "; ".join(f"layer {row['layer']}, head {row['head']} at time {row['time']:.3f}" for row in heads["broken"])
+    verdict = element("span", f"Broken: {broken}.", kind="bad") if broken else "No head is broken."
     rows = [
-        [
-            f"layer {row['layer']}, head {row['head']}, time {row['time']:.3f}",
-            *(number(row[name]) for name in ("effect", "effect_worst_prompt")),
-            *((number(row["promised"]), number(row["ratio"])) if "promised" in row else ("not stated", "")),
-            f"{row['share']:.1%}",
-        ]
+        [f"layer {row['layer']}, head {row['head']}, time {row['time']:.3f}"]
+        + [snr(row[name]) if name in row else "not stated" for name in ("promised", "effect", "effect_worst_prompt")]
+        + [f"{number(row['ratio'])} x" if "ratio" in row else "", f"{row['share']:.1%}"]
         for row in heads["heads"]
     ]
-    head = ["head", "squared effect", "worst prompt", "promised", "ratio", "share"]
-    caption = "heads that change the final latent most beyond their promise; squared effects, relative to its size"
-    return f"<p>{' '.join(lines)}</p>{_table(head, rows, caption)}"
+    names = ["head", "promised", "measured", "worst prompt", "squared effect / promised", "share of the plan's"]
+    caption = "The latent SNR if a head alone were planned; heads that do most beyond their promise come first"
+    return [element("p", text, verdict), table(names, rows, caption)]

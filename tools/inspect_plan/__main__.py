@@ -73,7 +73,7 @@ def main(
     if png is not None and (layer is None or head is None):
         raise click.UsageError("--png draws one mask and needs --layer and --head")
     time = 0.5 if time is None else time
-    if not 0 <= time <= 1:  # which click does not know of nan
+    if not 0 <= time <= 1:  # click lets nan pass
         raise click.UsageError(f"--time must be from 0 to 1, got {time}")
     drawn = [path.resolve() for path in (png, overview_png) if path is not None]
     read = [path.resolve() for path in (file, other) if path is not None]
@@ -88,11 +88,11 @@ def main(
         if value is not None and value >= count:
             raise click.UsageError(f"{option} must be 0 to {count - 1} in this plan, got {value}")
     if other is not None:
-        found = compare.compare(plan, PlanFile.read(other))
+        differences = compare.compare(plan, PlanFile.read(other))
         if as_json:
-            print(json.dumps(found, indent=2))
+            print(json.dumps(differences, indent=2, default=bytes.hex))
         else:
-            compare.show(found)
+            compare.show(differences)
     elif as_json:
         print(json.dumps(summary.summarise(plan, file), indent=2, default=bytes.hex))
     elif drawing is None:

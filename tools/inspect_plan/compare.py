@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from rich.table import Table
 
 from calibatt.plans import NO_ANCHORS, PackedLayer, PlanFile
 from calibatt.plans.errors import legible
+from calibatt.plans.readable import words
 
 HEADER = ("signature", "grid", "blocks", "passes", "scheduler_hint", "provenance", "license", "notes")
 
@@ -21,18 +24,21 @@ def compare(one: PlanFile, other: PlanFile) -> dict[str, Any]:
     either does; heads that compute other rows or frames (other anchors), whose blocks are not compared.
     """
     header = {
-        name: [str(getattr(one, name)), str(getattr(other, name))]
-        for name in HEADER
-        if getattr(one, name) != getattr(other, name)
+        name: pair for name in HEADER if (pair := [_plain(getattr(each, name)) for each in (one, other)])[0] != pair[1]
     }
-    header |= {} if one.segments == other.segments else {"segments": [str(len(one.segments)), str(len(other.segments))]}
-    found: dict[str, Any] = {"same": one.digest == other.digest, "header": header}
+    header |= {} if one.segments == other.segments else {"segments": [len(one.segments), len(other.segments)]}
+    differences: dict[str, Any] = {"same": one.digest == other.digest, "header": header}
     if (one.signature.layers, one.signature.heads, one.grid, one.blocks) != (
         *(other.signature.layers, other.signature.heads),
         *(other.grid, other.blocks),
     ):
-        return found | {"segments": None}
-    return found | {"segments": _segments(one, other)}
+        return differences | {"segments": None}
+    return differences | {"segments": _segments(one, other)}
+
+
+def _plain(value: Any) -> Any:
+    """A value of a header; a dataclass as a mapping of its fields."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _segments(one: PlanFile, other: PlanFile) -> list[dict[str, Any]]:
@@ -43,9 +49,9 @@ def _segments(one: PlanFile, other: PlanFile) -> list[dict[str, Any]]:
         for index, time in enumerate(times):
             first, last = one.packed(index, layer), other.packed(other.segment_index(time), layer)
             densities[index] += first.density, last.density
-            found = [_head(first, last, head) for head in range(first.heads)]
-            apart[index] += found.count(None)
-            for pair in found:
+            pairs = [_head(first, last, head) for head in range(first.heads)]
+            apart[index] += pairs.count(None)
+            for pair in pairs:
                 if pair is not None:
                     common[index] += pair[0]
                     either[index] += pair[1]
@@ -61,7 +67,7 @@ def _segments(one: PlanFile, other: PlanFile) -> list[dict[str, Any]]:
 
 
 def _head(one: PackedLayer, other: PackedLayer, head: int) -> tuple[int, int] | None:
-    """Blocks that both compute, and that either does; None where they compute other rows or frames."""
+    """How many blocks both compute, and how many at least one does; None if their anchors differ."""
     if _anchors(one, head) != _anchors(other, head):
         return None
     masks = [one.head_bits(head), other.head_bits(head)]
@@ -74,12 +80,21 @@ def _head(one: PackedLayer, other: PackedLayer, head: int) -> tuple[int, int] | 
 
 
 def _anchors(layer: PackedLayer, head: int) -> tuple[int, list[int]] | None:
-    """What the head computes rows or frames of, and which; None: all."""
+    """Axis and anchors of a head; None if it computes every query."""
     pattern = int(layer.head_anchor[head])
     if pattern == NO_ANCHORS:
         return None
     part = slice(int(layer.anchor_ptr[pattern]), int(layer.anchor_ptr[pattern + 1]))
     return int(layer.anchor_axis[pattern]), layer.group_anchor[part].tolist()
+
+
+def _told_apart(one: Any, other: Any) -> list[str]:
+    """Two unequal values in words; of mappings only the entries that differ."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+        one, other = ({key: each[key] for key in keys if key in each} for each in (one, other))
+    texts = [words(each) or "none" for each in (one, other)]
+    return texts if texts[0] != texts[1] else [texts[0], f"{texts[1]}, but not the same"]
 
 
 def show(value: dict[str, Any], console: Console | None = None) -> None:
@@ -88,8 +103,8 @@ def show(value: dict[str, Any], console: Console | None = None) -> None:
     if value["same"]:
         console.print("the plans are the same, byte for byte")
         return
-    for name, texts in value["header"].items():
-        for sign, text in zip("-+", texts, strict=True):
+    for name, pair in value["header"].items():
+        for sign, text in zip("-+", _told_apart(*pair), strict=True):
             console.print(f"{sign} {name}: {legible(text)}", markup=False, highlight=False, soft_wrap=True)
     if value["segments"] is None:
         console.print("their masks cannot be compared: other layers, heads, tokens or blocks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -14,18 +15,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from calibatt.plans import BF16, DENSE, FRAMES, NO_ANCHORS, PRECISIONS, ROWS, PlanFile, told_precisions
+from calibatt.plans import BF16, DENSE, FRAMES, NO_ANCHORS, PRECISIONS, ROWS, PlanFile, readable, told_precisions
 from calibatt.plans.errors import legible
 
 EVALUATION = "evaluation"
 """Where the provenance of a plan holds the verdict that `calibatt-evaluate --stamp` writes."""
+METRIC_UNITS = {"latent": ", dB", "psnr": ", dB"}
+SECTIONS_SHOWN = 3
 GRADIENT = ((27, 38, 79), (38, 92, 140), (38, 148, 150), (122, 198, 120), (250, 214, 90), (240, 120, 60))
 """Colours (red, green, blue) of densities 0, 0.2, ..., 1: cold is cheap, hot is dense."""
 
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """What there is to know of every head of a plan.
+    """Density, kind and precision of every head of a plan.
 
     Args:
         densities: Density, float64 ``(segments, layers, heads)``.
@@ -58,7 +61,7 @@ def heads_of(plan: PlanFile) -> Heads:
         precisions[segment, layer] = packed.head_precision
         listed = np.where(packed.head_list == DENSE, "dense", "sparse")
         kinds[segment, layer] = np.where(packed.head_anchor != NO_ANCHORS, "anchored", listed)
-        axis = np.append(packed.anchor_axis, ROWS)[packed.head_anchor]  # NO_ANCHORS takes the last
+        axis = np.append(packed.anchor_axis, ROWS)[packed.head_anchor]  # NO_ANCHORS, -1, takes the last
         frames += int((axis == FRAMES).sum())
         _, counts = np.unique(packed.head_list[packed.head_list != DENSE], return_counts=True)
         sharing += int(counts[counts > 1].sum())
@@ -69,9 +72,9 @@ def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
     """Everything `show` shows, and more, as values that JSON can hold (bytes aside).
 
     Times are denoising times, ``*_bytes`` bytes and ``*_ms`` milliseconds; lists over segments ascend in time.
-    ``density`` and ``predicted_forward_ms`` are means over the segments: what a sampler executes that visits each of
-    them equally often, as the one that was calibrated does. Its steps crowd at some times, so that a mean over time
-    itself would be nobody's.
+    ``density`` and ``predicted_forward_ms`` are means over the segments: what a sampler executes that visits all of
+    them equally often, as the calibrated one does. A mean over time itself would be that of no sampler, since steps
+    are closer together at some times.
     """
     heads = heads_of(plan)
     densities, kinds = heads.densities, heads.kinds
@@ -113,9 +116,9 @@ def predicted_forward_ms(plan: PlanFile) -> dict[str, float] | None:
 
 def predicted_snr(plan: PlanFile) -> str | None:
     """The predicted signal-to-noise of the final latent, in words; None where it is not stated."""
-    if not (found := plan.predicted.get("latent_db")):
+    if not (latent := plan.predicted.get("latent_db")):
         return None
-    return f"{found['mean']:.1f} dB (standard error {found['standard_error']:.1f}, {found['samplings']} samplings)"
+    return f"{latent['mean']:.1f} dB (standard error {latent['standard_error']:.1f}, {latent['samplings']} samplings)"
 
 
 def _count(kinds: npt.NDArray[np.str_]) -> dict[str, int]:
@@ -144,7 +147,7 @@ def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, st
     total = len(plan.segments) * model.layers * model.heads
     frames = f" ({heads['with_anchor_frames']:,} by frames)" if heads["with_anchor_frames"] else ""
     lines = [
-        ("plan", f"{values['file']}  {_size(values['file_bytes'])}"),
+        ("plan", f"{values['file']}  {readable.size(values['file_bytes'])}"),
         ("digest", plan.digest),
         ("model", f"{model.architecture}: {model.layers} layers x {model.heads} heads x {model.head_dim} channels"),
         ("grid", f"{grid.frames} frames x {grid.height} rows x {grid.width} tokens = {grid.tokens:,} video tokens"),
@@ -163,21 +166,42 @@ def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, st
     lines += _named("precision", _precision_lines(heads_of(plan).precisions))
     lines += _named("predicted", _predicted_lines(plan, values["predicted_forward_ms"]))
     sections = sorted(values["section_bytes"].items(), key=lambda item: -item[1])
-    lines.append(("bytes", ", ".join(f"{name} {_size(size)}" for name, size in sections)))
-    lines.append(("passes", plan.passes or "none"))
+    rest = sum(size for _, size in sections[SECTIONS_SHOWN:])
+    shown = [f"{name} {readable.size(size)}" for name, size in sections[:SECTIONS_SHOWN]]
+    lines.append(("bytes", ", ".join([*shown, f"all other sections {readable.size(rest)}"])))
+    lines += _named("passes", re.split(r",(?![^{]*\})", plan.passes) if plan.passes else ["none"])
     provenance = dict(plan.provenance)
     if EVALUATION in provenance:
-        verdict = provenance.pop(EVALUATION)
-        lines += _named("evaluated", _map_lines(verdict) if isinstance(verdict, Mapping) else [str(verdict)])
+        lines += _named("evaluated", _evaluation_lines(provenance.pop(EVALUATION)))
     lines += _named("sampler", _map_lines(plan.scheduler_hint or {})) + _named("provenance", _map_lines(provenance))
     lines += [(name, value) for name, value in (("license", plan.license), ("notes", plan.notes)) if value]
     return lines
 
 
 def _precision_lines(precisions: npt.NDArray[np.uint8]) -> list[str]:
-    """Of the plan, and of every layer where some heads are in 8 bits; over all segments."""
-    layers = range(precisions.shape[1]) if precisions.any() else ()
-    return [told_precisions(precisions), *(f"layer {at}: {told_precisions(precisions[:, at])}" for at in layers)]
+    """Shares of precisions, and the layers with the fewest and the most heads in 8 bits, if there are any."""
+    shares = (precisions != BF16).mean((0, 2))
+    if not shares.any():
+        return [told_precisions(precisions)]
+    low, high = shares.argmin(), shares.argmax()
+    span = f"from {shares[low]:.1%} of its heads (layer {low}) to {shares[high]:.1%} (layer {high})"
+    return [told_precisions(precisions), f"a layer has {span if low != high else f'{shares[low]:.1%}'} in 8 bits"]
+
+
+def _evaluation_lines(stamp: Any) -> list[str]:
+    """The stamp of `calibatt-evaluate --stamp` in words; anything else that stands in its place, too."""
+    if not isinstance(stamp, Mapping):
+        return [readable.words(stamp)]
+    rest = {name: value for name, value in stamp.items() if name not in ("verdict", "metrics")}
+    lines = [str(stamp.get("verdict", "no verdict"))]
+    for name, summary in dict(stamp.get("metrics") or {}).items():
+        unit = f"{name}{METRIC_UNITS.get(name, '')}"
+        try:
+            mean = readable.with_error(summary["mean"], summary["standard_error"])
+            lines.append(f"{unit}: {mean}, the worst video {readable.number(summary['worst'])}")
+        except (KeyError, TypeError):
+            lines.append(f"{unit}: {readable.words(summary)}")
+    return lines + _map_lines(rest)
 
 
 def _named(name: str, lines: list[str]) -> list[tuple[str, str]]:
@@ -185,45 +209,28 @@ def _named(name: str, lines: list[str]) -> list[tuple[str, str]]:
 
 
 def _predicted_lines(plan: PlanFile, forward: Mapping[str, float] | None) -> list[str]:
-    """What the header predicts; of what is listed head by head, sums."""
-    lines, told = [], {"density", "cost"}
-    if isinstance(cost := plan.predicted.get("cost"), float):
+    """The predictions of the header; lists over heads as their sums."""
+    lines, predicted = [], dict(plan.predicted)
+    predicted.pop("density", None)  # the density is counted, not predicted
+    if isinstance(cost := predicted.pop("cost", None), float):
         lines.append(f"cost: {cost:.1%} of that of dense attention in 16 bit")
     if forward:
-        told |= {"planned_ms", "dense_ms"}
-        gain = forward["dense"] / forward["planned"] if forward["planned"] else float("inf")
-        times = f"{forward['planned']:,.1f} ms of attention a forward, {forward['dense']:,.1f} ms dense"
-        lines.append(f"{times}: {gain:.2f} x")
+        gain = readable.number(forward["dense"] / forward["planned"]) if forward["planned"] else "infinitely many"
+        times = f"{readable.duration(forward['planned'])} a forward, {readable.duration(forward['dense'])} dense"
+        lines.append(f"attention: {times}, {gain} times as fast")
     if snr := predicted_snr(plan):
-        told.add("latent_db")
         lines.append(f"signal-to-noise of the final latent: {snr}")
     try:
-        price = float(np.array(plan.predicted["head_price"], dtype=np.float64).sum())
-        lines.append(f"squared effects of all heads on the final latent, relative to its size: {price:.2e} in sum")
+        price = float(np.array(predicted["head_price"], dtype=np.float64).sum())
+        lines.append(f"were the errors of heads independent of each other: {readable.snr(price)}")
     except (KeyError, TypeError, ValueError):
         pass
-    rest = {name: value for name, value in plan.predicted.items() if name not in told and value is not None}
-    return lines + _map_lines({name: value for name, value in rest.items() if not isinstance(value, list)})
+    shown = ("planned_ms", "dense_ms", "latent_db", "head_price")
+    return lines + _map_lines({name: value for name, value in predicted.items() if name not in shown})
 
 
 def _map_lines(values: Mapping[str, Any]) -> list[str]:
-    return [f"{key}: {_brief(value)}" for key, value in sorted(values.items())]
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, Mapping):
-        value = ", ".join(f"{key} {_brief(item)}" for key, item in sorted(value.items()))
-    text = f"{len(value)} of them" if isinstance(value, list) and len(value) > 3 else str(value)
-    return text if len(text) <= 160 else f"{text[:157]}..."
-
-
-def _size(size_bytes: int) -> str:
-    value, unit = float(size_bytes), "B"
-    for larger in ("kB", "MB", "GB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{size_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
+    return [f"{key.replace('_', ' ')}: {readable.words(value)}" for key, value in sorted(values.items())]
 
 
 def colour(density: float) -> tuple[int, int, int]:
