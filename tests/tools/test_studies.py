@@ -22,7 +22,7 @@ from calibatt.tools.demo_model.model import CONFIG, DemoModel
 from calibatt.tools.demo_model.world import Clip
 from calibatt.tools.studies import defaults, robustness, sizes, stores
 from calibatt.tools.studies.defaults import Defaults
-from calibatt.tools.studies.judgements import Judgements
+from calibatt.tools.studies.judgements import Judgements, mean_and_error
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -197,3 +197,53 @@ def test_join_keeps_what_is_there(tmp_path):
     judged.result |= {"prompts": 2}
     judged.join(tmp_path / "other.json")
     assert judged.result == {"rows": [1], "prompts": 2, "about": {}}
+
+
+def published(name: str) -> list[dict]:
+    """Rows of a file of docs/benchmarks, each with its PSNR as the page tells it."""
+    docs = Path(__file__).parents[2] / "docs" / "benchmarks"
+    rows = json.loads((docs / f"{name}_h200.json").read_text("utf-8"))["rows"]
+    for row in rows:
+        found = mean_and_error(row["psnr"])
+        row["told"] = f"{found['mean']:.1f} ({found['standard_error']:.1f})"
+    return rows
+
+
+def test_published_tables_are_those_of_the_published_rows():
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text("utf-8").splitlines()
+
+    def told(begins: str, rows: list[dict]) -> None:
+        assert rows, begins
+        lines = [line for line in page if line.startswith(f"| {begins}")]
+        assert any(all(row["told"] in line for row in rows) for line in lines), (begins, [r["told"] for r in rows])
+
+    by_size = [row for row in published("sizes") if row["target"] in (0.2, 0.35)]
+    names = dict(
+        zip(sizes.CHOSEN, ("calibrated plan", "the paper's own method", "Sol-Attn |", "Sol-Attn, first"), strict=False)
+    )
+    names |= {
+        "uniform: box": "uniform windows",
+        "dynamic: top-p, one p": "dynamic top-p, one p",
+        "compiled, no anchors": "no anc",
+    }
+    for method, begins in names.items():
+        told(begins, [row for row in by_size if row["method"] == method])
+    changes = {row["variant"]: row for row in published("defaults") if row["target"] == 0.35}
+    begins = ("defaults", "16 prompts", "4 prompts", "2 prompts", "1 prompt |", "4 of the 8", "2 of the 8")
+    begins += (
+        "the plan of time 0.45",
+        "the plan of time 0.90",
+        "the plan of time 1.00",
+        "prices not",
+        "masks by votes",
+        "the same, tok",
+    )
+    for text, row in zip(begins, changes.values(), strict=True):
+        told(text, [row])
+    for row in published("robustness"):
+        if "quick" in row:
+            line = next(line for line in page if row["told"] in line and f"{row['quick']['ratio']:.2f}" in line)
+            assert ("fits" in line) == row["quick"]["fits"]
+    for name in ("few_steps", "few_steps_noise"):
+        for method, begins in (("compiled", "calibrated plan"), ("dynamic: Sol-Attn", "Sol-Attn")):
+            told(begins, [row for row in published(f"pareto_{name}") if row["method"] == method])

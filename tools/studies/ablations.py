@@ -110,7 +110,7 @@ def table(result: dict[str, Any], title: str = "Ablations") -> str:
 
 def _cell(row: dict[str, Any] | None, base: dict[str, Any] | None, target: float) -> str:
     if row is None:
-        return "not possible"
+        return "not judged"
     quality = mean_and_error(row["psnr"])
     text = f"{quality['mean']:.1f} ± {quality['standard_error']:.1f}"
     if base is not None and row is not base:

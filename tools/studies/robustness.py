@@ -249,7 +249,10 @@ def table(result: dict[str, Any]) -> str:
         said = row.get("quick")
         words = f"{said['ratio']:.2f}, {'fits' if said['fits'] else 'has drifted'}" if said else ""
         lines.append(f"| {row['used_on']} | {row['calibrated_on']} | {cell} | {words} |")
-    lines += ["", *(f"{name}: {value}" for name, value in result.items() if name in ("style", "another_resolution"))]
+    if style := result.get("style"):
+        near = ", ".join(f"{value:.1f} dB from the {name}" for name, value in style.items())
+        lines += ["", f"Dense videos with the style LoRA are {near}."]
+    lines += ["", f"Another resolution: {result['another_resolution']}"] if "another_resolution" in result else []
     return "\n".join(lines) + "\n"
 
 

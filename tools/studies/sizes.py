@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from torch.nn.attention import SDPBackend
 
 from calibatt.compiler.stats import Store
@@ -65,7 +66,7 @@ def key_of(row: dict[str, Any]) -> Key:
 
 
 def told_key(key: Key) -> str:
-    return f"{key[0]:,} tokens, blocks of {key[1]}, {key[2]}"
+    return f"{key[0]:,} tokens, blocks of {key[1]}, {key[2]} vector{'' if key[2].endswith(' x 1') else 's'}"
 
 
 def series(rows: list[dict[str, Any]], method: str) -> dict[Key, list[dict[str, Any]]]:
@@ -93,12 +94,13 @@ def points_of(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def speed_up_at(rows: list[dict[str, Any]], dense_ms: float, psnr_db: float) -> float | None:
-    """How many times as fast as dense attention a curve is where it reaches a PSNR; milliseconds are linear in it
-    between measured points, None outside of them."""
-    timed = [row for row in rows if row["attention_ms"]]
-    spent_at = [point | {"density": row["attention_ms"]} for row, point in zip(timed, points_of(timed), strict=True)]
-    spent = density_at(spent_at, psnr_db) if spent_at else None
-    return None if spent is None else dense_ms / spent
+    """How many times as fast as dense attention a curve is where it reaches a PSNR, by the straight line through the
+    milliseconds that were timed; None where it does not reach it, or fewer than two were."""
+    timed = [(row["density"], row["attention_ms"]) for row in rows if row["attention_ms"]]
+    density = density_at(points_of(rows), psnr_db)
+    if density is None or len(timed) < 2:
+        return None
+    return dense_ms / float(np.polyval(np.polyfit(*zip(*timed, strict=True), 1), density))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -146,7 +148,7 @@ def _at(rows: list[dict[str, Any]], dense_ms: float | None, psnr_db: float) -> s
 
 def _cell(row: dict[str, Any] | None, ours: dict[str, Any] | None, target: float) -> str:
     if row is None:
-        return "not possible"
+        return "not judged"
     quality = mean_and_error(row["psnr"])
     text = f"{quality['mean']:.1f} ({quality['standard_error']:.1f})"
     text += f", {row['attention_ms']:.1f} ms" if row["attention_ms"] else ""
@@ -178,6 +180,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 label=f"{told_key(key)}: {'plan' if method == OURS else 'Sol-Attn'}",
             )
     axes.set(xlabel="executed density (share of dense attention's blocks)", ylabel="PSNR against the dense video, dB")
+    axes.margins(y=0.15)
     axes.grid(color="#e4e2dc")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
