@@ -69,11 +69,11 @@ DEVICES = {
             source="660 TFLOP/s: whole calls at 720p, density 0.3, 128x128 blocks, 128 channels, 2026-11-26 "
             "(docs/benchmarks/kernels_h200.json); 8 bits: one H200, structured masks of density 0.3 and 0.5, "
             "2026-11-30, kernels alone: int8 QK 1.24 times as fast at 720p, 1.14 at 480p, with fp8 PV 1.37 and 1.08; "
-            "pre-passes of 40 heads at 720p 0.86 and 1.42 ms",
+            "pre-passes of 40 heads at 720p 0.86 and 1.42 ms; below 480p assumed to gain ever less",
             tflops=660.0,
             eight_bit={
-                INT8: Speed({_TOKENS_480P: 1 / 1.14, _TOKENS_720P: 1 / 1.24}, 0.86e6 / _CHANNELS_720P),
-                INT8_FP8: Speed({_TOKENS_480P: 1 / 1.08, _TOKENS_720P: 1 / 1.37}, 1.42e6 / _CHANNELS_720P),
+                INT8: Speed({1: 1.0, _TOKENS_480P: 1 / 1.14, _TOKENS_720P: 1 / 1.24}, 0.86e6 / _CHANNELS_720P),
+                INT8_FP8: Speed({1: 1.0, _TOKENS_480P: 1 / 1.08, _TOKENS_720P: 1 / 1.37}, 1.42e6 / _CHANNELS_720P),
             },
         ),
         Device(

@@ -396,3 +396,6 @@ def test_every_head_size_is_measured_on_a_gpu(dtype: torch.dtype, channels: int,
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
         scale = float(theirs.double().square().mean() ** 0.5)
         torch.testing.assert_close(ours.cpu() / scale, theirs / scale, rtol=0, atol=0.02)
+    ours, theirs = (effects.block_errors(each, Blocks(128, 128)) for each in (call, exact))
+    scale = float(theirs.double().square().mean() ** 0.5)
+    torch.testing.assert_close(ours.cpu() / scale, theirs / scale, rtol=0, atol=0.05)

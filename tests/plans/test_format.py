@@ -43,6 +43,7 @@ def test_every_header_key_is_specified() -> None:
 
 
 def test_every_limit_is_specified() -> None:
+    assert f"MUST be {VERSION[0]} for a plan" in FORMAT
     version = f"version {VERSION[0]}.{VERSION[1]}"
     assert version in FORMAT.splitlines()[0]
     assert MAGIC.decode() in WORDS

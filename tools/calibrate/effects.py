@@ -8,6 +8,7 @@ of calls that act on one video are added before they are squared, and no query i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ NUMBERS_AT_ONCE = 1 << 26
 ERROR_STRIDE = 8
 """Block errors are sums of squares, for which every 8th query is enough."""
 ROUNDED_STRIDE = 8
-"""On a CPU the rounding of probabilities is measured for every 8th run of queries. These errors are as good as
+"""PyTorch measures the rounding of probabilities for every 8th run of queries. These errors are as good as
 independent, so that the sum over all runs is that over the measured ones times the root of this number.
 """
 DIAGONAL_SHARE = 1e-3
@@ -67,16 +68,20 @@ def block_effects(call: AttentionCall, words: Tensor, masks: int, blocks: Blocks
         Float32 ``(V, H, Q, K)`` effects of blocks, all with the opposite sign; float64 ``(V, masks, H)`` effects of
         masks; and float64 ``(V, H)`` effects of rounding.
     """
-    measure = _block_effects
-    if call.q.is_cuda:
-        from calibatt.tools.calibrate import kernels
-
-        if kernels.fits(call.q, blocks):
-            measure = kernels.block_effects
+    measure = kernels.block_effects if (kernels := _kernels(call.q, blocks)) else _block_effects
     words = words.expand(len(call.q), -1, -1)
     measured = [measure(call, grad, words, masks, blocks) for grad in call.grads]
     effect, kept, rounding = (torch.stack(each) / call.scale for each in zip(*measured, strict=True))
     return effect, kept, rounding
+
+
+def _kernels(q: Tensor, blocks: Blocks) -> ModuleType | None:
+    """The Triton kernels, on a GPU whose shared memory holds their tiles; PyTorch measures elsewhere."""
+    if not q.is_cuda:
+        return None
+    from calibatt.tools.calibrate import kernels
+
+    return kernels if kernels.fits(q, blocks) else None
 
 
 def _block_effects(
@@ -227,10 +232,8 @@ def block_statistics(
         Float32 ``(H, Q, K)`` each: the mean over measured queries of a block's mass p_J, and of
         ||p_J (o_J - O)||^2, where o_J is the mean value that block J selects and O the output.
     """
-    if q.is_cuda:
-        from calibatt.tools.calibrate.kernels import block_statistics as measure
-
-        return measure(q, k, values, blocks, stride, video)
+    if kernels := _kernels(q, blocks):
+        return kernels.block_statistics(q, k, values, blocks, stride, video)
     keys, values = (_in_blocks(x.float(), video, blocks.block_k) for x in (k, values))
     q = q[:, video]
     heads, tokens, channels = q.shape

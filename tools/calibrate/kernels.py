@@ -17,8 +17,8 @@ LOG2E = 1.4426950408889634
 MAX_TILE = 128
 ROWS = 128
 """Queries of one program: the measured ones of a query block, or of several blocks where each has few."""
-SHARED_BYTES = 232_448
-"""Shared memory that a program has on sm90, in bytes."""
+SMALL_BYTES = 8192
+"""Of shared memory, beside tiles."""
 MOST_GAP = 64.0
 """Of log2 of a probability; 2 to its power is far from the end of float32."""
 
@@ -240,9 +240,14 @@ def _block_effects(
 
 
 def fits(q: Tensor, blocks: Blocks) -> bool:
-    """Whether the tiles of `block_effects` fit into shared memory: of q, the gradient, k and v, more for fp32."""
+    """Whether the tiles of the kernels here fit into the shared memory of q's device.
+
+    `block_effects` has tiles of queries, gradients, keys and values; `block_statistics` has fewer. Of fp32 some are
+    there as two halves, too.
+    """
     tile = max(blocks.block_q, blocks.block_k) * triton.next_power_of_2(q.shape[-1]) * q.element_size()
-    return tile * (6 if q.dtype == torch.float32 else 4) <= SHARED_BYTES
+    there = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    return tile * (6 if q.dtype == torch.float32 else 4) + SMALL_BYTES <= there
 
 
 def block_effects(
