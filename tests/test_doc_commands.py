@@ -30,13 +30,15 @@ RUN_BY = {
     "tools.bench journey": "tools/test_journey.py",
     "tools.bench precision": "tools/test_bench_precision.py",
     "tools.studies.compiler_scale": "tools/test_compiler_scale.py",
+    "tools.studies.defaults": "tools/test_studies.py",
     "tools.studies.distill": "tools/test_demo_train.py",
     "tools.studies.energy": "tools/test_energy.py",
     "tools.studies.figures": "tools/test_bench_model.py",
     "tools.studies.journey": "tools/test_journey.py",
     "tools.studies.pareto": "tools/test_pareto.py",
     "tools.studies.quality": "tools/test_demo_report.py",
-    "tools.studies.sizes": "tools/test_pareto.py",
+    "tools.studies.robustness": "tools/test_studies.py",
+    "tools.studies.sizes": "tools/test_studies.py",
     "tools.studies.train": "tools/test_demo_train.py",
 }
 """The tests that run each command, on something small."""
