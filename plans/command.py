@@ -22,7 +22,7 @@ EXTRAS = {
     "models": ("diffusers", "transformers", "ftfy", "peft"),
 }
 """What each extra of the package brings, by the names that are imported."""
-NOBODY_READS = "not all could be said: nobody reads the output any more"
+NOBODY_READS = "not all could be said: the output was closed before all was written"
 
 
 class Incomplete(Exception):

@@ -94,7 +94,7 @@ def test_predictions_are_told_in_words(tmp_path: Path) -> None:
     write_plan(tmp_path / "plan", plan)
     text = shown(plan, tmp_path / "plan", 200)
     for words in (
-        "signal-to-noise of the final latent: 33.9 dB (standard error 0.4, 7 samplings)",
+        "signal-to-noise of the final latent: 33.9 dB (standard error 0.4, 7 samplings that measured a ladder)",
         "were the errors of heads independent of each other: 28.0 dB",
         "device: abacus",
         "cost: 40.0% of that of dense attention in 16 bit",

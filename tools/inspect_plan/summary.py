@@ -118,7 +118,8 @@ def predicted_snr(plan: PlanFile) -> str | None:
     """The predicted signal-to-noise of the final latent, in words; None where it is not stated."""
     if not (latent := plan.predicted.get("latent_db")):
         return None
-    return f"{latent['mean']:.1f} dB (standard error {latent['standard_error']:.1f}, {latent['samplings']} samplings)"
+    mean, error, count = (latent[name] for name in ("mean", "standard_error", "samplings"))
+    return f"{mean:.1f} dB (standard error {error:.1f}, {count} samplings that measured a ladder)"
 
 
 def _count(kinds: npt.NDArray[np.str_]) -> dict[str, int]:
