@@ -59,7 +59,8 @@ class Prediction:
     def __str__(self) -> str:
         if np.isinf(self.mean):
             return "infinite: nothing changes"
-        return f"{self.mean:.1f} dB (standard error {self.standard_error:.1f}, {self.samplings} samplings)"
+        of = f"{self.samplings} samplings that measured a ladder"
+        return f"{self.mean:.1f} dB (standard error {self.standard_error:.1f}, {of})"
 
 
 def predict(table: Table, levels: Float64, shares: tuple[float, ...], masks: Masks) -> Prediction | str:
