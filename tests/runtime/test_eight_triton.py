@@ -145,6 +145,18 @@ def test_what_is_not_finite_is_never_rounded_away(which: str, precision: int) ->
     assert out[0, 0].isfinite().all()
 
 
+@EIGHT
+@pytest.mark.parametrize("around", [(0, 0), (7, 33)], ids=str)
+def test_zeros_attend_to_all_alike(precision: int, around: tuple[int, int]) -> None:
+    """The product of both scales is then 0, also where keys that do not exist are masked."""
+    schedule = made((precision,) * 2)
+    q, _, v = inputs(2, sum(around))
+    q = torch.zeros_like(q)
+    more = {"scale": 0.01, "video_start": around[0]}
+    out, lse = planned_attention(q, q, v, schedule, backend="triton", return_lse=True, **more)
+    check_against_oracle(out, q, q, v, schedule, lse=lse, **more)
+
+
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[torch.device]:
     """A GPU of sm86, of which nothing is known."""
