@@ -11,10 +11,10 @@ from typing import Any, Literal
 from torch import nn
 
 from calibatt.plans import ModelSignature
-from calibatt.plans.precision import EIGHT_BITS
 from calibatt.runtime.adapters import Adapter, PlanMismatchError, UnknownModelError, adapter_for, unwrap
 from calibatt.runtime.parallel import slowest_rank
 from calibatt.runtime.resident import LoadedPlan
+from calibatt.runtime.schedule import Outline
 from calibatt.runtime.session import Session, intercepted, where_it_runs
 
 OnMismatch = Literal["error", "dense"]
@@ -99,22 +99,27 @@ class Attachment:
         self.detach()
 
     def explain(self) -> str:
-        """Who executes what, as text: the backends, and the density of every layer in every segment."""
+        """Who executes what, as text: the backends, the density of every layer in every segment, and on CUDA devices
+        whether the triton backend executes the plan's heads of 8 bits, and why.
+        """
         return "\n".join(line for plan in self.plans for line in self._explained(plan))
 
     def _explained(self, plan: LoadedPlan) -> list[str]:
         first, *densities = plan.explain()
         lines = [first]
+        segments = range(len(plan.segments))
+        precisions = {each for segment in segments for layer in plan.layers(segment) for each in layer.precisions}
         entries = [index for index, (owner, _) in enumerate(self._session.entries) if owner is plan]
         for (device, dtype), chosen in self._session.backends.items():
             counts = Counter(name for index in entries for name in chosen[index])
             named = ", ".join(f"{name} ({count} schedules)" for name, count in sorted(counts.items()))
             lines.append(f"backend on {device}, {str(dtype).removeprefix('torch.')}: {named}")
             if device.type == "cuda" and find_spec("triton"):
-                from calibatt.runtime.eight_bits import verdict
+                from calibatt.runtime.backends.triton import judged
 
-                verdicts = [verdict(each, device, plan.signature.head_dim, plan.grid.tokens)[1] for each in EIGHT_BITS]
-                lines += [f"triton on {device}: {sentence}" for sentence in verdicts]
+                outline = Outline(plan.grid, plan.blocks, plan.signature.heads, precisions)
+                _, verdicts = judged(outline, device, dtype, plan.signature.head_dim)
+                lines += [f"triton on {device}: {sentence}" for _, sentence in verdicts]
         if ulysses := self._session.ulysses:
             heads = range(plan.signature.heads)
             works = ([packed.computed_blocks(head) for head in heads] for _, _, packed in plan.file.walk())

@@ -53,8 +53,11 @@ class DeviceSchedule:
     _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
     _streams: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
     _graphs: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
-    _known: set[int] = field(default_factory=set, repr=False)
-    """Handles of `_streams`, which are quick to look up: torch makes a new stream object at every request."""
+    _makers: list[torch.cuda.Stream] = field(default_factory=list, repr=False)
+    """Where the arrays were made, then each derived value."""
+    _waited: dict[int, int] = field(default_factory=dict, repr=False)
+    """How many of `_makers` each of `_streams` waited for, by their handles, which are quick to look up: torch makes a
+    new stream object at every request."""
 
     @property
     def captured(self) -> bool:
@@ -62,20 +65,24 @@ class DeviceSchedule:
         return len(self._graphs) > 0
 
     def use(self) -> None:
-        """Makes the current CUDA stream wait for the copies before it uses the arrays."""
+        """Makes the current CUDA stream wait for the copies, and for what was derived, before it uses the arrays."""
         capturing = torch.cuda.is_current_stream_capturing()
-        handle = torch._C._cuda_getCurrentRawStream(self.device.index)
-        if handle in self._known and not capturing:
+        handle, makers = torch._C._cuda_getCurrentRawStream(self.device.index), len(self._makers)
+        if not capturing and makers and self._waited.get(handle) == makers:
             return
         stream = torch.cuda.current_stream(self.device)
         if capturing:  # a capture begins by waiting for all streams
             if stream not in self._graphs:
                 self._graphs.append(stream)
-        elif stream not in self._streams:
-            if self._streams:
-                stream.wait_stream(self._streams[0])
+            return
+        if not makers:
+            self._makers.append(stream)
+        for maker in self._makers[self._waited.get(handle, 0) :]:
+            if maker != stream:
+                stream.wait_stream(maker)
+        if stream not in self._streams:
             self._streams.append(stream)
-            self._known.add(handle)
+        self._waited[handle] = max(makers, 1)
 
     def let_go(self) -> None:
         """Makes the stream that owns the memory wait for all others that used it, before the arrays are freed."""
@@ -111,9 +118,21 @@ class DeviceSchedule:
         return packed + sum({array.data_ptr(): array.nbytes for array in arrays}.values())
 
     def derived(self, make: Callable[[DeviceSchedule], T]) -> T:
-        """A value that a backend derives from the schedule: ``make(self)``, called once and stored."""
+        """A value that a backend derives from the schedule: ``make(self)``, called once and stored. The current CUDA
+        stream waits for it.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, which cannot make it.
+        """
         if make not in self._derived:
-            self._derived[make] = make(self)
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f"a schedule must be run once on {self.device} before a CUDA graph is captured")
+            value = make(self)
+            if self.device.type == "cuda":
+                self._makers.append(torch.cuda.current_stream(self.device))
+            self._derived[make] = value
+        if self.device.type == "cuda":
+            self.use()
         return self._derived[make]
 
 

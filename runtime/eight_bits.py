@@ -21,7 +21,9 @@ import triton
 from calibatt.plans.files import write_text
 from calibatt.plans.precision import PRECISIONS
 
-KERNEL = ("kernels/block_sparse.py", "kernels/quantise.py", "backends/triton.py")
+KERNEL = (
+    "kernels/block_sparse.py", "kernels/quantise.py", "backends/triton.py", "backends/hopper_eight.py", "quantise.py"
+)  # fmt: skip
 """The files of the kernel that is timed; if one of them changes, it must be timed again."""
 
 
@@ -43,6 +45,11 @@ class Timing:
     speed_up: float
     problem: str = ""
 
+    def __post_init__(self) -> None:
+        whole = all(isinstance(each, int) for each in (self.precision, self.head_dim, self.tokens))
+        if not (whole and isinstance(self.speed_up, (int, float)) and isinstance(self.problem, str)):
+            raise TypeError(f"a timing must be of three integers, a number and a text, got {self}")
+
 
 SHIPPED: dict[int, Sequence[Timing]] = {}
 """Measurements that come with us, by sm. None yet: the kernel was right on an H200, and no card was timed."""
@@ -56,8 +63,15 @@ def kernel_digest() -> str:
 
 
 def timings_file(device: torch.device) -> Path:
-    """The file for the timings of a card with this Triton and this kernel, below `XDG_CACHE_HOME`."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """The file for the timings of a card with this Triton and this kernel, below `XDG_CACHE_HOME`.
+
+    Raises:
+        OSError: That is not set, and this user has no home folder.
+    """
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise OSError(f"XDG_CACHE_HOME must be set where there is no home folder: {error}") from None
     parts = (torch.cuda.get_device_name(device), f"triton-{triton.__version__}", kernel_digest())
     return cache / "calibatt" / "precision" / (re.sub(r"[^\w.+]+", "-", " ".join(parts)) + ".json")
 
@@ -66,7 +80,7 @@ def remember(device: torch.device, timings: Sequence[Timing], notes: dict[str, s
     """Writes the timings of a card, which count from now on; returns the file.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: It cannot be written, or as of `timings_file`.
     """
     path = timings_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +95,7 @@ def _remembered(path: Path) -> Sequence[Timing] | None:
         return [Timing(**timing) for timing in json.loads(path.read_text("utf-8"))["timings"]]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} must be what calibatt-bench precision writes: delete it ({error!r})") from None
 
 
@@ -92,20 +106,23 @@ def verdict(precision: int, device: torch.device, head_dim: int, tokens: int) ->
         precision: `INT8` or `INT8_FP8`.
         device: The CUDA device.
         head_dim: Channels of a head.
-        tokens: Tokens of the video; the measurement nearest to it decides.
-
-    Raises:
-        ValueError: The card's file cannot be read.
+        tokens: Tokens of the video; the measurement nearest to it decides. None counts if the card's file cannot be
+            read, and the sentence says why.
     """
-    path, (major, minor) = timings_file(device), torch.cuda.get_device_capability(device)
-    measured, name, where = _remembered(path), PRECISIONS[precision], str(path)
+    (major, minor), name, trouble = torch.cuda.get_device_capability(device), PRECISIONS[precision], ""
+    measured: Sequence[Timing] | None = ()
+    try:
+        path = timings_file(device)
+        measured, where = _remembered(path), str(path)
+    except (OSError, ValueError) as error:
+        trouble = f" ({error})"
     if measured is None:
         measured, where = SHIPPED.get(10 * major + minor, ()), f"another card of sm{major}{minor}"
     alike = [timing for timing in measured if (timing.precision, timing.head_dim) == (precision, head_dim)]
     if not alike:
         card = f"{torch.cuda.get_device_name(device)} with head_dim {head_dim} and triton {triton.__version__}"
         how = "run `calibatt-bench precision` to measure it, or compile the plan with --precision bf16"
-        return False, f"{name} is off: it was not measured on {card}; {how}"
+        return False, f"{name} is off: it was not measured on {card}{trouble}; {how}"
     nearest = min(alike, key=lambda timing: abs(timing.tokens - tokens))
     on = nearest.speed_up > 1 and not nearest.problem
     outcome = nearest.problem or f"{nearest.speed_up:.2f} times as fast as 16 bit at {nearest.tokens} tokens"

@@ -118,7 +118,17 @@ sm100 at head_dim 128: up to 192 bytes a thread). Accumulators of 256 channels l
 
 def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     """Why this backend cannot execute the schedule; empty if it can."""
-    reasons = []
+    reasons, verdicts = judged(outline, device, dtype, head_dim)
+    return reasons + [told for is_faster, told in verdicts if not is_faster]
+
+
+def judged(
+    outline: Outline, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> tuple[list[str], list[tuple[bool, str]]]:
+    """Why this backend cannot execute the schedule, whatever was measured; and, of each precision of 8 bits that it can
+    execute, `eight_bits.verdict`.
+    """
+    reasons, verdicts = [], []
     if device.type == "cuda":
         if not torch.cuda.is_available():
             reasons.append("no CUDA device is available")
@@ -134,12 +144,15 @@ def supports(outline: Outline, device: torch.device, dtype: torch.dtype, head_di
     if head_dim not in HEAD_DIMS:
         reasons.append(f"head_dim must be one of {HEAD_DIMS}, got {head_dim}")
     for precision in [] if reasons else sorted(outline.precisions - {BF16}):
-        reasons += _eight_reasons(precision, outline, device, head_dim)
-    return reasons
+        against = _eight_reasons(precision, outline, device, head_dim)
+        reasons += against
+        if not against and device.type == "cuda":
+            verdicts.append(eight_bits.verdict(precision, device, head_dim, outline.grid.tokens))
+    return reasons, verdicts
 
 
 def _eight_reasons(precision: int, outline: Outline, device: torch.device, head_dim: int) -> list[str]:
-    """Why heads of a precision of 8 bits are not executed."""
+    """Why heads of a precision of 8 bits cannot be executed."""
     reasons, name = [], NAMES[precision]
     if precision == INT8_FP8 and device_sm(device) < E4M3_SINCE:
         reasons.append(f"heads in {name} need a device of sm{E4M3_SINCE} or later, got sm{device_sm(device)}")
@@ -148,9 +161,6 @@ def _eight_reasons(precision: int, outline: Outline, device: torch.device, head_
     if outline.blocks.block_k < EIGHT_LEAST_BLOCK_K:
         block_k = outline.blocks.block_k
         reasons.append(f"block_k must be at least {EIGHT_LEAST_BLOCK_K} for heads in {name}, got {block_k}")
-    if not reasons and device.type == "cuda":
-        is_faster, told = eight_bits.verdict(precision, device, head_dim, outline.grid.tokens)
-        reasons += [] if is_faster else [told]
     return reasons
 
 

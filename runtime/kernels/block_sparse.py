@@ -64,6 +64,9 @@ def _accumulate(
         scores = tl.dot(q, _tile(k, batch, head, first, tokens, k_stride, BLOCK_N, HEAD_DIM, TMA, ENDS).T)
         factor = scale_log2
     if ENDS:
+        if IN_INT8:  # first: a factor may underflow to 0, of which -inf is no multiple
+            scores *= factor
+            scale_log2, factor = 1.0, 1.0
         scores = tl.where((first + tl.arange(0, BLOCK_N) < tokens)[None, :], scores, -float("inf"))
     new_max = tl.max(scores, 1) * scale_log2
     if IN_E4M3:

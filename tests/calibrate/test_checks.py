@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import accelerate
 import diffusers
@@ -19,6 +20,7 @@ from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
 from calibatt.runtime import Plan
 from calibatt.runtime.adapters import adapter_for
 from calibatt.tools.calibrate.checks import CheckError, check_gradients, check_model
+from calibatt.tools.calibrate.work import check_sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,6 +105,16 @@ def test_dropout_is_refused():
     check_model(model)
     with pytest.raises(CheckError, match=r"must not drop out values, got blocks\.0\.attn1\.to_out\.1 in training"):
         check_model(model.train())
+
+
+def test_what_to_change_is_said_before_that_a_model_is_unknown():
+    """Of any of the sampling's transformers."""
+    unknown = nn.Linear(2, 2)
+    unknown.compile(backend="eager")
+    for models in ((unknown, ()), (nn.Linear(2, 2), (unknown,))):
+        sampler = SimpleNamespace(transformer=models[0], other_transformers=models[1])
+        with pytest.raises(CheckError, match="Linear must not be compiled"):
+            check_sampler(sampler)
 
 
 class Rounded(nn.Linear):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,14 +16,18 @@ from support.guards import adversarial, run_guarded
 from support.interpreter import round_e4m3_rightly
 from support.schedules import random_schedule
 
-from calibatt.plans import BF16, INT8, INT8_FP8, Blocks, TokenGrid
-from calibatt.runtime import eight_bits
+from calibatt.plans import BF16, INT8, INT8_FP8, Blocks, ModelSignature, PlanFile, Segment, TokenGrid
+from calibatt.runtime import eight_bits, quantise
+from calibatt.runtime.attachment import Attachment
 from calibatt.runtime.backends import UnsupportedBackendError, hopper_eight
 from calibatt.runtime.backends import triton as triton_backend
 from calibatt.runtime.eight_bits import Timing
-from calibatt.runtime.masks import plan_from_masks
+from calibatt.runtime.kernels import block_sparse
+from calibatt.runtime.kernels import quantise as quantise_kernels
 from calibatt.runtime.ops import attend, choose_backend, planned_attention, supports
+from calibatt.runtime.resident import LoadedPlan
 from calibatt.runtime.schedule import ListedSchedule
+from calibatt.runtime.session import Session
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID = TokenGrid(2, 4, 26)
@@ -145,6 +150,18 @@ def test_what_is_not_finite_is_never_rounded_away(which: str, precision: int) ->
     assert out[0, 0].isfinite().all()
 
 
+@EIGHT
+@pytest.mark.parametrize("around", [(0, 0), (7, 33)], ids=str)
+def test_zeros_attend_to_all_alike(precision: int, around: tuple[int, int]) -> None:
+    """The product of both scales is then 0, also where keys that do not exist are masked."""
+    schedule = made((precision,) * 2)
+    q, _, v = inputs(2, sum(around))
+    q = torch.zeros_like(q)
+    more = {"scale": 0.01, "video_start": around[0]}
+    out, lse = planned_attention(q, q, v, schedule, backend="triton", return_lse=True, **more)
+    check_against_oracle(out, q, q, v, schedule, lse=lse, **more)
+
+
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[torch.device]:
     """A GPU of sm86, of which nothing is known."""
@@ -197,11 +214,46 @@ def test_the_nearest_measurement_decides(card: torch.device) -> None:
     ]
 
 
-def test_a_broken_file_is_named(card: torch.device) -> None:
+BROKEN = (
+    "{}",
+    "[]",
+    "[" * 100_000,
+    "\xff",
+    '{"timings": [{"precision": 1, "head_dim": 128, "tokens": 5, "speed_up": "2"}]}',
+)
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
+def test_a_broken_file_is_no_measurement(card: torch.device, text: str) -> None:
     path = eight_bits.remember(card, [], {})
-    path.write_text("{}")
-    with pytest.raises(ValueError, match=r"Some-GPU.* must be what calibatt-bench precision writes: delete it"):
-        reasons(card, INT8)
+    path.write_bytes(text.encode("latin1"))
+    (reason,) = reasons(card, INT8)
+    assert reason.startswith("int8 QK is off: it was not measured on Some GPU (24 GB) with ")
+    assert f" ({path} must be what calibatt-bench precision writes: delete it (" in reason
+
+
+def test_a_file_that_cannot_be_read_is_no_measurement(card: torch.device) -> None:
+    path = eight_bits.remember(card, [], {})
+    path.unlink()
+    path.mkdir()  # also for root, who may read every file
+    (reason,) = reasons(card, INT8)
+    assert "it was not measured on Some GPU" in reason
+    assert f"Is a directory: '{path}'" in reason
+
+
+def test_without_a_home_folder_nothing_is_measured(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    (reason,) = reasons(card, INT8)
+    assert "(XDG_CACHE_HOME must be set where there is no home folder: Could not determine home directory.)" in reason
+
+
+@pytest.mark.parametrize("module", [block_sparse, quantise_kernels, triton_backend, hopper_eight, quantise])
+def test_what_changes_the_kernel_asks_for_a_measurement(module: ModuleType) -> None:
+    assert Path(module.__file__) in [Path(eight_bits.__file__).parent / name for name in eight_bits.KERNEL]
 
 
 def test_what_is_shipped_counts_until_the_card_is_measured(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,16 +264,36 @@ def test_what_is_shipped_counts_until_the_card_is_measured(card: torch.device, m
     assert reasons(card, INT8) != []
 
 
-def test_explain_says_on_or_off_for_each_precision(card: torch.device) -> None:
-    pytest.importorskip("diffusers")
-    from support.wan import transformer
-
-    model = transformer(0)
-    masks = np.ones((model.config.num_layers, model.config.num_attention_heads, 1, 1), bool)
-    with plan_from_masks(masks, (1, 4, 6), model=model).attach(model) as attachment:
-        (chosen,) = attachment._session.backends.values()
-        attachment._session.backends[card, torch.bfloat16] = chosen
-        eight_bits.remember(card, [Timing(INT8, model.config.attention_head_dim, 1000, 1.1)], {})
-        told = [line for line in attachment.explain().splitlines() if line.startswith("triton on cuda:0: ")]
-    assert told[0].startswith("triton on cuda:0: int8 QK is on: 1.10 times as fast as 16 bit at 1000 tokens (")
-    assert told[1].startswith("triton on cuda:0: int8 QK with fp8 PV is off: it was not measured on Some GPU (24 GB)")
+@pytest.mark.parametrize(
+    ("precisions", "sm", "dtype", "count"),
+    [
+        ((INT8, INT8_FP8), (8, 9), torch.bfloat16, 2),
+        ((INT8, INT8_FP8), (8, 6), torch.bfloat16, 1),  # which cannot multiply e4m3
+        ((INT8, INT8_FP8), (8, 9), torch.float32, 0),
+        ((BF16,), (8, 9), torch.bfloat16, 0),
+    ],
+    ids=str,
+)
+def test_explain_says_on_or_off_for_precisions_of_the_plan(
+    card: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    precisions: tuple[int, ...],
+    sm: tuple[int, int],
+    dtype: torch.dtype,
+    count: int,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: sm)
+    signature = ModelSignature("Model", 1, len(precisions), 64)
+    layers = ((made(precisions).core,),)
+    plan = LoadedPlan(PlanFile(signature, GRID, SQUARE, (Segment(0.0, 1.0, 0.5),), layers))
+    session = Session((plan,), None, "auto", False)
+    session.backends[card, dtype] = [["torch"]]
+    attachment = object.__new__(Attachment)
+    attachment.plans, attachment._session = session.plans.values(), session
+    eight_bits.remember(card, [Timing(INT8, 64, 1000, 1.1)], {})
+    told = [line for line in attachment.explain().splitlines() if line.startswith("triton on cuda:0: ")]
+    expected = (
+        "triton on cuda:0: int8 QK is on: 1.10 times as fast as 16 bit at 1000 tokens (",
+        "triton on cuda:0: int8 QK with fp8 PV is off: it was not measured on Some GPU (24 GB)",
+    )
+    assert [line.startswith(start) for line, start in zip(told, expected, strict=False)] == [True] * count

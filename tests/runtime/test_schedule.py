@@ -112,6 +112,40 @@ def test_streams_wait_for_the_copies_and_memory_for_the_streams(
     assert schedule.bind("cuda:0") is not bound
 
 
+def test_streams_wait_for_what_was_derived(core: LayerSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, schedule = FakeCuda(monkeypatch), ListedSchedule(core)
+    first, second, third = cuda.stream, FakeStream(), FakeStream()
+    bound = schedule.bind("cuda:0")
+    object.__setattr__(bound, "device", torch.device("cuda:0"))
+    cuda.stream = second
+    schedule.bind("cuda:0").derived(repr)
+    assert (first.waited, second.waited) == ([], [first])
+    for cuda.stream in (third, first, second, third):
+        schedule.bind("cuda:0").derived(repr)
+    assert (first.waited, second.waited, third.waited) == ([second], [first], [first, second])
+    cuda.stream = third
+    bound.derived(str)
+    cuda.stream = first  # bound before it was derived, as where threads run at once
+    bound.derived(str)
+    assert first.waited == [second, third]
+    schedule.unbind()
+    assert third.waited[2:] == [first, second]  # memory is freed after all of them
+
+
+def test_nothing_is_derived_while_a_graph_is_captured(core: LayerSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, schedule = FakeCuda(monkeypatch), ListedSchedule(core)
+    bound = schedule.bind("cuda:0")
+    object.__setattr__(bound, "device", torch.device("cuda:0"))
+    cuda.capturing = True
+    with pytest.raises(RuntimeError, match="must be run once on cuda:0 before a CUDA graph is captured"):
+        bound.derived(repr)
+    cuda.capturing = False
+    made = bound.derived(repr)
+    cuda.capturing, cuda.stream = True, FakeStream()
+    assert bound.derived(repr) is made
+    assert cuda.stream.waited == []
+
+
 def test_what_a_graph_captured_stays(core: LayerSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, schedule = FakeCuda(monkeypatch), ListedSchedule(core)
     cuda.capturing = True

@@ -54,11 +54,17 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_what_was_measured_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A GPU of which nothing is known."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+
+
+@pytest.mark.usefixtures("card")
+def test_what_was_measured_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "wrong", lambda *_: "")
     monkeypatch.setattr(
         precision,
@@ -71,6 +77,22 @@ def test_what_was_measured_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert eight_bits.verdict(INT8, torch.device("cuda"), 64, 10)[0]
     assert not eight_bits.verdict(INT8_FP8, torch.device("cuda"), 64, 10)[0]
     eight_bits._remembered.cache_clear()
+
+
+@pytest.mark.usefixtures("card")
+def test_too_little_memory_is_no_failure_of_the_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(precision, "inputs", lambda *_: [torch.zeros(1)] * 3)
+    monkeypatch.setattr(precision, "attend", full)
+    found = CliRunner().invoke(main, ["precision"])
+    assert found.exit_code == 1
+    assert found.output == (
+        "Error: cuda must have memory left to measure 480p, head size 128, nothing is remembered: "
+        "CUDA out of memory. Tried to allocate 2 GiB\n"
+    )
+    assert not [*tmp_path.rglob("*.json")]
 
 
 def test_without_a_gpu_it_is_refused() -> None:

@@ -43,11 +43,17 @@ def inputs(grid: TokenGrid, heads: int, head_dim: int, device: torch.device) -> 
 
 
 def wrong(precision: int, head_dim: int, device: torch.device) -> str:
-    """Why a precision must not be used on a device: it fails, or is more than twice as far from fp64 as it may be."""
+    """Why a precision must not be used on a device: it fails, or is more than twice as far from fp64 as it may be.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: The device has too little memory left.
+    """
     schedule = in_precision(structured_schedule(CHECKED, Blocks(128, 128), 3, 0.5), precision)
     q, k, v = inputs(CHECKED, 3, head_dim, device)
     try:
         out = attend(q, k, v, schedule, "triton").double()
+    except torch.cuda.OutOfMemoryError:  # says nothing about the card: others may be using it
+        raise
     except Exception as error:  # whatever a compiler or driver raises: this card cannot do it
         return f"it fails: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
     queries = torch.arange(0, CHECKED.tokens, CHECKED.tokens // QUERIES)
@@ -90,9 +96,14 @@ def main(device: str, rounds: int) -> None:
         raise click.UsageError(f"--device must be a CUDA device that is there, got {device}")
     torch.manual_seed(0)
     found: list[eight_bits.Timing] = []
-    for size in SIZES:
-        problems = {precision: wrong(precision, size.head_dim, where) for precision in EIGHT_BITS}
-        found += timings(size, problems, where, rounds)
+    eight_bits.timings_file(where)  # before long work: it needs a folder
+    try:
+        for size in SIZES:
+            problems = {precision: wrong(precision, size.head_dim, where) for precision in EIGHT_BITS}
+            found += timings(size, problems, where, rounds)
+    except torch.cuda.OutOfMemoryError as error:
+        reason = f"{device} must have memory left to measure {size.name}, nothing is remembered: {error}"
+        raise click.ClickException(" ".join(reason.split())) from None
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     path = eight_bits.remember(where, found, {"date": now, "torch": torch.__version__})
     for timing in found:

@@ -101,8 +101,9 @@ def check_sampler(sampler: Sampler, adapter: Adapter | None = None) -> None:
         CheckError: Names the model or layer and what to do.
         UnknownModelError: No row fits a model.
     """
-    for model, row in transformers_of(sampler, adapter).items():
+    for model in (sampler.transformer, *getattr(sampler, "other_transformers", ())):
         check_model(model)
+    for model, row in transformers_of(sampler, adapter).items():
         check_gradients(model, row)
 
 
