@@ -120,7 +120,7 @@ class Study:
         return Planned(self.bench, plan, self.backend)
 
     def in_eight_bits(self, target: float, equal_density: bool) -> Rule:
-        """A plan of heads in 8 bits where they pay, emulated in PyTorch.
+        """A plan of heads in 8 bits where they pay: by `hopper` on a GPU, which needs blocks of 128; emulated on a CPU.
 
         Args:
             target: What it costs of dense attention in 16 bits, or with `equal_density` the blocks that it executes.
@@ -141,7 +141,7 @@ class Study:
                 high = middle
             else:
                 low = middle
-        return Planned(self.bench, plan, "torch")
+        return Planned(self.bench, plan, "auto")
 
     @cached_property
     def papers(self) -> list[Rule]:
