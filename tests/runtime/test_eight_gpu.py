@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from support import adverse
 from support.budget import check_against_oracle
 from support.schedules import random_schedule
 
@@ -19,7 +22,9 @@ SMALL = TokenGrid(frames=5, height=12, width=26)
 WAN_480P = TokenGrid(frames=21, height=30, width=52)
 EIGHT = pytest.mark.parametrize("precision", [INT8, INT8_FP8], ids=["int8", "int8_fp8"])
 MIXED = (INT8_FP8, BF16, INT8, INT8_FP8)
-KINDS = ("normal", "means", "outliers", "peaky", "huge", "rising", "constant")
+KINDS = adverse.KINDS[:-1]
+inputs = partial(adverse.inputs, rising=(1.0, 0.02))
+"""The kernel takes lists from their end."""
 
 
 def made(
@@ -32,37 +37,6 @@ def made(
     )  # fmt: skip
     core.check()
     return ListedSchedule(core)
-
-
-def inputs(
-    schedule: AttentionSchedule,
-    dtype: torch.dtype = torch.bfloat16,
-    head_dim: int = 128,
-    batch: int = 1,
-    others: int = 0,
-    kind: str = "normal",
-) -> list[torch.Tensor]:
-    """q, k and v, ``(batch, H, N, head_dim)`` as a model makes them."""
-    torch.manual_seed(0)
-    shape = (batch, schedule.grid.tokens + others, schedule.heads, head_dim)
-    q, k, v = (torch.randn(shape, device="cuda").transpose(1, 2) for _ in range(3))
-    tokens = shape[1]
-    if kind == "means":  # what an accumulator of few bits loses most of
-        k, v = k + 3, v + 2
-    elif kind == "outliers":
-        k[..., 5] += 12
-        k[..., 77 % head_dim] *= 8
-    elif kind == "peaky":
-        shared = torch.randn(1, 1, 1 + tokens // 40, head_dim, device="cuda")
-        of = torch.randint(shared.shape[2], (tokens,), device="cuda")
-        q, k = shared[:, :, of] + 0.7 * q, shared[:, :, of.flip(0)] + 0.7 * k
-    elif kind == "huge":
-        q = q * 40
-    elif kind == "rising":  # lists are taken from their end: every block overshoots the one before
-        q, k = q * 20, k * torch.linspace(1, 0.02, tokens, device="cuda")[:, None]
-    elif kind == "constant":
-        k = torch.ones_like(k) * 0.7
-    return [x.to(dtype) for x in (q, k, v)]
 
 
 def check(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.adverse import KINDS, inputs
 from support.budget import check_against_oracle
 from support.schedules import random_schedule
 
@@ -18,7 +19,6 @@ pytestmark = pytest.mark.gpu
 
 SMALL = TokenGrid(frames=9, height=15, width=31)
 WAN_480P = TokenGrid(frames=21, height=30, width=52)
-KINDS = ("normal", "means", "outliers", "peaky", "huge", "rising", "constant", "drifting")
 
 
 @pytest.fixture(autouse=True)
@@ -40,39 +40,6 @@ def made(grid: TokenGrid = SMALL, block_k: int = 128, density: float = 0.4, **op
     )  # fmt: skip
     core.check()
     return ListedSchedule(core)
-
-
-def inputs(
-    schedule: ListedSchedule,
-    dtype: torch.dtype = torch.bfloat16,
-    head_dim: int = 128,
-    batch: int = 1,
-    others: int = 0,
-    kind: str = "normal",
-) -> list[torch.Tensor]:
-    """q, k and v, ``(batch, H, N, head_dim)`` as a model makes them."""
-    torch.manual_seed(0)
-    tokens = schedule.grid.tokens + others
-    shape = (batch, tokens, schedule.heads, head_dim)
-    q, k, v = (torch.randn(shape, device="cuda").transpose(1, 2) for _ in range(3))
-    if kind == "means":  # what an accumulator of few bits loses most of
-        k, v = k + 3, v + 2
-    elif kind == "outliers":
-        k[..., 5] += 12
-        k[..., 77 % head_dim] *= 8
-    elif kind == "peaky":
-        shared = torch.randn(1, 1, 1 + tokens // 40, head_dim, device="cuda")
-        of = torch.randint(shared.shape[2], (tokens,), device="cuda")
-        q, k = shared[:, :, of] + 0.7 * q, shared[:, :, of.flip(0)] + 0.7 * k
-    elif kind == "huge":
-        q = q * 40
-    elif kind == "rising":  # every block overshoots the one before
-        q, k = q * 20, k * torch.linspace(0.02, 1, tokens, device="cuda")[:, None]
-    elif kind == "constant":
-        k = torch.ones_like(k) * 0.7
-    elif kind == "drifting":  # rows keep some blocks: their values lie far from the mean of all
-        v = v + torch.linspace(-3, 3, tokens, device="cuda")[:, None]
-    return [x.to(dtype) for x in (q, k, v)]
 
 
 def check(
