@@ -34,7 +34,11 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = "calibatt.tools.calibrate.pipeline" if name == "PipelineSampler" else "calibatt.runtime"
-    value = globals()[name] = getattr(import_module(home), name)
+    try:
+        value = globals()[name] = getattr(import_module(home), name)
+    except ModuleNotFoundError as error:
+        what = import_module("calibatt.plans.command").told(error)
+        raise ModuleNotFoundError(f"calibatt.{name}: {what}", name=error.name) from error
     return value
 
 

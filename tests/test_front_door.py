@@ -39,6 +39,14 @@ def test_importing_it_costs_nothing() -> None:
     assert run("-c", code) == calibatt.__version__
 
 
+def test_what_needs_more_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\nimport calibatt\n"
+        "try: calibatt.load_plan\nexcept ModuleNotFoundError as error: print(error)"
+    )
+    assert run("-c", code) == "calibatt.load_plan: torch must be installed: pip install 'calibatt[runtime]'"
+
+
 @pytest.mark.slow
 def test_it_works_with_the_checkout_as_working_folder() -> None:
     """Where the folder `calibatt` is found first, and the other packages are not in it."""
