@@ -1,7 +1,7 @@
 """Decides whether the triton backend executes heads of 8 bits on a card: only if they were measured to be faster there.
 
-``calibatt-bench precision`` measures a card and writes a small file, which counts from then on. Until then the
-measurements of cards of the same sm count, which are written below.
+``calibatt-bench precision`` measures a card and writes a small file, which decides from then on. Until there is one,
+measurements that come with the package decide, of another card of the same compute capability (`SHIPPED`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Timing:
 
 
 SHIPPED: dict[int, Sequence[Timing]] = {}
-"""Measurements that come with us, by sm. None yet: the kernel was right on an H200, and no card was timed."""
+"""Measurements that come with the package, by compute capability. None yet: the kernel was right on an H200, and no
+card was timed."""
 
 
 @functools.cache

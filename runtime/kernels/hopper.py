@@ -89,7 +89,7 @@ def _step(
 ):  # fmt: skip
     """One block: its scores beside the product of the block before.
 
-    With OTHERS, of the first `lead` blocks as many keys exist as facts from `first_valid` on say.
+    With OTHERS, the first `lead` blocks may be partial: the facts from `first_valid` on say how many keys each has.
     """
     BLOCK_K: gl.constexpr = k_slots.type.shape[1]
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)

@@ -120,7 +120,9 @@ class Study:
         return Planned(self.bench, plan, self.backend)
 
     def in_eight_bits(self, target: float, equal_density: bool) -> Rule:
-        """A plan of heads in 8 bits where they pay: by `hopper` on a GPU, which needs blocks of 128; emulated on a CPU.
+        """A plan with heads in 8 bits where they pay.
+
+        On a GPU `hopper` executes it, so that the store must be of blocks of 128; on a CPU 8 bits are emulated.
 
         Args:
             target: What it costs of dense attention in 16 bits, or with `equal_density` the blocks that it executes.
