@@ -2,12 +2,13 @@
 
     cd tests && python -m support.soak --minutes 60 --seed 1 --out soak.json
 
-Each round attaches one of several plans, or none, with the LoRA for four steps switched on or off, and calls the model
+On a GPU the model is in bfloat16, so that the plans run by our kernels. Each round attaches one of several plans, or none, with the LoRA for four steps switched on or off, and calls the model
 at random times from one thread or from several, eagerly. Some rounds break a forward in the midst of a block, leave an
 attachment undetached by an exception of the caller's own, load a plan anew, or copy the attached model. Every output is
 compared with what the model's own code gives with explicit masks (without a plan: bit by bit). What is left behind is
 looked at after every round: hooks and attributes of modules, open files, threads, and the memory of the process, whose
-growth is a line fitted over the second half of the rounds.
+growth is a line fitted over the second half of the rounds. ``--out`` adds this run to the runs of a file, so that hours
+can be made of many short holds of a machine, each with another ``--seed``.
 """
 
 from __future__ import annotations
@@ -96,13 +97,22 @@ class Soak:
 
     def __init__(self, device: str, seed: int) -> None:
         self.device, self.random, self.done = device, random.Random(seed), Counter[str]()
-        self.demo = DemoModel.load(device=device).load_lora(FEW_STEPS)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.demo = DemoModel.load(device=device, dtype=dtype).load_lora(FEW_STEPS)
         self.model = self.demo.transformer
         self.plans = plans(self.model)
+        self.backends = {name: self.backend(plan()) for name, plan in self.plans.items()}
         self.video = noise([3]).to(device)
         self.words = world.words(training_prompts(1, 0)).to(device)
         self.expected: dict[tuple[str, bool, float], Tensor] = {}
         self.largest_error = 0.0
+
+    def backend(self, plan: Plan) -> str:
+        """What `explain` says of who runs a plan: on a GPU it must be our kernels."""
+        with calibatt.attach(self.model, plan) as attachment:
+            said = next(line for line in attachment.explain().splitlines() if line.startswith("backend on "))
+        assert self.device == "cpu" or ": torch" not in said, f"on a GPU our kernels are to run plans, got {said}"
+        return said
 
     def forward(self, now: float) -> Tensor:
         with torch.no_grad():
@@ -119,6 +129,8 @@ class Soak:
             else:
                 with masked(self.model, self.plans[name]()):
                     self.expected[name, on, now] = self.forward(now)
+                dense = self.truth("none", on, now)
+                assert not torch.equal(self.expected[name, on, now], dense), f"{name}: masks that change nothing"
         return self.expected[name, on, now]
 
     def check(self, name: str, on: bool, now: float, found: Tensor) -> None:
@@ -230,6 +242,7 @@ def soak(minutes: float, seed: int, device: str, report: Callable[[str], None] =
         "command": f"cd tests && python -m support.soak --minutes {minutes:g} --seed {seed} --device {device}",
         "minutes": round((time.monotonic() - began) / 60, 1),
         "rounds": dict(work.done),
+        "backends": work.backends,
         "largest_error": work.largest_error,
         "left_behind": before,
         "first_mb": round(sizes[0], 1),
@@ -251,7 +264,8 @@ def main() -> None:
     result = soak(options.minutes, options.seed, options.device)
     print(json.dumps(result, indent=1))
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        runs = json.loads(options.out.read_text("utf-8")) if options.out.exists() else []
+        options.out.write_text(json.dumps([*runs, result], indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
