@@ -2,13 +2,14 @@
 
     cd tests && python -m support.soak --minutes 60 --seed 1 --out soak.json
 
-On a GPU the model is in bfloat16, so that the plans run by our kernels. Each round attaches one of several plans, or none, with the LoRA for four steps switched on or off, and calls the model
-at random times from one thread or from several, eagerly. Some rounds break a forward in the midst of a block, leave an
-attachment undetached by an exception of the caller's own, load a plan anew, or copy the attached model. Every output is
-compared with what the model's own code gives with explicit masks (without a plan: bit by bit). What is left behind is
-looked at after every round: hooks and attributes of modules, open files, threads, and the memory of the process, whose
-growth is a line fitted over the second half of the rounds. ``--out`` adds this run to the runs of a file, so that hours
-can be made of many short holds of a machine, each with another ``--seed``.
+On a GPU the model is in bfloat16, so that our kernels run the plans. Each round attaches one of several plans, or none,
+with the LoRA for four steps switched on or off, and calls the model at random times from one thread or from several,
+eagerly. Some rounds break a forward in the midst of a block, leave an attachment undetached by an exception of the
+caller's own, load a plan anew, or copy the attached model. Every output is compared with what the model's own code
+gives with explicit masks (without a plan: bit by bit). What is left behind is looked at after every round: hooks and
+attributes of modules, open files, threads, and the memory of the process, whose growth is a line fitted over the second
+half of the rounds. ``--out`` adds this run to the runs of a file, so that hours can be made of many short holds of a
+machine, each with another ``--seed``.
 """
 
 from __future__ import annotations
@@ -223,7 +224,12 @@ KINDS = ("forwards", "threads", "caller throws", "block throws", "lora toggled",
 
 
 def soak(minutes: float, seed: int, device: str, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Rounds until the time is up; raises at the first wrong output, or where something is left behind."""
+    """Rounds until the time is up; raises at the first wrong output, or where something is left behind.
+
+    cuDNN's attention, which the model's cross-attention would take on a GPU, is switched off: PyTorch keeps a cache of
+    it for every thread that ever called it (`getMHAGraphCache_` in aten/src/ATen/native/cudnn/MHA.cpp).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     work = Soak(device, seed)
     work.round()
     gc.collect()
