@@ -22,7 +22,7 @@ from calibatt.plans.files import write_text
 from calibatt.plans.precision import PRECISIONS
 
 KERNEL = (
-    "kernels/block_sparse.py", "kernels/quantise.py", "backends/triton.py", "backends/hopper_eight.py", "quantise.py"
+    "kernels/block_sparse.py", "kernels/quantise.py", "backends/triton.py", "prepass.py", "quantise.py"
 )  # fmt: skip
 """The files of the kernel that is timed; if one of them changes, it must be timed again."""
 

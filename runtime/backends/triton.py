@@ -1,5 +1,5 @@
 """The triton backend: one launch of `kernels.block_sparse` for all heads of a layer that have 16 bits, and, after those
-of `kernels.quantise`, one for each precision of 8 bits. CUDA, sm80 and later.
+of `prepass`, one for each precision of 8 bits. CUDA, sm80 and later.
 
 From sm90 on, keys and values come through TMA. What TMA cannot address is copied first, on every device: older ones,
 too, read rows whose addresses are no multiples of 16 bytes much more slowly than they copy them.
@@ -9,32 +9,20 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
 
-import numpy as np
 import torch
 import triton
-from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from calibatt.plans.precision import BF16, INT8, INT8_FP8
 from calibatt.plans.precision import PRECISIONS as NAMES
-from calibatt.plans.schedule import NO_ANCHORS
 from calibatt.runtime import eight_bits
-from calibatt.runtime.backends.hopper_eight import TILE_GROUPS, Again, Call, EightHeads, quantising, room_for
-from calibatt.runtime.device_schedule import DeviceSchedule, move, other_tiles
+from calibatt.runtime.device_schedule import DeviceSchedule, other_tiles
 from calibatt.runtime.kernels.block_sparse import block_sparse_forward
-from calibatt.runtime.launch import (
-    addressable,
-    addressable_lengths,
-    is_known_release,
-    keep,
-    layout_of,
-    on_device,
-    tile_strides,
-)
-from calibatt.runtime.quantise import QUERY_GROUP
+from calibatt.runtime.launch import Call, Given, Moving, make_room, run_again, tile_strides
+from calibatt.runtime.prepass import ByPrecision, arrays_for, by_precision, quantising
 from calibatt.runtime.schedule import Outline
 
 PRECISIONS = {BF16, INT8, INT8_FP8}
@@ -178,46 +166,9 @@ def device_sm(device: torch.device) -> int:
     return 10 * major + minor
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """What is needed of a schedule besides `DeviceSchedule`, on the same device.
-
-    Args:
-        tiles: `DeviceSchedule.tiles`, by the precision of their heads.
-        sixteen: How many of them, the first ones, are of heads of 16 bits.
-        eight: The heads of 8 bits, by precision; their tiles likewise.
-        launches: What was launched for this schedule, by all that decides about it but addresses: of each precision,
-            with the bytes that it works in.
-    """
-
-    tiles: torch.Tensor
-    sixteen: int
-    eight: list[EightHeads]
-    launches: dict[Any, list[tuple[Again, int]]] = field(default_factory=dict)
-
-
-def prepare(bound: DeviceSchedule) -> Prepared:
-    """`Prepared` of a schedule; nothing waits for the device."""
-    core, tiles = bound.core, bound.tiles
-
-    def there(numbers: Any) -> torch.Tensor:
-        return move(torch.from_numpy(numbers.astype(np.int32)), bound.device)
-
-    head_of_tile = np.repeat(np.arange(core.heads), np.diff(core.head_tile_ptr))[core.tile_order]
-    precision_of_tile = core.head_precision[head_of_tile]
-    counts = np.bincount(precision_of_tile, minlength=len(PRECISIONS)).tolist()
-    if max(counts) < len(tiles):
-        tiles = tiles[there(precision_of_tile.argsort(kind="stable"))]
-    of_precision, eight = tiles.split(counts), []
-    for precision in sorted(set(core.head_precision.tolist()) - {BF16}):
-        heads = np.flatnonzero(core.head_precision == precision)
-        slots = np.zeros(core.heads)
-        slots[heads] = np.arange(len(heads))
-        most_queries = max(core.tiles(int(head)) for head in heads) * core.blocks.block_q
-        pairs = -(-most_queries // (TILE_GROUPS * QUERY_GROUP))
-        anchored = there(heads[core.head_anchor[heads] != NO_ANCHORS])
-        eight.append(EightHeads(precision, there(heads), there(slots), of_precision[precision], pairs, anchored))
-    return Prepared(tiles, counts[BF16], eight)
+def prepare(bound: DeviceSchedule) -> ByPrecision:
+    """What is needed of a schedule besides `DeviceSchedule`, on the same device; nothing waits for that."""
+    return ByPrecision(*by_precision(bound, bound.tiles))
 
 
 def run(
@@ -238,134 +189,85 @@ def run(
         out: ``(B, H, N, D)``, laid out in memory as q.
         lse: fp32 ``(B, H, N)`` if asked for.
     """
-    addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr()]
-    ready = bound.derived(prepare)
-    lengths = addressable_lengths(lengths)
-    layout = (layout_of(q, k, v, addresses), scale, return_lse, video_start, lengths is None, config)
-    launches = ready.launches.get(layout)
-    if launches is None:
-        fit = addressable(q), addressable(k), addressable(v)
-        if any(one is not other for one, other in zip(fit, (q, k, v), strict=True)):
-            return run(*fit, bound, scale, return_lse, video_start, lengths, config=config)
-    out = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
-    index = q.get_device()
-    with on_device(index):
-        if launches is not None:
-            stream = driver.active.get_current_stream(index)
-            for again, nbytes in launches:
-                room = q.new_empty(nbytes, dtype=torch.uint8) if nbytes else None
-                there = [x.data_ptr() if x is not None else 0 for x in (room, out, lse, lengths)]
-                again(stream, *addresses, *there, 0)
-            return out, lse
-        made = []
-        for eight in (*ready.eight, None):
-            calls, nbytes = _calls(q, k, v, out, lse, bound, eight, scale, video_start, lengths, config)
-            if is_known_release() and not triton.knobs.runtime.interpret:
-                made.append((Again(calls), nbytes))
-            else:
-                for call in calls:
-                    call.kernel[call.grid](**call.arguments)
-        if made:
-            keep(ready.launches, layout, made)
-    return out, lse
+    calls = partial(_calls, bound, scale, video_start, config)
+    facts = (scale, video_start, config)
+    return run_again(q, k, v, lengths, return_lse, bound.derived(prepare).made, facts, calls)
 
 
-def _calls(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    bound: DeviceSchedule,
-    eight: EightHeads | None,
-    scale: float,
-    video_start: int,
-    lengths: torch.Tensor | None,
-    config: Config | None,
-) -> tuple[list[Call], int]:
-    """The launches for the heads of one precision, and the bytes of the room that they work in.
-
-    Args:
-        eight: The heads of 8 bits; None: those of 16, and the queries of the prefix and the suffix.
-    """
-    batch, heads, all_tokens, head_dim = q.shape
-    tokens = bound.core.grid.tokens
-    blocks, sm = bound.core.blocks, device_sm(q.device)
+def _calls(bound: DeviceSchedule, scale: float, video_start: int, config: Config | None, given: Given) -> list[Call]:
+    """What is launched for tensors of this layout."""
+    q, out, lse, lengths = given.q, given.out, given.lse, given.lengths
+    batch, heads, all_tokens, head_dim = q.value.shape
+    ready, blocks, tokens = bound.derived(prepare), bound.core.blocks, bound.core.grid.tokens
+    eight, sm = ready.eight, device_sm(q.value.device)
     config = (config or table_row(sm)[head_dim]).fit(blocks.block_q, blocks.block_k)
-    tma, in_e4m3 = sm >= TMA_SINCE, eight is not None and eight.precision == INT8_FP8
     calls: list[Call] = []
-    codes: dict[str, Any] = {}
-    moving, nbytes, ready = {"q_ptr": ("q", 0), "k": ("k", 0), "v": ("v", 0)}, 0, bound.derived(prepare)
-    tiles = ready.tiles  # those of 16 bits come first; never an empty array, of which entries would be read
-    count = ready.sixteen + heads * other_tiles(bound, all_tokens, video_start)
+    room: dict[str, Moving] = {}
     if eight is not None:
-        # outputs of anchors are not packed here: their room is not needed
-        room = room_for(replace(eight, anchored=eight.anchored[:0]), bound, q, video_start, lse is not None)
-        tiles, count, nbytes = eight.tiles, len(eight.tiles), room.nbytes
-        memory = q.new_empty(nbytes, dtype=torch.uint8)
-        calls = quantising(q, k, v, lengths, room, memory, eight, bound, scale, video_start)
-        codes = room.views(memory)
-        q, k, v = codes["q_codes"], codes["k_codes"], codes.get("v_codes", v)
-        sources = {"q_ptr": "q_codes", "k": "k_codes", "v": "v_codes", "lse_shift_ptr": "lse_shift"}
-        sources |= {f"{name}_ptr": name for name in ("q_scales", "k_scales", "channels")}
-        moving |= {name: ("room", room.offsets[source]) for name, source in sources.items() if source in room.offsets}
-    elif count == 0:
-        return [], 0
+        room = make_room(q.value, arrays_for(eight, bound, q.value, video_start, lse is not None))
+        calls = quantising(given, room, eight, bound, scale, video_start)
 
-    def keys(x: torch.Tensor, tile: tuple[int, int] = (config.block_n, head_dim)) -> torch.Tensor | TensorDescriptor:
-        tile = [1, 1, *tile]
-        return TensorDescriptor(x, list(x.shape), tile_strides(x), tile) if tma else x
+    def keys(x: Moving, tile: tuple[int, int] = (config.block_n, head_dim)) -> Moving:
+        if sm < TMA_SINCE:
+            return x
+        return x.described(TensorDescriptor(x.value, list(x.value.shape), tile_strides(x.value), [1, 1, *tile]))
 
-    def strides(name: str, x: torch.Tensor) -> dict[str, int]:
-        return {f"{name}_stride_{axis}": stride for axis, stride in zip("bhn", x.stride(), strict=False)}
+    def strides(name: str, x: Moving) -> dict[str, int]:
+        return {f"{name}_stride_{axis}": stride for axis, stride in zip("bhn", x.value.stride(), strict=False)}
 
-    arguments = {
-        "q_ptr": q,
-        "k": keys(k),
-        "v": keys(v, (head_dim, config.block_n)) if in_e4m3 else keys(v),
-        "out_ptr": out,
-        "lse_ptr": lse,
-        "lengths_ptr": lengths,
-        "tiles_ptr": tiles,
-        "columns_ptr": bound.columns,
-        "heads_ptr": bound.heads,
-        "query_token_ptr": bound.query_token,
-        "query_first_ptr": bound.query_first,
-        "query_copies_ptr": bound.query_copies,
-        "slots_ptr": None if eight is None else eight.slots,
-        "q_scales_ptr": codes.get("q_scales"),
-        "k_scales_ptr": codes.get("k_scales"),
-        "channels_ptr": codes.get("channels"),
-        "lse_shift_ptr": codes.get("lse_shift"),
-        **strides("q", q),
-        **strides("k", k),
-        **strides("v", v),
-        **strides("out", out),
-        "heads": heads,
-        "tokens": tokens,
-        "all_tokens": all_tokens,
-        "video_start": video_start,
-        "scale_log2": scale * math.log2(math.e),
-        "eight_heads": None if eight is None else len(eight.heads),
-        "q_groups": None if eight is None else codes["q_scales"].shape[2],
-        "key_blocks": None if eight is None else codes["k_scales"].shape[2],
-        "BLOCK_Q": blocks.block_q,
-        "BLOCK_K": blocks.block_k,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "HEAD_DIM": head_dim,
-        "TMA": tma,
-        "PARTIAL": tokens % blocks.block_k != 0,
-        "ANCHORED": bound.anchored,
-        "LSE": lse is not None,
-        "OTHERS": all_tokens > tokens,
-        "PADDED": lengths is not None and all_tokens > tokens,
-        "IN_INT8": eight is not None,
-        "IN_E4M3": in_e4m3,
-        **config.options,
-    }
-    moving["out_ptr"] = "out", 0
-    moving |= {f"{name}_ptr": (name, 0) for name in ("lse", "lengths") if arguments[f"{name}_ptr"] is not None}
-    grid = (count * (blocks.block_q // config.block_m), batch, 1)
-    return [*calls, Call(block_sparse_forward, grid, arguments, moving)], nbytes
+    for precision, count in enumerate(ready.counts):
+        in_int8, in_e4m3 = precision != BF16, precision == INT8_FP8
+        tiles = ready.tiles_of(precision)
+        if not in_int8:
+            tiles = ready.tiles  # those of 16 bits come first; never an empty array, of which entries would be read
+            count += heads * other_tiles(bound, all_tokens, video_start)
+        if count == 0:
+            continue
+        codes = room if in_int8 else {}
+        q, k = codes.get("q_codes", given.q), codes.get("k_codes", given.k)
+        v = room["v_codes"] if in_e4m3 else given.v
+        arguments = {
+            "q_ptr": q,
+            "k": keys(k),
+            "v": keys(v, (head_dim, config.block_n)) if in_e4m3 else keys(v),
+            "out_ptr": out,
+            "lse_ptr": lse,
+            "lengths_ptr": lengths,
+            "tiles_ptr": tiles,
+            "columns_ptr": bound.columns,
+            "heads_ptr": bound.heads,
+            "query_token_ptr": bound.query_token,
+            "query_first_ptr": bound.query_first,
+            "query_copies_ptr": bound.query_copies,
+            "slots_ptr": eight.slots if in_int8 else None,
+            **{f"{name}_ptr": codes.get(name) for name in ("q_scales", "k_scales", "channels", "lse_shift")},
+            **strides("q", q),
+            **strides("k", k),
+            **strides("v", v),
+            **strides("out", out),
+            "heads": heads,
+            "tokens": tokens,
+            "all_tokens": all_tokens,
+            "video_start": video_start,
+            "scale_log2": scale * math.log2(math.e),
+            "eight_heads": len(eight.heads) if in_int8 else None,
+            "q_groups": eight.groups if in_int8 else None,
+            "key_blocks": room["k_scales"].value.shape[2] if in_int8 else None,
+            "BLOCK_Q": blocks.block_q,
+            "BLOCK_K": blocks.block_k,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "HEAD_DIM": head_dim,
+            "TMA": sm >= TMA_SINCE,
+            "PARTIAL": tokens % blocks.block_k != 0,
+            "ANCHORED": bound.anchored,
+            "LSE": lse is not None,
+            "OTHERS": all_tokens > tokens,
+            "PADDED": lengths is not None and all_tokens > tokens,
+            "IN_INT8": in_int8,
+            "IN_E4M3": in_e4m3,
+            **config.options,
+        }
+        grid = (count * (blocks.block_q // config.block_m), batch, 1)
+        calls.append(Call(block_sparse_forward, grid, arguments))
+    return calls

@@ -120,7 +120,7 @@ def test_empty_lists_are_zeros(precision: int, monkeypatch: pytest.MonkeyPatch) 
     """No plan has any; kernels must not hang or invent."""
     schedule = made((precision,) * 3)
     bound = schedule.bind("cuda")
-    tiles = bound.derived(hopper.prepare).eight[0].tiles
+    tiles = bound.derived(hopper.prepare).tiles
     tiles[::3, 2] = tiles[::3, 1]
     emptied = tiles[::3, 0]
     q, k, v = inputs(schedule)

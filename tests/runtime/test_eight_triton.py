@@ -17,9 +17,9 @@ from support.interpreter import round_e4m3_rightly
 from support.schedules import random_schedule
 
 from calibatt.plans import BF16, INT8, INT8_FP8, Blocks, ModelSignature, PlanFile, Segment, TokenGrid
-from calibatt.runtime import eight_bits, quantise
+from calibatt.runtime import eight_bits, prepass, quantise
 from calibatt.runtime.attachment import Attachment
-from calibatt.runtime.backends import UnsupportedBackendError, hopper_eight
+from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.backends import triton as triton_backend
 from calibatt.runtime.eight_bits import Timing
 from calibatt.runtime.kernels import block_sparse
@@ -42,7 +42,7 @@ def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU whatever was measured; the interpreter as a GPU rounds, and with fewer keys at a time."""
     if DEVICE == "cpu":
         round_e4m3_rightly(monkeypatch)
-        monkeypatch.setattr(hopper_eight, "CHUNK", 64)
+        monkeypatch.setitem(prepass.SURVEY, "CHUNK", 64)
     else:
         monkeypatch.setattr(eight_bits, "verdict", lambda *_: (True, ""))
 
@@ -121,12 +121,12 @@ def test_extremes_are_computed_inside_their_tensors(name: str) -> None:
 def test_empty_lists_are_zeros(precision: int) -> None:
     """No plan has any; kernels must not hang or invent."""
     schedule = made((precision,) * 2)
-    (eight,) = schedule.bind(DEVICE).derived(triton_backend.prepare).eight
-    eight.tiles[::3, 2] = eight.tiles[::3, 3]
+    tiles = schedule.bind(DEVICE).derived(triton_backend.prepare).tiles
+    tiles[::3, 2] = tiles[::3, 3]
     q, k, v = inputs(2)
     out, lse = attend(q, k, v, schedule, "triton", return_lse=True)
     assert out.isfinite().all()
-    for head, tile in eight.tiles[::3, :2].tolist():
+    for head, tile in tiles[::3, :2].tolist():
         rows = slice(tile * 64, tile * 64 + 64)
         assert not out[0, head, rows].any()
         assert (lse[0, head, rows] == -torch.inf).all()
@@ -251,7 +251,7 @@ def test_without_a_home_folder_nothing_is_measured(card: torch.device, monkeypat
     assert "(XDG_CACHE_HOME must be set where there is no home folder: Could not determine home directory.)" in reason
 
 
-@pytest.mark.parametrize("module", [block_sparse, quantise_kernels, triton_backend, hopper_eight, quantise])
+@pytest.mark.parametrize("module", [block_sparse, quantise_kernels, triton_backend, prepass, quantise])
 def test_what_changes_the_kernel_asks_for_a_measurement(module: ModuleType) -> None:
     assert Path(module.__file__) in [Path(eight_bits.__file__).parent / name for name in eight_bits.KERNEL]
 

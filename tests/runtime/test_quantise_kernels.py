@@ -8,14 +8,16 @@ import torch
 from support.schedules import random_schedule
 
 from calibatt.plans import INT8, INT8_FP8, Blocks, TokenGrid
+from calibatt.runtime import prepass
 from calibatt.runtime.backends import hopper, hopper_eight
+from calibatt.runtime.launch import ARRIVALS, Given, Moving, make_room
 from calibatt.runtime.quantise import QUERY_GROUP, e4m3_channels, int8_rows, mean_of
 from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
 ORDER = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
-"""Which key of every 16 is where in `quantise_values`."""
+"""Which key of every 16 is where in quantised values."""
 
 
 def quantised(
@@ -26,17 +28,20 @@ def quantised(
     video_start: int = 0,
     lengths: torch.Tensor | None = None,
     scale: float = 0.2,
-) -> tuple[list[hopper_eight.EightHeads], list[dict[str, torch.Tensor]]]:
-    """What the kernels write for each precision of the schedule."""
+) -> tuple[prepass.EightHeads, dict[str, torch.Tensor]]:
+    """What the kernels write, the second time as the first."""
     bound = schedule.bind(q.device)
-    found, eights = [], bound.derived(hopper.prepare).eight
-    for eight in eights:
-        room = hopper_eight.room_for(eight, bound, q, video_start, True)
-        memory = torch.full((room.nbytes,), 77, dtype=torch.uint8, device=q.device)
-        for call in hopper_eight.quantising(q, k, v, lengths, room, memory, eight, bound, scale, video_start):
-            call.kernel[call.grid](**call.arguments)
-        found.append(room.views(memory))
-    return eights, found
+    eight = bound.derived(hopper.prepare).eight
+    room = make_room(q, prepass.arrays_for(eight, bound, q, video_start, True))
+    counters = torch.zeros(ARRIVALS + 2 * q.shape[0] * q.shape[1], dtype=torch.int32, device=q.device)
+    given = Given.of(q, k, v, None, counters, None, lengths)
+    for _ in range(2):
+        for each in room.values():
+            each.value.view(torch.uint8).fill_(77)
+        for call in prepass.quantising(given, room, eight, bound, scale, video_start):
+            call.launch()
+        assert not counters.any()
+    return eight, {name: each.value for name, each in room.items()}
 
 
 @pytest.mark.slow
@@ -52,8 +57,8 @@ def test_kernels_are_as_the_definition(
     padded: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hopper_eight, "CHUNK", 32)
-    monkeypatch.setitem(hopper_eight.SETTLE, "CHUNKS", 4)  # fewer than there are
+    monkeypatch.setitem(prepass.SURVEY, "CHUNK", 32)
+    monkeypatch.setitem(prepass.SURVEY, "CHUNKS", 4)  # fewer than there are
     core = random_schedule(
         np.random.default_rng(0), TokenGrid(2, 4, 26), Blocks(128, block_k), 4, anchored_heads=[2],
         precisions=[INT8, 0, INT8_FP8, INT8_FP8],
@@ -70,35 +75,36 @@ def test_kernels_are_as_the_definition(
         for sample, end in enumerate(lengths.tolist()):
             k[sample, :, end:], v[sample, :, end:] = 1e4, -1e4
     ends = lengths.tolist() if padded else [x.shape[1]] * 2
-    eights, rooms = quantised(schedule, q, k, v, prefix, lengths)
-    for eight, room in zip(eights, rooms, strict=True):
-        for slot, head in enumerate(eight.heads.tolist()):
-            for sample, end in enumerate(ends):
-                at = sample, slot
-                queries, keys, values = (each[sample, head].float() for each in (q, k, v))
-                video = queries[prefix : prefix + tokens]
-                packed = video[torch.from_numpy(core.packed_queries(head)).long().to(DEVICE)]
-                codes, scales = int8_rows(packed, QUERY_GROUP)
-                rows, groups = len(codes), len(scales)
-                assert torch.equal(room["q_codes"][at][:rows], codes)
-                torch.testing.assert_close(room["q_scales"][at][:groups], scales * (0.2 * np.log2(np.e)))
-                mean = room["channels"][at][0]
-                assert torch.equal(mean, mean_of(keys[:end])[0])
-                shift = (packed @ mean) * 0.2
-                torch.testing.assert_close(room["lse_shift"][at][: len(packed)], shift, rtol=1e-4, atol=1e-3)
-                blocks = 0
-                for start, stop in ((0, prefix), (prefix, prefix + tokens), (prefix + tokens, end)):
-                    part = keys[start:stop]
-                    expected = int8_rows(part - mean, block_k)
-                    count = len(expected[1])
-                    if count == 0:
-                        continue
-                    found = room["k_codes"][at][blocks * block_k : (blocks + count) * block_k]
-                    assert torch.equal(found, expected[0])
-                    assert torch.equal(room["k_scales"][at][blocks : blocks + count], expected[1])
-                    if "v_codes" in room:
-                        check_values(room, at, blocks, block_k, values, start, len(part), end)
-                    blocks += count
+    eight, room = quantised(schedule, q, k, v, prefix, lengths)
+    assert eight.heads.tolist() == [2, 3, 0]
+    assert eight.value_heads == room["v_codes"].shape[1] == 2
+    for slot, head in enumerate(eight.heads.tolist()):
+        for sample, end in enumerate(ends):
+            at = sample, slot
+            queries, keys, values = (each[sample, head].float() for each in (q, k, v))
+            video = queries[prefix : prefix + tokens]
+            packed = video[torch.from_numpy(core.packed_queries(head)).long().to(DEVICE)]
+            codes, scales = int8_rows(packed, QUERY_GROUP)
+            rows, groups = len(codes), len(scales)
+            assert torch.equal(room["q_codes"][at][:rows], codes)
+            torch.testing.assert_close(room["q_scales"][at][:groups], scales * (0.2 * np.log2(np.e)))
+            mean = room["channels"][at][0]
+            assert torch.equal(mean, mean_of(keys[:end])[0])
+            shift = (packed @ mean) * 0.2
+            torch.testing.assert_close(room["lse_shift"][at][: len(packed)], shift, rtol=1e-4, atol=1e-3)
+            blocks = 0
+            for start, stop in ((0, prefix), (prefix, prefix + tokens), (prefix + tokens, end)):
+                part = keys[start:stop]
+                expected = int8_rows(part - mean, block_k)
+                count = len(expected[1])
+                if count == 0:
+                    continue
+                found = room["k_codes"][at][blocks * block_k : (blocks + count) * block_k]
+                assert torch.equal(found, expected[0])
+                assert torch.equal(room["k_scales"][at][blocks : blocks + count], expected[1])
+                if slot < eight.value_heads:
+                    check_values(room, at, blocks, block_k, values, start, len(part), end)
+                blocks += count
 
 
 def check_values(
@@ -138,16 +144,14 @@ def test_outputs_of_anchors_go_to_their_groups(anchors: str) -> None:
     )  # fmt: skip
     bound, start = ListedSchedule(core).bind(DEVICE), 5
     ready = bound.derived(hopper.prepare)
-    (eight,) = ready.eight
+    eight = ready.eight
     out = torch.zeros(2, start + core.grid.tokens + 9, 4, 64, dtype=torch.float16, device=DEVICE).transpose(1, 2)
     lse = torch.zeros(out.shape[:3], device=DEVICE)
-    room = hopper_eight.room_for(eight, bound, out, start, True)
-    memory = torch.zeros(room.nbytes, dtype=torch.uint8, device=DEVICE)
-    packed, packed_lse = (room.views(memory)[name] for name in ("packed_out", "packed_lse"))
-    packed.normal_()
-    packed_lse.normal_()
-    for call in hopper_eight.unpacking(out, lse, room, memory, eight, bound, ready.most_copies, start):
-        call.kernel[call.grid](**call.arguments)
+    rows = (2, len(eight.heads), eight.groups * QUERY_GROUP)
+    packed, packed_lse = torch.randn(*rows, 64).to(DEVICE, out.dtype), torch.randn(rows).to(DEVICE)
+    room = {"packed_out": Moving(packed, "room"), "packed_lse": Moving(packed_lse, "room", packed.nbytes)}
+    given = Given.of(out, out, out, out, None, lse, None)
+    hopper_eight.unpacking(given, room, eight, bound, ready.most_copies, start).launch()
     for head in range(4):
         found, found_lse = out[:, head], lse[:, head]
         if head in (1, 3):

@@ -110,13 +110,13 @@ def records(cuda: ctypes.CDLL, count: int, names: dict[int, str], room: tuple[in
 
 def kernels_of(backend: str, anchored: bool, others: bool, precision: int) -> list[Any]:
     """What a call launches, in order, where all heads have one precision: 16 bits or `INT8_FP8`."""
-    first = [quantise.survey, quantise.settle, quantise.quantise_queries, quantise.quantise_keys]
+    first = [quantise.survey, quantise.quantise]
     if backend == "triton":
-        return [*([] if precision == BF16 else [*first, quantise.quantise_values]), block_sparse_forward]
+        return [*([] if precision == BF16 else first), block_sparse_forward]
     if precision == BF16:
         return [*([pack_queries] if anchored else []), hopper_forward]
     last = [*([unpack_outputs] if anchored else []), *([hopper_forward] if others else [])]
-    return [*first, quantise.quantise_values, hopper_eight_forward, *last]
+    return [*first, hopper_eight_forward, *last]
 
 
 def launch_case(
