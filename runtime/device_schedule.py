@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -96,14 +96,14 @@ class DeviceSchedule:
         """Whether some head computes its anchors only."""
         return len(self.query_token) > 0
 
-    @contextmanager
-    def lowered(self) -> Iterator[DeviceSchedule]:
+    def lowered(self) -> AbstractContextManager[DeviceSchedule]:
         """Unpacks the lists to `columns`, for all work that the current stream is given before the context ends."""
-        if self.lists is None:
-            yield self
-            return
-        with self.lists.room.entered():
-            self.lists.unpack()
+        return nullcontext(self) if self.lists is None else self._unpacked(self.lists)
+
+    @contextmanager
+    def _unpacked(self, lists: PackedLists) -> Iterator[DeviceSchedule]:
+        with lists.room.entered():
+            lists.unpack()
             yield self
 
     @property
