@@ -43,7 +43,7 @@ FEW_PROCESSORS = 3
 def run_case(
     backend: str, head_dim: int, block_k: int, dtype: torch.dtype, anchored: bool, precisions: Sequence[int] = ()
 ) -> None:
-    """Twice, so that the second launch is one of `runtime.launch.Launch`; once with scores that overshoot."""
+    """Twice, so that the second launch is one of `runtime.launch.Launches`; once with scores that overshoot."""
     grid = TokenGrid(2, 9, 26)
     core = random_schedule(
         np.random.default_rng(0), grid, Blocks(128, block_k), 3, 0.7, dense_heads=[2],
