@@ -51,9 +51,10 @@ def int8_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     groups = -(-x.shape[-2] // group)
     blocks = F.pad(x, (0, 0, 0, -x.shape[-2] % group)).unflatten(-2, (groups, group))
     most = blocks.abs().amax((-2, -1)).clamp(min=TINY)
-    factor = torch.full_like(most, INT8_MOST, dtype=torch.float32) / most.float()  # 127 / x would be 127 * (1 / x)
+    limit = torch.full_like(most, INT8_MOST)  # a GPU makes of x / 127 x * (1 / 127), and of 127 / x 127 * (1 / x)
+    factor = limit.float() / most.float()
     codes = (blocks.float() * factor[..., None, None]).nan_to_num(0.0, 0.0, 0.0).round()
-    return codes.to(torch.int8).flatten(-3, -2), most / INT8_MOST
+    return codes.to(torch.int8).flatten(-3, -2), most / limit
 
 
 def rounded_rows(x: torch.Tensor, group: int) -> torch.Tensor:
@@ -71,7 +72,8 @@ def mean_of(x: torch.Tensor) -> torch.Tensor:
 def e4m3_channels(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Values less their mean in e4m3: codes ``(..., n, D)``; scales and means, one a channel, ``(..., 1, D)``."""
     mean = mean_of(v)
-    scales = (v - mean).abs().amax(-2, keepdim=True).clamp(min=TINY) / E4M3_MOST
+    most = (v - mean).abs().amax(-2, keepdim=True).clamp(min=TINY)
+    scales = most / torch.full_like(most, E4M3_MOST)  # as in `int8_rows`
     codes = as_e4m3((v - mean).float() * scales.float().reciprocal())
     return codes.to(v.dtype), scales, mean
 
