@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from calibatt.plans import TokenGrid
+from calibatt.plans import BF16, INT8, INT8_FP8, TokenGrid
 from calibatt.tools.bench.kernel import GPU_SIZES
 from calibatt.tools.studies import energy
 from calibatt.tools.studies.energy import Case, cases, compared, measure
@@ -72,6 +72,17 @@ def test_kernels_that_are_not_there_have_a_reason() -> None:
     assert found[0].flops == 4 * 256**2 * 128
     assert missing["sdpa-cudnn"] == "cuDNN needs a CUDA device"
     assert "the device must be cuda, got cpu" in missing["hopper"]
+
+
+def test_kernels_of_8_bits_are_the_backend_on_such_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "supports", lambda *_: [])
+    size = dataclasses.replace(GPU_SIZES[0], grid=TokenGrid(1, 16, 16), heads=2, densities=(0.5,))
+    kernels = ["hopper", "hopper int8 QK", "hopper int8 QK with fp8 PV"]
+    found = cases(size, kernels, torch.zeros, torch.device("cpu"), {})
+    assert [case.kernel for case in found] == kernels
+    for case, precision in zip(found, (BF16, INT8, INT8_FP8), strict=True):
+        *_, schedule, backend = case.run.args
+        assert (schedule.precisions, backend) == ({precision}, "hopper")
 
 
 def test_a_device_without_a_meter_is_refused() -> None:

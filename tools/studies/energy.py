@@ -27,15 +27,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibatt.plans import Blocks
+from calibatt.plans import BF16, PRECISIONS, Blocks
 from calibatt.plans.files import write_text
+from calibatt.plans.precision import EIGHT_BITS
 from calibatt.runtime.ops import attend, supports
 from calibatt.tools.bench.kernel import GPU_SIZES, Size, state, versions
 from calibatt.tools.bench.model import choose
 from calibatt.tools.bench.peers import DENSE_PEERS, SPARSE_PEERS, dense_peer, sparse_peer
-from calibatt.tools.bench.schedules import structured_schedule
+from calibatt.tools.bench.schedules import in_precision, structured_schedule
 
-KERNELS = ("hopper", "triton", *SPARSE_PEERS, *DENSE_PEERS, "matmul")
+EIGHT = {f"hopper {PRECISIONS[precision]}": precision for precision in EIGHT_BITS}
+"""The precision of all heads where these names stand for `hopper`; quantisation included."""
+KERNELS = ("hopper", *EIGHT, "triton", *SPARSE_PEERS, *DENSE_PEERS, "matmul")
 VALUES = {"random": torch.randn, "zeros": torch.zeros}
 MATRIX = 8192
 """Rows and columns of the matrices of `matmul`."""
@@ -128,11 +131,12 @@ def cases(
                 if isinstance(sparse, str):
                     missing[kernel] = sparse
                     continue
-            elif reasons := supports(schedule, device, size.dtype, size.head_dim, kernel):
-                missing[kernel] = "; ".join(reasons)
-                continue
             else:
-                sparse = partial(attend, q, k, v, schedule, kernel)
+                ours, backend = in_precision(schedule, EIGHT.get(kernel, BF16)), kernel.split()[0]
+                if reasons := supports(ours, device, size.dtype, size.head_dim, backend):
+                    missing[kernel] = "; ".join(reasons)
+                    continue
+                sparse = partial(attend, q, k, v, ours, backend)
             found.append(Case(kernel, schedule.density, flops * schedule.density, sparse))
     return found
 
