@@ -15,7 +15,7 @@ import triton
 from triton.runtime import driver
 
 KNOWN_RELEASES = ("3.6.0", "3.9.0")
-"""Of Triton, whose call of the driver `Launch` makes itself: the tests compare it with Triton's own under both."""
+"""Of Triton, whose call of the driver `Launches` makes itself: the tests compare it with Triton's own under both."""
 ALIGNED_BYTES = 16
 """Of addresses and strides that TMA takes, and that Triton tells apart when it compiles."""
 MOST_MAPS = 1024
@@ -36,7 +36,7 @@ _NOTHING = nullcontext()
 
 
 def is_known_release(version: str = triton.__version__) -> bool:
-    """Whether `Launch` may be used with a release of Triton."""
+    """Whether `Launches` may be used with a release of Triton."""
     return version.split("+")[0] in KNOWN_RELEASES
 
 
