@@ -177,7 +177,7 @@ def quantising(
         "BLOCK_K": blocks.block_k,
         "ANCHORED": anchored,
         **fixed,
-        "num_warps": 8 if blocks.block_k * head_dim > (1 << 13 if eight.value_heads else 1 << 14) else 4,  # measured
+        "num_warps": 8 if blocks.block_k * head_dim > 1 << 13 else 4,
     }
     parts = key_blocks * (2 if eight.value_heads else 1) + groups
     return [
