@@ -103,8 +103,9 @@ written, the report is not; 130 interrupted.
 @click.option(
     "--target-density",
     type=float,
-    help="Most that attention may cost, as a share of dense attention in 16 bit. Default 0.5. If all heads are in 16 "
-    "bit, this is the share of blocks that are computed, the density; with --precision auto a plan computes more.",
+    help="Most that attention may cost, as a share of dense attention in 16 bit: the mean over the steps of the "
+    "sampling (see --steps), layers and heads. Default 0.5. If all heads are in 16 bit, this is the share of blocks "
+    "that are computed, the density; with --precision auto a plan computes more.",
 )
 @click.option(
     "--target-db",
@@ -116,6 +117,13 @@ written, the report is not; 130 interrupted.
     type=click.Choice(CHOICES),
     help="auto: heads compute in 8 bits where that is worth its measured error; such a plan runs only where a backend "
     "has 8 bits. bf16, the default: all heads compute in the 16 bits of their inputs, which runs everywhere.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    help="Steps of the samplings that the plan is for, spaced as the calibrated ones: each time of the plan weighs as "
+    "many as fall into its segment. A plan runs with any number, but only with these does a sampling execute "
+    "--target-density on average. Default: the steps of the calibration, measured (--times) or not.",
 )
 @click.option("--device", default="h200-hopper", show_default=True, help=f"Whose time: {', '.join(DEVICES)}.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes; the plan is the same.")
@@ -132,6 +140,7 @@ def command(
     target_density: float | None,
     target_db: float | None,
     precision: str | None,
+    steps: int | None,
     device: str,
     jobs: int,
     report_path: Path | None,
@@ -149,7 +158,7 @@ def command(
     require_lowered(passes)
     store = Store.open(stats_dirs)
     source = StatisticsSource(store)
-    job = source.make_job(device_named(device))
+    job = source.make_job(device_named(device), steps)
     with _work_folder(output, force) as folder, processes(jobs) as spread, _shown(spread, job.units) as over:
         shelf = DiskShelf(folder)
         done = run(source, job, passes, shelf, over)

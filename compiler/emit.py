@@ -8,7 +8,6 @@ from dataclasses import asdict
 from functools import partial
 from hashlib import blake2b
 from importlib.metadata import version
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,8 @@ from calibatt.compiler.passes import Pass
 from calibatt.compiler.pipeline import Map, Run
 from calibatt.compiler.prediction import CUT, DENSE, Masks, Prediction, predict
 from calibatt.compiler.shelf import Shelf
-from calibatt.plans import EncodedLayer, PlanFile, Segment, StoredLayers, base_segments, encode
-
-
-def segments(times: Sequence[float]) -> tuple[Segment, ...]:
-    """Segments that stand for recorded times, ascending; borders lie midway, and all cover [0, 1]."""
-    borders = [0.0, *((a + b) / 2 for a, b in pairwise(times)), 1.0]
-    return tuple(Segment(*part) for part in zip(borders, borders[1:], times, strict=False))
+from calibatt.compiler.steps import segments
+from calibatt.plans import EncodedLayer, PlanFile, StoredLayers, base_segments, encode
 
 
 def require_lowered(passes: Sequence[Pass]) -> None:
@@ -86,6 +80,7 @@ def make_plan(
         segments=segments(manifest.times),
         schedules=StoredLayers("", manifest.grid, manifest.blocks, manifest.model.heads, bases, stored),
         passes=print_passes(passes),
+        scheduler_hint={"times": list(job.steps.times)} if job.steps.times else None,
         provenance=provenance(job, store),
         predicted=predicted,
         notes=notes,

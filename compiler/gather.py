@@ -11,6 +11,7 @@ from calibatt.compiler.cost import Device
 from calibatt.compiler.error_model import HeadPrices, copy_prices
 from calibatt.compiler.ir import Job, UnitIR, UnitMeans, column_bits
 from calibatt.compiler.stats import Manifest, Table, Unit, dequantise, fast_codes
+from calibatt.compiler.steps import measured_times, of_segments, steps_of
 
 
 class Samplings(Protocol):
@@ -43,14 +44,22 @@ class StatisticsSource:
     def __init__(self, store: Samplings) -> None:
         self.store = store
 
-    def make_job(self, device: Device) -> Job:
+    def make_job(self, device: Device, steps: int | None = None) -> Job:
         """The job: everything that is known before any unit is read.
 
+        Args:
+            device: The device for which milliseconds are predicted.
+            steps: How many steps the sampling will have; those that were calibrated if absent.
+
         Raises:
-            StoreError: A sampling's file is damaged.
+            StoreError: A sampling's file is damaged, or samplings have different steps.
+            CompileError: There is no plan for so many steps.
         """
-        table = _table(self.store)
-        return Job(self.store.manifest, device, table.time_level, table)
+        manifest = self.store.manifest
+        measured = measured_times(manifest.times, self.store.meta)
+        counted = steps_of(manifest.times, measured, steps)
+        table = of_segments(_table(self.store), manifest.times, measured)
+        return Job(manifest, device, counted, table.time_level, table)
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
         """The unit of one (time, layer).

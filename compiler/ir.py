@@ -19,6 +19,7 @@ import numpy.typing as npt
 from calibatt.compiler.bits import Bits, count, pack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.stats import Manifest, Table
+from calibatt.compiler.steps import Steps
 from calibatt.plans import BF16, ROWS, Blocks, PackedLayer, TokenGrid
 
 Float32 = npt.NDArray[np.float32]
@@ -176,14 +177,18 @@ class Job:
     Args:
         manifest: The manifest of the statistics.
         device: The device for which milliseconds are predicted.
-        levels: float64 ``(times,)``: the sum of squared effects of single blocks, a geometric mean over the samplings.
-        table: The tables of all samplings; only in the process that decides.
+        steps: How many steps of the sampling each recorded time stands for.
+        levels: float64 ``(times,)``: the sum of squared effects of single blocks, over all steps of a segment, a
+            geometric mean over the samplings. So errors of units are of all these steps; blocks and milliseconds are of
+            one.
+        table: The tables of all samplings, of whole segments too; only in the process that decides.
         multiplier: The price of a millisecond in error (lambda), set by `select`.
         findings: Findings of each pass for the report: plain values.
     """
 
     manifest: Manifest
     device: Device
+    steps: Steps
     levels: Float64
     table: Table
     multiplier: float | None = None
@@ -206,6 +211,16 @@ class Job:
         """Blocks of dense attention of a unit, over all heads."""
         manifest = self.manifest
         return manifest.model.heads * manifest.q_blocks * manifest.k_blocks
+
+    @property
+    def unit_steps(self) -> Int64:
+        """int64 ``(units,)``: how many steps of the sampling execute each unit."""
+        return np.repeat(self.steps.counts, self.manifest.model.layers)
+
+    @property
+    def dense_blocks(self) -> int:
+        """Blocks of dense attention of a sampling, over all steps, layers and heads."""
+        return int(self.unit_steps.sum()) * self.unit_dense_blocks
 
     @property
     def block_ms(self) -> float:

@@ -50,12 +50,12 @@ class Account:
         name: Name of the pass; ``dense`` for the job before any.
         passes: The pass with its options, as in a pass string.
         seconds: Seconds of the pass, over all processes; reading statistics counts as ``dense``.
-        blocks: Computed blocks over all times, layers and heads.
+        blocks: Computed blocks over all steps of the sampling, layers and heads.
         density: `blocks` / blocks of dense attention.
         cost: `predicted_ms` / that of dense attention in 16 bit; equal to `density` if all heads are in 16 bit.
         plan_bytes: Bytes of the block lists as plain CSR; heads share lists only after `lower`.
-        predicted_ms: Predicted milliseconds of one attention call, summed over all times and layers.
-        error: Predicted error, summed over all times, layers and heads.
+        predicted_ms: Predicted milliseconds of one attention call, summed over all steps and layers.
+        error: Predicted error, summed over all segments, layers and heads.
         findings: Findings of the pass.
     """
 
@@ -284,15 +284,18 @@ def _sum(job: Job, each: Pass | None, units: Iterable[UnitAccount]) -> Account:
     findings = {} if each is None else each.report(job, total)
     if each is not None:
         job.findings[each.name] = findings
-    blocks, predicted_ms = (sum(getattr(unit, name) for unit in accounts) for name in ("blocks", "predicted_ms"))
-    dense_blocks = job.units * job.unit_dense_blocks
+    steps = job.unit_steps.tolist()
+    blocks, predicted_ms = (
+        sum(number * getattr(unit, name) for number, unit in zip(steps, accounts, strict=True))
+        for name in ("blocks", "predicted_ms")
+    )
     return Account(
         name="dense" if each is None else each.name,
         passes="" if each is None else print_passes([each]),
         seconds=sum(unit.seconds for unit in accounts),
         blocks=blocks,
-        density=blocks / dense_blocks,
-        cost=predicted_ms / (dense_blocks * job.block_ms),
+        density=blocks / job.dense_blocks,
+        cost=predicted_ms / (job.dense_blocks * job.block_ms),
         plan_bytes=sum(unit.plan_bytes for unit in accounts),
         predicted_ms=predicted_ms,
         error=float(sum(unit.head_error.sum() for unit in accounts)),

@@ -23,7 +23,11 @@ from calibatt.plans.readable import duration, number, size, snr
 KINDS = ("dense", "sparse", "anchored")
 """Of heads, in every report."""
 ERROR = "what the squared errors of all heads leave of the final latent, as a signal-to-noise"
-WEIGHT = "how much errors at a time count, relative to the time where they count most"
+WEIGHT = "how much errors in all steps of a time count, relative to the time where they count most"
+UNKNOWN = (
+    "not known, since the store does not say their times (earlier versions did not): each measured time counts as one "
+    "step, and a sampling of more steps executes another density"
+)
 
 
 def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, Any]:
@@ -31,7 +35,8 @@ def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, An
     times, layers = range(len(plan.segments)), job.manifest.model.layers
     dense = job.manifest.model.heads * job.manifest.q_blocks * job.manifest.k_blocks
     rows = [run.units[index * layers : (index + 1) * layers] for index in times]
-    planned_ms, dense_ms = (sum(map(sum, plan.predicted[key])) for key in ("planned_ms", "dense_ms"))
+    counts = job.steps.counts
+    planned_ms, dense_ms = ((counts * np.sum(plan.predicted[key], 1)).tolist() for key in ("planned_ms", "dense_ms"))
     precisions = np.array([[unit.precision for unit in units] for units in rows], np.uint8)
     kinds: Counter[str] = Counter()
     for unit in run.units:
@@ -50,12 +55,14 @@ def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, An
         "error_by_time_and_layer": [[float(unit.head_error.sum()) for unit in units] for units in rows],
         "heads_by_time_and_layer": [[{k: unit.kinds[k] for k in KINDS} for unit in units] for units in rows],
         "times": list(job.manifest.times),
+        "steps": counts.tolist(),
+        "steps_known": bool(job.steps.times),
         "levels": job.levels.tolist(),
         "predicted_latent_db": plan.predicted["latent_db"],
         "predicted_snr": str(predicted_snr(job, run)),
-        "planned_ms": [sum(plan.predicted["planned_ms"][index]) for index in times],
-        "dense_ms": [sum(plan.predicted["dense_ms"][index]) for index in times],
-        "attention_speedup": dense_ms / planned_ms,
+        "planned_ms": planned_ms,
+        "dense_ms": dense_ms,
+        "attention_speedup": sum(dense_ms) / sum(planned_ms),
         "device": {"name": job.device.name, "source": job.device.source},
         "heads_by_kind": dict(sorted(kinds.items())),
         "provenance": dict(plan.provenance),
@@ -136,8 +143,9 @@ def _tables(value: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         weight = 100 * value["levels"][index] / max(value["levels"])
         cells = f"{number(weight)}%", f"{density:.1%}", snr(sum(value["error_by_time_and_layer"][index]))
         milliseconds = (duration(value[key][index]) for key in ("planned_ms", "dense_ms"))
-        times.append([f"{now:.3f}", *cells, *milliseconds, *(str(sum(each[kind] for each in heads)) for kind in KINDS)])
-    columns = ["time", "weight", "density", "error", "attention", "all dense", *KINDS]
+        counts = (str(sum(each[kind] for each in heads)) for kind in KINDS)
+        times.append([f"{now:.3f}", str(value["steps"][index]), *cells, *milliseconds, *counts])
+    columns = ["time", "steps", "weight", "density", "error", "attention", "all dense", *KINDS]
     return [
         ("passes", ["pass", "blocks", "density", "attention", "error", "took"], passes),
         ("times, from video to noise", columns, times),
@@ -157,7 +165,8 @@ def _facts(value: dict[str, Any]) -> dict[str, str]:
         "predicted latent SNR": value["predicted_snr"],
         "predicted attention": f"{duration(sum(value['planned_ms']))}, dense {duration(sum(value['dense_ms']))}: "
         f"{value['attention_speedup']:.2f} times as fast, on {device['name']} ({device['source']})",
-        "density": f"{value['density']:.4f} of the blocks of dense attention",
+        "density": f"{value['density']:.4f} of the blocks of dense attention, mean over the steps of the sampling",
+        "steps": f"{sum(value['steps'])} of the sampling" if value["steps_known"] else UNKNOWN,
         "attention cost": f"{value['attention_cost']:.4f} of dense attention in 16 bit",
         "precision": value["precision"],
         **(by_layer if len(set(by_layer.values())) > 1 else {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from calibatt.plans.errors import ScheduleError, SchemaError, SectionError
 from calibatt.plans.files import FilePath
 from calibatt.plans.packed import PackedLayer
 from calibatt.plans.schedule import SMALL_ARRAYS, Int64, LayerSchedule, dtype_of
-from calibatt.plans.schema import Blocks, ModelSignature, Segment, TokenGrid, check_predicted
+from calibatt.plans.schema import Blocks, ModelSignature, Segment, TokenGrid, check_hint, check_predicted
 from calibatt.plans.stored import StoredLayers
 
 MAGIC = b"CALIBPLN"
@@ -46,7 +47,8 @@ class PlanFile:
         schedules: ``schedules[segment][layer]``; all of the plan's grid, blocks and heads. `StoredLayers` decodes them
             one by one.
         passes: The pass string that compiled it.
-        scheduler_hint: What is known of the sampler it was calibrated with, or None.
+        scheduler_hint: What is known of the sampling that it is for, plain values, or None: ``times``, where present,
+            are the denoising times of its steps.
         provenance: Where it comes from: samples, digest of the prompts, versions of the tools; plain values.
         predicted: Predicted cost; plain values. ``planned_ms`` and ``dense_ms``, where present, are lists over the
             segments of lists over the layers: milliseconds of one attention call. See `check_predicted`.
@@ -79,6 +81,7 @@ class PlanFile:
             _require_kind(name, getattr(self, name), Mapping)
         if self.scheduler_hint is not None:
             _require_kind("scheduler_hint", self.scheduler_hint, Mapping)
+            check_hint(self.scheduler_hint)
         _check_segments(self.segments)
         check_predicted(self.predicted, len(self.segments), self.signature.layers, self.signature.heads)
         if len(self.schedules) != len(self.segments):
@@ -128,6 +131,14 @@ class PlanFile:
         if not 0.0 <= time <= 1.0:
             raise ValueError(f"time must be a denoising time in [0, 1], got {time}")
         return bisect_right(self.segments, time, key=lambda segment: segment.start) - 1
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """How many steps of the sampling that the plan is for each segment holds; one each if the plan does not say."""
+        if "times" not in (hint := self.scheduler_hint or {}):
+            return (1,) * len(self.segments)
+        counts = Counter(map(self.segment_index, hint["times"]))
+        return tuple(counts[index] for index in range(len(self.segments)))
 
     def schedule(self, time: float, layer: int) -> LayerSchedule:
         """What a layer executes at a denoising time.

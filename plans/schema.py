@@ -163,6 +163,19 @@ def check_predicted(predicted: Mapping[str, Any], segments: int, layers: int, he
     _require(right, "predicted.latent_db", f"nil or a map of finite numbers {', '.join(names)}", latent)
 
 
+def check_hint(hint: Mapping[str, Any]) -> None:
+    """Proves the times of a scheduler hint, so that its readers need not.
+
+    Raises:
+        SchemaError: ``times`` is there, and no list of numbers in [0, 1].
+    """
+    times = hint.get("times", [0.0])
+    right = (
+        isinstance(times, list | tuple) and len(times) > 0 and all(_is_number(now) and 0 <= now <= 1 for now in times)
+    )
+    _require(right, "scheduler_hint.times", "a list of numbers in [0, 1], one at least", str(times)[:80])
+
+
 def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 

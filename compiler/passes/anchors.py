@@ -59,7 +59,7 @@ class Anchors(Pass):
         keep, unit.error, unit.copy_error = unit.keep.copy(), unit.error.copy(), np.zeros(unit.heads)
         counts: Findings = {"heads": unit.heads, "of_frames": 0.0, "computed": 0.0}
         best: dict[int, Offer] = {}
-        market = Market(job, unit, multiplier)
+        market = Market(job, unit, multiplier * int(job.steps.counts[unit.time_index]))
         offered = set()
         for axis, errors, most in (
             (ROWS, unit.means.row_error, self.max_group_rows),
@@ -123,7 +123,7 @@ class Market:
     Args:
         job: The job of the unit.
         unit: A unit whose masks are chosen, without anchors.
-        multiplier: The price of a millisecond.
+        multiplier: The price of a millisecond of this unit.
     """
 
     def __init__(self, job: Job, unit: UnitIR, multiplier: float) -> None:

@@ -45,9 +45,10 @@ class Select(Pass):
 
     A head may be dense, keep a window, whose error was measured, or keep a *cut*: the blocks whose price is above a
     level. With `precision` auto it may compute in 8 bits, whose error was measured as well, and is added. A candidate
-    costs its predicted milliseconds and loses its error. One multiplier, the price of a millisecond, decides for all
-    heads and times at once. The rest of the budget is spent on single changes, and the distance to a proven bound is
-    reported. If the target is a signal-to-noise of the final latent instead, the budget is bisected.
+    costs its predicted milliseconds in every step of its segment and loses its error. One multiplier, the price of a
+    millisecond, decides for all heads and times at once. The rest of the budget is spent on single changes, and the
+    distance to a proven bound is reported. If the target is a signal-to-noise of the final latent instead, the budget
+    is bisected.
 
     A second `select` after `anchors` spends what those saved. All heads choose anew; heads with anchors choose among
     all masks with them, which are cheaper since only anchors are computed, and without them.
@@ -55,8 +56,9 @@ class Select(Pass):
     Ensures: every mask keeps the required blocks; the budget holds.
 
     Args:
-        target_density: Most that attention may cost, as a share of dense attention in 16 bit over all times, layers and
-            heads; 0.5 if no target is given. Where all heads are in 16 bit, cost is density, the share of blocks.
+        target_density: Most that attention may cost, as a share of dense attention in 16 bit over all steps of the
+            sampling, layers and heads; 0.5 if no target is given. Where all heads are in 16 bit, cost is density, the
+            share of blocks.
         target_db: Least predicted signal-to-noise of the final latent, at the least cost that reaches it.
         menu: What heads may choose beside dense: `windows` and `cuts`, joined by ``+``.
         precision: ``bf16``: all heads compute in the 16 bits of their inputs; ``auto``: some in 8 bits of `Job.device`.
@@ -116,16 +118,17 @@ class Select(Pass):
         blocks, of_masks, copied, rounding = map(np.concatenate, parts)
         error = of_masks[:, None] + np.stack([np.zeros(len(copied)), copied], 1)[:, :, None]
         error = np.stack([error + rounding[:, each, None, None] for each in precisions], 1)
-        cost = np.stack([job.cost(blocks, each) for each in precisions], 1)
+        steps = np.repeat(job.unit_steps, job.manifest.model.heads)
+        cost: Float64 = np.stack([job.cost(blocks, each) for each in precisions], 1) * steps[:, None, None, None]
         heads, (things, *axes) = np.arange(len(error)), error.shape
         shape = (len(job.manifest.times), job.manifest.model.layers, -1)
-        kinds, dense = np.array([mask.kind for mask in masks]), job.unit_dense_blocks * job.units
+        kinds, head_blocks = np.array([mask.kind for mask in masks]), job.manifest.q_blocks * job.manifest.k_blocks
 
         def predicted(pick: Int64) -> Prediction | str:
             precision, anchored, mask = np.unravel_index(pick, axes)
             chosen = Masks(
                 kind=kinds[mask].reshape(shape),
-                density=(blocks[heads, 0, mask] / (dense / things)).reshape(shape),
+                density=(blocks[heads, 0, mask] / head_blocks).reshape(shape),
                 error=of_masks[heads, mask].reshape(shape),
                 copied=np.where(anchored, copied, 0.0).reshape(shape),
                 share_error=np.stack(share_errors).reshape(*shape[:2], *share_errors[0].shape),
@@ -140,8 +143,8 @@ class Select(Pass):
             "lambda_per_ms": job.multiplier,
             "predicted_error": float(lost.sum()),
             "predicted_snr": str(predicted(choice.pick)),
-            "density": float(blocks[heads, anchored, mask].sum() / dense),
-            "cost": float(cost[heads, precision, anchored, mask].sum() / dense),
+            "density": float(steps @ blocks[heads, anchored, mask] / job.dense_blocks),
+            "cost": float(cost[heads, precision, anchored, mask].sum() / job.dense_blocks),
             "duality_gap": choice.gap,
             "relative_gap": choice.gap / choice.loss if choice.loss else 0.0,
             "candidates": int(np.isfinite(error).sum()),
@@ -172,7 +175,7 @@ class Select(Pass):
         return {**job.findings[self.name], **total}
 
     def _solve(self, job: Job, cost: Float64, loss: Float64, predicted: Callable[[Int64], Prediction | str]) -> Choice:
-        dense = job.unit_dense_blocks * len(cost) // job.manifest.model.heads
+        dense = job.dense_blocks
         least = float(np.where(np.isfinite(loss), cost, np.inf).min(1).sum())
         if self.target_db is not None:
             choice = self._reach(loss, cost, predicted)

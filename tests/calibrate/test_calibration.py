@@ -102,7 +102,9 @@ def test_what_is_kept_of_a_sampling(reference: Store):
     for prompt, seed in WORK:
         meta = reference.meta[sampling_name(prompt, seed)]
         assert meta.pop("seconds") > 0
-        assert meta == {"prompt": prompt, "seed": seed, "vectors": 2, "forwards": FORWARDS, "steps": 3}
+        facts = {"prompt": prompt, "seed": seed, "vectors": 2, "forwards": FORWARDS, "steps": 3}
+        assert meta == facts | {"times": guided().times}
+        assert set(reference.manifest.times) <= set(meta["times"])
     for time in range(TIMES):  # each sampling's effects are divided by its level
         units = [reference.unit(time, layer) for layer in range(LAYERS)]
         assert sum(unit.effect_values().sum() for unit in units) == pytest.approx(1, rel=1e-3)

@@ -18,10 +18,10 @@ from support.jobs import EIGHT
 
 from calibatt.compiler import cost
 from calibatt.compiler.cli import command
-from calibatt.compiler.emit import segments
 from calibatt.compiler.language import DEFAULT_PASSES, option_name
 from calibatt.compiler.passes import PASSES
 from calibatt.compiler.stats import StoreWriter
+from calibatt.compiler.steps import segments
 from calibatt.plans import PlanFile, told_precisions
 
 ROOT = Path(__file__).parent.parent.parent

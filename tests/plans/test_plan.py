@@ -229,6 +229,14 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], obj
     ),
     "passes a list": (set_header("passes", []), errors.SchemaError, "passes must be of type str"),
     "hint a number": (set_header("scheduler_hint", 3), errors.SchemaError, "scheduler_hint must be of type mapping"),
+    **{
+        f"times {times}": (
+            set_header("scheduler_hint", {"times": times}),
+            errors.SchemaError,
+            f"scheduler_hint.times must be a list of numbers in [0, 1], one at least, got '{times}'",
+        )
+        for times in (None, [], [0.5, 1.5], [float("nan")], [True], {})
+    },
     "2**60 layers": (set_header("model/layers", 2**60), errors.SectionError, "must be int64 of shape"),
     "2**60 heads": (set_header("model/heads", 2**60), errors.ScheduleError, "must have 1152921504606846976 heads"),
     "2**60 frames": (set_header("grid/frames", 2**60), errors.SchemaError, "grid must be of fewer than 2147483648"),

@@ -33,6 +33,7 @@ from calibatt.compiler.ir import Job, UnitIR, UnitMeans
 from calibatt.compiler.language import parse_passes
 from calibatt.compiler.pipeline import in_turn, run
 from calibatt.compiler.stats import Manifest, Table
+from calibatt.compiler.steps import steps_of
 from calibatt.plans import PRECISIONS, Blocks, ModelSignature, TokenGrid
 from calibatt.tools.studies.in_memory import MemoryShelf
 from support.jobs import DEVICE
@@ -52,7 +53,7 @@ class DrawnSource:
         times, heads, q_blocks, _ = self.keep.shape
         signature, grid = ModelSignature("Drawn", 1, heads, BLOCK), TokenGrid(1, 1, BLOCK * q_blocks)
         manifest = Manifest(signature, grid, Blocks(BLOCK, BLOCK), self.times)
-        return Job(manifest, device, np.ones(times), Table(()))
+        return Job(manifest, device, steps_of(self.times, ()), np.ones(times), Table(()))
 
     def unit(self, job: Job, time_index: int, layer: int) -> UnitIR:
         keep = pack(self.keep[time_index])

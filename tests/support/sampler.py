@@ -92,17 +92,22 @@ def second_rank_fails(steps: int | None, device: str) -> TinyVideoSampler:
     return made
 
 
-def tiny_manifest() -> Manifest:
-    windows = default_windows(GRID)
-    return Manifest(
-        MODEL, GRID, Blocks(16, 16), tuple(sorted(TIMES)), windows, row_radius=2, frame_radius=2, thresholds=(0.8, 0.9)
-    )
+def tiny_manifest(times: Sequence[float] = TIMES) -> Manifest:
+    windows, times = default_windows(GRID), tuple(sorted(times))
+    return Manifest(MODEL, GRID, Blocks(16, 16), times, windows, row_radius=2, frame_radius=2, thresholds=(0.8, 0.9))
 
 
-def tiny_store(path: Path, work: Sequence[tuple[str, int]] = CALIBRATED) -> Store:
-    """Statistics of some samplings."""
-    with StoreWriter.open(path, tiny_manifest()) as writer:
-        calibrator = Calibrator(TinyVideoSampler(), writer, vectors=4)
+def tiny_store(
+    path: Path,
+    work: Sequence[tuple[str, int]] = CALIBRATED,
+    times: Sequence[float] = TIMES,
+    recorded: Sequence[float] | None = None,
+) -> Store:
+    """Statistics of some samplings with steps at `times`, of which only the `recorded` ones may be measured."""
+    sampler = TinyVideoSampler()
+    sampler.times = list(times)
+    with StoreWriter.open(path, tiny_manifest(recorded or times)) as writer:
+        calibrator = Calibrator(sampler, writer, vectors=4)
         for prompt, seed in work:
             calibrator.calibrate(prompt, seed)
         writer.close_units()

@@ -66,6 +66,9 @@ def check_header(header: Any, later: bool) -> None:
 
     require(all(type(header[key]) is str for key in ("passes", "license", "notes")), "text")
     require(header["scheduler_hint"] is None or type(header["scheduler_hint"]) is dict, "scheduler_hint")
+    if "times" in (hint := header["scheduler_hint"] or {}):
+        require(type(hint["times"]) is list and hint["times"] != [], "scheduler_hint: times")
+        require(all(type(now) in (int, float) and 0 <= now <= 1 for now in hint["times"]), "scheduler_hint: no time")
     require(type(header["provenance"]) is dict, "provenance")
     check_predicted(header["predicted"], len(segments), model["layers"], model["heads"])
 

@@ -96,6 +96,20 @@ def test_a_report_goes_on_where_it_stopped_and_says_the_same_again(tmp_path, pla
     assert table(tmp_path / "a") == found == table(tmp_path / "b")
 
 
+def test_a_plan_of_fewer_times_than_steps_promises_what_all_steps_do(tmp_path, sampler):
+    """Density, signal-to-noise and squared effect are those of all eight steps, of which three were calibrated."""
+    sampler.times = [1.0, 0.95, 0.9, 0.82, 0.74, 0.64, 0.5, 0.3]
+    store = tiny_store(tmp_path / "stats", times=sampler.times, recorded=(1.0, 0.82, 0.3))
+    write_plan(tmp_path / "few.plan", tiny_plan(store, 0.5))
+    found = evaluate(tmp_path, "--plan", tmp_path / "few.plan", "-o", tmp_path / "a")
+    assert found.exit_code == 0, found.output
+    (plan,) = table(tmp_path / "a")["plans"]
+    assert 0.49 < plan["density"] <= 0.5 + 1e-12
+    assert plan["density"] == pytest.approx(PlanFile.read(tmp_path / "few.plan").predicted["density"])
+    assert plan["predicted_latent_db"]["mean"] == pytest.approx(plan["metrics"]["latent"]["mean"], abs=5)
+    assert 1 / 3 < plan["heads"]["ratio"] < 3
+
+
 def test_another_setting_needs_another_folder(tmp_path, plan_path, sampler):
     assert evaluate(tmp_path, "--plan", plan_path, "-o", tmp_path / "a").exit_code == 0
     sampler.times = [1.0, 0.4]

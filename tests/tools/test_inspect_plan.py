@@ -60,6 +60,21 @@ def test_the_density_is_the_compilers_own() -> None:
     assert told <= 0.5
 
 
+def test_means_are_over_the_steps_of_the_sampling(tmp_path: Path) -> None:
+    """Of a plan that says its steps: one in the first segment, three in the second."""
+    plan = tiny_plan(scheduler_hint={"times": [1.0, 0.75, 0.375, 0.25]})
+    write_plan(tmp_path / "plan", plan)
+    values = json.loads(inspect(tmp_path / "plan", "--json").output)
+    means = [np.mean([plan.density(segment, layer) for layer in (0, 1)]) for segment in (0, 1)]
+    assert [each["steps"] for each in values["segments"]] == [1, 3]
+    assert values["density"] == pytest.approx((means[0] + 3 * means[1]) / 4)
+    assert means[0] != means[1]
+    assert values["predicted_forward_ms"] == {"planned": (1.125 + 3 * 1.625) / 4, "dense": 2.0}
+    told = f"{values['density']:.1%} of the blocks of dense attention, mean over 4 steps of a sampling"
+    assert told in " ".join(inspect(tmp_path / "plan").output.split())
+    assert "mean over segments (the plan does not say its steps)" in " ".join(inspect(GOLDEN).output.split())
+
+
 def test_the_terminal_summary_says_it_all() -> None:
     result = inspect(GOLDEN)
     assert result.exit_code == 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibatt.compiler.emit import segments
+from calibatt.compiler.steps import segments
 from calibatt.plans import (
     BF16,
     INT8,

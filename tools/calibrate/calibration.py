@@ -155,6 +155,7 @@ class Calibrator:
             raise CalibrationError("a recorded sampling must give its final latent, got none")
         tables = recording.measure(name, seed)
         known = {"prompt": prompt, "seed": seed, "vectors": self.vectors, "forwards": len(recording.forwards)}
+        known["times"] = [float(now) for now in self.sampler.times]  # of all steps: some may not be measured
         seconds = recording.journal.seconds + time.perf_counter() - begun
         self.writer.finish(name, tables, {**known, "seconds": seconds, **meta})
         self.writer.drop_progress(name)

@@ -175,7 +175,7 @@ def run(
         with progress_of(NAME, total, console, quiet=not ranks.is_first) as shown_progress:
             calibrator.on_progress = shown_progress.advance
             for prompt, number in todo:
-                calibrator.calibrate(prompt, number, steps=len(sampler.times))
+                calibrator.calibrate(prompt, number)
         measured = ranks.total(len(todo))
         if ranks.is_first:
             writer.close_units()

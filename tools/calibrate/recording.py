@@ -58,7 +58,7 @@ def recording(
     count = vectors or default_vectors(sampler.grid, device_of(sampler))
     with StoreWriter.open(Path(path), manifest) as writer:
         calibrator = Calibrator(sampler, writer, vectors=count, adapter=adapter)
-        with calibrator.recording(prompt, seed, steps=len(sampler.times)) as sampling:
+        with calibrator.recording(prompt, seed) as sampling:
             with _last_step(getattr(sampler, "pipe", None), sampling):
                 yield sampling
         writer.close_units()

@@ -252,7 +252,7 @@ def overview_figure(plan: PlanFile, name: str) -> Figure:
                 axes.set_xlabel("head")
         bar = add_axes(11.0 - right + 0.25, top, 0.14, total - top - bottom)
         figure.colorbar(image, cax=bar, label="density", format=lambda value, _: f"{value:.0%}")
-        title = f"{name}: density {densities.mean():.1%}"
+        title = f"{name}: density {np.average(densities.mean((1, 2)), weights=plan.steps):.1%}"
         figure.text(left / 11.0, 1 - 0.36 / total, title, fontsize=14, fontweight="bold")
         model, grid = plan.signature, plan.grid
         text = f"{model.architecture} · {grid.frames} x {grid.height} x {grid.width} tokens · from noise to video"

@@ -72,9 +72,9 @@ def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
     """Everything `show` shows, and more, as values that JSON can hold (bytes aside).
 
     Times are denoising times, ``*_bytes`` bytes and ``*_ms`` milliseconds; lists over segments ascend in time.
-    ``density`` and ``predicted_forward_ms`` are means over the segments: what a sampler executes that visits all of
-    them equally often, as the calibrated one does. A mean over time itself would be that of no sampler, since steps
-    are closer together at some times.
+    ``density`` and ``predicted_forward_ms`` are means over the steps of the sampling that the plan is for, ``steps`` in
+    each segment; over the segments, where the plan does not say its steps. A mean over time itself would be that of no
+    sampler, since steps are closer together at some times.
     """
     heads = heads_of(plan)
     densities, kinds = heads.densities, heads.kinds
@@ -87,10 +87,10 @@ def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
         "grid": asdict(plan.grid) | {"tokens": tokens},
         "blocks": asdict(plan.blocks)
         | {"q_blocks": plan.blocks.q_blocks(tokens), "k_blocks": plan.blocks.k_blocks(tokens)},
-        "density": float(densities.mean()),
+        "density": float(np.average(densities.mean((1, 2)), weights=plan.steps)),
         "segments": [
-            asdict(segment) | {"density": float(densities[index].mean()), "heads": _count(kinds[index])}
-            for index, segment in enumerate(plan.segments)
+            asdict(segment) | {"steps": steps, "density": float(densities[index].mean()), "heads": _count(kinds[index])}
+            for index, (segment, steps) in enumerate(zip(plan.segments, plan.steps, strict=True))
         ],
         "layer_density": densities.mean(axis=2).tolist(),
         "precisions": {name: int((heads.precisions == each).sum()) for each, name in PRECISIONS.items()},
@@ -108,10 +108,11 @@ def summarise(plan: PlanFile, path: Path) -> dict[str, Any]:
 
 
 def predicted_forward_ms(plan: PlanFile) -> dict[str, float] | None:
-    """Attention of one forward, all layers, mean over segments: ``planned`` and ``dense``; None where not predicted."""
+    """Attention of one forward, all layers, mean over steps: ``planned`` and ``dense``; None where not predicted."""
     if not {"planned_ms", "dense_ms"} <= set(plan.predicted):
         return None
-    return {kind: float(np.sum(plan.predicted[f"{kind}_ms"], axis=1).mean()) for kind in ("planned", "dense")}
+    of = {kind: np.sum(plan.predicted[f"{kind}_ms"], axis=1) for kind in ("planned", "dense")}
+    return {kind: float(np.average(values, weights=plan.steps)) for kind, values in of.items()}
 
 
 def predicted_snr(plan: PlanFile) -> str | None:
@@ -157,7 +158,7 @@ def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, st
             f"{plan.blocks.block_q} queries x {plan.blocks.block_k} keys: "
             f"{blocks['q_blocks']:,} x {blocks['k_blocks']:,} blocks a head",
         ),
-        ("density", f"{values['density']:.1%} of the blocks of dense attention, mean over segments"),
+        ("density", f"{values['density']:.1%} of the blocks of dense attention, mean over {_over(plan)}"),
         (
             "heads",
             f"{heads['dense']:,} dense, {heads['sparse']:,} sparse, {heads['anchored']:,} anchored{frames}; "
@@ -177,6 +178,12 @@ def _fact_lines(plan: PlanFile, values: Mapping[str, Any]) -> list[tuple[str, st
     lines += _named("sampler", _map_lines(plan.scheduler_hint or {})) + _named("provenance", _map_lines(provenance))
     lines += [(name, value) for name, value in (("license", plan.license), ("notes", plan.notes)) if value]
     return lines
+
+
+def _over(plan: PlanFile) -> str:
+    """What the density is a mean over."""
+    known = "times" in (plan.scheduler_hint or {})
+    return f"{sum(plan.steps)} steps of a sampling" if known else "segments (the plan does not say its steps)"
 
 
 def _precision_lines(precisions: npt.NDArray[np.uint8]) -> list[str]:

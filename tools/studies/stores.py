@@ -38,7 +38,7 @@ def grown(
                 calibrator = Calibrator(sampler, writer, vectors=vectors)
                 for prompt, seed in work[:count]:
                     if sampling_name(prompt, seed) not in writer.done():
-                        calibrator.calibrate(prompt, seed, steps=len(sampler.times))
+                        calibrator.calibrate(prompt, seed)
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(growing, copy)
             with StoreWriter.open(copy, make_manifest(sampler, **options)) as writer:
