@@ -71,8 +71,8 @@ def with_budget(text: str, budget: dict[str, float | None], precision: str | Non
 EPILOG = """\b
 Passes run in the order in which they are given; options and their defaults:
   select{target-density=0.5,target-db,menu=windows+cuts,precision=bf16}
-      each head's mask, and with precision=auto its precision, at each time: least error within one cost over all, or
-      least cost that is predicted to reach so many dB of the final latent
+      each head's mask, and with precision=auto its precision, at each time: least error within one cost over all
+      steps, or least cost that is predicted to reach so many dB of the final latent
   anchors{max-group-rows=4,max-group-frames=8}  rows, or frames, computed once and copied to neighbours
   merge-heads{max-growth=0.01}  heads of a layer share their masks at all times
   schedule  the order of the work

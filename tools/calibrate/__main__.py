@@ -23,14 +23,15 @@ Examples:
 
 \b
 How to get cheaper: fewer --samples (8 are good, 4 are usable), fewer --steps than you will sample with later (a plan
-is keyed by denoising time, so a schedule of 15 steps serves one of 50), fewer --times (which loses quality).
+is keyed by denoising time, so a schedule of 15 steps serves one of 50: calibatt-compile --steps 50), fewer --times
+(which loses quality).
 
 Exit codes: 0 all is measured; 2 the call, the model or the store is wrong, or a rank failed; 3 all is measured, not
 all could be shown; 130 interrupted, run it again to continue.
 """
 
-TIMES_HELP = f"""Steps to measure, evenly spread [all, at most {MOST_TIMES}]. Fewer lose quality (4 of 8 steps: 2.3 dB
-on the demo model at 16,384 tokens), and the plan then executes another density than was asked for."""
+TIMES_HELP = f"""Steps to measure, evenly spread [all, at most {MOST_TIMES}]. Fewer lose quality; each then stands for
+the steps around it."""
 
 
 @click.command(name=NAME, epilog=EPILOG)
