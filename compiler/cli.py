@@ -28,6 +28,7 @@ from calibatt.compiler.pipeline import Map, Work, processes, run
 from calibatt.compiler.shelf import DiskShelf
 from calibatt.compiler.stats import Store, StoreError
 from calibatt.compiler.stats.files import require_outside
+from calibatt.compiler.stats.manifest import MAX_TIMES
 from calibatt.plans import write_plan
 from calibatt.plans.command import Incomplete, one_line, told
 from calibatt.plans.errors import legible
@@ -120,7 +121,7 @@ written, the report is not; 130 interrupted.
 )
 @click.option(
     "--steps",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MAX_TIMES),
     help="Steps of the samplings that the plan is for, spaced as the calibrated ones: each time of the plan weighs as "
     "many as fall into its segment. A plan runs with any number, but only with these does a sampling execute "
     "--target-density on average. Default: the steps of the calibration, measured (--times) or not.",

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from calibatt.compiler.errors import CompileError
 from calibatt.compiler.stats import SampleError, SamplingTables, Table
+from calibatt.compiler.stats.codes import MOST
 from calibatt.plans import Segment
 
 Int64 = npt.NDArray[np.int64]
@@ -97,7 +98,7 @@ def of_segments(table: Table, recorded: Sequence[float], measured: Sequence[floa
     """Tables whose levels and effects are of all measured steps of a segment, not of its recorded time alone.
 
     Neighbouring steps of one mask change the latent the same way, so that their effects add up. Between recorded times
-    the level is interpolated, on a logarithmic scale.
+    the level is interpolated, on a logarithmic scale. No level grows beyond the largest that a store may have.
 
     Args:
         table: Tables of the recorded times.
@@ -108,7 +109,7 @@ def of_segments(table: Table, recorded: Sequence[float], measured: Sequence[floa
         return table
     segment, level = _segment_of(recorded, measured), np.log(table.time_level)
     root = np.exp((np.interp(measured, recorded, level) - level[segment]) / 2)
-    reach = np.bincount(segment, root, len(recorded))
+    reach = np.minimum(np.bincount(segment, root, len(recorded)), np.sqrt(MOST / table.time_level))
     factor = reach.astype(np.float32)[:, None, None, None]
     return Table(
         tuple(

@@ -88,6 +88,8 @@ def add_sampling(writer: StoreWriter, name: str, seed: int = 0, ladder: bool = T
         for layer in range(of.model.layers):
             writer.add(time, layer, unit(of, name, seed_of(seed, name, time, layer)))
     meta = {"prompt": f"prompt of {name}", "seed": 1, "vectors": VECTORS, **meta}
+    if "steps" not in meta:  # which is what earlier versions stored
+        meta.setdefault("times", sorted({1.0, *of.times}, reverse=True))
     writer.finish(name, tables(of, seed_of(seed, name), ladder), meta)
 
 
