@@ -122,9 +122,10 @@ written, the report is not; 130 interrupted.
 @click.option(
     "--steps",
     type=click.IntRange(1, MAX_TIMES),
-    help="Steps of the samplings that the plan is for, spaced as the calibrated ones: each time of the plan weighs as "
-    "many as fall into its segment. A plan runs with any number, but only with these does a sampling execute "
-    "--target-density on average. Default: the steps of the calibration, measured (--times) or not.",
+    help="Steps (of two experts, those of this one) of the samplings that the plan is for, spaced as the calibrated "
+    "ones: each time of the plan weighs as many as fall into its segment. A plan runs with any number, but only with "
+    "these does a sampling execute --target-density on average. Default: the steps of the calibration, measured "
+    "(--times) or not.",
 )
 @click.option("--device", default="h200-hopper", show_default=True, help=f"Whose time: {', '.join(DEVICES)}.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes; the plan is the same.")

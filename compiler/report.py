@@ -143,9 +143,8 @@ def _tables(value: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         weight = 100 * value["levels"][index] / max(value["levels"])
         cells = f"{number(weight)}%", f"{density:.1%}", snr(sum(value["error_by_time_and_layer"][index]))
         milliseconds = (duration(value[key][index]) for key in ("planned_ms", "dense_ms"))
-        counts = (str(sum(each[kind] for each in heads)) for kind in KINDS)
-        times.append([f"{now:.3f}", str(value["steps"][index]), *cells, *milliseconds, *counts])
-    columns = ["time", "steps", "weight", "density", "error", "attention", "all dense", *KINDS]
+        times.append([f"{now:.3f}", *cells, *milliseconds, *(str(sum(each[kind] for each in heads)) for kind in KINDS)])
+    columns = ["time", "weight", "density", "error", "attention", "all dense", *KINDS]
     return [
         ("passes", ["pass", "blocks", "density", "attention", "error", "took"], passes),
         ("times, from video to noise", columns, times),
@@ -156,7 +155,7 @@ def _facts(value: dict[str, Any]) -> dict[str, str]:
     """What is no table, by name."""
     findings = {each["name"]: _findings(each["findings"]) for each in value["accounts"] if each["findings"]}
     by_layer = {f"precision, layer {layer}": text for layer, text in enumerate(value["precision_by_layer"])}
-    cost, device = value["cost"], value["device"]
+    cost, device, by_time = value["cost"], value["device"], ", ".join(map(str, value["steps"]))
     return {
         "error": ERROR,
         "weight": WEIGHT,
@@ -166,7 +165,7 @@ def _facts(value: dict[str, Any]) -> dict[str, str]:
         "predicted attention": f"{duration(sum(value['planned_ms']))}, dense {duration(sum(value['dense_ms']))}: "
         f"{value['attention_speedup']:.2f} times as fast, on {device['name']} ({device['source']})",
         "density": f"{value['density']:.4f} of the blocks of dense attention, mean over the steps of the sampling",
-        "steps": f"{sum(value['steps'])} of the sampling" if value["steps_known"] else UNKNOWN,
+        "steps": f"{sum(value['steps'])}; of each time: {by_time}" if value["steps_known"] else UNKNOWN,
         "attention cost": f"{value['attention_cost']:.4f} of dense attention in 16 bit",
         "precision": value["precision"],
         **(by_layer if len(set(by_layer.values())) > 1 else {}),

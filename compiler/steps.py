@@ -45,7 +45,7 @@ def measured_times(recorded: Sequence[float], meta: Mapping[str, Mapping[str, An
         meta: Meta data of its samplings. An earlier version stored how many steps they have, not their times.
 
     Raises:
-        SampleError: A sampling's times are not what the recorded ones can be among, or differ from those of another.
+        SampleError: The recorded times are not among those of a sampling's steps, or two samplings have other steps.
     """
     known: dict[tuple[float, ...], str] = {}
     for name, facts in meta.items():
@@ -76,9 +76,7 @@ def steps_of(recorded: Sequence[float], measured: Sequence[float], wanted: int |
     """
     if not measured:
         if wanted is not None:
-            rule = (
-                "come with a store that says the times of its steps, which earlier versions did not (calibrate again)"
-            )
+            rule = "come with a store that says the times of its steps (earlier versions did not: calibrate again)"
             raise CompileError(f"--steps must {rule}, got {wanted}")
         return Steps(np.ones(len(recorded), np.int64))
     times = tuple(measured)

@@ -159,10 +159,16 @@ def test_a_store_that_does_not_say_its_steps_is_compiled_as_before_and_says_so(t
     assert "--steps must come with a store that says the times of its steps" in refused.stderr
 
 
-def test_an_older_store_of_all_its_steps_says_them(tmp_path: Path) -> None:
-    store = write_store(tmp_path / "store", {"steps": 3})
+@pytest.mark.parametrize(
+    ("meta", "times"),
+    [([{"steps": 3}], TIMES[::-1]), ([{"steps": 8}, {"times": list(SAMPLING)}, {"steps": 8}], SAMPLING)],
+)
+def test_an_older_store_says_its_steps_if_all_were_measured_or_once_it_is_continued(
+    tmp_path: Path, meta: list[dict[str, Any]], times: tuple[float, ...]
+) -> None:
+    store = write_store(tmp_path / "store", *meta)
     assert invoke(store, "-o", tmp_path / "p.plan").exit_code == 0
-    assert PlanFile.read(tmp_path / "p.plan").scheduler_hint == {"times": [0.9, 0.5, 0.2]}
+    assert PlanFile.read(tmp_path / "p.plan").scheduler_hint == {"times": list(times)}
 
 
 @pytest.mark.parametrize(

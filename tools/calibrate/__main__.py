@@ -30,8 +30,8 @@ Exit codes: 0 all is measured; 2 the call, the model or the store is wrong, or a
 all could be shown; 130 interrupted, run it again to continue.
 """
 
-TIMES_HELP = f"""Steps to measure, evenly spread [all, at most {MOST_TIMES}]. Fewer lose quality; each then stands for
-the steps around it."""
+TIMES_HELP = f"""Steps to measure, evenly spread [all, at most {MOST_TIMES}]. With fewer, each stands for the steps
+around it, which loses quality and makes predictions too good."""
 
 
 @click.command(name=NAME, epilog=EPILOG)
