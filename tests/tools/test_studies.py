@@ -228,18 +228,15 @@ def test_published_tables_are_those_of_the_published_rows():
     }
     for method, begins in names.items():
         told(begins, [row for row in by_size if row["method"] == method])
-    changes = {row["variant"]: row for row in published("defaults") if row["target"] == 0.35}
-    begins = ("defaults", "16 prompts", "4 prompts", "2 prompts", "1 prompt |", "4 of the 8", "2 of the 8")
-    begins += (
-        "the plan of time 0.45",
-        "the plan of time 0.90",
-        "the plan of time 1.00",
-        "prices not",
-        "masks by votes",
-        "the same, tok",
-    )
-    for text, row in zip(begins, changes.values(), strict=True):
-        told(text, [row])
+    variants: dict[str, list[dict]] = {}
+    for row in published("defaults"):
+        variants.setdefault(row["variant"], []).append(row)
+    begins = ("defaults", "16 prompts", "4 prompts |", "2 prompts", "1 prompt |", "4 of the 8", "2 of the 8")
+    begins += ("the plan of time 0.45", "the plan of time 0.90", "the plan of time 1.00", "prices not")
+    begins += ("masks by votes", "the same, tokens in cubes", "blocks of 64", "the same, raster order, blocks of 64")
+    begins += ("the same, cubes, blocks of 64", "calibrated on 4", "4 prompts, 4 vec", "8 prompts, 4 vec")
+    for text, rows in zip(begins, variants.values(), strict=True):
+        told(text, rows)
     for row in published("robustness"):
         if "quick" in row:
             line = next(line for line in page if row["told"] in line and f"{row['quick']['ratio']:.2f}" in line)
@@ -247,3 +244,7 @@ def test_published_tables_are_those_of_the_published_rows():
     for name in ("few_steps", "few_steps_noise"):
         for method, begins in (("compiled", "calibrated plan"), ("dynamic: Sol-Attn", "Sol-Attn")):
             told(begins, [row for row in published(f"pareto_{name}") if row["method"] == method])
+    eight = {"compiled": "all heads in 16", "compiled, 8 bits, equal density": "`--precision auto`, equal d"}
+    eight |= {"compiled, 8 bits, equal time": "`--precision auto`, equal t"}
+    for method, begins in eight.items():
+        told(begins, [row for row in published("pareto_eight_bits") if row["method"] == method])
