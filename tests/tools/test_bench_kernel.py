@@ -24,4 +24,4 @@ def test_kernels_are_measured_and_absent_ones_have_a_reason(tmp_path: Path, monk
     found = {(row["backend"], row["density"]) for row in report["measurements"]}
     assert found == {("sdpa-flash", 1.0), ("torch", 1.0), ("torch", 0.5)}
     assert report["missing"]["sdpa-cudnn"] == "cuDNN needs a CUDA device"
-    assert report["command"] == "calibatt-bench kernel --mask structured --rounds 2"
+    assert report["command"] == "calibatt-bench kernel --device cpu --rounds 2 --output kernels.json"

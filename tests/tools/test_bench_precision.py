@@ -59,6 +59,8 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A GPU of which nothing is known."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
 
@@ -98,4 +100,4 @@ def test_too_little_memory_is_no_failure_of_the_card(monkeypatch: pytest.MonkeyP
 def test_without_a_gpu_it_is_refused() -> None:
     found = CliRunner().invoke(main, ["precision", "--device", "cpu"])
     assert found.exit_code == 2
-    assert "--device must be a CUDA device that is there, got cpu" in found.output
+    assert "--device must be a cuda device of this machine, got 'cpu'" in found.output

@@ -62,6 +62,6 @@ def test_what_measured_is_named() -> None:
 )
 def test_quality_refuses_what_is_no_plan_of_the_demo_model(tmp_path: Path, plan: str, message: str) -> None:
     result = CliRunner().invoke(quality.main, [str(ROOT / plan), "-o", str(tmp_path / "q.json")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / "q.json").exists()

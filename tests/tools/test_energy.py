@@ -88,4 +88,4 @@ def test_kernels_of_8_bits_are_the_backend_on_such_heads(monkeypatch: pytest.Mon
 def test_a_device_without_a_meter_is_refused() -> None:
     result = CliRunner().invoke(energy.main, ["--device", "cpu"])
     assert result.exit_code == 2
-    assert "--device must be a CUDA device, whose driver counts joules; got cpu" in result.output
+    assert "--device must be a cuda device of this machine, got 'cpu'" in result.output

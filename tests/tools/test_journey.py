@@ -95,7 +95,7 @@ def test_calibration_is_measured_in_parts(name: str, forwards: int, tmp_path: Pa
     assert report["layers"] == 1
     assert report["command"] == (
         f"calibatt-bench journey --model {name} --layers 1 --measure calibrate --steps 3 "
-        "--block-size 16 --inputs device,cpu --to-samples 5 --to-steps 7 --device cpu"
+        "--block-size 16 --inputs device,cpu --to-samples 5 --to-steps 7 --device cpu --output journey.json"
     )
     assert [record["inputs"] for record in report["calibrate"]] == ["device", "cpu"]
     for record in report["calibrate"]:
@@ -118,6 +118,7 @@ def test_the_whole_journey_by_the_commands(tmp_path: Path, monkeypatch: pytest.M
     records = {record["stage"]: record for record in report["stages"]}
     assert all(record["seconds"] > 0 and record["exit_code"] == 0 for record in records.values())
     calibrate = records["calibrate"]
+    assert calibrate["store"] == records["compile"]["store"] == {"prompts": 3, "samplings": 3, "vectors": [1]}
     assert calibrate["disk_peak_gb"] >= calibrate["disk_gb"] > 0
     assert records["compile"]["density"] == pytest.approx(0.5, abs=0.02)
     assert records["compile"]["predicted_latent_db"]["mean"] > 20
@@ -133,3 +134,13 @@ def test_a_stage_that_fails_ends_the_journey(tmp_path: Path) -> None:
 def test_nothing_begins_when_time_is_over(tmp_path: Path) -> None:
     found = bench(tmp_path, "--model", "tiny", "--seconds", "0", code=1)
     assert found["stages"] == [{"stage": "calibrate", "stopped": "out of time"}]
+
+
+def test_what_cannot_be_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    for options, words in (
+        (["--layers", "9"], "--layers must be at most the model's 2, got 9"),
+        (["--inputs", "disk"], "--inputs must be some of device, cpu; got 'disk'"),
+    ):
+        result = CliRunner().invoke(journey.main, ["--model", "tiny", "--device", "cpu", *options])
+        assert result.exit_code == 2
+        assert words in " ".join(result.output.split())

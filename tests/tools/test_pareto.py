@@ -22,7 +22,7 @@ from calibatt.runtime.reference import reference_attention
 from calibatt.runtime.schedule import ListedSchedule
 from calibatt.tools.calibrate import models
 from calibatt.tools.calibrate.effects import keep_planes
-from calibatt.tools.studies import ablations, baselines, bench, masks, pareto, sizes, sol_attn, study
+from calibatt.tools.studies import ablations, baselines, bench, candidates, masks, pareto, sizes, sol_attn, study
 from calibatt.tools.studies.bench import Bench, Kept
 from calibatt.tools.studies.judgements import mean_and_error
 
@@ -83,7 +83,7 @@ def test_a_pattern_has_any_density_and_keeps_what_is_near(kind):
     score = baselines.pattern(kind, GRID, BLOCKS)
     assert score.shape == (16, 16)
     for share in (0.1, 0.35, 0.8):
-        keep = score > bench.quantile_threshold(score, share)
+        keep = score > candidates.quantile_threshold(score, share)
         assert float(keep.float().mean()) == pytest.approx(share, abs=1 / 256)
         assert int(keep.sum(1).max() - keep.sum(1).min()) <= 1
     assert (score.diagonal() > -4).all(), "a block's own keys are among the first that are kept"
@@ -198,7 +198,7 @@ def test_dense_steps_count_in_sol_attn(store):
 
 def test_thresholds_give_their_shares():
     scores = torch.rand(2, 3, 4, 2, 5, 10, generator=torch.Generator().manual_seed(0))
-    found = bench.head_thresholds(scores, (0.1, 0.5, 1.0))
+    found = candidates.head_thresholds(scores, (0.1, 0.5, 1.0))
     assert found.shape == (3, 2, 3, 2)
     over = (scores > found[:, :, :, None, :, None, None]).float().mean((3, 5, 6))
     torch.testing.assert_close(over, torch.tensor([0.1, 0.5, 1.0])[:, None, None, None].expand_as(over))
@@ -210,30 +210,67 @@ def test_errors_are_measured_exactly_and_a_budget_is_kept():
     assert mass.shape == (3, 2, 2, 2, 16, 16)
     assert torch.allclose(mass.sum(-1), torch.ones(()), atol=1e-4)
     score = mass.mean(2)
-    thresholds = bench.head_thresholds(score, (0.2, 0.6, 1.0))
+    thresholds = candidates.head_thresholds(score, (0.2, 0.6, 1.0))
     keep = masks.with_top(score > thresholds[..., None, None], score.expand(3, *score.shape))
-    measured = bench.measure(found, lambda m: keep[:, m.step, m.layer], 3)
+    measured = candidates.measure(found, lambda m: keep[:, m.step, m.layer], 3)
     assert (measured.error[2] < 1e-6).all()
     assert (measured.error[0] >= measured.error[1]).float().mean() > 0.9
     assert measured.density[:, 0, 0, 0].tolist() == pytest.approx(keep[:, 0, 0, 0].float().mean((1, 2)).tolist())
-    by_input = bench.measure(found, lambda m: keep[:, m.step, m.layer, None], 3)
+    by_input = candidates.measure(found, lambda m: keep[:, m.step, m.layer, None], 3)
     torch.testing.assert_close(by_input.error, measured.error, rtol=1e-3, atol=1e-6)
-    pick = bench.budgeted(measured, torch.ones(3, 2, 2), 0.5)
+    pick = candidates.budgeted(measured, torch.ones(3, 2, 2), 0.5)
     assert 0.4 < float(measured.density.gather(0, pick[None]).mean()) <= 0.5
     with pytest.raises(ValueError, match="at least what the candidates can keep"):
-        bench.budgeted(measured, torch.ones(3, 2, 2), 0.01)
+        candidates.budgeted(measured, torch.ones(3, 2, 2), 0.01)
 
 
 def test_errors_are_priced_as_the_store_prices_windows(store):
     opened = Store.open(store)
     found = study.Study(Bench(TinyVideoSampler(), BLOCKS, WORK, CALIBRATED, batch=2), opened)
     window = torch.from_numpy(window_keep(opened.manifest.windows[0], GRID, BLOCKS)).expand(1, 2, 16, 16)
-    error = bench.measure(found.bench, lambda moment: window, 1).error[0]
+    error = candidates.measure(found.bench, lambda moment: window, 1).error[0]
     table = opened.table()
     told = (table.window_error[:, :, 0] * table.time_level[:, None, None])[::-1]  # steps fall
     ratio = (error * found.price).log() - torch.from_numpy(told.copy()).log()
     assert ratio.abs().mean() < 1.5
     assert found.price[0].sum() > 0
+
+
+def test_milliseconds_leave_the_first_batch_out(monkeypatch):
+    """It compiles kernels, and puts masks on the device."""
+    spent = iter([100.0, 8.0, 6.0])
+    monkeypatch.setattr(bench._Timed, "total_ms", lambda self: next(spent))
+    made = tiny_bench()
+    assert made.judge(bench.Exact())["attention_ms"] == 8.0
+    spent = iter([100.0, 8.0])
+    single = Bench(made.sampler, BLOCKS, WORK, WORK, batch=2)
+    runs = single.sampler.runs
+    found = single.judge(bench.Exact())
+    assert found["attention_ms"] == 4.0
+    assert len(found["psnr"]) == 2
+    assert single.sampler.runs == runs + 3  # dense, the rule, the rule again
+    spent = iter([100.0])
+    assert single.judge(bench.Exact(), timed=False)["attention_ms"] is None
+
+
+def test_samples_count_alike_in_the_density_of_uneven_batches():
+    made = Bench(TinyVideoSampler(), BLOCKS, [*WORK, ("five words", 3)], WORK, batch=2)
+
+    def score(q, k, v, step, layer):
+        few = torch.zeros(len(q), 2, 16, 16)
+        return few if len(q) == 2 else few + 1
+
+    rule = bench.PerInput(made, score, torch.full((3, 2, 2), 0.5))
+    assert made.judge(rule, timed=False)["density"] == pytest.approx((2 / 16 + 1) / 3)
+
+
+def test_a_prompt_of_the_store_is_not_held_out(store, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.SAMPLERS, "demo", lambda steps, device: TinyVideoSampler())
+    (tmp_path / "prompts.txt").write_text(f"three\n{CALIBRATED[2][0]}\n")
+    arguments = ["--stats", store, "--held-out", tmp_path / "prompts.txt", "-o", tmp_path / "a.json"]
+    found = CliRunner().invoke(pareto.main, [*map(str, arguments), "--device", "cpu"])
+    assert found.exit_code == 2
+    assert f"must be none that --stats was made of, got '{CALIBRATED[2][0]}'" in " ".join(found.output.split())
 
 
 @pytest.mark.slow
@@ -264,6 +301,8 @@ def test_every_method_runs_and_says_the_same_again(store, tmp_path, monkeypatch)
         assert len(row["psnr"]) == 2
         free = row["method"].startswith(("d", "the paper")) or "equal time" in row["method"]
         assert row["density"] <= 1.0 if free else abs(row["density"] - 0.5) < 0.12, row
+    assert first["store"] == {"prompts": 6, "samplings": 6, "vectors": [4]}
+    assert first["prompts"] == 2  # as many as the file has
     exact = [row for row in first["rows"] if row["target"] == 1.0]
     assert all(min(row["psnr"]) > 80 for row in exact)
     names = f"{study.OURS}; budget: random"
@@ -332,6 +371,7 @@ def test_ablations_change_one_thing_each(store, tmp_path, monkeypatch):
     rows = {row["variant"]: row for row in json.loads(output.read_text())["rows"]}
     base = rows[ablations.BASE]["psnr"]
     assert rows["again"]["psnr"] == base
+    assert [rows[n]["store"]["samplings"] for n in ("defaults", "calibration prompts: 3")] == [6, 3]
     assert rows["calibration prompts: 3"]["psnr"] != base
     assert rows["no windows"]["psnr"] != base
     assert rows["no anchors, one density everywhere"]["density"] == pytest.approx(0.5, abs=0.05)

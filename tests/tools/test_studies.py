@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from calibatt.tools.demo_model.model import CONFIG, DemoModel
 from calibatt.tools.demo_model.world import Clip
 from calibatt.tools.studies import defaults, robustness, sizes, stores
 from calibatt.tools.studies.defaults import Defaults
-from calibatt.tools.studies.judgements import Judgements, mean_and_error
+from calibatt.tools.studies.judgements import Judgements, cell, mean_and_error
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -67,6 +68,7 @@ def test_robustness_pairs_plans_of_one_place_with_those_of_another(tiny_world, t
         for name in (f"{kind}: {words}" for words in robustness.halves(kind)):
             assert {calibrated for used, calibrated in rows if used == name} > {name, robustness.ALL}
             assert len({tuple(psnr) for (used, _), psnr in rows.items() if used == name}) == 3, name
+    assert all(row["store"] == {"prompts": 2, "samplings": 2, "vectors": [1]} for row in result["rows"])
     said = [row["quick"] for row in result["rows"] if "quick" in row]
     assert len(said) == 3 * 2 + 4 * 2 * 2
     assert all(each["fits"] == (each["ratio"] <= 3) for each in said)
@@ -117,6 +119,8 @@ def test_defaults_change_one_thing_each(tmp_path, monkeypatch):
     assert not same
     assert len(rows) == 1 + 2 + 1 + 1 + 1 + 3 + 1 + 2 + 4  # half and a quarter of three times are one
     assert all(row["density"] <= 0.53 for row in rows.values())
+    assert rows["defaults"]["store"] == {"prompts": 2, "samplings": 2, "vectors": [1]}
+    assert rows["calibration prompts: 1, random vectors: 4"]["store"] == {"prompts": 1, "samplings": 1, "vectors": [4]}
     assert len(markdown.read_text().splitlines()) == 8 + 1 + len(rows)
 
 
@@ -177,6 +181,8 @@ def test_sizes_judged_apart_are_joined_and_timed(tmp_path, monkeypatch):
     assert small["rows"][0]["method"] == sizes.DENSE
     assert {row["calibrated"] for row in small["rows"]} == {"6 samplings x 4", "2 samplings x 4"}
     assert len(small["rows"]) == 1 + 4 + 2
+    counts = [row["store"]["samplings"] for row in small["rows"][1:]]
+    assert counts == [int(row["calibrated"].split()[0]) for row in small["rows"][1:]]
     plans = list((tmp_path / "plans").iterdir())
     medium = run("medium.json", "--busy", "--stats", f"medium={tmp_path / 'stats'}")
     assert list((tmp_path / "plans").iterdir()) == plans  # none is compiled twice
@@ -194,9 +200,55 @@ def test_sizes_judged_apart_are_joined_and_timed(tmp_path, monkeypatch):
 def test_join_keeps_what_is_there(tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({"rows": [1], "prompts": 3, "about": {}}))
     judged = Judgements(tmp_path / "mine.json")
-    judged.result |= {"prompts": 2}
+    judged.result |= {"style": 2}
     judged.join(tmp_path / "other.json")
-    assert judged.result == {"rows": [1], "prompts": 2, "about": {}}
+    assert judged.result == {"rows": [1], "style": 2, "prompts": 3, "about": {}}
+
+
+ABOUT = {"command": "it", "device": "an abacus", "versions": "torch 1", "date": "today"}
+SETTINGS = {"prompts": 3, "store": {"samplings": 4}}
+
+
+@pytest.mark.parametrize(
+    ("about", "settings", "words"),
+    [
+        (ABOUT | {"device": "a slide rule"}, SETTINGS, "the same device, got 'an abacus' and"),
+        (ABOUT | {"versions": "torch 2"}, SETTINGS, "the same versions, got 'torch 1' and"),
+        (ABOUT, SETTINGS | {"prompts": 2}, "the same prompts, got 3 and"),
+        (ABOUT, SETTINGS | {"store": {"samplings": 5}}, "the same store, got {'samplings': 4} and"),
+        (ABOUT, SETTINGS | {"calibration": 1}, "the same calibration, got None and"),
+    ],
+)
+def test_rows_of_other_settings_are_not_put_beside(tmp_path, about, settings, words):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"rows": [{"method": "x"}], "about": ABOUT, **SETTINGS}))
+    Judgements(path).begin(ABOUT | {"date": "tomorrow"}, **SETTINGS)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Judgements(path).begin(about, **settings)
+    if "calibration" not in settings:
+        other = tmp_path / "b.json"
+        other.write_text(json.dumps({"rows": [], "about": about, **settings}))
+        with pytest.raises(ValueError, match=re.escape(words)):
+            Judgements(path).join(other)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": 1}'])
+def test_what_is_no_study_is_named(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.json must be the JSON of a study, with its rows"):
+        Judgements(tmp_path / "a.json")
+
+
+def test_a_cell_says_what_differs():
+    row = {"psnr": [30.0, 32.0], "target": 0.3, "density": 0.28, "attention_ms": 4.25}
+    assert cell(row, {**row, "psnr": [29.0, 32.0]}) == "31.0 (1.0), 4.2 ms [+0.5 (0.5)] at 0.28"
+    assert cell(row | {"density": 0.3, "attention_ms": None}, row) == "31.0 (1.0) [+0.0 (0.0)]"
+    assert cell(None) == "not judged"
+
+
+def test_counts_of_a_store_are_those_of_its_samplings(tmp_path):
+    store = tiny_store(tmp_path / "stats", (*CALIBRATED[:2], (CALIBRATED[0][0], 77)))
+    assert stores.sampling_counts(store) == {"prompts": 2, "samplings": 3, "vectors": [4]}
 
 
 def published(name: str) -> list[dict]:

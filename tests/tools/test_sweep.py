@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
-from click.testing import CliRunner
 
 from calibatt.tools.bench.kernel import GPU_SIZES
-from calibatt.tools.studies.sweep import main, ranking
+from calibatt.tools.studies.sweep import ranking
 
 
 def test_configurations_are_ranked_against_the_tables() -> None:
@@ -33,10 +29,3 @@ def test_configurations_are_ranked_against_the_tables() -> None:
 
 def test_there_is_no_ranking_without_a_sweep() -> None:
     assert ranking([], GPU_SIZES[0], torch.device("cpu")) == []
-
-
-def test_a_sweep_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = CliRunner().invoke(main, ["-o", str(tmp_path / "sweep.json")])
-    assert result.exit_code == 2
-    assert "a sweep needs a CUDA device, got none" in result.output

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from calibatt.runtime import Plan, UnsupportedBackendError, load_plan
-from calibatt.tools.bench.kernel import milliseconds, spread, state
+from calibatt.tools.bench.kernel import milliseconds, spread
 from calibatt.tools.bench.published import Published
+from calibatt.tools.bench.record import OUT_OF_TIME, state
 from calibatt.tools.bench.trace import traced
 from calibatt.tools.bench.variants import SHIFT, Variant, counted_calls, planned, step_cache
 
 MODES = ("eager", "regional", "full")
-OUT_OF_TIME = "out of time"
 
 
 class BenchError(RuntimeError):

@@ -10,17 +10,12 @@ are those that the kernel before has left. TFLOP/s count the blocks that are com
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import json
-import platform
 import random
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +24,10 @@ import numpy as np
 import torch
 
 from calibatt.plans import BF16, FRAMES, PRECISIONS, ROWS, Blocks, TokenGrid
-from calibatt.plans.files import write_text
 from calibatt.runtime.ops import attend, supports
+from calibatt.tools.bench.options import ROUNDS, SECONDS, choose, count_option, device_option, output_option
 from calibatt.tools.bench.peers import DENSE_PEERS, SPARSE_PEERS, dense_peer, sparse_peer
+from calibatt.tools.bench.record import header, state, write_report
 from calibatt.tools.bench.schedules import anchored_schedule, in_precision, structured_schedule
 
 OURS = ("hopper", "triton", "torch")
@@ -48,6 +44,9 @@ class Size:
     head_dim: int
     dtype: torch.dtype
     densities: tuple[float, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "dtype": str(self.dtype), "tokens": self.grid.tokens}
 
 
 USUAL = (1.0, 0.5, 0.3, 0.2, 0.1)
@@ -163,43 +162,17 @@ def host_us(device: torch.device, calls: int = 150) -> dict[str, float]:
     return found
 
 
-def versions() -> dict[str, str]:
-    """Of whatever was compared."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "flash-attn-4", "nvidia-cutlass-dsl"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    if torch.backends.cudnn.is_available():
-        found["cudnn"] = str(torch.backends.cudnn.version())
-    return found
-
-
-def state(device: torch.device) -> dict[str, str]:
-    """Clocks, power and temperature of a GPU right now, as its driver tells them; empty where it does not."""
-    if device.type != "cuda":
-        return {}
-    query = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
-    try:
-        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", str(device.index or 0)]
-        values = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(query.split(","), (value.strip() for value in values.strip().split(",")), strict=True))
-
-
 @click.command(help=__doc__)
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@device_option()
 @click.option("--sizes", help="Names, separated by commas [all].")
 @click.option("--mask", type=click.Choice(["structured", "random"]), default="structured", show_default=True)
 @click.option("--peers/--no-peers", default=True, show_default=True, help="FlashAttention-4 and FlexAttention too.")
-@click.option("--rounds", default=10, show_default=True, help="Measurements of each case.")
-@click.option("--seconds", type=float, default=float("inf"), help="Begin no density after so many seconds.")
-@click.option("--threads", type=int, help="Threads of torch, on a CPU.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON to write after every density.")
+@ROUNDS
+@SECONDS
+@count_option("--threads", None, "Threads of torch, on a CPU.")
+@output_option("JSON to write after every density.")
 def main(
-    device: str,
+    device: torch.device,
     sizes: str | None,
     mask: str,
     peers: bool,
@@ -211,47 +184,36 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    where = torch.device(device)
-    on_gpu = where.type == "cuda"
+    on_gpu = device.type == "cuda"
     known = {size.name: size for size in (GPU_SIZES if on_gpu else CPU_SIZES)}
-    names = [name.strip() for name in sizes.split(",")] if sizes else list(known)
-    if unknown := [name for name in names if name not in known]:
-        raise click.UsageError(f"--sizes must be some of {', '.join(known)}; got {unknown[0]!r}")
+    chosen = [known[name] for name in choose(sizes, list(known), "--sizes")]
     missing: dict[str, str] = {}
-    options = f" --sizes '{sizes}'" if sizes else ""
-    options += f" --mask {mask} --rounds {rounds}" + ("" if peers else " --no-peers")
     report: dict[str, Any] = {
-        "command": f"calibatt-bench kernel{options}",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(where) if on_gpu else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
+        **header("calibatt-bench kernel", device),
         "mask": mask,
-        "sizes": [{**asdict(known[name]), "dtype": str(known[name].dtype), "tokens": known[name].grid.tokens}
-                  for name in names],
+        "sizes": [size.as_json() for size in chosen],
         "states": [],
         "missing": missing,
         "measurements": [],
-    }  # fmt: skip
+    }
     click.echo(f"{report['device']}, {report['versions']}")
     begun = time.perf_counter()
     if on_gpu:
-        report["host_us_a_call"] = host_us(where)
+        report["host_us_a_call"] = host_us(device)
         click.echo(f"host microseconds a call: {report['host_us_a_call']}")
-    for size in (known[name] for name in names):
+    for size in chosen:
         for density in size.densities:
             if time.perf_counter() - begun > seconds:
                 click.echo(f"out of time before {size.name} at density {density:g}")
                 continue
-            for record in measure(size, cases(size, density, where, mask, peers, missing), where, rounds):
+            for record in measure(size, cases(size, density, device, mask, peers, missing), device, rounds):
                 report["measurements"].append(record)
                 click.echo(
                     "{size:>12} {backend:>24} density {density:.3f}: {median_ms:8.2f} ms "
                     "({p10_ms:.2f} to {p90_ms:.2f}), {tflops:.3g} TFLOP/s".format(**record)
                 )
-            report["states"].append({"size": size.name, "density": density, **state(where)})
-            if output is not None:
-                write_text(output, json.dumps(report, indent=1) + "\n")
+            report["states"].append({"size": size.name, "density": density, **state(device)})
+            write_report(output, report)
     for name, reason in missing.items():
         click.echo(f"not measured: {name}: {reason}")
 

@@ -22,15 +22,11 @@ result is finite, and a plan's op was called once a layer.
 
 from __future__ import annotations
 
-import datetime
 import gc
 import itertools
-import json
-import platform
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +36,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from calibatt.plans import Blocks, write_plan
-from calibatt.plans.files import write_text
 from calibatt.runtime.adapters import adapter_for
 from calibatt.tools.bench.derived import derived, of_all_layers, told
-from calibatt.tools.bench.forwards import MODES, OUT_OF_TIME, Case, Clock, Runner, SizeBench
-from calibatt.tools.bench.kernel import versions
+from calibatt.tools.bench.forwards import MODES, Case, Clock, Runner, SizeBench
+from calibatt.tools.bench.options import choose, count_option, densities_option, device_option, output_option
 from calibatt.tools.bench.published import MODELS, Published, token_grid
+from calibatt.tools.bench.record import OUT_OF_TIME, header, write_report
 from calibatt.tools.bench.variants import (
     COPY,
     DISTINCT,
@@ -61,36 +57,19 @@ from calibatt.tools.bench.variants import (
 LINEARS = ("bf16", "fp8")
 
 
-def header(command: str, row: Published, name: str, layers: int, device: torch.device) -> dict[str, Any]:
+def model_header(command: str, row: Published, name: str, layers: int, device: torch.device) -> dict[str, Any]:
     """How every report about a model begins."""
-    config = row.config
     return {
-        "command": command,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "versions": {**versions(), "diffusers": version("diffusers")},
+        **header(command, device),
         "model": name,
         "what": row.what,
         "layers": layers,
         "published_layers": row.layers,
-        "heads": config["num_attention_heads"],
-        "head_dim": config["attention_head_dim"],
+        "heads": row.config["num_attention_heads"],
+        "head_dim": row.config["attention_head_dim"],
         "dtype": str(row.dtype),
         "weights": "random, seed 0",
     }
-
-
-def choose(text: str | None, known: Sequence[str], option: str) -> list[str]:
-    """Names joined by commas; all that are known if absent.
-
-    Raises:
-        click.UsageError: One is not known.
-    """
-    names = [name.strip() for name in text.split(",")] if text else list(known)
-    if unknown := [name for name in names if name not in known]:
-        raise click.UsageError(f"{option} must be some of {', '.join(known)}; got {unknown[0]!r}")
-    return list(dict.fromkeys(names))
 
 
 def pick_modes(text: str | None, row: Published) -> list[str]:
@@ -102,21 +81,6 @@ def pick_modes(text: str | None, row: Published) -> list[str]:
     found = choose(text or f"eager,{'regional' if row.repeats else 'full'}", MODES, "--modes")
     if "regional" in found and not row.repeats:
         raise click.UsageError(f"--modes must be eager or full: diffusers compiles {row.architecture} only as a whole")
-    return found
-
-
-def read_densities(text: str) -> list[float]:
-    """Numbers in (0, 1] joined by commas.
-
-    Raises:
-        click.UsageError: One is none.
-    """
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 < value <= 1 for value in found):
-        raise click.UsageError(f"--densities must be numbers in (0, 1] joined by commas, got {text!r}")
     return found
 
 
@@ -178,15 +142,15 @@ def progress_bar() -> Progress:
 @click.command(help=__doc__)
 @click.option("--model", type=click.Choice(list(MODELS)), default="wan-14b", show_default=True)
 @click.option("--sizes", help="Names, separated by commas: 480p, 720p [all of the model's].")
-@click.option("--densities", default="0.5,0.3", show_default=True, help="Of the plans.")
+@densities_option("0.5,0.3", "Of the plans.")
 @click.option(
     "--precisions", default="bf16", show_default=True, help=f"Of the plans' heads: some of {', '.join(NAMES)}."
 )
 @click.option("--linears", default="bf16", show_default=True, help=f"Of the blocks: some of {', '.join(LINEARS)}.")
 @click.option("--modes", help="Of eager, regional, full [eager,regional; eager,full where blocks are no regions].")
-@click.option("--layers", type=click.IntRange(1), help="Fewer layers than the model has; said in the report [all].")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Forwards of each case.")
-@click.option("--steps", type=click.IntRange(0), default=4, show_default=True, help="Of a sampling; 0: none.")
+@count_option("--layers", None, "Fewer layers than the model has; said in the report [all].")
+@count_option("--rounds", 3, "Forwards of each case.")
+@count_option("--steps", 4, "Of a sampling; 0: none.", least=0)
 @click.option(
     "--skip",
     type=click.FloatRange(0, 1, max_open=True),
@@ -194,17 +158,17 @@ def progress_bar() -> Progress:
     show_default=True,
     help="Share of a sampling's forwards that FirstBlockCache skips, eager and regional; 0: no cache.",
 )
-@click.option("--samplings", type=click.IntRange(1), default=1, show_default=True, help="Samplings of each case.")
+@count_option("--samplings", 1, "Samplings of each case.")
 @click.option("--peers/--no-peers", default=True, show_default=True, help="FlashAttention-4 too.")
 @click.option("--trace", is_flag=True, help="Also profile a forward, dense and sparsest: what does the host wait for?")
 @click.option("--compiler", help="Backend of torch.compile [inductor; on a CPU aot_eager].")
 @click.option("--seconds", type=float, default=float("inf"), help="Begin nothing that would take longer than these.")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON to write after every measurement.")
+@device_option()
+@output_option()
 def main(
     model: str,
     sizes: str | None,
-    densities: str,
+    densities: list[float],
     precisions: str,
     linears: str,
     modes: str | None,
@@ -217,22 +181,17 @@ def main(
     trace: bool,
     compiler: str | None,
     seconds: float,
-    device: str,
+    device: torch.device,
     output: Path | None,
 ) -> None:
-    row, where, clock = MODELS[model], torch.device(device), Clock(seconds)
+    row, clock = MODELS[model], Clock(seconds)
     names, ways = choose(sizes, list(row.sizes), "--sizes"), pick_modes(modes, row)
-    shares, count = read_densities(densities), pick_layers(layers, row)
-    kinds = choose(linears, LINEARS, "--linears")
+    count, kinds = pick_layers(layers, row), choose(linears, LINEARS, "--linears")
     check_skip(skip, count, ways)
     multiplied = [NAMES[name] for name in choose(precisions, list(NAMES), "--precisions")]
-    compiler = compiler or ("inductor" if where.type == "cuda" else "aot_eager")
-    options = f"--model {model} --sizes {','.join(names)} --densities {densities} --modes {','.join(ways)}"
-    options += f" --precisions {precisions} --linears {linears}"
-    options += f" --layers {count} --rounds {rounds} --steps {steps} --skip {skip:g} --samplings {samplings}"
-    options += f" --compiler {compiler}" + ("" if peers else " --no-peers") + (" --trace" if trace else "")
+    compiler = compiler or ("inductor" if device.type == "cuda" else "aot_eager")
     report: dict[str, Any] = {
-        **header(f"calibatt-bench model {options}", row, model, count, where),
+        **model_header("calibatt-bench model", row, model, count, device),
         "masks": "synthetic, structured; every head listed; a segment for each step",
         "linears": kinds,
         "distinct_layers": min(DISTINCT, count),
@@ -253,20 +212,19 @@ def main(
     def save() -> None:
         report["derived"] = derived(report["forwards"])
         report["of_all_layers"] = of_all_layers(report["samplings"], count, row.layers)
-        if output is not None:
-            write_text(output, json.dumps(report, indent=1) + "\n")
+        write_report(output, report)
 
     def measure(size: str, folder: Path) -> None:
         """Everything at one size; its plans are let go of at the end."""
         torch.compiler.reset()
-        inputs = row.inputs(size, where)
+        inputs = row.inputs(size, device)
         grid = token_grid(transformer, inputs)
         report["sizes"].append({"name": size, "grid": asdict(grid), "tokens": grid.tokens, "block": row.block})
-        bench = SizeBench(row, runner, size, inputs, where, clock, report, lambda: progress.advance(task))
+        bench = SizeBench(row, runner, size, inputs, device, clock, report, lambda: progress.advance(task))
         progress.reset(task, description=f"{size}: plans", total=None)
         signature, variants = adapter_for(transformer).signature(transformer), [*base]
         blocks = Blocks(row.block, row.block)
-        for share, precision in itertools.product(shares, multiplied):
+        for share, precision in itertools.product(densities, multiplied):
             path = folder / f"{size}-{share:g}-{precision}.plan"
             write_plan(path, plan_shaped(signature, grid, blocks, share, max(steps, 1), precision=precision))
             if (variant := bench.attach_plan(path, share)) is not None:
@@ -296,14 +254,12 @@ def main(
     graphs = torch._dynamo.config.patch(recompile_limit=64)
     with progress_bar() as progress, tempfile.TemporaryDirectory() as folder, graphs:
         task = progress.add_task("making the models", total=None)
-        models = {kind: with_linears(row.make(count, where), kind) for kind in kinds}
-        if "fp8" in kinds:
-            report["versions"]["torchao"] = version("torchao")
+        models = {kind: with_linears(row.make(count, device), kind) for kind in kinds}
         transformer = models[kinds[0]]
         report["parameters"] = sum(parameter.numel() for parameter in transformer.parameters())
         kernels = [dense(each) for each in models.values()]  # sets each to it
         base = [kernels[0], copied()]
-        if peers and isinstance(found := flash_attention_4(where), Variant):
+        if peers and isinstance(found := flash_attention_4(device), Variant):
             base.append(found)
         elif peers:
             report["missing"][FLASH_4] = found

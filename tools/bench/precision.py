@@ -21,6 +21,7 @@ from calibatt.runtime import eight_bits
 from calibatt.runtime.ops import attend
 from calibatt.runtime.reference import reference_attention
 from calibatt.tools.bench.kernel import Size, measure
+from calibatt.tools.bench.options import ROUNDS, device_option
 from calibatt.tools.bench.schedules import in_precision, structured_schedule
 
 DENSITY, HEADS = 0.3, 16
@@ -88,26 +89,23 @@ def timings(size: Size, problems: dict[int, str], device: torch.device, rounds: 
 
 
 @click.command(help=__doc__)
-@click.option("--device", default="cuda", show_default=True)
-@click.option("--rounds", default=10, show_default=True, help="Measurements of each case.")
-def main(device: str, rounds: int) -> None:
-    where = torch.device(device)
-    if where.type != "cuda" or not torch.cuda.is_available():
-        raise click.UsageError(f"--device must be a CUDA device that is there, got {device}")
+@device_option("cuda", kinds=("cuda",))
+@ROUNDS
+def main(device: torch.device, rounds: int) -> None:
     torch.manual_seed(0)
     found: list[eight_bits.Timing] = []
-    eight_bits.timings_file(where)  # before long work: it needs a folder
+    eight_bits.timings_file(device)  # before long work: it needs a folder
     try:
         for size in SIZES:
-            problems = {precision: wrong(precision, size.head_dim, where) for precision in EIGHT_BITS}
-            found += timings(size, problems, where, rounds)
+            problems = {precision: wrong(precision, size.head_dim, device) for precision in EIGHT_BITS}
+            found += timings(size, problems, device, rounds)
     except torch.cuda.OutOfMemoryError as error:
         reason = f"{device} must have memory left to measure {size.name}, nothing is remembered: {error}"
         raise click.ClickException(" ".join(reason.split())) from None
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    path = eight_bits.remember(where, found, {"date": now, "torch": torch.__version__})
+    path = eight_bits.remember(device, found, {"date": now, "torch": torch.__version__})
     for timing in found:
-        _, told = eight_bits.verdict(timing.precision, where, timing.head_dim, timing.tokens)
+        _, told = eight_bits.verdict(timing.precision, device, timing.head_dim, timing.tokens)
         click.echo(f"head size {timing.head_dim}: {told.replace(f' ({path})', '')}")
     click.echo(f"remembered in {path}")
 

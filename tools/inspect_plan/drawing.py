@@ -44,15 +44,16 @@ STYLE = {
 
 def draw_mask(plan: PlanFile, layer: int, head: int, time: float, name: str, path: Path) -> None:
     """Writes `mask_figure` as PNG."""
-    _save(mask_figure(plan, layer, head, time, name), path)
+    save_figure(mask_figure(plan, layer, head, time, name), path)
 
 
 def draw_overview(plan: PlanFile, name: str, path: Path) -> None:
     """Writes `overview_figure` as PNG."""
-    _save(overview_figure(plan, name), path)
+    save_figure(overview_figure(plan, name), path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG; the file is whole or absent."""
     FigureCanvasAgg(figure)
     with whole_file(path) as file:
         figure.savefig(file, dpi=200, facecolor="white", format="png")

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from calibatt.compiler.budget import choose
 from calibatt.plans import Blocks
 from calibatt.runtime import Plan, planned_attention
 from calibatt.runtime.adapters import adapter_for
@@ -34,6 +32,11 @@ from calibatt.tools.studies.masks import with_top
 Work = Sequence[tuple[str, int]]
 
 
+def nearest(times: Sequence[float], now: float) -> int:
+    """The index of the time that is nearest."""
+    return min(range(len(times)), key=lambda index: abs(times[index] - now))
+
+
 class Rule(Protocol):
     """Attention that executes a share of the blocks; see `harness.Attention`."""
 
@@ -45,7 +48,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """One self-attention call of all calibration samples.
+    """One self-attention call of a batch of P calibration samples.
 
     Args:
         step: Of the sampler.
@@ -78,7 +81,7 @@ class Bench:
         sampler: The sampler.
         blocks: Block sizes.
         held_out: Prompts to judge on.
-        calibration: Prompts to calibrate on; one batch.
+        calibration: Prompts to calibrate on.
         batch: Videos generated at a time.
         like: Another bench of the same sampler, prompts and batch, whose dense videos are taken.
     """
@@ -106,7 +109,7 @@ class Bench:
 
     def step(self, now: float) -> int:
         """The sampler's step of a time."""
-        return min(range(len(self.sampler.times)), key=lambda index: abs(self.sampler.times[index] - now))
+        return nearest(self.sampler.times, now)
 
     @torch.no_grad()
     def latents(self, work: Work) -> list[Tensor]:
@@ -117,21 +120,27 @@ class Bench:
             parts.append(self.sampler.run_batch(prompts, seeds))
         return parts
 
-    def judge(self, rule: Rule) -> dict[str, Any]:
-        """Generates every held-out prompt by a rule: each metric against dense attention, density, and the attention
-        time of a video of the fastest batch (the first one of a rule may compile kernels)."""
+    def judge(self, rule: Rule, *, timed: bool = True) -> dict[str, Any]:
+        """Generates every held-out prompt by a rule: each metric against dense attention, and the density.
+
+        Args:
+            rule: The rule.
+            timed: Also ``attention_ms``, milliseconds of attention a video: of the fastest batch after the first, in
+                which kernels are compiled and masks put on the device. A single batch is generated twice.
+        """
+        works = [self.held_out[start : start + self.batch] for start in range(0, len(self.held_out), self.batch)]
         parts, spent = [], []
-        for start in range(0, len(self.held_out), self.batch):
-            work = self.held_out[start : start + self.batch]
-            timed = _Timed(rule, self.device)
-            with attending(self.sampler.transformer, timed):
-                parts += self.latents(work)
-            spent.append(timed.total_ms() / len(work))
+        for index, work in enumerate(works + works * (timed and len(works) == 1)):
+            timer = _Timed(rule, self.device)
+            with attending(self.sampler.transformer, timer):
+                found = self.latents(work)
+            parts += found if index < len(works) else []
+            spent.append(timer.total_ms() / len(work))
         pairs = list(zip(parts, self.dense, strict=True))
-        found = {LATENT.name: [value for pair in pairs for value in LATENT.measure(*pair).tolist()]}
+        metrics = {LATENT.name: [value for pair in pairs for value in LATENT.measure(*pair).tolist()]}
         videos = [tuple(map(self.sampler.decode, pair)) for pair in pairs]
-        found |= {m.name: [value for pair in videos for value in m.measure(*pair).tolist()] for m in ALWAYS}
-        return {"density": float(rule.density), "attention_ms": min(spent), **found}
+        metrics |= {m.name: [value for pair in videos for value in m.measure(*pair).tolist()] for m in ALWAYS}
+        return {"density": float(rule.density), "attention_ms": min(spent[1:]) if timed else None, **metrics}
 
     def attention_ms(self, rule: Rule, videos: int, repeats: int = 2) -> float:
         """Attention time of a video by a rule, of the fastest of some batches of so many; the first warms up."""
@@ -264,13 +273,18 @@ class PerInput:
 
     @property
     def density(self) -> float:
-        return float(torch.stack(self.shares).mean()) if self.shares else float("nan")
+        return float(torch.cat(self.shares).mean()) if self.shares else float("nan")
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, time: float) -> Tensor:
+    def keep(self, q: Tensor, k: Tensor, v: Tensor, layer: int, time: float) -> Tensor:
+        """The masks of a call, bool ``(B, H, Q, K)``; they count in the density, that of each sample alike."""
         step = self.bench.step(time)
         score = self.score(q, k, v, step, layer)
         keep = with_top(score > self.threshold[step, layer][:, None, None], score)
-        self.shares.append(keep.float().mean())
+        self.shares.append(keep.float().mean((1, 2, 3)))
+        return keep
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, time: float) -> Tensor:
+        keep = self.keep(q, k, v, layer, time)
         return masks.masked_attention(q, k, v, keep, self.bench.sampler.grid, self.bench.blocks)
 
 
@@ -313,88 +327,3 @@ def see(bench: Bench, order: Tensor | None = None) -> Tensor:
     bench.calibrate(on_moment)
     steps, layers, _ = bench.shape
     return torch.stack([torch.stack([torch.cat(parts[t, layer]) for layer in range(layers)]) for t in range(steps)])
-
-
-def quantile_threshold(scores: Tensor, share: float) -> Tensor:
-    """The threshold above which `share` of the scores lie, ``()``; nothing is dropped at a share of 1."""
-    flat = scores.flatten().sort(descending=True).values
-    if share >= 1:
-        return flat[-1] - 1
-    at = max(1, round(share * len(flat)))
-    return (flat[at - 1] + flat[min(at, len(flat) - 1)]) / 2
-
-
-def head_thresholds(scores: Tensor, shares: Sequence[float]) -> Tensor:
-    """For each head the thresholds above which shares of its scores lie.
-
-    Args:
-        scores: ``(T, L, ..., H, Q, K)``; what stands between L and H counts as more scores of the head.
-        shares: Ascending.
-
-    Returns:
-        ``(C, T, L, H)``.
-    """
-    flat = scores.movedim(-3, 2).flatten(3).sort(-1, descending=True).values
-    count = flat.shape[-1]
-    found = []
-    for share in shares:
-        at = max(1, round(share * count))
-        middle = (flat[..., at - 1] + flat[..., min(at, count - 1)]) / 2
-        found.append(flat[..., -1] - 1 if share >= 1 else middle)
-    return torch.stack(found)
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """Candidates of every head on the calibration prompts: squared error of the output, summed over tokens, mean over
-    prompts; and density; both ``(C, T, L, H)``."""
-
-    error: Tensor
-    density: Tensor
-
-    @classmethod
-    def joined(cls, several: Sequence[Measured]) -> Measured:
-        return cls(torch.cat([one.error for one in several]), torch.cat([one.density for one in several]))
-
-
-Candidates = Callable[[Moment], Tensor]
-"""Masks at a moment: bool ``(C, H, Q, K)``, or ``(C, P, H, Q, K)`` where they depend on the input."""
-
-
-def measure(bench: Bench, candidates: Candidates, count: int, order: Tensor | None = None) -> Measured:
-    """Executes every candidate on dense trajectories of the calibration prompts: exact output errors."""
-    error = torch.zeros(count, *bench.shape, device=bench.device)
-    density = torch.zeros_like(error)
-
-    def on_moment(moment: Moment) -> None:
-        moment = moment.reordered(order)
-        keep = candidates(moment)
-        for index, one in enumerate(keep):
-            inputs = moment.q, moment.k, moment.v
-            if one.ndim == 3:
-                out = masks.attend(*inputs, masks.bind_mask(one, bench.sampler.grid, bench.blocks))
-            else:
-                out = masks.masked_attention(*inputs, one, bench.sampler.grid, bench.blocks)
-            at, prompts = (index, moment.step, moment.layer), len(bench.calibration)
-            error[at] += (out - moment.out).float().square().sum((0, 2, 3)) / prompts
-            kept = one.float().mean((-1, -2)).view(-1, one.shape[-3]).mean(0)
-            density[at] += kept * len(moment.q) / prompts
-
-    bench.calibrate(on_moment)
-    return Measured(error, density)
-
-
-def budgeted(found: Measured, price: Tensor, density: float) -> Tensor:
-    """The compiler's own choice under one budget: candidates ``(T, L, H)`` of least error times price.
-
-    Args:
-        found: The candidates.
-        price: ``(T, L, H)``, of a unit of error.
-        density: Most blocks computed, as a share of dense attention.
-    """
-    loss, use = (x.flatten(1).T.double().cpu().numpy() for x in (found.error * price, found.density))
-    choice = choose(np.ascontiguousarray(loss), np.ascontiguousarray(use), density * loss.shape[0])
-    if choice is None:
-        least = float(use.min(1).mean())
-        raise ValueError(f"density must be at least what the candidates can keep, {least:.3f}, got {density}")
-    return torch.from_numpy(choice.pick).view(found.error.shape[1:]).to(found.error.device)

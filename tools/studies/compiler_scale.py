@@ -29,8 +29,13 @@ from calibatt.compiler.language import DEFAULT_PASSES
 from calibatt.compiler.stats import Store
 from calibatt.plans import PlanFile, StoredLayers
 from calibatt.plans.files import write_text
-from calibatt.tools.studies.synthetic import Synthetic, wan14b_manifest
+from calibatt.tools.bench.options import count_option, output_option
+from calibatt.tools.bench.record import typed
+from calibatt.tools.studies.options import PATH, study_command
+from calibatt.tools.studies.stores import sampling_counts
+from calibatt.tools.studies.synthetic import SYNTHETIC, Synthetic, wan14b_manifest
 
+NAME = "python -m calibatt.tools.studies.compiler_scale"
 FULL_LAYERS, FULL_TIMES = 40, 50
 PASSES = {"defaults": DEFAULT_PASSES, "no anchors": "select,schedule,lower"}
 REPEATS = 3
@@ -102,14 +107,12 @@ def open_plan(path: Path) -> dict:
     return {**json.loads(opening.stdout), "inspect_seconds": round(time.perf_counter() - start, 2)}
 
 
-@click.command(help=__doc__)
-@click.option("--layers", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--times", type=click.IntRange(1), default=50, show_default=True)
-@click.option("--samples", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--store", type=click.Path(path_type=Path), help="Use this store, or make and keep it; else a temporary.")
+@study_command(NAME, __doc__)
+@SYNTHETIC
+@count_option("--jobs", 1, "Processes of calibatt-compile.")
+@click.option("--store", type=PATH, help="Use this store, or make and keep it; else a temporary.")
 @click.option("--arguments", default="--target-density 0.3", show_default=True, help="For calibatt-compile.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="JSON file to write.")
+@output_option("JSON to write.", required=True)
 def main(
     layers: int,
     times: int,
@@ -130,27 +133,20 @@ def main(
         told = f"{len(opened.samplings)} samplings x {shape.model.layers} layers x {len(shape.times)} times x "
         told += f"{shape.model.heads} heads, {shape.q_blocks} x {shape.k_blocks} blocks"
         result = {
-            "command": _command(store, output),
+            "command": typed(NAME),
             "date": datetime.date.today().isoformat(),
             "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
             "python": platform.python_version(),
             "numpy": np.__version__,
             "zstandard": version("zstandard"),
             "statistics": f"synthetic, {told}",
+            "store": sampling_counts(opened),
         }
         for name, passes in PASSES.items():
             result[name] = measure(stats, Path(folder), units, ["--passes", passes, *arguments.split()], jobs)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, json.dumps(result, indent=1) + "\n")
     parts = ("compile", "times_smaller", "open", "lowering", "full_model")
     click.echo(json.dumps({name: {key: result[name][key] for key in parts} for name in PASSES}, indent=1))
-
-
-def _command(store: Path | None, output: Path) -> str:
-    """The command, without folders of this machine."""
-    names = {str(store): "STORE", str(output): output.name}
-    typed = (names.get(each, each) for each in sys.argv[1:])
-    return " ".join(["python -m calibatt.tools.studies.compiler_scale", *typed])
 
 
 def measure(store: Path, folder: Path, units: int, arguments: list[str], jobs: int) -> dict:

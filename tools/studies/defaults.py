@@ -1,6 +1,6 @@
 """What the defaults of calibration are worth on a larger model: one change at a time, at equal executed density.
 
-    python -m calibatt.tools.studies.defaults --stores kept/ -o docs/benchmarks/defaults.json --table docs/defaults.md
+    python -m calibatt.tools.studies.defaults --stores kept/ -o defaults.json --table defaults.md
 
 The defaults are 8 prompts with one random vector each, blocks of 128 tokens, all denoising times. Varied are prompts
 (1 to 16) and vectors (4), block size, the times that are recorded, calibration with half the steps, shrinking towards
@@ -11,36 +11,37 @@ it does only what is not there yet.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import click
+import torch
 
 from calibatt.compiler import error_model
 from calibatt.compiler.gather import Samplings
 from calibatt.plans import Blocks
-from calibatt.plans.files import write_text
-from calibatt.tools.calibrate.models import MODEL_HELP, make_sampler
+from calibatt.tools.bench.options import count_option, densities_option
+from calibatt.tools.calibrate.models import DEMOS, make_sampler
 from calibatt.tools.calibrate.sampler import Sampler
-from calibatt.tools.calibrate.work import Work, pick_device, plan_work, spread
+from calibatt.tools.calibrate.work import Work, plan_work, spread
 from calibatt.tools.evaluate.harness import about
-from calibatt.tools.studies.ablations import BASE, table
+from calibatt.tools.studies.ablations import BASE, variants_page
 from calibatt.tools.studies.bench import Bench, Rule
-from calibatt.tools.studies.judgements import Judgements, console
+from calibatt.tools.studies.judgements import Judgements
+from calibatt.tools.studies.options import JUDGED, NEW_STORES, TABLE, prompts_option, study_command
 from calibatt.tools.studies.sizes import BATCH_TOKENS
 from calibatt.tools.studies.stores import AtTimes, grown
-from calibatt.tools.studies.study import METHODS, Study, held_out_work
+from calibatt.tools.studies.study import METHODS, OURS, Study, held_out_work
 
+NAME = "python -m calibatt.tools.studies.defaults"
 SAMPLES, BLOCK = 8, 128
 COUNTS, MANY_VECTORS = (1, 2, 4, 8, 16), 4
 SMALLER_BLOCK = 64
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
 """So that the study of sizes can use the store of all prompts, too."""
 ORDERS = ("budget: votes", "budget: votes, tokens in cubes")
-Make = Callable[[float], Rule]
 
 
 class Defaults:
@@ -106,83 +107,77 @@ class Defaults:
         base = self.measured(self.usual)
         return self.study(f"times {indices}", lambda: AtTimes(base.store, tuple(indices)))  # type: ignore[arg-type]
 
-    def not_shrunk(self, density: float) -> Rule:
+    def not_shrunk(self, study: Study, density: float) -> Rule:
         with patch.object(error_model, "PRIOR", 0.0):
-            return Study(self.bench, self.measured(self.usual).store, "auto").compiled(density)
+            return Study(study.bench, study.store, "auto").compiled(density)
 
-    def order(self, name: str, block: int, density: float) -> Rule:
-        return METHODS[name](self.measured(self.usual, 1, block), density)
-
-    def changes(self) -> Iterator[tuple[str, Make]]:
-        """Each change by name, the most telling first."""
-
-        def compiled(make: Callable[[], Study], density: float) -> Rule:
-            return make().compiled(density)
-
-        def by(make: Callable[[], Study]) -> Make:
-            return partial(compiled, make)
-
-        yield BASE, by(lambda: self.measured(self.usual))
+    def changes(self) -> Iterator[tuple[str, Callable[[], Study], Callable[[Study, float], Rule]]]:
+        """Each change, the most telling first: its name, the study of its statistics, and what is made of them."""
+        large, small = self.blocks
+        usual = partial(self.measured, self.usual)
+        compiled = METHODS[OURS]
+        yield BASE, usual, compiled
         for count in reversed(self.counts):
             if count != self.usual:
-                yield f"calibration prompts: {count}", by(partial(self.measured, count))
+                yield f"calibration prompts: {count}", partial(self.measured, count), compiled
         times = len(self.sampler.times)
         for count in sorted({max(1, times // 2), max(1, times // 4)}, reverse=True):
-            yield f"times recorded: {count} of {times}", by(partial(self.at_times, spread(times, count)))
+            yield f"times recorded: {count} of {times}", partial(self.at_times, spread(times, count)), compiled
         for index in spread(times, 3):
             now = sorted(self.sampler.times)[index]
-            yield f"the plan of time {now:.2f} at all times", by(partial(self.at_times, (index,)))
-        yield "not shrunk", self.not_shrunk
+            yield f"the plan of time {now:.2f} at all times", partial(self.at_times, (index,)), compiled
+        yield "not shrunk", usual, self.not_shrunk
         for name in ORDERS:
-            yield f"{name}, blocks of {self.blocks[0]}", partial(self.order, name, self.blocks[0])
-        yield f"blocks of {self.blocks[1]}", by(lambda: self.measured(self.usual, 1, self.blocks[1]))
+            yield f"{name}, blocks of {large}", usual, METHODS[name]
+        finer = partial(self.measured, self.usual, 1, small)
+        yield f"blocks of {small}", finer, compiled
         for name in ORDERS:
-            yield f"{name}, blocks of {self.blocks[1]}", partial(self.order, name, self.blocks[1])
+            yield f"{name}, blocks of {small}", finer, METHODS[name]
         half = len(self.halved.times)
-        yield f"calibrated on {half} steps", by(lambda: self.measured(self.usual, half_the_steps=True))
-        few = max(1, self.usual // 2)
-        for count in (few, self.usual):
+        yield f"calibrated on {half} steps", partial(usual, half_the_steps=True), compiled
+        for count in (max(1, self.usual // 2), self.usual):
             name = f"calibration prompts: {count}, random vectors: {MANY_VECTORS}"
-            yield name, by(partial(self.measured, count, MANY_VECTORS))
+            yield name, partial(self.measured, count, MANY_VECTORS), compiled
 
 
-@click.command(help=__doc__)
-@click.option("--model", default="demo-medium", show_default=True, help=MODEL_HELP)
-@click.option("--stores", type=click.Path(path_type=Path), required=True, help="Folder of the stores.")
-@click.option("--samples", type=click.IntRange(1), default=max(COUNTS), show_default=True, help="Most prompts.")
-@click.option("--prompts", type=click.IntRange(1), default=32, show_default=True, help="Held-out prompts.")
-@click.option("--densities", default="0.35,0.2", show_default=True)
-@click.option("--batch-tokens", type=click.IntRange(1), default=BATCH_TOKENS, show_default=True, help="At a time.")
-@click.option("--seconds", type=float, default=math.inf, help="Begin nothing after so many seconds.")
-@click.option("--device", default="auto", show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="JSON to write or to continue.")
-@click.option("--table", "markdown", type=click.Path(path_type=Path), help="Markdown to write.")
+@study_command(NAME, __doc__)
+@click.option("--model", type=click.Choice(DEMOS), default="demo-medium", show_default=True)
+@NEW_STORES
+@count_option("--samples", max(COUNTS), "Most prompts of a calibration.")
+@prompts_option()
+@densities_option("0.35,0.2")
+@count_option("--batch-tokens", BATCH_TOKENS, "Tokens of the videos that are generated at a time.")
+@JUDGED
+@TABLE
 def main(
     model: str,
     stores: Path,
     samples: int,
     prompts: int,
-    densities: str,
+    densities: list[float],
     batch_tokens: int,
     seconds: float,
-    device: str,
+    device: torch.device,
     output: Path,
     markdown: Path | None,
 ) -> None:
-    judged, device = Judgements(output, seconds, timed=False), pick_device(device)
-    sampler = make_sampler(model, None, device)
-    halved = make_sampler(model, max(1, len(sampler.times) // 2), device)
+    judged = Judgements(output, seconds, timed=False)
+    sampler = make_sampler(model, None, str(device))
+    halved = make_sampler(model, max(1, len(sampler.times) // 2), str(device))
     batch, work = max(1, batch_tokens // sampler.grid.tokens), plan_work(model, None, samples, 0)
-    found = Defaults(sampler, halved, held_out_work(model, None, prompts), work, stores, batch)
-    judged.result |= {"about": about("python -m calibatt.tools.studies.defaults", sampler), "prompts": prompts}
-    judged.result |= {"model": model, "tokens": sampler.grid.tokens}
-    for density in map(float, densities.split(",")):
-        for name, make in found.changes():
-            judged.judge(found.bench, "compiled", density, partial(make, density), variant=name)
-    judged.write()
-    if markdown is not None:
-        write_text(markdown, table(judged.result, "Defaults"))
-    console.print(f"{judged.elapsed:.1f} s: {output}")
+    defaults = Defaults(sampler, halved, held_out_work(model, None, prompts), work, stores, batch)
+    judged.begin(about(NAME, sampler), model=model, tokens=sampler.grid.tokens, prompts=prompts)
+    for density in densities:
+        for name, study, make in defaults.changes():
+            judged.judge(
+                defaults.bench,
+                "compiled",
+                density,
+                lambda study=study, make=make, density=density: make(study(), density),
+                lambda study=study: study().store,
+                variant=name,
+            )
+    judged.finish(partial(variants_page, "Defaults"), markdown)
 
 
 if __name__ == "__main__":

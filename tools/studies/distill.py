@@ -25,11 +25,15 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from calibatt.plans.files import whole_file, write_text
+from calibatt.tools.bench.options import count_option
+from calibatt.tools.bench.record import header
 from calibatt.tools.demo_model import world
 from calibatt.tools.demo_model.model import FEW, LORA, STEPS, WEIGHTS, DemoModel, times
 from calibatt.tools.studies import rendering
+from calibatt.tools.studies.options import FILE, TRAINING, study_command
 from calibatt.tools.studies.train import ATTENTION, Curve, check, drawn, sample_prompts, sheet
 
+NAME = "python -m calibatt.tools.studies.distill"
 RANK = 12
 TARGETS = [f"{attention}.{name}" for attention in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")]
 TARGETS += ["ffn.net.0.proj", "ffn.net.2"]
@@ -81,6 +85,15 @@ def begin(model: DemoModel, start: int, own: bool, words: Tensor, video: Tensor,
     return noise
 
 
+def lora_of(model: DemoModel, start: Path | None = None) -> list[Tensor]:
+    """Gives the model a LoRA to train, a new one or that of a file: its weights."""
+    if start:
+        model.load_lora(start)
+    else:
+        model.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), LORA)
+    return [p.requires_grad_(True) for name, p in model.transformer.named_parameters() if "lora_" in name]
+
+
 def save_lora(path: Path, model: DemoModel) -> None:
     """Writes the LoRA in bfloat16; the file is whole or absent."""
     found = get_peft_model_state_dict(model.transformer, adapter_name=LORA)
@@ -89,40 +102,32 @@ def save_lora(path: Path, model: DemoModel) -> None:
         file.write(save(tensors, {"format": "pt"}))
 
 
-@click.command(help=__doc__)
+@study_command(NAME, __doc__)
 @click.option("--seconds", default=90.0, show_default=True, help="Training time, without checks.")
-@click.option("--weights", type=click.Path(exists=True, path_type=Path), default=WEIGHTS, help="The model's.")
-@click.option("--from", "start", type=click.Path(exists=True, path_type=Path), help="A LoRA to go on from.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
-@click.option("--batch", type=click.IntRange(1), default=BATCH, show_default=True)
-@click.option("--seed", default=1, show_default=True)
-@click.option("--check-prompts", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--device", default="cuda", show_default=True)
+@click.option("--weights", type=FILE, default=WEIGHTS, help="The model's.")
+@click.option("--from", "start", type=FILE, help="A LoRA to go on from.")
+@count_option("--batch", BATCH, "Videos of a step.")
+@TRAINING
 def main(
     seconds: float,
     weights: Path,
     start: Path | None,
-    output: Path,
     batch: int,
+    output: Path,
     seed: int,
     check_prompts: int,
-    device: str,
+    device: torch.device,
 ) -> None:
     began = time.time()
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = True
     model = DemoModel.load(weights, device)
-    checks = {f"without, {steps} steps": check(model, check_prompts, steps) for steps in (STEPS, FEW)}
+    learned = lora_of(model, start)
+    with teaching(model):
+        checks = {f"without, {steps} steps": check(model, check_prompts, steps) for steps in (STEPS, FEW)}
     click.echo(f"{time.time() - began:6.1f} s  held out: {checks}")
-    if start:
-        model.load_lora(start)
-    else:
-        model.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), LORA)
-    learned = [p for name, p in model.transformer.named_parameters() if "lora_" in name]
-    for parameter in learned:
-        parameter.requires_grad_(True)
-    adam = torch.optim.AdamW(learned, lr=RATE, betas=BETAS, weight_decay=0.0, fused=device == "cuda")
+    adam = torch.optim.AdamW(learned, lr=RATE, betas=BETAS, weight_decay=0.0, fused=device.type == "cuda")
     average = [parameter.detach().clone() for parameter in learned]
     generator = torch.Generator(device=device).manual_seed(seed)
     grid = times(STEPS, model.shift).to(device)
@@ -158,8 +163,8 @@ def main(
         found = check(model, check_prompts, FEW, new_noise=new_noise)
         checks[f"with the LoRA, {FEW} steps, {name}"] = found
         click.echo(f"{time.time() - began:6.1f} s  with the LoRA, {FEW} steps, {name}: {found}")
-    record = {"seed": seed, "seconds": seconds, "steps": step, "batch": batch, "rank": RANK, "checks": checks}
-    record |= {"device": torch.cuda.get_device_name() if device == "cuda" else device, "torch": torch.__version__}
+    record = header(NAME, device) | {"seed": seed, "seconds": seconds, "steps": step, "batch": batch, "rank": RANK}
+    record |= {"checks": checks}
     record |= {"loss": curve.rows, "loss_columns": ["seconds", "step", "step of the schedule", "mean velocity error"]}
     write_text(output / "distill.json", json.dumps(record, indent=1) + "\n")
     sheet(drawn(model, sample_prompts(), 100, FEW), output / "samples_few_steps.png")

@@ -12,12 +12,10 @@ bit flips, and power is no limit: what is left is how well a kernel uses its cyc
 
 from __future__ import annotations
 
-import datetime
-import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,13 +26,14 @@ import torch
 from torch import Tensor
 
 from calibatt.plans import BF16, PRECISIONS, Blocks
-from calibatt.plans.files import write_text
 from calibatt.plans.precision import EIGHT_BITS
 from calibatt.runtime.ops import attend, supports
-from calibatt.tools.bench.kernel import GPU_SIZES, Size, state, versions
-from calibatt.tools.bench.model import choose
+from calibatt.tools.bench.kernel import GPU_SIZES, Size
+from calibatt.tools.bench.options import choose, count_option, device_option, output_option
 from calibatt.tools.bench.peers import DENSE_PEERS, SPARSE_PEERS, dense_peer, sparse_peer
+from calibatt.tools.bench.record import gpu_name, header, state, write_report
 from calibatt.tools.bench.schedules import in_precision, structured_schedule
+from calibatt.tools.studies.options import study_command
 
 EIGHT = {f"hopper {PRECISIONS[precision]}": precision for precision in EIGHT_BITS}
 """The precision of all heads where these names stand for `hopper`; quantisation included."""
@@ -78,8 +77,7 @@ class NvmlMeter:
             raise click.UsageError("reading joules needs the package nvidia-ml-py") from error
         pynvml.nvmlInit()
         self._nvml = pynvml
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        self._handle = pynvml.nvmlDeviceGetHandleByUUID(gpu_name(device))
 
     def joules(self) -> float:
         return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
@@ -204,11 +202,11 @@ def compared(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-@click.command(help=__doc__)
+@study_command("python -m calibatt.tools.studies.energy", __doc__)
 @click.option("--sizes", default="480p,720p", show_default=True, help="Of calibatt-bench kernel.")
 @click.option("--kernels", default="hopper,flash-attention-4 sparse,sdpa-cudnn,matmul", show_default=True)
 @click.option("--values", type=click.Choice(list(VALUES)), default="random", show_default=True, help="Of the tensors.")
-@click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Windows of each case.")
+@count_option("--rounds", 4, "Windows of each case.")
 @click.option(
     "--window",
     "seconds",
@@ -217,40 +215,34 @@ def compared(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     show_default=True,
     help="Seconds of a window.",
 )
-@click.option("--device", default="cuda", show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON to write after every size.")
-def main(sizes: str, kernels: str, values: str, rounds: int, seconds: float, device: str, output: Path | None) -> None:
-    where = torch.device(device)
-    if where.type != "cuda" or not torch.cuda.is_available():
-        raise click.UsageError(f"--device must be a CUDA device, whose driver counts joules; got {device}")
+@device_option("cuda", kinds=("cuda",))
+@output_option("JSON to write after every size.")
+def main(
+    sizes: str, kernels: str, values: str, rounds: int, seconds: float, device: torch.device, output: Path | None
+) -> None:
     known = {size.name: size for size in GPU_SIZES}
     names, chosen = choose(sizes, list(known), "--sizes"), choose(kernels, KERNELS, "--kernels")
     torch.manual_seed(0)
-    options = f"--sizes {sizes} --kernels '{kernels}' --values {values} --rounds {rounds} --window {seconds}"
     report: dict[str, Any] = {
-        "command": f"python -m calibatt.tools.studies.energy {options}",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(where),
-        "versions": versions(),
+        **header("python -m calibatt.tools.studies.energy", device),
         "mask": "structured",
         "matrix": MATRIX,
-        "sizes": [{**asdict(known[name]), "dtype": str(known[name].dtype)} for name in names],
+        "sizes": [known[name].as_json() for name in names],
         "states": [],
         "missing": {},
         "measurements": [],
         "compared": [],
     }
     click.echo(f"{report['device']}, {report['versions']}")
-    meter = NvmlMeter(where)
+    meter = NvmlMeter(device)
     for name in names:
-        made = cases(known[name], chosen, VALUES[values], where, report["missing"])
-        for record in measure(made, rounds, seconds, meter, lambda: torch.cuda.synchronize(where)):
+        made = cases(known[name], chosen, VALUES[values], device, report["missing"])
+        for record in measure(made, rounds, seconds, meter, lambda: torch.cuda.synchronize(device)):
             report["measurements"].append({"size": name, **record})
             click.echo(f"{name:>8} {LINE.format(**record)}")
         report["compared"] = compared(report["measurements"])
-        report["states"].append({"size": name, **state(where)})
-        if output is not None:
-            write_text(output, json.dumps(report, indent=1) + "\n")
+        report["states"].append({"size": name, **state(device)})
+        write_report(output, report)
     for row in report["compared"]:
         click.echo(
             "{size:>8} {kernel:>24} {density:.3f}: {time:.3f} x hopper's time, {energy:.3f} x its energy".format(**row)

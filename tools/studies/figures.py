@@ -13,15 +13,16 @@ from typing import Any
 
 import click
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from calibatt.plans.files import whole_file
 from calibatt.tools.bench.kernel import OURS
+from calibatt.tools.bench.options import file_option
 from calibatt.tools.bench.peers import DENSE_PEERS
 from calibatt.tools.bench.variants import COPY
+from calibatt.tools.inspect_plan.drawing import save_figure
+from calibatt.tools.studies.options import FILE, study_command
 
 PEAK_TFLOPS = {"NVIDIA H200": 989.4, "NVIDIA H100 80GB HBM3": 989.4}
 """Dense bf16, from the data sheets; the roof of the figure."""
@@ -47,6 +48,8 @@ def draw_kernels(report: dict[str, Any]) -> Figure:
         for name in names
         if len({row["density"] for row in records if row["size"] == name and row["backend"] in OURS}) > 2
     ]
+    if not shown:
+        raise ValueError(f"a size must have more than two densities of {', '.join(OURS)} to be drawn, got none")
     figure = Figure(figsize=(11, 3.9 * len(shown)), layout="constrained")
     grid = figure.subplots(len(shown), 2, squeeze=False)
     for line, name in zip(grid, shown, strict=True):
@@ -167,17 +170,18 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 0.1 else f"{1e3 * value:.3g} ms"
 
 
-@click.command(help=__doc__)
-@click.argument("report", type=click.Path(exists=True, path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="PNG to draw.")
+@study_command("python -m calibatt.tools.studies.figures", __doc__)
+@click.argument("report", type=FILE)
+@file_option("-o", "--output", text="PNG to draw.", required=True)
 def main(report: Path, output: Path) -> None:
-    found = json.loads(report.read_text("utf-8"))
-    for row in (*found.get("forwards", ()), *found.get("derived", ())):
+    result = json.loads(report.read_text("utf-8"))
+    kinds = {"forwards": draw_models, "measurements": draw_kernels}
+    draw = next((draw for kind, draw in kinds.items() if isinstance(result, dict) and result.get(kind)), None)
+    if draw is None:
+        raise click.UsageError(f"{report} must be of calibatt-bench kernel or model, with measurements, got another")
+    for row in (*result.get("forwards", ()), *result.get("derived", ())):
         row.setdefault("linears", "bf16")
-    figure = draw_models(found) if "forwards" in found else draw_kernels(found)
-    FigureCanvasAgg(figure)
-    with whole_file(output) as file:
-        figure.savefig(file, dpi=130, facecolor="white", format="png")
+    save_figure(draw(result), output)
 
 
 if __name__ == "__main__":

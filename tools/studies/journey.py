@@ -37,18 +37,21 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from click.core import ParameterSource
 
-from calibatt.compiler.stats import StoreWriter, Unit, neighbours, unit_shapes
+from calibatt.compiler.stats import Store, StoreError, StoreWriter, Unit, neighbours, unit_shapes
 from calibatt.plans import PlanFile
+from calibatt.plans.command import one_line
 from calibatt.plans.files import write_text
 from calibatt.runtime import load_plan
-from calibatt.tools.bench.forwards import OUT_OF_TIME, Clock, allocated_bytes, peak_bytes, reset_peak
-from calibatt.tools.bench.model import choose, header
+from calibatt.tools.bench.forwards import Clock, allocated_bytes, peak_bytes, reset_peak
+from calibatt.tools.bench.model import model_header, pick_layers
+from calibatt.tools.bench.options import choose, count_option, device_option, output_option
+from calibatt.tools.bench.record import OUT_OF_TIME, write_report
 from calibatt.tools.calibrate.calibration import Calibrator
 from calibatt.tools.calibrate.pipeline import PipelineSampler
-from calibatt.tools.calibrate.work import make_manifest, pick_device
+from calibatt.tools.calibrate.work import MODEL_ERRORS, make_manifest
 from calibatt.tools.inspect_plan.summary import heads_of
+from calibatt.tools.studies.stores import sampling_counts
 from calibatt.tools.studies.structured import SETTINGS, Setting
 
 STAGES = ("calibrate", "compile", "inspect", "generate", "evaluate")
@@ -57,7 +60,7 @@ INPUTS = ("device", "cpu")
 FIRST_SEED = 5000
 """Of the held-out prompts, as calibatt-evaluate has it."""
 GB = 1e9
-PLAN, HELD_OUT = "journey.plan", "held_out.txt"
+STORE, PLAN, HELD_OUT = "store", "journey.plan", "held_out.txt"
 PEAK = re.compile(r"peak device memory ([0-9.]+) GB")
 """How a command tells its device memory."""
 
@@ -233,7 +236,7 @@ def extrapolated(measured: dict[str, Any], samples: int, steps: int) -> dict[str
 
 def commands(name: str, device: torch.device, folder: Path, options: dict[str, Any]) -> dict[str, list[str]]:
     """Of each stage that is a command: its module and what a user types; their files are in a folder."""
-    store, plan, held_out = (str(folder / file) for file in ("store", PLAN, HELD_OUT))
+    store, plan, held_out = (str(folder / file) for file in (STORE, PLAN, HELD_OUT))
     common = ["--model", f"calibatt.tools.studies.structured:{name}", "--device", str(device)]
     given = [(key, options[key]) for key in ("steps", "samples", "times", "vectors", "block_size") if options[key]]
     calibrate = [text for key, value in given for text in (f"--{key.replace('_', '-')}", str(value))]
@@ -249,6 +252,14 @@ def commands(name: str, device: torch.device, folder: Path, options: dict[str, A
             "-o", str(folder / "evaluation"),
         ],
     }  # fmt: skip
+
+
+def store_facts(path: Path) -> dict[str, Any]:
+    """What the statistics were made of, so far; empty where no sampling is finished."""
+    try:
+        return {"store": sampling_counts(Store.open(path))}
+    except StoreError:
+        return {}
 
 
 def plan_facts(path: Path) -> dict[str, Any]:
@@ -267,57 +278,52 @@ def plan_facts(path: Path) -> dict[str, Any]:
 @click.option("--layers", type=click.IntRange(1), envvar="LAYERS", help="Fewer layers than the model has [all].")
 @click.option("--stages", help=f"Of {','.join(STAGES)} [all]; earlier ones may be in --work.")
 @click.option("--measure", type=click.Choice(["calibrate"]), help="Only this, in this process, from a few steps.")
-@click.option("--steps", type=click.IntRange(1), help="Of calibration [the model's own; 2 with --measure].")
-@click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="Prompts to calibrate on.")
-@click.option("--times", type=click.IntRange(1), help="Steps to measure [calibatt-calibrate's own].")
-@click.option("--vectors", type=click.IntRange(1), help="Random vectors [calibatt-calibrate's own; 1 with --measure].")
+@count_option("--steps", None, "Of calibration [the model's own; 2 with --measure].")
+@count_option("--samples", 8, "Prompts to calibrate on.")
+@count_option("--times", None, "Steps to measure [calibatt-calibrate's own].")
+@count_option("--vectors", None, "Random vectors [calibatt-calibrate's own; 1 with --measure].")
 @click.option("--block-size", type=int, help="Tokens of a block [calibatt-calibrate's own].")
 @click.option("--inputs", help="Of device,cpu: where calibration keeps inputs of blocks; --measure takes both in turn.")
 @click.option("--compile-options", default="", help="More for calibatt-compile, as one text.")
-@click.option("--held-out", type=click.IntRange(1), default=2, show_default=True, help="Prompts to judge the plan on.")
-@click.option("--generate-steps", type=click.IntRange(1), help="Of generating and evaluating [the model's own].")
-@click.option("--to-samples", type=click.IntRange(1), default=8, show_default=True, help="Of --measure.")
-@click.option("--to-steps", type=click.IntRange(1), default=15, show_default=True, help="Of --measure.")
+@count_option("--held-out", 2, "Prompts to judge the plan on.")
+@count_option("--generate-steps", None, "Of generating and evaluating [the model's own].")
+@count_option("--to-samples", 8, "Of --measure.")
+@count_option("--to-steps", 15, "Of --measure.")
 @click.option("--seconds", type=float, default=float("inf"), help="Stop then; --work can be gone on with.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder of store and plan [a temporary one].")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON file.")
-@click.pass_context
+@device_option()
+@output_option("JSON to write after every stage.")
+@one_line("calibatt-bench journey", *MODEL_ERRORS)
 def main(
-    context: click.Context,
     name: str,
     layers: int | None,
     stages: str | None,
     measure: str | None,
     seconds: float,
     work: Path | None,
-    device: str,
+    device: torch.device,
     output: Path | None,
     **options: Any,
 ) -> None:
-    clock, where, setting = Clock(seconds), torch.device(pick_device(device)), SETTINGS[name]
+    clock, setting = Clock(seconds), SETTINGS[name]
     chosen = choose(stages, STAGES, "--stages")
-    count = layers or setting.row.layers
-    report = header(_typed(context), setting.row, name, count, where)
+    count = pick_layers(layers, setting.row)
+    places = choose(options["inputs"] or "device", INPUTS, "--inputs")
+    report = model_header("calibatt-bench journey", setting.row, name, count, device)
     report |= {"height": setting.height, "width": setting.width, "frames": setting.frames, "guidance": setting.guidance}
     report["weights"] = "random, seed 0; attention has structure"
-
-    def save() -> None:
-        if output is not None:
-            write_text(output, json.dumps(report, indent=1) + "\n")
-
     if measure:
-        for record in _measured(setting, count, options, where, clock):
+        for record in _measured(setting, count, places, options, device, clock):
             report.setdefault(measure, []).append(record)
             click.echo(json.dumps(record, indent=1))
-            save()
+            write_report(output, report)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         prompts = [f"held-out prompt {index}" for index in range(options["held_out"])]
         write_text(folder / HELD_OUT, "\n".join(prompts) + "\n")
-        typed = commands(name, where, folder, options)
+        lines = commands(name, device, folder, options)
         report["stages"] = []
         for stage in (stage for stage in STAGES if stage in chosen):
             if not clock.allows():
@@ -325,33 +331,34 @@ def main(
                 break
             with watched(folder) as facts:
                 if stage == "generate":
-                    sampler = setting.sampler(options["generate_steps"], str(where), count)
-                    found = generate(sampler, folder / PLAN, prompts, where, clock)
+                    sampler = setting.sampler(options["generate_steps"], str(device), count)
+                    found = generate(sampler, folder / PLAN, prompts, device, clock)
                     del sampler
                 else:
-                    found = run_command(typed[stage], clock, count)
+                    found = run_command(lines[stage], clock, count)
+            if stage in ("calibrate", "compile"):
+                found |= store_facts(folder / STORE)
             if stage == "compile" and not found["exit_code"]:
                 found |= plan_facts(folder / PLAN)
-            _let_go(where)
+            _let_go(device)
             report["stages"].append({"stage": stage, **facts, **found})
             click.echo(json.dumps(report["stages"][-1]))
-            save()
+            write_report(output, report)
             if found["exit_code"]:
                 break
-    save()
+    write_report(output, report)
     if any(record.get("exit_code") or "stopped" in record for record in report["stages"]):
         raise SystemExit(1)
 
 
 def _measured(
-    setting: Setting, layers: int, options: dict[str, Any], device: torch.device, clock: Clock
+    setting: Setting, layers: int, kinds: list[str], options: dict[str, Any], device: torch.device, clock: Clock
 ) -> Iterator[dict[str, Any]]:
     """Records of `measure_sampling` and what follows, for each place of inputs that there is time for."""
     steps = options["steps"] or 2
     if steps < 2:
         raise click.UsageError("--steps must be at least 2 with --measure: one is measured, the others are not")
     size = {"vectors": options["vectors"] or 1, "block_size": options["block_size"], "device": device}
-    kinds = choose(options["inputs"] or "device", INPUTS, "--inputs")
     if device.type == "cuda":  # one layer, so that kernels are compiled before anything is timed
         measure_sampling(setting.sampler(steps, str(device), 1), inputs=kinds[0], **size)
         _let_go(device)
@@ -383,16 +390,6 @@ def _let_go(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _typed(context: click.Context) -> str:
-    """The command as it was typed, without folders."""
-    words = ["calibatt-bench journey"]
-    for option in context.command.params:
-        given = context.get_parameter_source(option.name) not in (ParameterSource.DEFAULT, None)
-        if given and option.name not in ("output", "work"):
-            words += [option.opts[-1], shlex.quote(str(context.params[option.name]))]
-    return " ".join(words)
 
 
 if __name__ == "__main__":

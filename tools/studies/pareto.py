@@ -13,37 +13,37 @@ output error that they make. Run again, it does only what is not in the JSON yet
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
+from matplotlib.figure import Figure
 
-from calibatt.plans.files import whole_file
-from calibatt.tools.calibrate.models import MODEL_HELP
+from calibatt.tools.bench.options import choose, count_option, densities_option
 from calibatt.tools.evaluate.harness import about
 from calibatt.tools.studies.bench import Exact
-from calibatt.tools.studies.judgements import Judgements, console, mean_and_error
+from calibatt.tools.studies.judgements import Judgements, difference, mean_and_error
+from calibatt.tools.studies.options import FIGURE, JUDGED, STORES, study_command
+from calibatt.tools.studies.stores import sampling_counts
 from calibatt.tools.studies.study import DENSITIES, METHODS, OURS, make_study
+
+NAME = "python -m calibatt.tools.studies.pareto"
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each density the paired differences in PSNR from what `OURS` reaches there, in dB."""
     ours = {row["target"]: row for row in rows if row["method"] == OURS}
-    found = []
-    for row in rows:
-        base = ours.get(row["target"])
-        if base is not None and row is not base:
-            difference = [a - b for a, b in zip(row["psnr"], base["psnr"], strict=True)]
-            found.append({"method": row["method"], "target": row["target"], **mean_and_error(difference)})
-    return found
+    return [
+        {"method": row["method"], "target": row["target"], **difference(row, ours[row["target"]])}
+        for row in rows
+        if row["method"] != OURS and row["target"] in ours
+    ]
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: dict[str, Any]) -> Figure:
     """PSNR against density and against attention time."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = {
         OURS: ("#1b3d78", "-", "calibrated plan (ours)"),
         "compiled, no anchors": ("#2694a0", "-", "the same, no anchors"),
@@ -94,59 +94,44 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{result['prompts']} held-out prompts; {told['device']}, {told['versions']}, {told['date']}", fontsize=9
     )
-    FigureCanvasAgg(figure)
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=150, facecolor="white", format="png")
+    return figure
 
 
-@click.command(help=__doc__)
-@click.option("--model", default="demo", show_default=True, help=MODEL_HELP)
-@click.option("--stats", "stores", type=click.Path(path_type=Path), multiple=True, required=True)
-@click.option("--held-out", type=click.Path(path_type=Path), help="One prompt a line; the demo model has its own.")
-@click.option("--prompts", type=click.IntRange(1), default=64, show_default=True, help="Held-out prompts.")
-@click.option(
-    "--calibration", type=click.IntRange(1), default=16, show_default=True, help="Prompts that errors are measured on."
-)
-@click.option("--densities", default=",".join(map(str, DENSITIES)), show_default=True)
+@study_command(NAME, __doc__)
+@STORES
+@densities_option(",".join(map(str, DENSITIES)))
 @click.option("--methods", default="", help="Names, separated by semicolons; all if absent.")
-@click.option("--steps", type=click.IntRange(1), help="Denoising steps [the model's own].")
-@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Videos at a time.")
-@click.option("--seconds", type=float, default=math.inf, help="Begin no method after so many seconds.")
-@click.option("--device", default="auto", show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="JSON to write or to continue.")
-@click.option("--figure", type=click.Path(path_type=Path), help="PNG to draw.")
+@count_option("--steps", None, "Denoising steps [the model's own].")
+@JUDGED
+@FIGURE
 def main(
     model: str,
     stores: tuple[Path, ...],
     held_out: Path | None,
     prompts: int,
     calibration: int,
-    densities: str,
+    batch: int,
+    densities: list[float],
     methods: str,
     steps: int | None,
-    batch: int,
     seconds: float,
-    device: str,
+    device: torch.device,
     output: Path,
     figure: Path | None,
 ) -> None:
-    names = [name.strip() for name in methods.split(";")] if methods else list(METHODS)
-    if unknown := [name for name in names if name not in METHODS]:
-        raise click.UsageError(f"--methods must be some of {'; '.join(METHODS)}; got {unknown[0]!r}")
+    names = choose(methods, list(METHODS), "--methods", ";")
     judged = Judgements(output, seconds)
-    study, result = make_study(model, stores, held_out, prompts, calibration, steps, batch, device), judged.result
-    result |= {"about": about("python -m calibatt.tools.studies.pareto", study.sampler)}
-    result |= {"prompts": prompts, "calibration": calibration, "steps": len(study.sampler.times)}
-    judged.judge(study.bench, "dense: block-sparse kernel", 1.0, lambda: study.uniform("random", 1.0))
-    judged.judge(study.bench, "dense: PyTorch", 1.0, Exact)
+    made = make_study(model, stores, held_out, prompts, calibration, steps, batch, device)
+    settings = {"model": model, "prompts": len(made.bench.held_out), "calibration": calibration}
+    settings |= {"steps": len(made.sampler.times), "store": sampling_counts(made.store)}
+    judged.begin(about(NAME, made.sampler), **settings)
+    judged.judge(made.bench, "dense: block-sparse kernel", 1.0, lambda: made.uniform("random", 1.0))
+    judged.judge(made.bench, "dense: PyTorch", 1.0, Exact)
     for name in names:
-        for density in map(float, densities.split(",")):
-            judged.judge(study.bench, name, density, lambda name=name, density=density: METHODS[name](study, density))
-    result["difference_from_ours_db"] = summary(result["rows"])
-    judged.write()
-    if figure is not None:
-        draw(result, figure)
-    console.print(f"{judged.elapsed:.1f} s: {output}")
+        for density in densities:
+            judged.judge(made.bench, name, density, partial(METHODS[name], made, density))
+    judged.result["difference_from_ours_db"] = summary(judged.rows)
+    judged.finish(draw=draw, figure=figure)
 
 
 if __name__ == "__main__":

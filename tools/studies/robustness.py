@@ -1,7 +1,6 @@
 """What a plan loses where it was not calibrated: on prompts of another kind, and on weights that are not the same.
 
-    python -m calibatt.tools.studies.robustness --stores kept/ -o docs/benchmarks/robustness.json \\
-        --table docs/robustness.md
+    python -m calibatt.tools.studies.robustness --stores kept/ -o robustness.json --table robustness.md
 
 Prompts: the demo's world is split in halves by shapes, by backgrounds, by speeds, by the number of shapes. A plan of
 each half, and one of all prompts, is used on held-out prompts of each half. Weights: a plan of the demo model is used
@@ -14,7 +13,6 @@ resolution is refused; what is said then is kept, too. Run again, it does only w
 from __future__ import annotations
 
 import itertools
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,16 +21,15 @@ from typing import Any
 
 import click
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from calibatt.compiler.stats import Store
 from calibatt.plans import Blocks
 from calibatt.plans.errors import PlanError
-from calibatt.plans.files import write_text
-from calibatt.tools.calibrate.work import Work, pick_device
+from calibatt.tools.bench.options import count_option
+from calibatt.tools.calibrate.work import Work
 from calibatt.tools.demo_model import world
-from calibatt.tools.demo_model.model import GROWN, LORA, STEPS, WEIGHTS, DemoModel, generate, trained
+from calibatt.tools.demo_model.model import GROWN, STEPS, WEIGHTS, DemoModel, generate, trained
 from calibatt.tools.demo_model.sampler import DemoSampler
 from calibatt.tools.evaluate.command import QUICK_PROMPTS
 from calibatt.tools.evaluate.evaluation import Candidate, Cells, quick_findings
@@ -40,12 +37,14 @@ from calibatt.tools.evaluate.harness import about
 from calibatt.tools.evaluate.metrics import psnr_db
 from calibatt.tools.studies import rendering
 from calibatt.tools.studies.bench import Bench, Planned
-from calibatt.tools.studies.distill import RANK, TARGETS, save_lora, velocity
-from calibatt.tools.studies.judgements import Judgements, console, mean_and_error
+from calibatt.tools.studies.distill import lora_of, save_lora, velocity
+from calibatt.tools.studies.judgements import Judgements, cell, console, page, table
+from calibatt.tools.studies.options import JOIN, JUDGED, NEW_STORES, TABLE, prompts_option, study_command
 from calibatt.tools.studies.stores import grown
 from calibatt.tools.studies.study import Study
 from calibatt.tools.studies.train import draw_times
 
+NAME = "python -m calibatt.tools.studies.robustness"
 KINDS = {
     "shapes": ((world.FIRST + 2, world.SECOND + 2), world.SHAPES[:3]),
     "backgrounds": ((world.PATTERN,), world.PATTERNS[:2]),
@@ -89,12 +88,11 @@ def styled(video: Tensor) -> Tensor:
     return STYLE_CONTRAST * video + torch.tensor(STYLE_TINT, device=video.device).view(3, 1, 1, 1)
 
 
-def train_style(path: Path, device: str, steps: int, batch: int, seed: int = 1) -> None:
+def train_style(path: Path, device: torch.device | str, steps: int, batch: int, seed: int = 1) -> None:
     """Trains the style LoRA on styled videos and writes it."""
     torch.manual_seed(seed)
     model, generator = DemoModel.load(WEIGHTS, device), torch.Generator(device=device).manual_seed(seed)
-    model.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), LORA)
-    learned = [p.requires_grad_(True) for name, p in model.transformer.named_parameters() if "lora_" in name]
+    learned = lora_of(model)
     adam = torch.optim.AdamW(learned, lr=STYLE_RATE, weight_decay=0.0)
     for step in range(steps):
         for group in adam.param_groups:
@@ -130,9 +128,7 @@ class Place:
     stores: dict[str, Callable[[], Store]]
 
     def rule(self, calibrated_on: str) -> Planned:
-        made = Study(self.bench, self.stores[calibrated_on](), "auto").compiled(DENSITY)
-        assert isinstance(made, Planned)
-        return made
+        return Study(self.bench, self.stores[calibrated_on](), "auto").compiled(DENSITY)
 
 
 class Places:
@@ -149,12 +145,19 @@ class Places:
     """
 
     def __init__(
-        self, stores: Path, device: str, samples: int, vectors: int, prompts: int, batch: int, style: tuple[int, int]
+        self,
+        stores: Path,
+        device: torch.device,
+        samples: int,
+        vectors: int,
+        prompts: int,
+        batch: int,
+        style: tuple[int, int],
     ) -> None:
         self.folder, self.device, self.samples, self.vectors = stores, device, samples, vectors
         self.prompts, self.batch, self.style = prompts, batch, style
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.demo = DemoSampler(device=device)
+        self.demo = DemoSampler(device=str(device))
 
     def store(self, name: str, sampler: DemoSampler, prompts: list[str]) -> Store:
         work = numbered(prompts, CALIBRATION_SEED)
@@ -190,7 +193,7 @@ class Places:
             ("LoRA for four steps", lambda: trained("demo-few-steps", self.device)[0]),
             ("trained on at larger grids", lambda: DemoModel.load(GROWN, self.device, world.SMALL)),
         ):
-            sampler = DemoSampler(make(), device=self.device)
+            sampler = DemoSampler(make(), device=str(self.device))
             own = lambda n=name, s=sampler: self.store(n, s, self.everything(self.samples, test=False))  # noqa: E731
             bench = self.bench(sampler, self.everything(self.prompts, test=True))
             yield Place("weights", name, bench, {name: own, "the demo's weights": self.all_prompts})
@@ -210,67 +213,54 @@ class Places:
         return model
 
 
-def refusal(store: Store, device: str) -> str:
+def refusal(store: Store, device: torch.device) -> str:
     """What is said of a plan of the small grid in a model of the medium one."""
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    medium = DemoSampler(DemoModel.load(GROWN, device, world.CLIPS["medium"], dtype), device=device, steps=1)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    medium = DemoSampler(DemoModel.load(GROWN, device, world.CLIPS["medium"], dtype), device=str(device), steps=1)
     bench = Bench(medium, store.manifest.blocks, [], [])
-    made = Study(bench, store, "auto").compiled(DENSITY)
-    assert isinstance(made, Planned)
+    plan = Study(bench, store, "auto").compiled(DENSITY).plan
     try:
-        with made.plan.attach(medium.transformer):
+        with plan.attach(medium.transformer):
             medium.run(world.sentence(world.scenes(1, torch.Generator().manual_seed(1))[0]), 1)
     except (PlanError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     raise AssertionError("a plan of another grid must be refused, but it ran")
 
 
-def table(result: dict[str, Any]) -> str:
+def robustness_page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    told = result["about"]
-    lines = [
-        "# Robustness",
-        "",
-        f"Density {DENSITY}, {result['prompts']} held-out prompts each; PSNR in dB against the",
-    ]
-    lines += [
-        "dense video (standard error), and in brackets the change from the plan that was calibrated there, paired"
-    ]
-    lines += ["by prompt. Last, what `calibatt-evaluate --quick` says: squared effect / promised.", ""]
-    lines += [f"`{told['command']}`; {told['device']}, {told['versions']}, {told['date']}.", ""]
-    lines += ["| used on | calibrated on | PSNR | --quick |", "|---|---|---|---|"]
+    text = (
+        f"Density {DENSITY}, {result['prompts']} held-out prompts each; PSNR in dB against the dense video (standard "
+        "error), and in square brackets the change from the plan that was calibrated there, paired by prompt. Last, "
+        "what `calibatt-evaluate --quick` says: squared effect / promised."
+    )
     own = {row["used_on"]: row for row in result["rows"] if row["used_on"] == row["calibrated_on"]}
+    rows = []
     for row in result["rows"]:
-        quality, base = mean_and_error(row["psnr"]), own.get(row["used_on"])
-        cell = f"{quality['mean']:.1f} ({quality['standard_error']:.1f})"
-        if base is not None and base is not row:
-            change = mean_and_error([a - b for a, b in zip(row["psnr"], base["psnr"], strict=True)])
-            cell += f" [{change['mean']:+.1f} ({change['standard_error']:.1f})]"
         said = row.get("quick")
         words = f"{said['ratio']:.2f}, {'fits' if said['fits'] else 'has drifted'}" if said else ""
-        lines.append(f"| {row['used_on']} | {row['calibrated_on']} | {cell} | {words} |")
+        rows.append([row["used_on"], row["calibrated_on"], cell(row, own.get(row["used_on"])), words])
+    more = []
     if style := result.get("style"):
         near = ", ".join(f"{value:.1f} dB from the {name}" for name, value in style.items())
-        lines += ["", f"Dense videos with the style LoRA are {near}."]
-    lines += ["", f"Another resolution: {result['another_resolution']}"] if "another_resolution" in result else []
-    return "\n".join(lines) + "\n"
+        more += [f"Dense videos with the style LoRA are {near}.", ""]
+    more += [f"Another resolution: {result['another_resolution']}", ""] if "another_resolution" in result else []
+    return page("Robustness", result, text, table(["used on", "calibrated on", "PSNR", "--quick"], rows), more)
 
 
-@click.command(help=__doc__)
-@click.option("--stores", type=click.Path(path_type=Path), required=True, help="Folder of the stores.")
-@click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="Prompts of a calibration.")
-@click.option("--vectors", type=click.IntRange(1), default=4, show_default=True, help="Random vectors of each.")
-@click.option("--prompts", type=click.IntRange(1), default=32, show_default=True, help="Held-out prompts of each.")
-@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Videos at a time.")
-@click.option("--style-steps", type=click.IntRange(1), default=150, show_default=True)
-@click.option("--style-batch", type=click.IntRange(1), default=16, show_default=True)
+@study_command(NAME, __doc__)
+@NEW_STORES
+@count_option("--samples", 8, "Prompts of a calibration.")
+@count_option("--vectors", 4, "Random vectors of each.")
+@prompts_option()
+@count_option("--batch", 32, "Videos at a time.")
+@count_option("--style-steps", 150, "Steps of the style LoRA's training.")
+@count_option("--style-batch", 16, "Videos of each.")
 @click.option("--case", "cases", type=click.Choice(["weights", "prompts"]), multiple=True, help="Of both, this alone.")
 @click.option("--kind", "kinds", type=click.Choice(list(KINDS)), multiple=True, help="Of all kinds, this alone.")
-@click.option("--join", type=click.Path(path_type=Path, exists=True), multiple=True, help="JSON of another run.")
-@click.option("--seconds", type=float, default=math.inf, help="Begin nothing after so many seconds.")
-@click.option("--device", default="auto", show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="JSON to write or to continue.")
-@click.option("--table", "markdown", type=click.Path(path_type=Path), help="Markdown to write.")
+@JOIN
+@JUDGED
+@TABLE
 def main(
     stores: Path,
     samples: int,
@@ -283,21 +273,22 @@ def main(
     kinds: tuple[str, ...],
     join: tuple[Path, ...],
     seconds: float,
-    device: str,
+    device: torch.device,
     output: Path,
     markdown: Path | None,
 ) -> None:
-    judged, device = Judgements(output, seconds, timed=False), pick_device(device)
-    places, result = Places(stores, device, samples, vectors, prompts, batch, (style_steps, style_batch)), judged.result
-    result |= {"about": about("python -m calibatt.tools.studies.robustness", places.demo), "prompts": prompts}
+    judged, style = Judgements(output, seconds, timed=False), (style_steps, style_batch)
     for path in join:
         judged.join(path)
+    places = Places(stores, device, samples, vectors, prompts, batch, style)
+    result = judged.result
+    judged.begin(about(NAME, places.demo), prompts=prompts, samples=samples, vectors=vectors)
     every = {"weights": lambda: places.of_weights(result), "prompts": lambda: places.of_prompts(kinds)}
 
     def judge(place: Place, name: str, *, quickly: bool) -> None:
         labels = {"case": place.case, "used_on": place.name, "calibrated_on": name}
-        judged.judge(place.bench, "compiled", DENSITY, lambda: place.rule(name), **labels)
-        for row in result["rows"] if quickly and judged.elapsed <= seconds else ():
+        judged.judge(place.bench, "compiled", DENSITY, lambda: place.rule(name), place.stores[name], **labels)
+        for row in judged.rows if quickly and not judged.is_over else ():
             if (row["used_on"], row["calibrated_on"]) == (place.name, name) and "quick" not in row:
                 row["quick"] = quick(place, name)
                 console.print(f"{judged.elapsed:6.1f} s  --quick: {row['quick']}", markup=False)
@@ -309,17 +300,14 @@ def main(
         own, other, *_ = place.stores
         judge(place, own, quickly=False)
         judge(place, other, quickly=True)
-        if judged.elapsed > seconds:
+        if judged.is_over:
             break
     for place in seen:  # what matters less
         for name in place.stores:
             judge(place, name, quickly=name != ALL)
-    if "another_resolution" not in result and judged.elapsed <= seconds:
+    if "another_resolution" not in result and not judged.is_over:
         result["another_resolution"] = refusal(places.all_prompts(), device)
-    judged.write()
-    if markdown is not None:
-        write_text(markdown, table(result))
-    console.print(f"{judged.elapsed:.1f} s: {output}")
+    judged.finish(robustness_page, markdown)
 
 
 def quick(place: Place, calibrated_on: str) -> dict[str, Any]:

@@ -17,23 +17,25 @@ else to do, measures the milliseconds of attention.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+import torch
+from matplotlib.figure import Figure
 from torch.nn.attention import SDPBackend
 
 from calibatt.compiler.stats import Store
-from calibatt.plans.files import whole_file, write_text
+from calibatt.tools.bench.options import choose, count_option, densities_option
 from calibatt.tools.evaluate.harness import about
 from calibatt.tools.studies.bench import Exact, Rule
-from calibatt.tools.studies.judgements import Judgements, console, mean_and_error
+from calibatt.tools.studies.judgements import Judgements, by_target, mean_and_error, page, table
+from calibatt.tools.studies.options import FIGURE, JOIN, JUDGED, PATH, TABLE, prompts_option, study_command
 from calibatt.tools.studies.study import METHODS, OURS, Study, make_study
-from calibatt.tools.studies.tradeoff import density_at
 
+NAME = "python -m calibatt.tools.studies.sizes"
 MODELS = {"small": "demo", "medium": "demo-medium", "large": "demo-large"}
 DENSITIES = (0.1, 0.15, 0.2, 0.3, 0.35, 0.4)
 DENSE = "dense: cuDNN"
@@ -70,7 +72,7 @@ def told_key(key: Key) -> str:
 
 
 def series(rows: list[dict[str, Any]], method: str) -> dict[Key, list[dict[str, Any]]]:
-    """Rows of a method by `Key`, each by density."""
+    """Rows of a method by `Key`, each by rising density."""
     found: dict[Key, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (*key_of(row), row["density"])):
         if row["method"] == method:
@@ -103,40 +105,26 @@ def speed_up_at(rows: list[dict[str, Any]], dense_ms: float, psnr_db: float) -> 
     return dense_ms / float(np.polyval(np.polyfit(*zip(*timed, strict=True), 1), density))
 
 
-def table(result: dict[str, Any]) -> str:
+def sizes_page(result: dict[str, Any]) -> str:
     """The result as Markdown: PSNR of every method by size, differences from `OURS`, and density by quality."""
-    rows, told = result["rows"], result["about"]
-    targets = sorted({row["target"] for row in rows if row["method"] != DENSE})
-    lines = ["# The study at several sizes", ""]
-    lines += [
-        f"PSNR in dB against the dense video (standard error), {result['prompts']} held-out prompts, and attention"
-    ]
-    lines += [
-        "of a video; in brackets the difference from the calibrated plan, paired by prompt. Where a method misses"
-    ]
-    lines += ["the density, its own is named.", ""]
-    lines += [f"`{told['command']}`; {told['device']}, {told['versions']}, {told['date']}.", ""]
-    for key in series(rows, OURS):
-        here = [row for row in rows if key_of(row) == key]
-        ours = {row["target"]: row for row in here if row["method"] == OURS}
-        dense = next((row for row in here if row["method"] == DENSE), None)
-        lines += [f"## {told_key(key)}", ""]
-        if dense and dense["attention_ms"]:
-            lines += [f"Dense attention of a video by cuDNN: {dense['attention_ms']:.1f} ms.", ""]
-        lines.append("| method | " + " | ".join(f"{target:g}" for target in targets) + " |")
-        lines.append("|---" * (len(targets) + 1) + "|")
-        for method in dict.fromkeys(row["method"] for row in here if row["method"] != DENSE):
-            found = {row["target"]: row for row in here if row["method"] == method}
-            lines.append(f"| {method} | " + " | ".join(_cell(found.get(t), ours.get(t), t) for t in targets) + " |")
-        lines.append("")
-    lines += ["## Density and speed-up of attention at equal quality", "", "| | 25 dB | 30 dB | 35 dB |"]
-    lines.append("|---|---|---|---|")
-    for key, found in series(rows, OURS).items():
-        dense = next((row for row in rows if row["tokens"] == key[0] and row["method"] == DENSE), None)
-        dense_ms = dense["attention_ms"] if dense else None
-        cells = [_at(found, dense_ms, psnr_db) for psnr_db in AT_PSNR_DB]
-        lines.append(f"| {told_key(key)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    rows, tables = result["rows"], []
+    text = (
+        f"PSNR in dB against the dense video (standard error), {result['prompts']} held-out prompts, and attention of "
+        "a video; in square brackets the difference from the calibrated plan, paired by prompt. Where a method misses "
+        "the density, its own is named."
+    )
+    sparse = [row for row in rows if row["method"] != DENSE]
+    reached = []
+    for key, ours in series(rows, OURS).items():
+        ms = next((row["attention_ms"] for row in rows if row["tokens"] == key[0] and row["method"] == DENSE), None)
+        here = [row for row in sparse if key_of(row) == key]
+        tables.append([f"## {told_key(key)}", ""])
+        tables.append([f"Dense attention of a video by cuDNN: {ms:.1f} ms.", ""] if ms else [])
+        tables.append(by_target(here, "method", OURS, of=sparse))
+        reached.append([told_key(key), *(_at(ours, ms, psnr_db) for psnr_db in AT_PSNR_DB)])
+    tables.append(["## Density and speed-up of attention at equal quality", ""])
+    tables.append(table(["", *(f"{psnr_db:g} dB" for psnr_db in AT_PSNR_DB)], reached))
+    return page("The study at several sizes", result, text, *tables)
 
 
 def _at(rows: list[dict[str, Any]], dense_ms: float | None, psnr_db: float) -> str:
@@ -146,23 +134,18 @@ def _at(rows: list[dict[str, Any]], dense_ms: float | None, psnr_db: float) -> s
     return f"{density:.2f}, {speed_up:.2f}x" if speed_up else f"{density:.2f}"
 
 
-def _cell(row: dict[str, Any] | None, ours: dict[str, Any] | None, target: float) -> str:
-    if row is None:
-        return "not judged"
-    quality = mean_and_error(row["psnr"])
-    text = f"{quality['mean']:.1f} ({quality['standard_error']:.1f})"
-    text += f", {row['attention_ms']:.1f} ms" if row["attention_ms"] else ""
-    if ours is not None and row is not ours:
-        change = mean_and_error([a - b for a, b in zip(row["psnr"], ours["psnr"], strict=True)])
-        text += f" [{change['mean']:+.1f} ({change['standard_error']:.1f})]"
-    return text if abs(row["density"] - target) < 0.01 else f"{text} at {row['density']:.2f}"
+def density_at(points: Sequence[dict[str, float]], psnr_db: float) -> float | None:
+    """Density at which a curve reaches a PSNR, by straight lines between its points; None outside of them."""
+    density, psnr = (np.array([point[key] for point in points]) for key in ("density", "psnr_db"))
+    if not psnr.min() <= psnr_db <= psnr.max():
+        return None
+    after = int(np.argmax(psnr >= psnr_db))
+    span = slice(max(0, after - 1), after + 1)
+    return float(np.interp(psnr_db, psnr[span], density[span]))
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: dict[str, Any]) -> Figure:
     """PSNR against density, a curve a size: plans, and dashed the strongest online rival."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.add_subplot()
     colours = dict(zip(series(result["rows"], OURS), COLOURS, strict=False))
@@ -186,9 +169,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.legend(fontsize=8, frameon=False)
     told = result["about"]
     axes.set_title(f"{result['prompts']} held-out prompts; {told['device']}, {told['versions']}", fontsize=9)
-    FigureCanvasAgg(figure)
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=150, facecolor="white", format="png")
+    return figure
 
 
 def _store(text: str) -> tuple[str, Path]:
@@ -198,27 +179,25 @@ def _store(text: str) -> tuple[str, Path]:
     return size, Path(folder)
 
 
-@click.command(help=__doc__)
+@study_command(NAME, __doc__)
 @click.option("--stats", "stores", multiple=True, metavar="SIZE=FOLDER", help="May be repeated.")
-@click.option("--prompts", type=click.IntRange(1), default=32, show_default=True, help="Held-out prompts.")
-@click.option("--calibration", type=click.IntRange(1), default=8, show_default=True, help="Prompts of thresholds.")
-@click.option("--densities", default=",".join(map(str, DENSITIES)), show_default=True)
+@prompts_option()
+@count_option("--calibration", 8, "Prompts of thresholds.")
+@densities_option(",".join(map(str, DENSITIES)))
 @click.option("--methods", default=";".join(CHOSEN), help="Names, separated by semicolons.", show_default=True)
-@click.option("--batch-tokens", type=click.IntRange(1), default=BATCH_TOKENS, show_default=True, help="At a time.")
-@click.option("--plans", type=click.Path(path_type=Path), help="Folder in which compiled plans are kept.")
-@click.option("--join", type=click.Path(path_type=Path, exists=True), multiple=True, help="JSON of another run.")
+@count_option("--batch-tokens", BATCH_TOKENS, "Tokens of the videos that are generated at a time.")
+@click.option("--plans", type=PATH, help="Folder in which compiled plans are kept.")
+@JOIN
 @click.option("--timings", is_flag=True, help="Measure attention again, of the rows there are.")
 @click.option("--busy", is_flag=True, help="Others use the device: leave the milliseconds out.")
-@click.option("--seconds", type=float, default=math.inf, help="Begin no method after so many seconds.")
-@click.option("--device", default="auto", show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="JSON to write or to continue.")
-@click.option("--figure", type=click.Path(path_type=Path), help="PNG to draw.")
-@click.option("--table", "markdown", type=click.Path(path_type=Path), help="Markdown to write.")
+@JUDGED
+@FIGURE
+@TABLE
 def main(
     stores: tuple[str, ...],
     prompts: int,
     calibration: int,
-    densities: str,
+    densities: list[float],
     methods: str,
     batch_tokens: int,
     plans: Path | None,
@@ -226,15 +205,13 @@ def main(
     timings: bool,
     busy: bool,
     seconds: float,
-    device: str,
+    device: torch.device,
     output: Path,
     figure: Path | None,
     markdown: Path | None,
 ) -> None:
-    names, parsed = [name.strip() for name in methods.split(";")], [_store(text) for text in stores]
-    if unknown := [name for name in names if name not in METHODS]:
-        raise click.UsageError(f"--methods must be some of {'; '.join(METHODS)}; got {unknown[0]!r}")
-    judged, at = Judgements(output, seconds, timed=not busy), [float(density) for density in densities.split(",")]
+    names, parsed = choose(methods, list(METHODS), "--methods", ";"), [_store(text) for text in stores]
+    judged = Judgements(output, seconds, timed=not busy)
     for path in join:
         judged.join(path)
     studies: dict[str, Study] = {}
@@ -245,11 +222,11 @@ def main(
         study = make_study(*known, like=studies.get(size))
         labels = {"size": size, "tokens": study.sampler.grid.tokens, "block": study.bench.blocks.block_k}
         labels |= {"calibrated": study.calibrated}
-        judged.result |= {"about": about("python -m calibatt.tools.studies.sizes", study.sampler), "prompts": prompts}
+        judged.begin(about(NAME, study.sampler), prompts=prompts, calibration=calibration)
         first = size not in studies
         studies[size] = studies.get(size, study)
         todo += [(0, DENSE, 1.0, study, labels)] if first else []
-        todo += [(*each, study, labels) for each in in_order(names, at, first=first)]
+        todo += [(*each, study, labels) for each in in_order(names, densities, first=first)]
     for _, name, density, study, labels in sorted(todo, key=lambda each: each[0]):
 
         def make(name: str = name, density: float = density, study: Study = study) -> Rule:
@@ -258,13 +235,8 @@ def main(
         if timings:
             judged.time(study.bench, name, density, make, max(1, TIMED_TOKENS // labels["tokens"]), **labels)
         else:
-            judged.judge(study.bench, name, density, make, **labels)
-    judged.write()
-    if figure is not None:
-        draw(judged.result, figure)
-    if markdown is not None:
-        write_text(markdown, table(judged.result))
-    console.print(f"{judged.elapsed:.1f} s: {output}")
+            judged.judge(study.bench, name, density, make, lambda study=study: study.store, **labels)
+    judged.finish(sizes_page, markdown, draw, figure)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from torch import Tensor
 from calibatt.plans import Blocks
 from calibatt.tools.studies import masks
 from calibatt.tools.studies.bench import Bench, PerInput
-from calibatt.tools.studies.masks import with_top
 
 
 def means(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -69,10 +68,7 @@ class SolAttn(PerInput):
         super().__init__(bench, lambda q, k, v, step, layer: standing(q, k, bench.blocks), threshold)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int, time: float) -> Tensor:
-        step = self.bench.step(time)
-        score = self.score(q, k, v, step, layer)
-        keep = with_top(score > self.threshold[step, layer][:, None, None], score)
-        self.shares.append(keep.float().mean())
+        keep = self.keep(q, k, v, layer, time)
         exact, lse = masks.masked_with_lse(q, k, v, keep, self.bench.sampler.grid, self.bench.blocks)
         other, other_lse = rest(q, k, v, keep, self.bench.blocks)
         share = torch.sigmoid(other_lse - lse)[..., None]

@@ -11,10 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from calibatt.compiler.gather import Samplings
 from calibatt.compiler.stats import Manifest, SamplingTables, Store, StoreWriter, Table, Unit
 from calibatt.tools.calibrate.calibration import Calibrator, sampling_name
 from calibatt.tools.calibrate.sampler import Sampler
 from calibatt.tools.calibrate.work import Work, make_manifest
+
+
+def sampling_counts(store: Samplings) -> dict[str, Any]:
+    """What statistics were made of: ``prompts``, ``samplings`` (a prompt and a seed each), and ``vectors``, the numbers
+    of random vectors that their samplings have, each number once."""
+    meta = store.meta.values()
+    return {
+        "prompts": len({each["prompt"] for each in meta}),
+        "samplings": len(store.samplings),
+        "vectors": sorted({int(each["vectors"]) for each in meta}),
+    }
 
 
 def grown(

@@ -27,12 +27,14 @@ from calibatt.compiler.stats import Store, window_keep
 from calibatt.plans import INT8, INT8_FP8
 from calibatt.runtime import Plan, load_plan
 from calibatt.tools.calibrate.models import DEMOS, FIRST_SEED, make_sampler
-from calibatt.tools.calibrate.work import Work, pick_device, plan_work, read_prompts
+from calibatt.tools.calibrate.work import Work, plan_work, read_prompts
 from calibatt.tools.evaluate.harness import executed_density
-from calibatt.tools.studies import baselines, bench, sol_attn
-from calibatt.tools.studies.bench import Bench, BestOf, Kept, Measured, Moment, PerInput, Planned, Rule
+from calibatt.tools.studies import baselines, bench, candidates, sol_attn
+from calibatt.tools.studies.bench import Bench, BestOf, Kept, Moment, PerInput, Planned, Rule
+from calibatt.tools.studies.candidates import Measured
 from calibatt.tools.studies.in_memory import compile_in_memory
 from calibatt.tools.studies.masks import with_top
+from calibatt.tools.studies.stores import sampling_counts
 
 DENSITIES = (0.2, 0.35, 0.5, 0.65)
 SHARES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -84,9 +86,9 @@ class Study:
 
     @property
     def calibrated(self) -> str:
-        """What the store is made of."""
-        vectors = sorted({str(meta.get("vectors")) for meta in self.store.meta.values()})
-        return f"{len(self.store.samplings)} samplings x {' or '.join(vectors)}"
+        """The samplings of the store x the random vectors of each."""
+        counts = sampling_counts(self.store)
+        return f"{counts['samplings']} samplings x {' or '.join(map(str, counts['vectors']))}"
 
     @cached_property
     def price(self) -> Tensor:
@@ -94,8 +96,8 @@ class Study:
         of, table, heads = self.store.manifest, self.store.table(), self.bench.shape[2]
         keep = torch.stack([torch.tensor(window_keep(each, of.grid, of.blocks)) for each in of.windows])
         each = keep.to(self.bench.device)[:, None].expand(-1, heads, -1, -1)
-        error = bench.measure(self.bench, lambda moment: each, len(each)).error.movedim(0, 2)
-        at = [min(range(len(of.times)), key=lambda i: abs(of.times[i] - now)) for now in self.sampler.times]
+        error = candidates.measure(self.bench, lambda moment: each, len(each)).error.movedim(0, 2)
+        at = [bench.nearest(of.times, now) for now in self.sampler.times]
         prices = torch.tensor((table.window_error * table.time_level[:, None, None, None])[at]).to(error)
         known = (prices > 0) & (error > 0)
         ratio = torch.where(known, prices / error.where(known, 1.0), 1.0).log()
@@ -105,7 +107,7 @@ class Study:
     def source(self) -> _Remembered:
         return _Remembered(StatisticsSource(self.store))
 
-    def compiled(self, density: float, passes: str = DEFAULTS) -> Rule:
+    def compiled(self, density: float, passes: str = DEFAULTS) -> Planned:
         """What calibatt-compile makes of the store; D in the passes stands for the density."""
         text = passes.replace("D", f"{density:g}")
         told = repr((self.store.manifest.digest, self.store.samplings, self.calibrated, text))
@@ -119,7 +121,7 @@ class Study:
                 plan.save(kept)
         return Planned(self.bench, plan, self.backend)
 
-    def in_eight_bits(self, target: float, equal_density: bool) -> Rule:
+    def in_eight_bits(self, target: float, equal_density: bool) -> Planned:
         """A plan with heads in 8 bits where they pay.
 
         On a GPU `hopper` executes it, so that the store must be of blocks of 128; on a CPU 8 bits are emulated.
@@ -146,12 +148,12 @@ class Study:
         return Planned(self.bench, plan, "auto")
 
     @cached_property
-    def papers(self) -> list[Rule]:
+    def papers(self) -> list[Planned]:
         """Plans of the paper's own method: each threshold of the store with each of `AGREEMENTS`."""
         passes = "vote{agreement=%g,threshold=%g},repeat,schedule,lower"
         return [self.compiled(1.0, passes % (a, t)) for t in self.store.manifest.thresholds for a in AGREEMENTS]
 
-    def paper(self, density: float) -> Rule:
+    def paper(self, density: float) -> Planned:
         """Of `papers` the one whose density is nearest; its own density cannot be chosen.
 
         Raises:
@@ -185,16 +187,16 @@ class Study:
     def uniform(self, name: str, density: float) -> Rule:
         """One rule for all: patterns at one density everywhere, others at one threshold everywhere."""
         score = self.score(name)
-        threshold = bench.quantile_threshold(score, density)
+        threshold = candidates.quantile_threshold(score, density)
         return Kept(self.bench, with_top(score > threshold, score), self.order if name == "cubes" else None)
 
     def ladder(self, name: str, order: Tensor | None = None) -> tuple[Tensor, Measured]:
         """A score's masks at `SHARES` in every head, bool ``(C, T, L, H, Q, K)``, and what they cost; dense is last."""
         if name not in self._measured:
             score = self.score(name)
-            thresholds = bench.head_thresholds(score, (*SHARES, 1.0))
+            thresholds = candidates.head_thresholds(score, (*SHARES, 1.0))
             keep = with_top(score > thresholds[..., None, None], score.expand(len(thresholds), *score.shape))
-            found = bench.measure(self.bench, lambda m: keep[:, m.step, m.layer], len(keep), order)
+            found = candidates.measure(self.bench, lambda m: keep[:, m.step, m.layer], len(keep), order)
             self._measured[name] = keep, found
         return self._measured[name]
 
@@ -203,7 +205,7 @@ class Study:
         ladders = [self.ladder(name, order) for name in names]
         keep = torch.cat([masks for masks, _ in ladders])
         found = Measured.joined([measured for _, measured in ladders])
-        pick = bench.budgeted(found, self.price, density)
+        pick = candidates.budgeted(found, self.price, density)
         chosen = keep.gather(0, pick[None, ..., None, None].expand(1, *keep.shape[1:]))[0]
         return Kept(self.bench, chosen, order)
 
@@ -222,29 +224,29 @@ class Study:
 
     def dynamic_uniform(self, density: float) -> Rule:
         scores = baselines.mass_before(self.mass)
-        return PerInput(self.bench, self.mass_score, self.everywhere(bench.quantile_threshold(scores, density)))
+        return PerInput(self.bench, self.mass_score, self.everywhere(candidates.quantile_threshold(scores, density)))
 
     def dynamic_budget(self, density: float) -> Rule:
         """Top-p with a p for each head at each time, under our budget."""
         if "dynamic" not in self._measured:
             scores = baselines.mass_before(self.mass)
-            thresholds = bench.head_thresholds(scores, (*SHARES, 1.0))
+            thresholds = candidates.head_thresholds(scores, (*SHARES, 1.0))
 
-            def candidates(moment: Moment) -> Tensor:
+            def masks_over(moment: Moment) -> Tensor:
                 score = self.mass_score(moment.q, moment.k, moment.v, moment.step, moment.layer)
                 over = thresholds[:, moment.step, moment.layer, :, None, None]
                 return with_top(score > over[:, None], score.expand(len(over), *score.shape))
 
-            self._measured["dynamic"] = thresholds, bench.measure(self.bench, candidates, len(thresholds))
+            self._measured["dynamic"] = thresholds, candidates.measure(self.bench, masks_over, len(thresholds))
         thresholds, found = self._measured["dynamic"]
-        pick = bench.budgeted(found, self.price, density)
+        pick = candidates.budgeted(found, self.price, density)
         return PerInput(self.bench, self.mass_score, thresholds.gather(0, pick[None])[0])
 
     def skip_softmax(self, density: float) -> Rule:
         """A tile is skipped where its scores stay far below; one threshold, found on the calibration prompts."""
         scores = []
         self.bench.calibrate(lambda m: scores.append(self.skip_score(m.q, m.k, m.v, m.step, m.layer).flatten()))
-        threshold = bench.quantile_threshold(torch.cat(scores), density)
+        threshold = candidates.quantile_threshold(torch.cat(scores), density)
         return PerInput(self.bench, self.skip_score, self.everywhere(threshold))
 
     @cached_property
@@ -264,7 +266,7 @@ class Study:
         rest = (density - dense_steps / steps) / (1 - dense_steps / steps)
         if rest <= 0:
             raise ValueError(f"density must be above that of {dense_steps} dense steps of {steps}, got {density}")
-        threshold = self.everywhere(bench.quantile_threshold(self.standing, rest)).clone()
+        threshold = self.everywhere(candidates.quantile_threshold(self.standing, rest)).clone()
         threshold[:dense_steps] = -torch.inf
         return sol_attn.SolAttn(self.bench, threshold)
 
@@ -272,7 +274,7 @@ class Study:
         keeps = []
         for name in ("spatial", "temporal"):
             score = self.score(name)[0, 0]
-            keeps.append(with_top(score > bench.quantile_threshold(score, density), score))
+            keeps.append(with_top(score > candidates.quantile_threshold(score, density), score))
         return BestOf(self.bench, keeps)
 
 
@@ -336,22 +338,40 @@ def make_study(
     calibration: int,
     steps: int | None,
     batch: int,
-    device: str,
+    device: torch.device,
     backend: str = "triton",
     plans: Path | None = None,
     like: Study | None = None,
 ) -> Study:
-    """The study of a model from its statistics; the sampler's steps must be the times of the store.
+    """The study of a model from its statistics.
 
-    `like`: one of the same model and prompts, whose dense videos are taken.
+    Args:
+        model: Of ``--model``.
+        stores: Folders of statistics of one manifest.
+        held_out: File of prompts to judge on; the demo models have their own.
+        prompts: How many of them at most.
+        calibration: How many prompts errors are measured on.
+        steps: Of the sampler; the model's own if absent. A step follows the time of the store that is nearest.
+        batch: Videos at a time.
+        device: Where the model runs.
+        backend: Of the runtime.
+        plans: A folder in which plans are kept.
+        like: One of the same model and prompts, whose dense videos are taken.
+
+    Raises:
+        click.UsageError: The store is of another grid, or made of a held-out prompt.
+        ValueError: Model, prompts or store are wrong.
     """
     store = Store.open(stores)
-    sampler = like.sampler if like else make_sampler(model, steps, pick_device(device))
+    sampler = like.sampler if like else make_sampler(model, steps, str(device))
     if store.manifest.grid != sampler.grid:
         raise click.UsageError(
             f"--stats must be of {sampler.grid}, as --model {model} samples, got {store.manifest.grid}"
         )
     work = held_out_work(model, held_out, prompts)
+    seen = {meta["prompt"] for meta in store.meta.values()}
+    if known := [prompt for prompt, _ in work if prompt in seen]:
+        raise click.UsageError(f"held-out prompts must be none that --stats was made of, got {known[0]!r}")
     calibrated = plan_work(model, None, calibration, 0)
     other = like.bench if like else None
     return Study(Bench(sampler, store.manifest.blocks, work, calibrated, batch, other), store, backend, plans)

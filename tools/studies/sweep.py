@@ -7,7 +7,6 @@ Every configuration takes turns with that of the table, on the sizes, densities 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,13 @@ import numpy as np
 import torch
 
 from calibatt.plans import Blocks
-from calibatt.plans.files import write_text
 from calibatt.runtime.backends import load_backend
 from calibatt.runtime.ops import attend
 from calibatt.tools.bench.kernel import GPU_SIZES, Size, measure
-from calibatt.tools.bench.model import choose
+from calibatt.tools.bench.options import ROUNDS, choose, device_option, output_option
+from calibatt.tools.bench.record import header, state, write_report
 from calibatt.tools.bench.schedules import structured_schedule
+from calibatt.tools.studies.options import study_command
 
 SWEEP = [
     *((64, block_n, 4, stages, None) for block_n in (32, 64, 128) for stages in (2, 3)),
@@ -88,20 +88,28 @@ def ranking(records: list[dict[str, Any]], size: Size, device: torch.device) -> 
     ]
 
 
-@click.command(help=__doc__)
+@study_command("python -m calibatt.tools.studies.sweep", __doc__)
 @click.option("--sizes", default=",".join(size.name for size in GPU_SIZES), show_default=True)
-@click.option("--rounds", default=10, show_default=True, help="Measurements of each case.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="JSON file to write.")
-def main(sizes: str, rounds: int, output: Path) -> None:
-    if not torch.cuda.is_available():
-        raise click.UsageError("a sweep needs a CUDA device, got none")
-    device, known = torch.device("cuda"), {size.name: size for size in GPU_SIZES}
-    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "measurements": [], "ranking": []}
-    for size in (known[name] for name in choose(sizes, list(known), "--sizes")):
+@ROUNDS
+@device_option("cuda", kinds=("cuda",))
+@output_option("JSON to write after every size.", required=True)
+def main(sizes: str, rounds: int, device: torch.device, output: Path) -> None:
+    torch.manual_seed(0)
+    known = {size.name: size for size in GPU_SIZES}
+    chosen = [known[name] for name in choose(sizes, list(known), "--sizes")]
+    report: dict[str, Any] = {
+        **header("python -m calibatt.tools.studies.sweep", device),
+        "sizes": [size.as_json() for size in chosen],
+        "measurements": [],
+        "ranking": [],
+        "states": [],
+    }
+    for size in chosen:
         for density in size.densities:
             report["measurements"] += measure(size, cases(size, density, device), device, rounds)
         report["ranking"] += ranking(report["measurements"], size, device)
-        write_text(output, json.dumps(report, indent=1) + "\n")
+        report["states"].append({"size": size.name, **state(device)})
+        write_report(output, report)
     click.echo("\n".join(report["ranking"]))
 
 

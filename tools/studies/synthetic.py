@@ -32,6 +32,8 @@ from calibatt.compiler.stats.files import unit_name
 from calibatt.compiler.stats.unit import write_unit
 from calibatt.plans import EIGHT_BITS, Blocks, ModelSignature, TokenGrid
 from calibatt.plans.files import UNITS
+from calibatt.tools.bench.options import count_option
+from calibatt.tools.studies.options import PATH, all_of, study_command
 
 Float = npt.NDArray[np.float32]
 
@@ -225,14 +227,18 @@ def _copy_effect(
     return np.where(neighbours(count, radius), base * np.abs(offsets), np.nan).astype(np.float32)
 
 
-@click.command(help=__doc__)
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option("--layers", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--times", type=click.IntRange(1), default=50, show_default=True)
-@click.option("--samples", type=click.IntRange(1), default=8, show_default=True)
+SYNTHETIC = all_of(
+    count_option("--layers", 4, "Of the model."),
+    count_option("--times", 50, "That are recorded."),
+    count_option("--samples", 8, "Samplings."),
+)
+
+
+@study_command("python -m calibatt.tools.studies.synthetic", __doc__)
+@click.argument("store", type=PATH)
+@SYNTHETIC
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def main(store: Path, layers: int, times: int, samples: int, seed: int) -> None:
-    """Writes a store of Wan 14B's size."""
     steps = iter(track(range(layers * times), "units"))
     Synthetic(wan14b_manifest(layers, times), seed=seed).write(store, samples, lambda: next(steps, None))
 

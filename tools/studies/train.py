@@ -1,4 +1,4 @@
-"""Trains the demo model on a GPU within a time budget; these commands made the weights in this folder and in grown/.
+"""Trains the demo model on a GPU within a time budget; so the weights in tools/demo_model and in its grown/ were made:
 
     python -m calibatt.tools.studies.train --seconds 940 --part-seconds 500 --checkpoint demo.pt -o out/     # twice
     python -m calibatt.tools.studies.train --from tools/demo_model/weights.safetensors --size medium --seconds 90 \\
@@ -30,10 +30,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calibatt.plans.files import whole_file, write_text
+from calibatt.tools.bench.options import file_option
+from calibatt.tools.bench.record import header
 from calibatt.tools.demo_model import world
 from calibatt.tools.demo_model.model import STEPS, DemoModel, generate
+from calibatt.tools.inspect_plan.drawing import save_figure
 from calibatt.tools.studies import rendering
+from calibatt.tools.studies.options import FILE, TRAINING, study_command
 
+NAME = "python -m calibatt.tools.studies.train"
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MUON_RATE, MUON_MOMENTUM = 3e-3, 0.95
 ADAM_RATE, ADAM_BETAS = 1.5e-3, (0.9, 0.98)
@@ -111,8 +116,7 @@ def draw_loss(record: dict, path: Path) -> None:
     axes.set_title(f"Training of the demo model: {record['seconds']:.0f} s on one {record['device']}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=120, facecolor="white", format="png")
+    save_figure(figure, path)
 
 
 def save_model(path: Path, model: DemoModel, **notes: object) -> None:
@@ -231,16 +235,13 @@ class Curve:
         self.sums, self.since = {}, time.time()
 
 
-@click.command(help=__doc__)
+@study_command(NAME, __doc__)
 @click.option("--seconds", default=960.0, show_default=True, help="Training time over all parts.")
 @click.option("--part-seconds", default=0.0, help="Stop after this long, keeping a checkpoint (0: never).")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Where to keep and find the checkpoint.")
-@click.option("--from", "start", type=click.Path(exists=True, path_type=Path), help="Weights to go on from.")
+@file_option("--checkpoint", text="Where to keep and find the checkpoint.")
+@click.option("--from", "start", type=FILE, help="Weights to go on from.")
 @click.option("--size", "sizes", type=click.Choice(list(world.CLIPS)), multiple=True, default=("small",))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
-@click.option("--seed", default=1, show_default=True)
-@click.option("--check-prompts", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--device", default="cuda", show_default=True)
+@TRAINING
 def main(
     seconds: float,
     part_seconds: float,
@@ -250,7 +251,7 @@ def main(
     output: Path,
     seed: int,
     check_prompts: int,
-    device: str,
+    device: torch.device,
 ) -> None:
     began = time.time()
     output.mkdir(parents=True, exist_ok=True)
@@ -271,7 +272,8 @@ def main(
         training.load_state(kept)
         generator.set_state(kept["generator"].cpu())
         before, seen, curve = kept["elapsed"], kept["seen"], Curve(kept["curve"])
-    if device == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch._dynamo.config.recompile_limit = 64
         for block in model.transformer.blocks:
             block.compile(dynamic=False)
@@ -304,14 +306,13 @@ def main(
         kept = training.state() | {"generator": generator.get_state(), "elapsed": elapsed, "curve": curve.rows}
         torch.save(kept | {"seen": seen}, checkpoint)
     save()
-    name = torch.cuda.get_device_name() if device == "cuda" else device
-    record = {"from": start.name if start else None, "seed": seed, "seconds": seconds, "steps": training.step}
-    record |= {"videos": seen, "device": name, "torch": torch.__version__, "checks": {}, "loss": curve.rows}
+    record = header(NAME, device) | {"from": start.name if start else None, "seed": seed, "seconds": seconds}
+    record |= {"steps": training.step, "videos": seen, "checks": {}, "loss": curve.rows}
     record["loss_columns"] = ["seconds", "step", "videos of", "mean velocity error"]
     write_text(output / "train.json", json.dumps(record, indent=1) + "\n")
     draw_loss(record, output / "loss.png")
     write_text(output / "samples.txt", "\n".join(sample_prompts()) + "\n")
-    dtype = torch.bfloat16 if start and device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if start and on_gpu else torch.float32
     for size in sizes:
         final = DemoModel.load(weights, device, world.CLIPS[size], dtype)
         sheet(drawn(final, sample_prompts(), 100), output / f"samples_{size}.png")
