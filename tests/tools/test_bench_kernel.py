@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from calibatt.plans import TokenGrid
@@ -25,3 +26,44 @@ def test_kernels_are_measured_and_absent_ones_have_a_reason(tmp_path: Path, monk
     assert found == {("sdpa-flash", 1.0), ("torch", 1.0), ("torch", 0.5)}
     assert report["missing"]["sdpa-cudnn"] == "cuDNN needs a CUDA device"
     assert report["command"] == "calibatt-bench kernel --device cpu --rounds 2 --output kernels.json"
+
+
+def test_a_kernel_that_computes_something_else_is_not_timed() -> None:
+    out = torch.randn(1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
+    missing: dict[str, str] = {}
+    found = {
+        ("sdpa-cudnn", 1.0): "not here",
+        ("sdpa-flash", 1.0): lambda: out,
+        ("hopper", 1.0): lambda: out * 1.01,
+        ("flash-attention-4", 1.0): lambda: out * 1.05,
+        ("triton", 0.5): lambda: out,
+        ("flex-attention", 0.5): lambda: out * torch.nan,
+        ("hopper overshooting", 1.0): lambda: out * 9,
+    }
+    made = kernel.agreeing(found, missing)
+    assert [name for name, _ in made] == ["sdpa-flash", "hopper", "triton", "hopper overshooting"]
+    assert set(missing) == {"sdpa-cudnn", "flash-attention-4", "flex-attention"}
+    assert missing["flash-attention-4"] == "it must compute what others do, got an output that is 0.050 off"
+
+
+def test_the_host_does_not_wait_between_the_untimed_run_and_the_timed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, other: object) -> float:
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    size, run = kernel.CPU_SIZES[0], lambda: log.append("run")
+    kernel.measure(size, {("a", 1.0): run}, torch.device("cuda"), 2)
+    once = ["event", "run", "event", "wait"]
+    assert log == 2 * once + 2 * ["run", *once]

@@ -272,10 +272,7 @@ def test_nothing_can_be_skipped(options: list[str], told: str) -> None:
 
 def test_flash_attention_4_is_one_of_the_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def peer(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-        return lambda: (
-            F.scaled_dot_product_attention(q, k, v).transpose(1, 2),
-            None,
-        )  # (B, N, H, D) and lse, as it does
+        return lambda: F.scaled_dot_product_attention(q, k, v)
 
     monkeypatch.setattr(variants, "dense_peer", peer)
     variant = variants.Variant(variants.FLASH_4, 1.0, lambda model: variants._through(model, variants._flash_4))
@@ -290,6 +287,16 @@ def test_flash_attention_4_is_one_of_the_cases(tmp_path: Path, monkeypatch: pyte
     assert found["missing"] == {}
     against = [row["against"] for row in rows(found, "derived", attention="plan 0.3", mode="eager")]
     assert against == ["sdpa", variants.FLASH_4]
+
+
+def test_dense_kernels_that_disagree_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variants, "dense_peer", lambda name, q, k, v: lambda: v.mean(2, keepdim=True).expand_as(v))
+    variant = variants.Variant(variants.FLASH_4, 1.0, lambda model: variants._through(model, variants._flash_4))
+    monkeypatch.setattr(model, "flash_attention_4", lambda device: variant)
+    monkeypatch.setattr(forwards, "MOST_OFF", 1e-6)  # attention matters little in a model of random weights
+    options = ["model", "--model", "tiny", "--device", "cpu", "--sizes", "small", "--modes", "eager", "--steps", "0"]
+    with pytest.raises(forwards.BenchError, match="flash-attention-4: dense kernels must agree, got a result"):
+        CliRunner().invoke(main, options, catch_exceptions=False)
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")

@@ -3,9 +3,14 @@
 On a CUDA device the hopper and triton backends against the dense kernels of scaled_dot_product_attention, and, where
 they are installed, FlashAttention-4 (dense and block sparse) and FlexAttention on the same masks and tensors; on a CPU
 the torch backend against scaled_dot_product_attention. The masks are synthetic: *structured*, where neighbouring query
-blocks keep similar key blocks and the number kept varies by 20 %, or *random*. All cases of a size and density take
-turns, every round in another order, and each runs once untimed before it is timed: at its power limit a GPU's clocks
-are those that the kernel before has left. TFLOP/s count the blocks that are computed.
+blocks keep similar key blocks and the number kept varies by 20 %, or *random*.
+
+All cases of a size and density take turns, every round in another order. Right before its timed run each runs once
+untimed: at its power limit a GPU's clocks are those that the kernel before has left. The timed run is queued while that
+one computes, so that the host's time for a call is not in it; for our kernels it is measured apart. L2 is not flushed:
+it holds what the untimed run left of queries, keys and values of 75 MB and more (an H100 and an H200 have 50 MB of L2).
+TFLOP/s count the blocks that are computed. Outputs of kernels with the same masks are compared, and a kernel that
+computes something else is not timed.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from torch import Tensor
 
 from calibatt.plans import BF16, FRAMES, PRECISIONS, ROWS, Blocks, TokenGrid
 from calibatt.runtime.ops import attend, supports
@@ -31,6 +37,10 @@ from calibatt.tools.bench.record import header, state, write_report
 from calibatt.tools.bench.schedules import anchored_schedule, in_precision, structured_schedule
 
 OURS = ("hopper", "triton", "torch")
+COMPARED = (*DENSE_PEERS, *OURS, *SPARSE_PEERS)
+"""Kernels that must agree on the same masks; others have other masks, inputs or precisions."""
+MOST_OFF = 0.02
+"""Most that two outputs may differ by, relative to their size; in 16 bits kernels differ by some thousandths."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ CPU_SIZES = (Size("demo", TokenGrid(8, 24, 24), 64, 4, 64, torch.float32, (1.0, 
 
 def cases(
     size: Size, density: float, device: torch.device, mask: str, peers: bool, missing: dict[str, str]
-) -> dict[tuple[str, float], Callable[[], object]]:
+) -> dict[tuple[str, float], Callable[[], Tensor]]:
     """Every (kernel, density) of a size and a density as a function to time; why others are `missing`."""
     shape = (1, size.grid.tokens, size.heads, size.head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=size.dtype).transpose(1, 2) for _ in range(3))
@@ -94,11 +104,41 @@ def cases(
             found[name, anchored.density] = partial(attend, q, k, v, anchored, "hopper")
         rising = k * torch.linspace(1, 0.02, size.grid.tokens, device=device, dtype=k.dtype)[:, None]
         found["hopper overshooting", schedule.density] = partial(attend, 40 * q, rising, v, schedule, "hopper")
-    missing.update({name: each for (name, _), each in found.items() if isinstance(each, str)})
-    return {case: each for case, each in found.items() if not isinstance(each, str)}
+    return agreeing(found, missing)
 
 
-def milliseconds(function: Callable[[], object], device: torch.device) -> float:
+def agreeing(
+    found: dict[tuple[str, float], Callable[[], Tensor] | str], missing: dict[str, str]
+) -> dict[tuple[str, float], Callable[[], Tensor]]:
+    """The cases that can be run, whose outputs agree where they must; why others are `missing`."""
+    made: dict[tuple[str, float], Callable[[], Tensor]] = {}
+    first: dict[float, Tensor] = {}
+    for (name, density), run in found.items():
+        if isinstance(run, str):
+            missing[name] = run
+            continue
+        if name in COMPARED:
+            out = run().float()
+            off = float((out - first.setdefault(density, out)).norm() / first[density].norm())
+            if not off <= MOST_OFF:
+                missing[name] = f"it must compute what others do, got an output that is {off:.3f} off"
+                continue
+        made[name, density] = run
+    return made
+
+
+def milliseconds(
+    function: Callable[[], object], device: torch.device, before: Callable[[], object] = lambda: None
+) -> float:
+    """Time of one call: on a GPU that between two events.
+
+    Args:
+        function: What is timed.
+        device: Where it computes.
+        before: Is run untimed, and not waited for. While a GPU computes it, the host queues what is timed, so that the
+            host's time is not in it; where nothing is before, it is.
+    """
+    before()
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -128,8 +168,7 @@ def measure(
     order = random.Random(0)
     for _ in range(rounds):
         for case in order.sample(list(made), len(made)):
-            milliseconds(made[case], device)
-            times[case].append(milliseconds(made[case], device))
+            times[case].append(milliseconds(made[case], device, before=made[case]))
     flops = 4 * size.grid.tokens**2 * size.head_dim * size.heads
     records = []
     for (backend, density), ms in times.items():

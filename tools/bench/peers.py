@@ -21,7 +21,8 @@ FLASH_4_BLOCK = 128
 """Queries and keys of the blocks that FlashAttention-4 takes on sm90."""
 SPARSE_PEERS = ("flash-attention-4 sparse", "flex-attention")
 
-Timed = Callable[[], object]
+Timed = Callable[[], Tensor]
+"""Gives the output ``(B, H, N, D)``."""
 
 
 def dense_peer(name: str, q: Tensor, k: Tensor, v: Tensor) -> Timed | str:
@@ -84,8 +85,14 @@ def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, Ten
     except Exception as error:  # it fails in many ways where its compiler is not complete
         return f"cannot be imported: {type(error).__name__}: {error}"
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+
+    def run(**options: object) -> Tensor:
+        found = flash_attn_func(q, k, v, **options)
+        out: Tensor = found[0] if isinstance(found, tuple) else found
+        return out.transpose(1, 2)
+
     if lists is None:
-        return lambda: flash_attn_func(q, k, v)
+        return run
     counts, indices = lists
     sparse = BlockSparseTensorsTorch(
         mask_block_cnt=torch.zeros_like(counts),
@@ -94,7 +101,7 @@ def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, lists: tuple[Tensor, Ten
         full_block_idx=indices,
         block_size=(FLASH_4_BLOCK, FLASH_4_BLOCK),
     )
-    return lambda: flash_attn_func(q, k, v, block_sparse_tensors=sparse)
+    return partial(run, block_sparse_tensors=sparse)
 
 
 def _flex_attention(
@@ -111,4 +118,5 @@ def _flex_attention(
         BLOCK_SIZE=(blocks.block_q, blocks.block_k),
         seq_lengths=(tokens, tokens),
     )
-    return partial(torch.compile(flex_attention, dynamic=False), q, k, v, block_mask=mask)
+    # Without fullgraph it would fall back to eager attention, silently, where it cannot be compiled.
+    return partial(torch.compile(flex_attention, dynamic=False, fullgraph=True), q, k, v, block_mask=mask)

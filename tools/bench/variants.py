@@ -213,21 +213,19 @@ def copy_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @torch.library.custom_op("calibatt_bench::flash_attention_4", mutates_args=())
 def run_flash_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dense attention of q, k, v ``(B, N, H, D)`` by FlashAttention-4."""
-    run = dense_peer(FLASH_4, *(x.transpose(1, 2) for x in (q, k, v)))
-    assert not isinstance(run, str), run
-    found: Any = run()
-    out: Tensor = found[0] if isinstance(found, tuple) else found
-    return out.contiguous()
+    return _by_peer(FLASH_4, q, k, v)
 
 
 @torch.library.custom_op("calibatt_bench::cudnn", mutates_args=())
 def run_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dense attention of q, k, v ``(B, N, H, D)`` by cuDNN."""
-    run = dense_peer("sdpa-cudnn", *(x.transpose(1, 2) for x in (q, k, v)))
+    return _by_peer("sdpa-cudnn", q, k, v)
+
+
+def _by_peer(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    run = dense_peer(name, *(x.transpose(1, 2) for x in (q, k, v)))
     assert not isinstance(run, str), run
-    found: Any = run()
-    out: Tensor = found.transpose(1, 2)
-    return out.contiguous()
+    return run().transpose(1, 2).contiguous()
 
 
 @copy_values.register_fake
