@@ -29,7 +29,7 @@ from calibatt.tools.calibrate.effects import block_effects, mask_words
 from calibatt.tools.calibrate.gradients import AttentionCall
 from calibatt.tools.calibrate.pipeline import PipelineError
 from calibatt.tools.evaluate import __main__ as command
-from calibatt.tools.evaluate import effects, metrics
+from calibatt.tools.evaluate import effects, evaluation, metrics
 from calibatt.tools.inspect_plan.__main__ import main as inspect
 from calibatt.tools.studies import masks
 from calibatt.tools.studies.masks import schedule_of
@@ -161,6 +161,17 @@ def test_a_sabotaged_head_is_found_and_named(tmp_path, plan_path, sampler):
     assert "Broken: layer" in (tmp_path / "a" / "report.html").read_text()
 
 
+def test_every_broken_head_is_counted(tmp_path, plan_path, sampler, monkeypatch):
+    """Not those alone that the report has room for."""
+    monkeypatch.setattr(evaluation, "SUSPECTS", 1)
+    monkeypatch.setattr(evaluation, "BROKEN_RATIO", 0.0)
+    assert evaluate(tmp_path, "--plan", plan_path, "-o", tmp_path / "a").exit_code == 0
+    (plan,) = table(tmp_path / "a")["plans"]
+    broken = plan["heads"]["broken"]
+    assert len(broken) > 1
+    assert all(row["share"] >= evaluation.BROKEN_SHARE for row in broken)
+
+
 def test_the_drift_check(tmp_path, plan_path, sampler):
     fits = evaluate(tmp_path, "--plan", plan_path, "--quick")
     assert fits.exit_code == 0, fits.output
@@ -183,6 +194,9 @@ def test_the_drift_check(tmp_path, plan_path, sampler):
         (("--quick", "--stamp"), "three\n", "--quick must come without"),
         (("-o", "x", "--require", "psnr=30"), "three\n", "--require must read name>=number"),
         (("-o", "x", "--require", "psnr.median>=3"), "three\n", "got 'psnr.median>=3'"),
+        (("-o", "x", "--require", "ratio.worst<=3"), "three\n", "ratio has no .worst, got 'ratio.worst<=3'"),
+        (("-o", "x", "--require", "broken.worst<=0"), "three\n", "broken has no .worst, got 'broken.worst<=0'"),
+        (("--quick", "-o", "x"), "three\n", "--quick must come without"),
     ],
 )
 def test_a_wrong_call_is_one_line(tmp_path, plan_path, sampler, options, prompts, words):
@@ -234,6 +248,10 @@ def test_a_plan_that_promises_nothing_is_judged_by_its_error_alone(tmp_path, pla
     (found,) = table(tmp_path / "a")["plans"]
     assert "ratio" not in found["heads"]
     assert "does not say what calibration promised" in (tmp_path / "a" / "report.html").read_text()
+    required = evaluate(tmp_path, "--plan", tmp_path / "old.plan", "-o", tmp_path / "a", "--require", "broken<=0")
+    assert required.exit_code == 2, "no head can be called broken where nothing is promised"
+    assert "--require must name what is measured (latent, psnr, ssim, flicker" in required.output
+    assert "got 'broken'" in required.output
     quick = evaluate(tmp_path, "--plan", tmp_path / "old.plan", "--quick")
     assert quick.exit_code == 2
     assert "compile it again" in quick.output

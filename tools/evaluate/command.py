@@ -57,8 +57,10 @@ def run(
     """Does what the options of `calibatt-evaluate` say; one line and an exit code for what goes wrong."""
     if not quick and output is None:
         raise EvaluationError("-o must name the folder of the report (only --quick does without), got none")
-    if quick and (require or stamp):
-        raise EvaluationError("--quick must come without --require and --stamp: it measures too little for a verdict")
+    if quick and (require or stamp or output is not None):
+        raise EvaluationError(
+            "--quick must come without --require, --stamp and -o: it measures too little for a verdict"
+        )
     requirements = gate.parse_requirements(require) if require else ()
     if output is not None:
         require_outside(output / "report.html")

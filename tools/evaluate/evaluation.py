@@ -28,6 +28,7 @@ from calibatt.tools.evaluate.pictures import side_by_side
 Work = Sequence[tuple[str, int]]
 """Prompts and their seeds."""
 SUSPECTS = 12
+"""Heads that a report lists: so many, or all whose share is that of a broken one."""
 LEAST_EFFECT = 1e-6
 """Least squared effect of a plan (60 dB): a smaller one counts as this, since kernels round more than that."""
 BROKEN_RATIO = 10.0
@@ -287,7 +288,7 @@ def head_findings(sampler: Sampler, candidate: Candidate, work: Work, cells: Cel
     total = max(float(measured.sum()), LEAST_EFFECT)
     share = (measured if promise is None else measured - promise) / total
     rows = []
-    for place in np.argsort(-share, axis=None)[:SUSPECTS]:
+    for place in np.argsort(-share, axis=None)[: max(SUSPECTS, int((share >= BROKEN_SHARE).sum()))]:
         at = np.unravel_index(int(place), share.shape)
         row = {
             "time": file.segments[known[at[0]]].time,

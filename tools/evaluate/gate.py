@@ -17,6 +17,8 @@ from calibatt.tools.inspect_plan.summary import EVALUATION
 _REQUIREMENT = re.compile(r"\s*([a-z]+)(?:\.([a-z]+))?\s*(>=|<=)\s*([-+0-9.eE]+)\s*")
 _HOLDS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 STATISTICS = ("mean", "worst")
+OF_HEADS = ("broken", "ratio")
+"""Requirements that are one number of all heads and prompts."""
 
 
 class RequirementError(ValueError):
@@ -38,10 +40,8 @@ class Requirement:
 
     def value(self, metrics: Mapping[str, Any], heads: Mapping[str, Any]) -> float:
         """The number that the requirement is about; `check_names` has proved that there is one."""
-        if self.name == "broken" and "broken" in heads:
-            return float(len(heads["broken"]))
-        if self.name == "ratio" and "ratio" in heads:
-            return float(heads["ratio"])
+        if self.name in OF_HEADS:
+            return float(len(heads["broken"]) if self.name == "broken" else heads["ratio"])
         return float(metrics[self.name][self.statistic])
 
     def holds(self, value: float) -> bool:
@@ -64,6 +64,8 @@ def parse_requirements(text: str) -> tuple[Requirement, ...]:
             limit = float(match[4])
         except ValueError:
             raise RequirementError(f"--require must {rule}, got {part.strip()!r}") from None
+        if match[1] in OF_HEADS and match[2]:
+            raise RequirementError(f"--require must {rule}; {match[1]} has no .{match[2]}, got {part.strip()!r}")
         requirements.append(Requirement(match[1], match[2] or STATISTICS[0], match[3], limit))
     return tuple(requirements)
 
@@ -83,9 +85,8 @@ def check_names(
         RequirementError: One is of something else; the message names what is measured.
     """
     known = [metric.name for metric in metrics]
-    if heads:
-        promised = all("head_price" in each.plan.file.predicted for each in candidates)
-        known += ["broken", "ratio"] if promised else ["broken"]
+    if heads and all("head_price" in each.plan.file.predicted for each in candidates):  # what heads are held against
+        known += OF_HEADS
     for each in requirements:
         if each.name not in known:
             raise RequirementError(f"--require must name what is measured ({', '.join(known)}), got {each.name!r}")
