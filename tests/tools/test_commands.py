@@ -77,6 +77,16 @@ def test_what_is_missing_is_one_line(name: str, arguments: tuple[object, ...], m
     assert done.stderr.count(b"\n") == 1
 
 
+def test_the_demo_refuses_a_device_that_is_not_there(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from calibatt.tools.demo.__main__ import main
+
+    result = CliRunner().invoke(main, ["--device", "abacus", "-o", str(tmp_path / "demo")])
+    assert result.exit_code == 2
+    assert result.stderr == "calibatt-demo: --device must be auto, cpu or cuda, got 'abacus'\n"
+    assert not (tmp_path / "demo").exists()
+
+
 def test_what_needs_no_extra_works_without(tmp_path: Path) -> None:
     done = without_extras("calibatt-inspect", GOLDEN, PYTHONIOENCODING="ascii", LC_ALL="C")
     assert done.returncode == 0, done.stderr

@@ -2,8 +2,11 @@
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -65,3 +68,27 @@ def test_quality_refuses_what_is_no_plan_of_the_demo_model(tmp_path: Path, plan:
     assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / "q.json").exists()
+
+
+def test_dense_and_planned_attention_are_warmed_up_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    captured = []
+
+    @contextmanager
+    def attending(model: torch.nn.Module, attention: Any) -> Iterator[None]:
+        captured.append(attention)
+        yield
+
+    def logged(name: str) -> Any:
+        return lambda q, k, v, *_: log.append(name) or v
+
+    monkeypatch.setattr(measure, "attending", attending)
+    monkeypatch.setattr(measure, "planned_attention", logged("planned"))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", logged("dense"))
+    monkeypatch.setattr(measure, "generate", lambda *_: captured[0](*[torch.zeros(1)] * 3, 0, 1.0))
+    model = torch.nn.Linear(1, 1)
+    model.transformer = None
+    plan = SimpleNamespace(schedule=lambda now, layer: None)
+    (call,) = measure.attention_ms(model, plan, "a prompt", 1, repeats=3)
+    assert [len(times) for times in call] == [3, 3]
+    assert log == ["dense", "planned"] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ console = Console()
 
 def _run(module: str, name: str, arguments: list[str]) -> None:
     """Runs one of our commands as the user would, and stops with its exit code if it fails."""
-    console.print(f"\n[bold]$ {name} {' '.join(arguments)}[/bold]")
+    console.print(f"\n$ {name} {shlex.join(arguments)}", style="bold", markup=False, highlight=False)
     code = subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
     if code:
         raise SystemExit(code)
@@ -39,7 +40,7 @@ def _run(module: str, name: str, arguments: list[str]) -> None:
 @click.option("--held-out-prompts", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--few-steps", is_flag=True, help="The model distilled to four steps: a LoRA beside its weights.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto: cuda where there is one.")
-@one_line(NAME)
+@one_line(NAME, ValueError)
 def main(output: Path, calibration_prompts: int, held_out_prompts: int, few_steps: bool, device: str) -> None:
     """Calibrates a small video model, compiles a plan, attaches it and shows the difference.
 
@@ -50,16 +51,15 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, few_step
     3. prompts that were never calibrated on are generated dense and on the plan, from the same noise;
     4. everything is shown in OUTPUT/report.html, one file that needs nothing else.
     """
-    import torch  # which --help does without
-
-    from calibatt.runtime import load_plan
+    from calibatt.runtime import load_plan  # torch, which --help does without
+    from calibatt.tools.calibrate.work import pick_device
     from calibatt.tools.demo import measure, report
     from calibatt.tools.demo_model.model import trained
     from calibatt.tools.evaluate.harness import about, executed_density
 
+    device = pick_device(device)
     output.mkdir(parents=True, exist_ok=True)
     stats, path = output / "stats", output / "demo.plan"
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     name = "demo-few-steps" if few_steps else "demo"
     calibrate = ["--model", name, "--samples", str(calibration_prompts), "--device", device, "-o", str(stats)]
     _run("calibatt.tools.calibrate", "calibatt-calibrate", calibrate)
@@ -70,7 +70,7 @@ def main(output: Path, calibration_prompts: int, held_out_prompts: int, few_step
     prompts = measure.held_out_prompts(held_out_prompts)
     console.print(f"\n[bold]{held_out_prompts} held-out prompts, dense and planned[/bold]")
     with progress_of("generating", len(prompts), console) as shown:
-        pairs = measure.pairs(model, plan, prompts, FIRST_SEED, lambda _: shown.advance(1))
+        pairs = measure.pairs(model, plan, prompts, FIRST_SEED, lambda: shown.advance(1))
     for pair in pairs:
         console.print(f"{pair.latent_db:5.1f} dB latent SNR, {pair.psnr_db:5.1f} dB PSNR  {pair.prompt}")
     with console.status("timing attention, dense and planned in turn"):

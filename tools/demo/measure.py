@@ -16,8 +16,6 @@ from calibatt.tools.demo_model.model import DemoModel, generate
 from calibatt.tools.evaluate.harness import attending
 from calibatt.tools.evaluate.metrics import latent_db, psnr_db
 
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -50,22 +48,33 @@ def held_out_prompts(count: int, seed: int = 6) -> list[str]:
     return [world.sentence(s) for s in world.scenes(count, torch.Generator().manual_seed(seed), test=True)]
 
 
-def pairs(model: DemoModel, plan: Plan, prompts: list[str], first_seed: int, done: Progress) -> list[Pair]:
-    """Generates every prompt by the stock model and under the plan, from the same noise."""
+def pairs(
+    model: DemoModel, plan: Plan, prompts: list[str], first_seed: int, done: Callable[[], None] = lambda: None
+) -> list[Pair]:
+    """Generates every prompt by the stock model and under the plan, from the same noise.
+
+    Args:
+        model: The model.
+        plan: A plan for it.
+        prompts: What to generate.
+        first_seed: Of the noise of the first prompt; +1 for each further one.
+        done: Called after each prompt.
+    """
     found = []
     for seed, prompt in enumerate(prompts, first_seed):
         dense = generate(model, [prompt], [seed])[0]
         with plan.attach(model.transformer):
             planned = generate(model, [prompt], [seed])[0]
         found.append(Pair(prompt, seed, dense.cpu(), planned.cpu()))
-        done(prompt)
+        done()
     return found
 
 
 def attention_ms(model: DemoModel, plan: Plan, prompt: str, seed: int, repeats: int = 2) -> list[list[list[float]]]:
     """Milliseconds of self-attention on the queries, keys and values of one real generation.
 
-    Every call is run by PyTorch's scaled_dot_product_attention and by the plan, in turn, `repeats` times each.
+    Every call is run by PyTorch's scaled_dot_product_attention and by the plan, in turn: once each untimed, which warms
+    both up, then `repeats` times each. A time is that of the clock until the device is done, launching included.
 
     Returns:
         [calls in order][dense, planned][repeats]
@@ -75,22 +84,21 @@ def attention_ms(model: DemoModel, plan: Plan, prompt: str, seed: int, repeats: 
 
     def timed(run: Callable[[], Tensor], into: list[float]) -> Tensor:
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         began = time.perf_counter()
         out = run()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         into.append((time.perf_counter() - began) * 1e3)
         return out
 
     def attention(q: Tensor, k: Tensor, v: Tensor, layer: int, now: float) -> Tensor:
         schedule = plan.schedule(now, layer)
-        planned_attention(q, k, v, schedule)
         times: list[list[float]] = [[], []]
-        for _ in range(repeats):
+        for _ in range(1 + repeats):
             out = timed(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v), times[0])
             timed(lambda: planned_attention(q, k, v, schedule), times[1])
-        calls.append(times)
+        calls.append([each[1:] for each in times])
         return out
 
     with attending(model.transformer, attention):

@@ -34,12 +34,12 @@ def typed(command: str) -> str:
 
 def about(command: str, sampler: Sampler | nn.Module) -> dict[str, str]:
     """Command, device, versions and date of a measurement of what has a `transformer`."""
-    on_gpu = next(sampler.transformer.parameters()).is_cuda
-    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    where = next(sampler.transformer.parameters()).device
+    on_gpu = where.type == "cuda"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return {
         "command": typed(command),
-        "device": device,
+        "device": torch.cuda.get_device_name(where) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "versions": versions,
         "date": datetime.date.today().isoformat(),
     }

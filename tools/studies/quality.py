@@ -69,7 +69,7 @@ def judge(model: DemoModel, plan: Plan, count: int) -> dict:
     scenes = torch.stack([world.parse(prompt) for prompt in prompts])
     dense, planned, planned_db, floor_db = [], [], [], []
     for seed, prompt in enumerate(track(prompts, "held-out prompts"), FIRST_SEED):
-        (pair,) = measure.pairs(model, plan, [prompt], seed, lambda _: None)
+        (pair,) = measure.pairs(model, plan, [prompt], seed)
         if len(floor_db) < FLOOR_PROMPTS:
             with attending(model.transformer, written_out):
                 exact = generate(model, [prompt], [seed])[0].cpu()
