@@ -58,9 +58,7 @@ def run(
     if not quick and output is None:
         raise EvaluationError("-o must name the folder of the report (only --quick does without), got none")
     if quick and (require or stamp or output is not None):
-        raise EvaluationError(
-            "--quick must come without --require, --stamp and -o: it measures too little for a verdict"
-        )
+        raise EvaluationError("--quick must come without --require, --stamp and -o: it measures too little")
     requirements = gate.parse_requirements(require) if require else ()
     if output is not None:
         require_outside(output / "report.html")

@@ -13,7 +13,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -42,17 +41,29 @@ REPEATS = 3
 """On a machine that others use as well, the least of a few times says what the work takes."""
 
 
-def compile_once(store: Path, plan: Path, report: Path, arguments: list[str]) -> dict:
-    """Seconds and memory of one `calibatt-compile`, processes it starts included."""
-    command = [sys.executable, "-m", "calibatt.compiler.cli", str(store), "-o", str(plan), "--report", str(report)]
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([*command, "--force", *arguments], check=True, stdout=subprocess.DEVNULL)
-    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {
-        "wall_seconds": round(seconds, 2),
-        "processor_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2),
-        "peak_mb_of_the_largest_process": round(after.ru_maxrss / 1000, 1),
-    }
+MEASURE = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+found = {"wall_seconds": seconds, "processor_seconds": used.ru_utime + used.ru_stime}
+print(json.dumps(found | {"peak_mb_of_the_largest_process": used.ru_maxrss * 1024 / 1e6}))
+sys.exit(code)
+"""
+"""Runs one command from a small process of its own: the peak that Linux tells of children is the largest of all that a
+process ever had, and at least the parent's memory."""
+
+
+def run_measured(command: list[str]) -> dict[str, float]:
+    """Seconds and memory of a command, processes it starts included.
+
+    Raises:
+        ValueError: It failed; what it says is on stderr.
+    """
+    done = subprocess.run([sys.executable, "-c", MEASURE, *command], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{command[2]} ended with exit code {done.returncode}")
+    return {name: round(value, 2) for name, value in json.loads(done.stdout).items()}
 
 
 def lower_all(path: Path) -> dict:
@@ -87,7 +98,7 @@ def lower_all(path: Path) -> dict:
 OPEN = """
 import json, sys, time
 from calibatt.plans import PlanFile
-memory = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e3
+memory = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 before, start = memory(), time.perf_counter()
 plan = PlanFile.read(sys.argv[1])
 opened = time.perf_counter()
@@ -152,7 +163,8 @@ def main(
 def measure(store: Path, folder: Path, units: int, arguments: list[str], jobs: int) -> dict:
     """Compiles a few times, of which the least counts, and opens, proves and lowers the plan."""
     plan, report = folder / "bench.plan", folder / "report.json"
-    costs = [compile_once(store, plan, report, [*arguments, "--jobs", str(jobs)]) for _ in range(REPEATS)]
+    command = [sys.executable, "-m", "calibatt.compiler.cli", str(store), "-o", str(plan), "--report", str(report)]
+    costs = [run_measured([*command, "--force", *arguments, "--jobs", str(jobs)]) for _ in range(REPEATS)]
     cost = min(costs, key=lambda each: each["processor_seconds"])
     value, lowering, opening = json.loads(report.read_text()), lower_all(plan), open_plan(plan)
     per_unit = cost["processor_seconds"] / units

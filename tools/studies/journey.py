@@ -91,10 +91,11 @@ def watched(folder: Path, every_s: float = 0.5) -> Iterator[dict[str, float]]:
     try:
         yield found
     finally:
+        seconds = time.perf_counter() - begun
         over.set()
         thread.join()
         end = folder_bytes(folder)
-        found |= {"seconds": time.perf_counter() - begun, "disk_gb": end / GB, "disk_peak_gb": max(peak, end) / GB}
+        found |= {"seconds": seconds, "disk_gb": end / GB, "disk_peak_gb": max(peak, end) / GB}
 
 
 def run_command(command: Sequence[str], clock: Clock, layers: int) -> dict[str, Any]:
