@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,7 @@ def sample(row: Published, forward: Callable[..., Tensor], inputs: dict[str, Any
     return latents
 
 
+@dataclass(eq=False)
 class SizeBench:
     """All that is measured at one size; results go into a report as they come.
 
@@ -134,21 +135,16 @@ class SizeBench:
         done: Called after every warming or timed call.
     """
 
-    def __init__(
-        self,
-        row: Published,
-        runner: Runner,
-        size: str,
-        inputs: dict[str, Any],
-        device: torch.device,
-        clock: Clock,
-        report: dict[str, Any],
-        done: Callable[[], None],
-    ) -> None:
-        self.row, self.runner, self.size, self.inputs, self.device = row, runner, size, inputs, device
-        self.clock, self.report, self.done = clock, report, done
-        self._dense: dict[tuple[str, str], Tensor] = {}
-        self._plans: dict[str, Plan] = {}
+    row: Published
+    runner: Runner
+    size: str
+    inputs: dict[str, Any]
+    device: torch.device
+    clock: Clock
+    report: dict[str, Any]
+    done: Callable[[], None]
+    _dense: dict[tuple[str, str], Tensor] = field(default_factory=dict, init=False)
+    _plans: dict[str, Plan] = field(default_factory=dict, init=False)
 
     def attach_plan(self, path: Path, density: float) -> Variant | None:
         """Loads a plan and attaches it once, timed; the report says what both cost, or why it cannot be executed."""

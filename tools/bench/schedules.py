@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from calibatt.plans import ROWS, Blocks, LayerSchedule, TokenGrid
+from calibatt.plans import NO_ANCHORS, ROWS, Blocks, LayerSchedule, TokenGrid
 from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule
 
+Ints = npt.NDArray[Any]
 GROUP = 3
 """Rows, or frames, of an anchor group in the anchored cases."""
+
+
+def plain_core(
+    grid: TokenGrid, blocks: Blocks, lengths: Ints, columns: Ints, head_list: Ints, tile_order: Ints
+) -> LayerSchedule:
+    """A schedule without anchors.
+
+    Args:
+        grid: The token sequence.
+        blocks: Block sizes.
+        lengths: Of every list.
+        columns: All lists, one after the other.
+        head_list: Each head's first list, or `plans.DENSE`.
+        tile_order: In which order tiles are taken.
+    """
+    nothing = np.zeros(0, np.int32)
+    return LayerSchedule(
+        grid=grid,
+        blocks=blocks,
+        row_ptr=np.append(0, lengths.cumsum()).astype(np.int32),
+        col_idx=columns.astype(np.uint16),
+        head_list=head_list.astype(np.int32),
+        head_anchor=np.full(len(head_list), NO_ANCHORS, np.int32),
+        anchor_ptr=np.zeros(1, np.int32),
+        anchor_axis=nothing,
+        group_start=nothing,
+        group_anchor=nothing,
+        tile_order=tile_order.astype(np.int32),
+    )
 
 
 def structured_schedule(
@@ -38,19 +70,8 @@ def structured_schedule(
             np.sort(row[-n:]) for row, n in zip(ranking, np.clip(kept.round(), 1, columns).astype(int), strict=True)
         ]
     lengths = np.array([len(each) for each in lists])
-    core = LayerSchedule(
-        grid=grid,
-        blocks=blocks,
-        row_ptr=np.append(0, lengths.cumsum()).astype(np.int32),
-        col_idx=np.concatenate(lists).astype(np.uint16),
-        head_list=np.arange(heads, dtype=np.int32) * tiles,
-        head_anchor=np.full(heads, -1, dtype=np.int32),
-        anchor_ptr=np.zeros(1, dtype=np.int32),
-        anchor_axis=np.zeros(0, dtype=np.int32),
-        group_start=np.zeros(0, dtype=np.int32),
-        group_anchor=np.zeros(0, dtype=np.int32),
-        tile_order=np.lexsort((-lengths, np.repeat(np.arange(heads), tiles))).astype(np.int32),
-    )
+    order = np.lexsort((-lengths, np.repeat(np.arange(heads), tiles)))
+    core = plain_core(grid, blocks, lengths, np.concatenate(lists), np.arange(heads) * tiles, order)
     core.check()
     return ListedSchedule(core)
 

@@ -86,18 +86,13 @@ def variants_page(title: str, result: dict[str, Any]) -> str:
 @JUDGED
 @TABLE
 def main(
-    model: str,
     stores: tuple[Path, ...],
-    held_out: Path | None,
-    prompts: int,
-    calibration: int,
-    batch: int,
     densities: list[float],
     only: str,
     seconds: float,
-    device: torch.device,
     output: Path,
     markdown: Path | None,
+    **options: Any,
 ) -> None:
     begins = tuple(part.strip() for part in only.split(";"))
     if unknown := [part for part in begins if not any(name.startswith(part) for name in VARIANTS)]:
@@ -105,11 +100,10 @@ def main(
     judged = Judgements(output, seconds, timed=False)
     first: Study | None = None
     for path in stores:
-        study = make_study(model, (path,), held_out, prompts, calibration, None, batch, device)
+        study = make_study(stores=(path,), **options)
         if first is None:
             first = study
-            settings = {"model": model, "prompts": len(study.bench.held_out), "calibration": calibration}
-            judged.begin(about(NAME, study.sampler), **settings)
+            judged.begin(about(NAME, study.sampler), model=options["model"], **study.bench.counts)
             todo = {name: make for name, make in VARIANTS.items() if name.startswith(begins)}
         else:
             todo = {difference(first.store, study.store): VARIANTS[BASE]}

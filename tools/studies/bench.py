@@ -103,6 +103,11 @@ class Bench:
         return self.like.dense if self.like else self.latents(self.held_out)
 
     @property
+    def counts(self) -> dict[str, int]:
+        """How many prompts it is judged and calibrated on."""
+        return {"prompts": len(self.held_out), "calibration": len(self.calibration)}
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """T, L, H."""
         return len(self.sampler.times), self.signature.layers, self.signature.heads

@@ -141,8 +141,8 @@ def main(
         opened = Store.open(stats)
         shape = opened.manifest
         units = len(shape.times) * shape.model.layers
-        told = f"{len(opened.samplings)} samplings x {shape.model.layers} layers x {len(shape.times)} times x "
-        told += f"{shape.model.heads} heads, {shape.q_blocks} x {shape.k_blocks} blocks"
+        size = f"{len(opened.samplings)} samplings x {shape.model.layers} layers x {len(shape.times)} times x "
+        size += f"{shape.model.heads} heads, {shape.q_blocks} x {shape.k_blocks} blocks"
         result = {
             "command": typed(NAME),
             "date": datetime.date.today().isoformat(),
@@ -150,7 +150,7 @@ def main(
             "python": platform.python_version(),
             "numpy": np.__version__,
             "zstandard": version("zstandard"),
-            "statistics": f"synthetic, {told}",
+            "statistics": f"synthetic, {size}",
             "store": sampling_counts(opened),
         }
         for name, passes in PASSES.items():

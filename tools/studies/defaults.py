@@ -12,6 +12,7 @@ it does only what is not there yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -44,6 +45,7 @@ THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
 ORDERS = ("budget: votes", "budget: votes, tokens in cubes")
 
 
+@dataclass(eq=False)
 class Defaults:
     """Every change, made when it is asked for.
 
@@ -57,33 +59,25 @@ class Defaults:
         blocks: Block size of the defaults, and a smaller one.
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        halved: Sampler,
-        held_out: Work,
-        work: Work,
-        stores: Path,
-        batch: int,
-        blocks: tuple[int, int] = (BLOCK, SMALLER_BLOCK),
-    ) -> None:
-        self.sampler, self.halved, self.work, self.folder, self.blocks = sampler, halved, work, stores, blocks
-        self.counts = [count for count in COUNTS if count <= len(work)]
-        self.usual = min(SAMPLES, len(work))
-        self.bench = Bench(sampler, Blocks(blocks[0], blocks[0]), held_out, work[: self.usual], batch)
-        self._studies: dict[str, Study] = {}
+    sampler: Sampler
+    halved: Sampler
+    held_out: Work
+    work: Work
+    stores: Path
+    batch: int
+    blocks: tuple[int, int] = (BLOCK, SMALLER_BLOCK)
+    _studies: dict[str, Study] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = [count for count in COUNTS if count <= len(self.work)]
+        self.usual = min(SAMPLES, len(self.work))
+        blocks = Blocks(self.blocks[0], self.blocks[0])
+        self.bench = Bench(self.sampler, blocks, self.held_out, self.work[: self.usual], self.batch)
 
     def study(self, name: str, store: Callable[[], Samplings]) -> Study:
         if name not in self._studies:
             found = store()
-            bench = Bench(
-                self.sampler,
-                found.manifest.blocks,
-                self.bench.held_out,
-                self.bench.calibration,
-                self.bench.batch,
-                self.bench,
-            )
+            bench = replace(self.bench, blocks=found.manifest.blocks, like=self.bench)
             self._studies[name] = Study(bench, found, "auto")
         return self._studies[name]
 
@@ -97,7 +91,7 @@ class Defaults:
         sampler = self.halved if half_the_steps else self.sampler
 
         def store() -> Samplings:
-            folder = self.folder / f"{name}_x{vectors}"
+            folder = self.stores / f"{name}_x{vectors}"
             options = {"vectors": vectors, "block_size": block, "thresholds": THRESHOLDS}
             return grown(folder, sampler, self.work, counts, **options)[count]
 

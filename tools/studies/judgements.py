@@ -1,4 +1,4 @@
-"""Rows of a study: judged once, kept in a JSON, joined with those of other processes, told as Markdown."""
+"""Rows of a study: judged once, kept in a JSON, joined with those of other processes, shown as tables and curves."""
 
 from __future__ import annotations
 
@@ -80,6 +80,21 @@ def page(title: str, result: dict[str, Any], text: str, *tables: Sequence[str]) 
     about = result["about"]
     measured = f"`{about['command']}`; {about['device']}, {about['versions']}, {about['date']}."
     return "\n".join([f"# {title}", "", *textwrap.wrap(text, 118), "", measured, "", *(x for t in tables for x in t)])
+
+
+def draw_curve(axes: Any, rows: Sequence[dict[str, Any]], key: str = "density", **style: Any) -> None:
+    """Mean PSNR of rows, with its standard error, against what they have under a key."""
+    quality = [mean_and_error(row["psnr"]) for row in rows]
+    x, y, error = [row[key] for row in rows], [q["mean"] for q in quality], [q["standard_error"] for q in quality]
+    axes.errorbar(x, y, yerr=error, marker="o", markersize=3.5, **style)
+    axes.grid(color="#e4e2dc")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def caption(result: dict[str, Any]) -> str:
+    """What was measured, below or above a picture."""
+    about = result["about"]
+    return f"{result['prompts']} held-out prompts; {about['device']}, {about['versions']}, {about['date']}"
 
 
 class Judgements:

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibatt.plans import DENSE, NO_ANCHORS, Blocks, LayerSchedule, TokenGrid
+from calibatt.plans import DENSE, Blocks, LayerSchedule, TokenGrid
 from calibatt.runtime.backends import load_backend
 from calibatt.runtime.device_schedule import DeviceSchedule
 from calibatt.runtime.schedule import ListedSchedule
+from calibatt.tools.bench.schedules import plain_core
 
 KERNEL_DTYPE = torch.float16
 """On a GPU, queries, keys and values are rounded to it: normalised values keep 11 bits, and the kernel adds in fp32."""
@@ -20,39 +21,15 @@ KERNEL_DTYPE = torch.float16
 def schedule_of(keep: np.ndarray, grid: TokenGrid, blocks: Blocks) -> LayerSchedule:
     """The schedule that executes a mask, bool ``(H, Q, K)`` with a block in every row."""
     heads, q_blocks, _ = keep.shape
-    return LayerSchedule(
-        grid=grid,
-        blocks=blocks,
-        row_ptr=np.append(0, keep.sum(2).reshape(-1).cumsum()).astype(np.int32),
-        col_idx=np.nonzero(keep)[2].astype(np.uint16),
-        head_list=np.arange(heads, dtype=np.int32) * q_blocks,
-        head_anchor=np.full(heads, NO_ANCHORS, np.int32),
-        anchor_ptr=np.zeros(1, np.int32),
-        anchor_axis=np.zeros(0, np.int32),
-        group_start=np.zeros(0, np.int32),
-        group_anchor=np.zeros(0, np.int32),
-        tile_order=np.arange(heads * q_blocks, dtype=np.int32),
-    )
+    tiles = np.arange(heads * q_blocks)
+    return plain_core(grid, blocks, keep.sum(2).reshape(-1), np.nonzero(keep)[2], tiles[::q_blocks], tiles)
 
 
 @lru_cache(maxsize=16)
 def _dense_core(heads: int, grid: TokenGrid, blocks: Blocks) -> LayerSchedule:
     """What a kernel reads of a core: grid and blocks; its lists are those of dense heads."""
-    tiles = heads * blocks.q_blocks(grid.tokens)
-    empty = np.zeros(0, np.int32)
-    return LayerSchedule(
-        grid=grid,
-        blocks=blocks,
-        row_ptr=np.zeros(1, np.int32),
-        col_idx=np.zeros(0, np.uint16),
-        head_list=np.full(heads, DENSE, np.int32),
-        head_anchor=np.full(heads, NO_ANCHORS, np.int32),
-        anchor_ptr=np.zeros(1, np.int32),
-        anchor_axis=np.zeros(0, np.int32),
-        group_start=empty,
-        group_anchor=empty,
-        tile_order=np.arange(tiles, dtype=np.int32),
-    )
+    nothing, tiles = np.zeros(0, np.int64), np.arange(heads * blocks.q_blocks(grid.tokens))
+    return plain_core(grid, blocks, nothing, nothing, np.full(heads, DENSE), tiles)
 
 
 def bind_mask(keep: Tensor, grid: TokenGrid, blocks: Blocks) -> DeviceSchedule:

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from matplotlib.figure import Figure
 
 from calibatt.tools.bench.options import choose, count_option, densities_option
 from calibatt.tools.evaluate.harness import about
 from calibatt.tools.studies.bench import Exact
-from calibatt.tools.studies.judgements import Judgements, difference, mean_and_error
+from calibatt.tools.studies.judgements import Judgements, caption, difference, draw_curve
 from calibatt.tools.studies.options import FIGURE, JUDGED, STORES, study_command
 from calibatt.tools.studies.stores import sampling_counts
 from calibatt.tools.studies.study import DENSITIES, METHODS, OURS, make_study
@@ -63,21 +62,9 @@ def draw(result: dict[str, Any]) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     for name, (colour, style, label) in shown.items():
         rows = sorted((row for row in result["rows"] if row["method"] == name), key=lambda row: row["density"])
-        if not rows:
-            continue
-        quality = [mean_and_error(row["psnr"]) for row in rows]
-        for axis, key in zip(axes, ("density", "attention_ms"), strict=True):
-            axis.errorbar(
-                [row[key] for row in rows],
-                [value["mean"] for value in quality],
-                yerr=[value["standard_error"] for value in quality],
-                color=colour,
-                linestyle=style,
-                marker="o",
-                markersize=3.5,
-                linewidth=2.2 if name == OURS else 1.3,
-                label=label,
-            )
+        width = 2.2 if name == OURS else 1.3
+        for axis, key in zip(axes, ("density", "attention_ms"), strict=True) if rows else ():
+            draw_curve(axis, rows, key, color=colour, linestyle=style, linewidth=width, label=label)
     axes[0].set_xlabel("executed density (share of dense attention's blocks)")
     axes[1].set_xscale("log")
     axes[1].set_xlabel("attention of one video, ms (masks chosen from the input included)")
@@ -86,14 +73,8 @@ def draw(result: dict[str, Any]) -> Figure:
         if row["method"] == "dense: PyTorch":
             axes[1].axvline(row["attention_ms"], color="#22262e", linewidth=0.8)
             axes[1].annotate(" dense", (row["attention_ms"], axes[1].get_ylim()[0]), fontsize=8, va="bottom")
-    for axis in axes:
-        axis.grid(color="#e4e2dc")
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(fontsize=7.5, frameon=False)
-    told = result["about"]
-    figure.suptitle(
-        f"{result['prompts']} held-out prompts; {told['device']}, {told['versions']}, {told['date']}", fontsize=9
-    )
+    figure.suptitle(caption(result), fontsize=9)
     return figure
 
 
@@ -105,26 +86,13 @@ def draw(result: dict[str, Any]) -> Figure:
 @JUDGED
 @FIGURE
 def main(
-    model: str,
-    stores: tuple[Path, ...],
-    held_out: Path | None,
-    prompts: int,
-    calibration: int,
-    batch: int,
-    densities: list[float],
-    methods: str,
-    steps: int | None,
-    seconds: float,
-    device: torch.device,
-    output: Path,
-    figure: Path | None,
+    densities: list[float], methods: str, seconds: float, output: Path, figure: Path | None, **options: Any
 ) -> None:
     names = choose(methods, list(METHODS), "--methods", ";")
     judged = Judgements(output, seconds)
-    made = make_study(model, stores, held_out, prompts, calibration, steps, batch, device)
-    settings = {"model": model, "prompts": len(made.bench.held_out), "calibration": calibration}
-    settings |= {"steps": len(made.sampler.times), "store": sampling_counts(made.store)}
-    judged.begin(about(NAME, made.sampler), **settings)
+    made = make_study(**options)
+    settings = {"steps": len(made.sampler.times), "store": sampling_counts(made.store)}
+    judged.begin(about(NAME, made.sampler), model=options["model"], **made.bench.counts, **settings)
     judged.judge(made.bench, "dense: block-sparse kernel", 1.0, lambda: made.uniform("random", 1.0))
     judged.judge(made.bench, "dense: PyTorch", 1.0, Exact)
     for name in names:

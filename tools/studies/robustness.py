@@ -131,6 +131,7 @@ class Place:
         return Study(self.bench, self.stores[calibrated_on](), "auto").compiled(DENSITY)
 
 
+@dataclass(eq=False)
 class Places:
     """All places.
 
@@ -144,24 +145,21 @@ class Places:
         style: Steps and batch size of the style LoRA's training.
     """
 
-    def __init__(
-        self,
-        stores: Path,
-        device: torch.device,
-        samples: int,
-        vectors: int,
-        prompts: int,
-        batch: int,
-        style: tuple[int, int],
-    ) -> None:
-        self.folder, self.device, self.samples, self.vectors = stores, device, samples, vectors
-        self.prompts, self.batch, self.style = prompts, batch, style
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.demo = DemoSampler(device=str(device))
+    stores: Path
+    device: torch.device
+    samples: int
+    vectors: int
+    prompts: int
+    batch: int
+    style: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        self.stores.mkdir(parents=True, exist_ok=True)
+        self.demo = DemoSampler(device=str(self.device))
 
     def store(self, name: str, sampler: DemoSampler, prompts: list[str]) -> Store:
         work = numbered(prompts, CALIBRATION_SEED)
-        folder = self.folder / name.replace(" ", "_")
+        folder = self.stores / name.replace(" ", "_")
         return grown(folder, sampler, work, [self.samples], vectors=self.vectors)[self.samples]
 
     def everything(self, count: int, *, test: bool) -> list[str]:
@@ -200,7 +198,7 @@ class Places:
 
     def style_model(self, result: dict[str, Any]) -> DemoModel:
         """The demo with its style LoRA; how near its videos are to the style goes into the result, once."""
-        path = self.folder / "style.safetensors"
+        path = self.stores / "style.safetensors"
         if not path.exists():
             train_style(path, self.device, *self.style)
         model = DemoModel.load(WEIGHTS, self.device).load_lora(path)

@@ -31,7 +31,7 @@ from calibatt.compiler.stats import Store
 from calibatt.tools.bench.options import choose, count_option, densities_option
 from calibatt.tools.evaluate.harness import about
 from calibatt.tools.studies.bench import Exact, Rule
-from calibatt.tools.studies.judgements import Judgements, by_target, mean_and_error, page, table
+from calibatt.tools.studies.judgements import Judgements, by_target, caption, draw_curve, mean_and_error, page, table
 from calibatt.tools.studies.options import FIGURE, JOIN, JUDGED, PATH, TABLE, prompts_option, study_command
 from calibatt.tools.studies.study import METHODS, OURS, Study, make_study
 
@@ -67,7 +67,7 @@ def key_of(row: dict[str, Any]) -> Key:
     return row["tokens"], row["block"], row["calibrated"]
 
 
-def told_key(key: Key) -> str:
+def key_name(key: Key) -> str:
     return f"{key[0]:,} tokens, blocks of {key[1]}, {key[2]} vector{'' if key[2].endswith(' x 1') else 's'}"
 
 
@@ -118,10 +118,10 @@ def sizes_page(result: dict[str, Any]) -> str:
     for key, ours in series(rows, OURS).items():
         ms = next((row["attention_ms"] for row in rows if row["tokens"] == key[0] and row["method"] == DENSE), None)
         here = [row for row in sparse if key_of(row) == key]
-        tables.append([f"## {told_key(key)}", ""])
+        tables.append([f"## {key_name(key)}", ""])
         tables.append([f"Dense attention of a video by cuDNN: {ms:.1f} ms.", ""] if ms else [])
         tables.append(by_target(here, "method", OURS, of=sparse))
-        reached.append([told_key(key), *(_at(ours, ms, psnr_db) for psnr_db in AT_PSNR_DB)])
+        reached.append([key_name(key), *(_at(ours, ms, psnr_db) for psnr_db in AT_PSNR_DB)])
     tables.append(["## Density and speed-up of attention at equal quality", ""])
     tables.append(table(["", *(f"{psnr_db:g} dB" for psnr_db in AT_PSNR_DB)], reached))
     return page("The study at several sizes", result, text, *tables)
@@ -145,30 +145,18 @@ def density_at(points: Sequence[dict[str, float]], psnr_db: float) -> float | No
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """PSNR against density, a curve a size: plans, and dashed the strongest online rival."""
+    """PSNR against density, a curve a size: plans, and dashed Sol-Attn."""
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.add_subplot()
     colours = dict(zip(series(result["rows"], OURS), COLOURS, strict=False))
     for method, style in ((OURS, "-"), (RIVAL, "--")):
         for key, rows in series(result["rows"], method).items():
-            quality = [mean_and_error(row["psnr"]) for row in rows]
-            axes.errorbar(
-                [row["density"] for row in rows],
-                [each["mean"] for each in quality],
-                yerr=[each["standard_error"] for each in quality],
-                color=colours.get(key, "#9aa0aa"),
-                linestyle=style,
-                marker="o",
-                markersize=3.5,
-                label=f"{told_key(key)}: {'plan' if method == OURS else 'Sol-Attn'}",
-            )
+            label = f"{key_name(key)}: {'plan' if method == OURS else 'Sol-Attn'}"
+            draw_curve(axes, rows, color=colours.get(key, "#9aa0aa"), linestyle=style, label=label)
     axes.set(xlabel="executed density (share of dense attention's blocks)", ylabel="PSNR against the dense video, dB")
     axes.margins(y=0.15)
-    axes.grid(color="#e4e2dc")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    told = result["about"]
-    axes.set_title(f"{result['prompts']} held-out prompts; {told['device']}, {told['versions']}", fontsize=9)
+    axes.set_title(caption(result), fontsize=9)
     return figure
 
 
@@ -218,8 +206,10 @@ def main(
     todo: list[tuple[int, str, float, Study, dict[str, Any]]] = []
     for size, folder in parsed:
         batch = max(1, batch_tokens // Store.open(folder).manifest.grid.tokens)
-        known = MODELS[size], (folder,), None, prompts, calibration, None, batch, device, "auto", plans
-        study = make_study(*known, like=studies.get(size))
+        study = make_study(
+            model=MODELS[size], stores=(folder,), prompts=prompts, calibration=calibration, batch=batch, device=device,
+            backend="auto", plans=plans, like=studies.get(size),
+        )  # fmt: skip
         labels = {"size": size, "tokens": study.sampler.grid.tokens, "block": study.bench.blocks.block_k}
         labels |= {"calibrated": study.calibrated}
         judged.begin(about(NAME, study.sampler), prompts=prompts, calibration=calibration)

@@ -110,8 +110,8 @@ class Study:
     def compiled(self, density: float, passes: str = DEFAULTS) -> Planned:
         """What calibatt-compile makes of the store; D in the passes stands for the density."""
         text = passes.replace("D", f"{density:g}")
-        told = repr((self.store.manifest.digest, self.store.samplings, self.calibrated, text))
-        kept = self.plans and self.plans / f"{blake2b(told.encode(), digest_size=8).hexdigest()}.plan"
+        source = repr((self.store.manifest.digest, self.store.samplings, self.calibrated, text))
+        kept = self.plans and self.plans / f"{blake2b(source.encode(), digest_size=8).hexdigest()}.plan"
         if kept and kept.exists():
             plan = load_plan(kept, prove=False)
         else:
@@ -331,14 +331,15 @@ def held_out_work(model: str, path: Path | None, prompts: int) -> Work:
 
 
 def make_study(
+    *,
     model: str,
     stores: tuple[Path, ...],
-    held_out: Path | None,
     prompts: int,
     calibration: int,
-    steps: int | None,
     batch: int,
     device: torch.device,
+    held_out: Path | None = None,
+    steps: int | None = None,
     backend: str = "triton",
     plans: Path | None = None,
     like: Study | None = None,
@@ -348,12 +349,12 @@ def make_study(
     Args:
         model: Of ``--model``.
         stores: Folders of statistics of one manifest.
-        held_out: File of prompts to judge on; the demo models have their own.
-        prompts: How many of them at most.
+        prompts: How many prompts to judge on at most.
         calibration: How many prompts errors are measured on.
-        steps: Of the sampler; the model's own if absent. A step follows the time of the store that is nearest.
         batch: Videos at a time.
         device: Where the model runs.
+        held_out: File of prompts to judge on; the demo models have their own.
+        steps: Of the sampler; the model's own if absent. A step follows the time of the store that is nearest.
         backend: Of the runtime.
         plans: A folder in which plans are kept.
         like: One of the same model and prompts, whose dense videos are taken.
