@@ -178,6 +178,26 @@ def test_what_is_no_lora_is_refused(toy):
         DemoModel.load(toy).load_lora(toy)
 
 
+@pytest.mark.parametrize("command", [train.main, distill.main])
+def test_what_is_no_model_is_refused(toy, tmp_path, command):
+    random_lora(tmp_path / "lora.safetensors", 1, DemoModel(TOY, Clip(4, 24)))
+    (tmp_path / "text.safetensors").write_text("no tensors at all")
+    option = "--from" if command is train.main else "--weights"
+    for name in ("lora", "text"):
+        path = tmp_path / f"{name}.safetensors"
+        found = CliRunner().invoke(command, [option, str(path), "-o", str(tmp_path / "out"), "--device", "cpu"])
+        assert found.exit_code == 2, repr(found.exception)
+        assert f"{path} must hold weights of a demo model, got " in found.stderr
+
+
+def test_a_wrong_lora_is_found_before_the_checks(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "check", lambda *_: pytest.fail("checked first"))
+    arguments = ["--weights", toy, "--from", toy, "-o", tmp_path / "out", "--device", "cpu"]
+    found = CliRunner().invoke(distill.main, [*map(str, arguments)])
+    assert found.exit_code == 2, repr(found.exception)
+    assert "must hold a LoRA of a transformer" in found.stderr
+
+
 def test_absent_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "GROWN", tmp_path / "none")
     monkeypatch.setattr(model, "FEW_STEPS", tmp_path / "none")

@@ -112,3 +112,9 @@ def test_the_checks_see_what_is_wrong(test_scenes):
             other[there, first + slot] = (other[there, first + slot] + 3) % names
         rates = rendering.measure(video, other).rates()
         assert rates[name] <= 0.15, (name, rates)
+
+
+def test_nothing_to_judge_is_no_rate() -> None:
+    nothing = torch.zeros(1, 2, dtype=torch.bool)
+    found = rendering.Verdict(nothing, nothing, nothing, nothing).rates()
+    assert found == {"colour": None, "shape": None, "direction": None, "judged": 0}

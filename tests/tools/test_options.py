@@ -150,3 +150,9 @@ def test_a_command_is_told_as_it_was_typed() -> None:
     arguments = ["--sizes", "few heads,small", "--no-peers", "--trace", "-o", "/tmp/secret/a.json"]
     told = CliRunner().invoke(command, arguments).output
     assert told == "it --sizes 'few heads,small' --no-peers --trace --output a.json\n"
+
+
+def test_commands_in_a_study_s_help_stay_lines() -> None:
+    shown = CliRunner().invoke(pareto.main, ["--help"], terminal_width=120).output
+    line = "calibatt-calibrate --model demo --samples 8 --thresholds 0.8,0.9,0.95 -o stats/"
+    assert line in [each.strip() for each in shown.splitlines()]

@@ -1,4 +1,4 @@
-"""`calibatt-bench`: how fast are the parts, beside what else there is."""
+"""`calibatt-bench`: measures kernels and whole models beside what a user has instead."""
 
 from __future__ import annotations
 

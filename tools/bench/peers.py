@@ -1,6 +1,6 @@
 """What a user has instead: dense kernels, and other block-sparse ones on the same masks and tensors.
 
-A peer is asked for by name and is either a function to time or the reason why it is not available here.
+`dense_peer` and `sparse_peer` give a function to time, or the reason why a kernel is not available here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a forward makes the host wait for, and where the device spends its time: one profiled call."""
+"""Profiles one forward: what it makes the host wait for, and where the device spends its time."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -126,9 +126,18 @@ class DemoModel(nn.Module):
             device: Where it runs.
             clip: The videos that it is to make; those that the weights were last trained on if absent.
             dtype: Of the weights, but for those that diffusers keeps in float32.
+
+        Raises:
+            ValueError: The file holds no weights of a demo model.
         """
+        try:
+            with safe_open(path, "pt") as file:
+                about = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            if "config" not in about:
+                raise ValueError("no configuration")
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"{path} must hold weights of a demo model, got {error}") from None
         with safe_open(path, "pt") as file:
-            about = {name: json.loads(text) for name, text in file.metadata().items()}
             model = cls(about["config"], Clip(**about["clip"]) if "clip" in about else SMALL, about.get("shift"))
             model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
         if clip is not None and clip != model.clip:

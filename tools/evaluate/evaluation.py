@@ -32,9 +32,9 @@ SUSPECTS = 12
 LEAST_EFFECT = 1e-6
 """Least squared effect of a plan (60 dB): a smaller one counts as this, since kernels round more than that."""
 BROKEN_RATIO = 10.0
-"""A head is broken if its squared effect is at least so many times what calibration promised, and"""
 BROKEN_SHARE = 0.02
-"""if its squared effect beyond the promise is at least this share of the whole plan's."""
+"""A head is broken if its squared effect is at least `BROKEN_RATIO` times what calibration promised, and what is beyond
+the promise at least `BROKEN_SHARE` of the whole plan's squared effect."""
 VECTORS = 4
 """Random vectors of the final latent, on which heads are measured."""
 QUICK_TIMES = 4

@@ -170,7 +170,8 @@ class Bench:
 
 
 class _Timed:
-    """Attention, with the device time that its calls take."""
+    """Attention, with the time that its calls take: on a GPU between two events around each, so that a GPU that waits
+    for its host counts."""
 
     def __init__(self, attention: Attention, device: torch.device) -> None:
         self.attention = attention
@@ -198,7 +199,7 @@ class _Timed:
 
 
 class Exact:
-    """Dense attention by PyTorch, in the dtype in which the block-sparse kernel computes: half of the floor.
+    """Dense attention by PyTorch, in the dtype in which the block-sparse kernel computes: what rounding alone costs.
 
     Args:
         kernels: What PyTorch may choose from on a GPU; all if absent.

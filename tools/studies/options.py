@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ def study_command(name: str, text: str) -> Decorator:
 
     Args:
         name: Of the command.
-        text: Its help.
+        text: Its help; lines that are indented, which are commands, stay lines.
     """
+    text = re.sub(r"\n\n(?=    )", "\n\n\b\n", text)
     return lambda main: click.command(help=text)(one_line(name, *MODEL_ERRORS)(main))
 
 

@@ -5,10 +5,17 @@
         --figure docs/pictures/pareto.png
 
 Every method runs on the same held-out prompts from the same noise, through the same block-sparse kernel: only the masks
-differ. *compiled*: by passes of the compiler, from the store. *uniform*: one rule for all heads and times. *budget*:
-candidates of many densities for each head, their output errors measured on the calibration prompts, chosen by the
-compiler's own budget of error times price; what an error of a head costs is what the store's windows cost per unit of
-output error that they make. Run again, it does only what is not in the JSON yet.
+differ. Milliseconds are those of its attention, choosing the masks included, in batches after the first.
+
+\b
+compiled  by passes of the compiler, from the store
+uniform   one rule for all heads and times
+budget    candidates of many densities for each head, their output errors measured on the calibration prompts, chosen
+          by the compiler's own budget of error times price; what an error of a head costs is what the store's windows
+          cost per unit of output error that they make
+dynamic   masks are chosen from every input
+
+Run again, it does only what is not in the JSON yet.
 """
 
 from __future__ import annotations

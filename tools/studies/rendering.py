@@ -140,11 +140,11 @@ class Verdict:
     shape: Tensor
     direction: Tensor
 
-    def rates(self) -> dict[str, float]:
-        """Share of right answers among the judged shapes, and their number."""
-        judged = self.asked
-        rates = {name: float(getattr(self, name)[judged].float().mean()) for name in ("colour", "shape", "direction")}
-        return {**rates, "judged": int(judged.sum())}
+    def rates(self) -> dict[str, float | None]:
+        """Share of right answers among the judged shapes, None where none can be judged, and their number."""
+        count, names = int(self.asked.sum()), ("colour", "shape", "direction")
+        rates = {name: float(getattr(self, name)[self.asked].float().mean()) if count else None for name in names}
+        return {**rates, "judged": count}
 
 
 def measure(video: Tensor, scenes: Tensor) -> Verdict:

@@ -1,4 +1,4 @@
-"""Sol-Attn's rule, the strongest online rival of 2026, written from its publication.
+"""Sol-Attn's rule, which chooses blocks from every input, written from its publication.
 
 Li et al., *Sol-Attn: Accelerating Video Generation Inference via On-the-Fly Attention Sparsification* (2026, arXiv
 2607.24027). A block of queries attends exactly to the key blocks whose score of mean query and mean key stands more

@@ -41,6 +41,9 @@ def grown(
         counts: Ascending.
         vectors: Random vectors of each.
         options: Of `make_manifest`.
+
+    Returns:
+        The stores by their number of samplings.
     """
     found, growing = {}, folder / "growing"
     for count in counts:

@@ -1,9 +1,6 @@
 """All ways of choosing blocks that the studies judge, made from one store and one bench.
 
-*compiled*: by passes of the compiler, from the store. *uniform*: one rule for all heads and times. *budget*: candidates
-of many densities for each head, their output errors measured on the calibration prompts, chosen by the compiler's own
-budget of error times price; what an error of a head costs is what the store's windows cost per unit of output error
-that they make. *dynamic*: from every input.
+`pareto.py` says what their names mean.
 """
 
 from __future__ import annotations
@@ -47,8 +44,8 @@ DEFAULTS = DEFAULT_PASSES.replace("select", "select{target-density=D}")
 OURS = "compiled"
 """What all others are compared with."""
 WHOLE_CALLS = {INT8: Speed({1: 1 / 1.20}), INT8_FP8: Speed({1: 1 / 1.30})}
-"""Heads in 8 bits at 720p, density 0.3, pre-passes included (one H200, 2026-11-30): what the demo's grid is too small
-for."""
+"""What a block in 8 bits costs of one in 16 bits, pre-passes included, at 720p and density 0.3 (one H200, 2026-11-30);
+the demo's own grid is too small for 8 bits to be faster."""
 
 
 class _Remembered:

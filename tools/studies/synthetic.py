@@ -1,4 +1,4 @@
-"""Statistics out of thin air, at the size of real models: for size and speed, never for claims of quality.
+"""Made-up statistics at the size of real models: for measurements of size and speed, never for claims of quality.
 
     python -m calibatt.tools.studies.synthetic STORE --layers 4 --times 50 --samples 8
 
@@ -44,7 +44,7 @@ OCTAVE = 8
 """Codes of a factor of 2, as in statistics units."""
 FIELD_BLOCKS = 2048
 ROW_STRIDE = 8
-"""Every so-manieth query block is looked at for what masks cost."""
+"""What masks cost is added up over every so many query blocks."""
 VECTORS = 2
 ROUNDING = 0.02
 """Effects of 8 bits / those of windows."""

@@ -138,7 +138,7 @@ def drawn(model: DemoModel, prompts: list[str], first_seed: int, steps: int = ST
     return torch.cat(parts)
 
 
-def check(model: DemoModel, count: int = 64, steps: int = STEPS, **options: bool) -> dict[str, float]:
+def check(model: DemoModel, count: int = 64, steps: int = STEPS, **options: bool) -> dict[str, float | None]:
     """Rates of right colour, shape and direction over held-out prompts; see `generate` for the options."""
     scenes = world.scenes(count, torch.Generator().manual_seed(77), test=True)
     video = drawn(model, [world.sentence(scene) for scene in scenes], 9000, steps, **options)
