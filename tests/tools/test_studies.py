@@ -94,6 +94,12 @@ def test_prompts_of_a_half_have_its_words_alone():
                 assert {world.SLOTS[column][code] for code in scenes[:, column].tolist() if code >= 0} <= allowed
 
 
+def test_a_half_has_as_many_prompts_as_were_asked_for(monkeypatch):
+    monkeypatch.setattr(world, "scenes", lambda count, *_, **__: torch.zeros(count, 13, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"must leave 8 prompts of 128, got 0: backgrounds: h-striped, v-striped"):
+        robustness.prompts_of("backgrounds", 1, 8, test=True)
+
+
 def test_the_style_lora_learns(tiny_world, tmp_path):
     video = torch.rand(1, 3, 2, 4, 4) * 2 - 1
     assert robustness.styled(video).std() < video.std()

@@ -160,7 +160,7 @@ def main(
     halved = make_sampler(model, max(1, len(sampler.times) // 2), str(device))
     batch, work = max(1, batch_tokens // sampler.grid.tokens), plan_work(model, None, samples, 0)
     defaults = Defaults(sampler, halved, held_out_work(model, None, prompts), work, stores, batch)
-    judged.begin(about(NAME, sampler), model=model, tokens=sampler.grid.tokens, prompts=prompts)
+    judged.begin(about(NAME, sampler), model=model, tokens=sampler.grid.tokens, prompts=prompts, samples=samples)
     for density in densities:
         for name, study, make in defaults.changes():
             judged.judge(

@@ -74,9 +74,17 @@ def of_half(scenes: Tensor, kind: str, half: int) -> Tensor:
 
 
 def prompts_of(kind: str, half: int, count: int, *, test: bool) -> list[str]:
-    """Held-out prompts of one half of a kind, or (not `test`) such as calibration may see."""
+    """Held-out prompts of one half of a kind, or (not `test`) such as calibration may see.
+
+    Raises:
+        ValueError: There are fewer among those that are drawn.
+    """
     scenes = world.scenes(16 * count, torch.Generator().manual_seed(HELD_OUT_SEED if test else 0), test=test)
-    return [world.sentence(scene) for scene in scenes[of_half(scenes, kind, half)][:count]]
+    found = scenes[of_half(scenes, kind, half)][:count]
+    if len(found) < count:
+        what = f"{kind}: {halves(kind)[half]}"
+        raise ValueError(f"a half must leave {count} prompts of {len(scenes)}, got {len(found)}: {what}")
+    return [world.sentence(scene) for scene in found]
 
 
 def numbered(prompts: list[str], first: int) -> Work:
