@@ -20,7 +20,7 @@ from calibatt.compiler.bits import Bits, count, pack
 from calibatt.compiler.cost import Device
 from calibatt.compiler.stats import Manifest, Table
 from calibatt.compiler.steps import Steps
-from calibatt.plans import BF16, ROWS, Blocks, PackedLayer, TokenGrid
+from calibatt.plans import BF16, ROWS, Blocks, LayerSchedule, TokenGrid
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -121,7 +121,7 @@ class UnitIR:
     menu: Any = None
     packed_menu: dict[int, Int64] = field(default_factory=dict)
     tile_order: npt.NDArray[np.int32] | None = None
-    lowered: PackedLayer | None = None
+    lowered: LayerSchedule | None = None
 
     def __post_init__(self) -> None:
         self.keep = np.repeat(full_bits(self.q_blocks, self.k_blocks)[None], self.heads, 0)

@@ -3,7 +3,7 @@
 from calibatt.plans.container import Container, write_container
 from calibatt.plans.encoding import EncodedLayer, base_segments, encode
 from calibatt.plans.errors import PlanError, ScheduleError, SchemaError
-from calibatt.plans.packed import PackedLayer, longest_first
+from calibatt.plans.masks import longest_first, schedule_of
 from calibatt.plans.plan import PlanFile, write_plan
 from calibatt.plans.precision import BF16, EIGHT_BITS, INT8, INT8_FP8, PRECISIONS, told_precisions
 from calibatt.plans.schedule import DENSE, FRAMES, NO_ANCHORS, ROWS, LayerSchedule
@@ -27,7 +27,6 @@ __all__ = [
     "EncodedLayer",
     "LayerSchedule",
     "ModelSignature",
-    "PackedLayer",
     "PlanError",
     "PlanFile",
     "ScheduleError",
@@ -38,6 +37,7 @@ __all__ = [
     "base_segments",
     "encode",
     "longest_first",
+    "schedule_of",
     "told_precisions",
     "write_container",
     "write_plan",

@@ -16,12 +16,14 @@ import numpy.typing as npt
 import zstandard
 
 from calibatt.plans.errors import LimitError, MaskError
-from calibatt.plans.packed import PackedLayer
+from calibatt.plans.masks import natural_order
 from calibatt.plans.schedule import (
     DENSE,
     SMALL_ARRAYS,
+    LayerSchedule,
     UInt8,
     check_anchors,
+    check_bits,
     check_heads,
     check_order,
     check_types,
@@ -53,7 +55,7 @@ class EncodedLayer:
     small: dict[str, npt.NDArray[Any]]
 
 
-def encode(layer: PackedLayer, base: PackedLayer | None) -> EncodedLayer:
+def encode(layer: LayerSchedule, base: LayerSchedule | None) -> EncodedLayer:
     """The stored form of a layer."""
     bits = np.ascontiguousarray(layer.list_bits)
     if base is not None:
@@ -61,7 +63,7 @@ def encode(layer: PackedLayer, base: PackedLayer | None) -> EncodedLayer:
     level = BASE_LEVEL if base is None else LEVEL
     frame = zstandard.ZstdCompressor(level=level, write_content_size=True).compress(bits.tobytes())
     small = {name: getattr(layer, name) for name in SMALL_ARRAYS}
-    if np.array_equal(layer.tile_order, layer.natural_order):
+    if np.array_equal(layer.tile_order, natural_order(layer)):
         small["tile_order"] = np.zeros(0, np.int32)
     return EncodedLayer(np.frombuffer(frame, np.uint8), len(layer.list_bits), small)
 
@@ -86,8 +88,8 @@ def granted_bytes(file_bytes: int) -> int:
 
 
 def decode(
-    stored: EncodedLayer, base: PackedLayer | None, grid: TokenGrid, blocks: Blocks, granted: int | None = None
-) -> PackedLayer:
+    stored: EncodedLayer, base: LayerSchedule | None, grid: TokenGrid, blocks: Blocks, granted: int | None = None
+) -> LayerSchedule:
     """The layer that was stored, proved.
 
     Args:
@@ -106,21 +108,20 @@ def decode(
 
 
 def unpack(
-    stored: EncodedLayer, base: PackedLayer | None, grid: TokenGrid, blocks: Blocks, granted: int | None
-) -> PackedLayer:
+    stored: EncodedLayer, base: LayerSchedule | None, grid: TokenGrid, blocks: Blocks, granted: int | None
+) -> LayerSchedule:
     """The layer, proved except for its bits, and without a tile order if the file stores none: enough for a base."""
     width = -(-blocks.k_blocks(grid.tokens) // 8)
     size = stored.lists * width
-    outline = PackedLayer(grid=grid, blocks=blocks, list_bits=np.zeros((0, width), np.uint8), **stored.small)
-    shell = outline._shell
-    check_types(shell)
-    check_anchors(shell)
-    tiles = int(shell.head_tile_ptr[-1])
+    outline = LayerSchedule(grid=grid, blocks=blocks, list_bits=np.zeros((0, width), np.uint8), **stored.small)
+    check_types(outline)
+    check_anchors(outline)
+    tiles = int(outline.head_tile_ptr[-1])
     if stored.lists > tiles:
         raise MaskError(f"masks must have at most a list for each of {tiles} tiles, got {stored.lists} lists")
-    check_heads(shell, stored.lists)
+    check_heads(outline, stored.lists)
     if len(stored.small["tile_order"]):  # else it is the natural one
-        check_order(shell)
+        check_order(outline)
     needed = layer_bytes(stored.lists, outline.k_blocks, tiles)
     if granted is not None and needed > granted:
         rule = f"need at most {granted} bytes for its lists and tiles ({LIMIT_VARIABLE} grants more)"
@@ -145,17 +146,17 @@ def unpack(
     return replace(layer, list_bits=np.bitwise_xor(predicted, layer.list_bits, out=predicted))
 
 
-def finish(layer: PackedLayer, natural: bool) -> PackedLayer:
+def finish(layer: LayerSchedule, natural: bool) -> LayerSchedule:
     """Proves the bits of an unpacked layer, and orders its tiles if the file stores the natural order."""
-    layer.check_bits()
+    check_bits(layer)
     if not natural:
         return layer
-    ordered = replace(layer, tile_order=layer.natural_order)
+    ordered = replace(layer, tile_order=natural_order(layer))
     ordered.__dict__["lengths"] = layer.lengths  # the bits are the same, and were counted already
     return ordered
 
 
-def _prediction(layer: PackedLayer, base: PackedLayer) -> UInt8:
+def _prediction(layer: LayerSchedule, base: LayerSchedule) -> UInt8:
     """Bits of the base in the places of the layer's lists; 0 where nothing corresponds.
 
     The lists of a head correspond if neither is dense and both have as many tiles; of heads that share lists the first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -14,14 +14,11 @@ from calibatt.plans.container import Container, write_container
 from calibatt.plans.encoding import (
     MAX_BASES,
     EncodedLayer,
-    base_segments,
     check_bases,
-    encode,
     granted_bytes,
 )
 from calibatt.plans.errors import ScheduleError, SchemaError, SectionError
 from calibatt.plans.files import FilePath
-from calibatt.plans.packed import PackedLayer
 from calibatt.plans.schedule import SMALL_ARRAYS, Int64, LayerSchedule, dtype_of
 from calibatt.plans.schema import Blocks, ModelSignature, Segment, TokenGrid, check_hint, check_predicted
 from calibatt.plans.stored import StoredLayers
@@ -36,16 +33,14 @@ Value = TypeVar("Value", ModelSignature, TokenGrid, Blocks)
 
 @dataclass(frozen=True, eq=False)
 class PlanFile:
-    """Everything a plan file says, checked: schedules when the plan is made, those of a file or of a compiler when they
-    are first asked for.
+    """Everything a plan file says, checked: a schedule when it is first asked for.
 
     Args:
         signature: The model the plan is for.
         grid: The video tokens it is for.
         blocks: Its block sizes.
         segments: Ascending, covering [0, 1] without gap or overlap.
-        schedules: ``schedules[segment][layer]``; all of the plan's grid, blocks and heads. `StoredLayers` decodes them
-            one by one.
+        schedules: ``schedules[segment][layer]``; all of the plan's grid, blocks and heads.
         passes: The pass string that compiled it.
         scheduler_hint: What is known of the sampling that it is for, plain values, or None: ``times``, where present,
             are the denoising times of its steps.
@@ -58,14 +53,14 @@ class PlanFile:
 
     Raises:
         SchemaError: A header value is wrong, segments do not cover [0, 1], or schedules are missing.
-        ScheduleError: A schedule breaks a promise of `LayerSchedule`; the message names segment and layer.
+        ScheduleError: Schedules are of another grid, other blocks or heads.
     """
 
     signature: ModelSignature
     grid: TokenGrid
     blocks: Blocks
     segments: tuple[Segment, ...]
-    schedules: Sequence[Sequence[LayerSchedule]]
+    schedules: StoredLayers
     passes: str = ""
     scheduler_hint: Mapping[str, Any] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -86,26 +81,15 @@ class PlanFile:
         check_predicted(self.predicted, len(self.segments), self.signature.layers, self.signature.heads)
         if len(self.schedules) != len(self.segments):
             raise SchemaError(f"schedules must be {len(self.segments)}, one a segment, got {len(self.schedules)}")
-        for index, layers in enumerate(self.schedules):
-            self._check_count(index, len(layers))
-            if isinstance(self.schedules, StoredLayers):
-                continue
-            for layer, schedule in enumerate(layers):
-                self._check_schedule(f"segment {index}, layer {layer}", schedule)
-
-    def _check_count(self, index: int, layers: int) -> None:
-        if layers != self.signature.layers:
-            raise SchemaError(f"segment {index} must have {self.signature.layers} schedules, one a layer, got {layers}")
-
-    def _check_schedule(self, where: str, schedule: LayerSchedule) -> None:
-        if (schedule.grid, schedule.blocks) != (self.grid, self.blocks):
-            raise ScheduleError(f"{where}: grid and blocks must be the plan's, got {schedule.grid}, {schedule.blocks}")
-        try:
-            schedule.check()
-        except ScheduleError as error:
-            raise ScheduleError(f"{where}: {error}") from None
-        if schedule.heads != self.signature.heads:
-            raise ScheduleError(f"{where}: head_list must have {self.signature.heads} heads, got {schedule.heads}")
+        for index, layers in enumerate(self.schedules.layers):
+            if len(layers) != self.signature.layers:
+                rule = f"have {self.signature.layers} schedules, one a layer"
+                raise SchemaError(f"segment {index} must {rule}, got {len(layers)}")
+        given, mine = ((each.grid, each.blocks) for each in (self.schedules, self))
+        if given != mine:
+            raise ScheduleError(f"schedules must have the plan's grid and blocks, {mine}, got {given}")
+        if self.schedules.heads != self.signature.heads:
+            raise ScheduleError(f"schedules must have {self.signature.heads} heads, got {self.schedules.heads}")
 
     @classmethod
     def read(cls, path: FilePath) -> PlanFile:
@@ -148,55 +132,27 @@ class PlanFile:
         """
         if not 0 <= layer < self.signature.layers:
             raise ValueError(f"layer must be 0 to {self.signature.layers - 1}, got {layer}")
-        return self.schedules[self.segment_index(time)][layer]
+        return self.schedules.schedule(self.segment_index(time), layer)
 
-    def density(self, segment: int, layer: int) -> float:
-        """Blocks computed / blocks of dense attention, mean over the heads."""
-        return self.packed(segment, layer).density
-
-    def packed(self, segment: int, layer: int) -> PackedLayer:
-        """A layer's schedule with its lists as bits."""
-        if isinstance(self.schedules, StoredLayers):
-            return self.schedules.packed(segment, layer)
-        return PackedLayer.of(self.schedules[segment][layer])
-
-    def walk(self) -> Iterator[tuple[int, int, PackedLayer]]:
-        """Segment, layer and packed form of every layer, in any order: the way to see all of a plan in little memory.
+    def walk(self) -> Iterator[tuple[int, int, LayerSchedule]]:
+        """Segment, layer and schedule of every layer, in any order: the way to see all of a plan in little memory.
 
         Raises:
             MaskError, ScheduleError: A layer of the file breaks a promise, when its turn comes.
         """
-        if isinstance(self.schedules, StoredLayers):
-            yield from self.schedules.walk()
-            return
-        for segment, layers in enumerate(self.schedules):
-            for layer, schedule in enumerate(layers):
-                yield segment, layer, PackedLayer.of(schedule)
+        return self.schedules.walk()
 
     def prove(self) -> None:
-        """Decodes every layer of the file once, so that none can fail later.
+        """Decodes every layer once, so that none can fail later.
 
         Raises:
             MaskError, ScheduleError: The first broken promise; names file, segment and layer.
         """
-        if isinstance(self.schedules, StoredLayers):
-            self.schedules.prove()
-
-    def stored(self) -> StoredLayers:
-        """The schedules as a file holds them."""
-        if isinstance(self.schedules, StoredLayers):
-            return self.schedules
-        bases = base_segments(len(self.segments))
-        packed = [[PackedLayer.of(schedule) for schedule in layers] for layers in self.schedules]
-        encoded = [
-            [encode(layer, None if base == index else packed[base][at]) for at, layer in enumerate(layers)]
-            for index, (base, layers) in enumerate(zip(bases, packed, strict=True))
-        ]
-        return StoredLayers("", self.grid, self.blocks, self.signature.heads, bases, encoded)
+        self.schedules.prove()
 
     def section_bytes(self) -> dict[str, int]:
         """Bytes of every kind of section over all segments."""
-        every = [layer for layers in self.stored().layers for layer in layers]
+        every = [layer for layers in self.schedules.layers for layer in layers]
         sizes = {name: sum(layer.small[name].nbytes for layer in every) for name in SMALL_ARRAYS}
         table = len(self.segments) * (self.signature.layers + 1) * len(COLUMNS) * 8
         return {"masks": sum(layer.masks.nbytes for layer in every), **sizes, "layers": table}
@@ -216,12 +172,11 @@ def write_plan(path: FilePath, plan: PlanFile) -> int:
         HeaderError: `provenance`, `predicted` or `scheduler_hint` hold other than plain values.
         OSError: The file cannot be written.
     """
-    stored = plan.stored()
     header = {
         "model": asdict(plan.signature),
         "grid": asdict(plan.grid),
         "blocks": asdict(plan.blocks),
-        "bases": list(stored.bases),
+        "bases": list(plan.schedules.bases),
         "segments": [{key: float(value) + 0.0 for key, value in asdict(part).items()} for part in plan.segments],
         "passes": plan.passes,
         "scheduler_hint": plan.scheduler_hint,
@@ -231,7 +186,7 @@ def write_plan(path: FilePath, plan: PlanFile) -> int:
         "notes": plan.notes,
     }
     sections: dict[str, Any] = {}
-    for index, layers in enumerate(stored.layers):
+    for index, layers in enumerate(plan.schedules.layers):
         starts = np.zeros((len(layers) + 1, len(COLUMNS)), dtype=np.int64)
         parts: list[dict[str, Any]] = [{"masks": layer.masks, **layer.small} for layer in layers]
         for column, name in enumerate(COLUMNS):

@@ -35,7 +35,6 @@ SMALL_ARRAYS = (
     "head_precision",
 )
 """The arrays of a `LayerSchedule` other than its block lists."""
-ARRAYS = ("row_ptr", "col_idx", *SMALL_ARRAYS)
 
 MAX_QUERIES = 1 << 28
 """Most queries of all heads of a layer and of one head more: kernels index up to eight int32 values for each."""
@@ -45,7 +44,8 @@ MAX_KEPT = INT32_END - 2 * MAX_BLOCKS
 
 @dataclass(frozen=True, eq=False)
 class LayerSchedule:
-    """The lowered schedules of all heads of one layer in one segment.
+    """What all heads of one layer execute in one segment. Its block lists are bits, as the compiler makes and a file
+    stores them; `row_ptr` and `col_idx` are the same lists as kernels read them.
 
     It is of the video tokens alone, which are numbered from 0 here and cut into blocks from the first one on. A head
     computes its *packed queries*: all V tokens, or, with an anchor pattern, the tokens of the anchor rows, or frames,
@@ -57,8 +57,8 @@ class LayerSchedule:
     Args:
         grid: The video tokens.
         blocks: Block sizes.
-        row_ptr: int32 ``(lists + 1,)``; list i is ``col_idx[row_ptr[i]:row_ptr[i + 1]]``; starts at 0, never falls.
-        col_idx: uint16 ``(kept,)``; key blocks, strictly ascending within a list, at least one a list.
+        list_bits: uint8 ``(lists, ceil(K / 8))``; bit j, little-endian, is set if list i holds key block j. No list is
+            empty, and bits beyond the last key block are 0.
         head_list: int32 ``(heads,)``; first list of each head, or `DENSE`.
         head_anchor: int32 ``(heads,)``; anchor pattern of each head, or `NO_ANCHORS`.
         anchor_ptr: int32 ``(patterns + 1,)``; pattern p owns groups ``anchor_ptr[p]:anchor_ptr[p + 1]``.
@@ -68,15 +68,14 @@ class LayerSchedule:
         group_anchor: int32 ``(groups,)``; the anchor, a member of its group.
         tile_order: int32 ``(tiles,)``; a permutation of tile ids, in execution order; tile t of head h has id
             ``head_tile_ptr[h] + t``.
-        head_precision: uint8 ``(heads,)``; one of `PRECISIONS` for each head, all `BF16` if not given.
+        head_precision: uint8 ``(heads,)``; one of `PRECISIONS` for each head.
 
     Making a schedule checks nothing: `check` proves these promises once, at load, so that kernels need not.
     """
 
     grid: TokenGrid
     blocks: Blocks
-    row_ptr: Int32
-    col_idx: UInt16
+    list_bits: UInt8
     head_list: Int32
     head_anchor: Int32
     anchor_ptr: Int32
@@ -84,11 +83,7 @@ class LayerSchedule:
     group_start: Int32
     group_anchor: Int32
     tile_order: Int32
-    head_precision: UInt8 = None  # type: ignore[assignment]  # an array from `__post_init__` on
-
-    def __post_init__(self) -> None:
-        if self.head_precision is None:
-            object.__setattr__(self, "head_precision", np.zeros(len(self.head_list), np.uint8))
+    head_precision: UInt8
 
     @property
     def heads(self) -> int:
@@ -125,13 +120,8 @@ class LayerSchedule:
         sizes: Int64 = np.diff(np.append(self.groups(pattern)[0].astype(np.int64), members))
         return sizes
 
-    def packed_tokens(self, head: int) -> int:
-        """Queries that the head computes."""
-        pattern = int(self.head_anchor[head])
-        return self.grid.tokens if pattern == NO_ANCHORS else int(self.pattern_tokens[pattern])
-
     def packed_queries(self, head: int) -> Int64:
-        """Token index of each query that the head computes, int64 ``(packed_tokens,)``, ascending."""
+        """Token index of each query that the head computes, int64 ``(packed queries,)``, ascending."""
         source = self.token_source(head)
         return np.flatnonzero(source == np.arange(len(source)))
 
@@ -156,19 +146,61 @@ class LayerSchedule:
     def tiles(self, head: int) -> int:
         return int(self.head_tile_ptr[head + 1] - self.head_tile_ptr[head])
 
-    def columns(self, head: int, tile: int) -> npt.NDArray[np.integer]:
-        """Key blocks of one tile, ascending."""
+    @cached_property
+    def lengths(self) -> Int64:
+        """int64 ``(lists,)``: key blocks of each list."""
+        bits = np.ascontiguousarray(self.list_bits)
+        words = bits.view(np.uint16) if bits.shape[1] % 2 == 0 else bits
+        counts: Int64 = np.einsum("ij->i", np.bitwise_count(words), dtype=np.uint32).astype(np.int64)
+        return counts  # three times as fast as a sum of int64
+
+    @property
+    def row_ptr(self) -> Int32:
+        """int32 ``(lists + 1,)``; list i is ``col_idx[row_ptr[i]:row_ptr[i + 1]]``."""
+        return _starts(self.lengths)
+
+    @property
+    def col_idx(self) -> UInt16:
+        """uint16 ``(kept,)``: the key blocks of all lists, ascending in each; unpacked anew, in milliseconds."""
+        row_ptr = self.row_ptr
+        columns = np.empty(int(row_ptr[-1]), np.uint16)
+        width, at_once = 8 * self.list_bits.shape[1], 512  # so many lists stay in the cache
+        for start in range(0, len(self.list_bits), at_once):
+            stop = min(start + at_once, len(self.list_bits))
+            bits = np.unpackbits(self.list_bits[start:stop].reshape(-1), bitorder="little")
+            place = np.flatnonzero(bits.view(np.bool_)).astype(np.uint16)  # modulo 65536, as are the differences below
+            first = (np.arange(stop - start) * width).astype(np.uint16)
+            part = slice(int(row_ptr[start]), int(row_ptr[stop]))
+            np.subtract(place, np.repeat(first, self.lengths[start:stop]), out=columns[part])
+        return columns
+
+    def head_bits(self, head: int) -> UInt8 | None:
+        """uint8 ``(tiles, ceil(K / 8))``: the head's mask over its tiles; None if it is dense."""
         first = int(self.head_list[head])
-        if first == DENSE:
-            return np.arange(self.k_blocks, dtype=np.uint16)
-        return self.col_idx[self.row_ptr[first + tile] : self.row_ptr[first + tile + 1]]
+        return None if first == DENSE else self.list_bits[first : first + self.tiles(head)]
+
+    def tile_keep(self, head: int) -> Bool:
+        """bool ``(tiles, k_blocks)``: the head's block mask over its packed tiles."""
+        bits = self.head_bits(head)
+        if bits is None:
+            return np.ones((self.tiles(head), self.k_blocks), np.bool_)
+        return np.unpackbits(bits, axis=1, count=self.k_blocks, bitorder="little").view(np.bool_)
+
+    def columns(self, head: int, tile: int) -> Int64:
+        """Key blocks of one tile, ascending."""
+        bits = self.head_bits(head)
+        if bits is None:
+            return np.arange(self.k_blocks)
+        return np.flatnonzero(np.unpackbits(bits[tile], count=self.k_blocks, bitorder="little"))
+
+    def tile_lengths(self, head: int) -> Int64:
+        """int64 ``(tiles,)``: key blocks of each of the head's tiles."""
+        first, tiles = int(self.head_list[head]), self.tiles(head)
+        return np.full(tiles, self.k_blocks) if first == DENSE else self.lengths[first : first + tiles]
 
     def computed_blocks(self, head: int) -> int:
         """Key blocks that the head computes over all its tiles."""
-        first, tiles = int(self.head_list[head]), self.tiles(head)
-        if first == DENSE:
-            return tiles * self.k_blocks
-        return int(self.row_ptr[first + tiles]) - int(self.row_ptr[first])
+        return int(self.tile_lengths(head).sum())
 
     def head_density(self, head: int) -> float:
         """Blocks computed / blocks of dense attention; copied rows count as not computed."""
@@ -177,15 +209,7 @@ class LayerSchedule:
     @property
     def density(self) -> float:
         """Mean of `head_density` over the heads."""
-        computed = sum(self.computed_blocks(head) for head in range(self.heads))
-        return computed / (self.heads * self.q_blocks * self.k_blocks)
-
-    def tile_keep(self, head: int) -> Bool:
-        """bool ``(tiles, k_blocks)``: the head's block mask over its packed tiles."""
-        keep = np.zeros((self.tiles(head), self.k_blocks), dtype=np.bool_)
-        for tile in range(len(keep)):
-            keep[tile, self.columns(head, tile)] = True
-        return keep
+        return sum(map(self.computed_blocks, range(self.heads))) / (self.heads * self.q_blocks * self.k_blocks)
 
     def dense(self, head: int) -> tuple[Int64, Bool]:
         """The oracle's view of a head.
@@ -214,22 +238,21 @@ class LayerSchedule:
         inside = ((chosen >= 0) & (chosen < self.heads)).all()
         if len(chosen) == 0 or not inside or len(np.unique(chosen)) < len(chosen):
             raise ValueError(f"heads must be distinct, 0 to {self.heads - 1} and at least one, got {list(heads)}")
-        tiles = np.diff(self.head_tile_ptr)
-        used = self.lists_of(chosen, tiles[chosen])
+        used = np.zeros(len(self.list_bits), dtype=np.bool_)
+        for head in chosen:
+            if (first := self.head_list[head]) != DENSE:
+                used[first : first + self.tiles(head)] = True
         shown = np.zeros(len(self.anchor_ptr) - 1, dtype=np.bool_)
         shown[self.head_anchor[chosen][self.head_anchor[chosen] != NO_ANCHORS]] = True
-        lengths, groups = np.diff(self.row_ptr), np.diff(self.anchor_ptr)
+        groups = np.diff(self.anchor_ptr)
         in_shown = np.repeat(shown, groups)
         number = np.full(int(self.head_tile_ptr[-1]), -1)
-        before = 0
-        for head in chosen:
-            number[self.head_tile_ptr[head] : self.head_tile_ptr[head + 1]] = before + np.arange(tiles[head])
-            before += int(tiles[head])
+        tiles = np.concatenate([np.arange(*self.head_tile_ptr[head : head + 2]) for head in chosen])
+        number[tiles] = np.arange(len(tiles))
         order = number[self.tile_order]
         return replace(
             self,
-            row_ptr=_starts(lengths[used]),
-            col_idx=self.col_idx[np.repeat(used, lengths)],
+            list_bits=self.list_bits[used],
             head_list=_renumber(self.head_list[chosen], used),
             head_anchor=_renumber(self.head_anchor[chosen], shown),
             anchor_ptr=_starts(groups[shown]),
@@ -240,14 +263,6 @@ class LayerSchedule:
             head_precision=self.head_precision[chosen],
         )
 
-    def lists_of(self, heads: Int64, tiles: Int64) -> Bool:
-        """bool ``(lists,)``: which lists these heads use; `tiles` is how many tiles each of them has."""
-        used = np.zeros(len(self.row_ptr) - 1, dtype=np.bool_)
-        for first, count in zip(self.head_list[heads], tiles, strict=True):
-            if first != DENSE:
-                used[first : first + count] = True
-        return used
-
     def check(self) -> None:
         """Proves every promise of the class docstring.
 
@@ -255,9 +270,9 @@ class LayerSchedule:
             ScheduleError: The first broken promise: which array, the rule, the offending value.
         """
         check_types(self)
-        _check_lists(self)
+        check_bits(self)
         check_anchors(self)
-        check_heads(self, len(self.row_ptr) - 1)
+        check_heads(self, len(self.list_bits))
         check_order(self)
 
 
@@ -269,6 +284,12 @@ def _starts(counts: npt.NDArray[np.integer]) -> Int32:
 def _renumber(indices: Int32, stay: Bool) -> Int32:
     """Indices after the entries that do not stay were removed; -1 stays -1."""
     return np.append(np.cumsum(stay) - 1, -1)[indices].astype(np.int32)
+
+
+def _first(wrong: Bool) -> int | None:
+    """The first place where something is wrong; None if nothing is."""
+    places = np.flatnonzero(wrong)
+    return int(places[0]) if len(places) else None
 
 
 def _fail(array: str, rule: str, value: object) -> None:
@@ -290,46 +311,35 @@ def check_size(grid: TokenGrid, blocks: Blocks, heads: int) -> None:
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
-    """The dtype of one of `ARRAYS`."""
-    return np.dtype({"col_idx": np.uint16, "head_precision": np.uint8}.get(name, np.int32))
+    """The dtype of one of `SMALL_ARRAYS`."""
+    return np.dtype(np.uint8 if name == "head_precision" else np.int32)
 
 
 def check_types(s: LayerSchedule) -> None:
     """The part of `LayerSchedule.check` on which all others rely: types and sizes."""
     check_size(s.grid, s.blocks, s.heads)
-    for name in ARRAYS:
+    for name in SMALL_ARRAYS:
         array = getattr(s, name)
         if array.dtype != (dtype := dtype_of(name)) or array.ndim != 1:
             _fail(name, f"be a one-dimensional {dtype} array", f"{array.dtype} of shape {array.shape}")
     for name in ("head_anchor", "head_precision"):
         if s.heads == 0 or len(getattr(s, name)) != s.heads:
             _fail(name, f"have one entry for each of {s.heads} heads (at least 1)", len(getattr(s, name)))
-    if len(bad := np.flatnonzero(s.head_precision > max(PRECISIONS))):
+    if (head := _first(s.head_precision > max(PRECISIONS))) is not None:
         known = ", ".join(f"{value} ({name})" for value, name in PRECISIONS.items())
-        _fail("head_precision", f"be one of {known}", f"{s.head_precision[bad[0]]} for head {bad[0]}")
+        _fail("head_precision", f"be one of {known}", f"{s.head_precision[head]} for head {head}")
 
 
-def _check_lists(s: LayerSchedule) -> None:
-    ptr, col = s.row_ptr, s.col_idx
-    if len(ptr) == 0 or ptr[0] != 0 or ptr[-1] != len(col):
-        _fail("row_ptr", f"start at 0 and end at {len(col)}", ptr[[0, -1]].tolist() if len(ptr) else "nothing")
-    check_total(len(col))
-    short = np.flatnonzero(ptr[1:] <= ptr[:-1])  # a difference could wrap
-    if len(short):
-        at = int(short[0])
-        _fail("row_ptr", "rise by at least one block a list", f"{ptr[at]}, {ptr[at + 1]} at list {at}")
-    if len(col) and int(col.max()) >= s.k_blocks:
-        _fail("col_idx", f"be below {s.k_blocks} key blocks", int(col.max()))
-    rising = col[1:] > col[:-1]
-    rising[ptr[1:-1] - 1] = True  # the first block of a list may be smaller than the last of the list before
-    if not rising.all():
-        at = int(np.flatnonzero(~rising)[0])
-        _fail("col_idx", "rise strictly within a list", f"{col[at]}, {col[at + 1]} at position {at}")
-
-
-def check_total(kept: int) -> None:
-    """The part of `LayerSchedule.check` that limits the sum of all list lengths."""
-    if kept > MAX_KEPT:
+def check_bits(s: LayerSchedule) -> None:
+    """The part of `LayerSchedule.check` that reads every bit."""
+    width, spare = -(-s.k_blocks // 8), -s.k_blocks % 8
+    if s.list_bits.dtype != np.uint8 or s.list_bits.ndim != 2 or s.list_bits.shape[1] != width:
+        _fail("list_bits", f"be uint8 of (lists, {width})", f"{s.list_bits.dtype} of {s.list_bits.shape}")
+    if spare and (s.list_bits[:, -1] >> (8 - spare)).any():
+        _fail("list_bits", f"have zero bits from key block {s.k_blocks} on", "ones")
+    if (empty := _first(s.lengths == 0)) is not None:
+        _fail("list_bits", "hold a block in each list", f"none in {empty}")
+    if (kept := int(s.lengths.sum())) > MAX_KEPT:
         _fail("lists", f"hold at most {MAX_KEPT} key blocks", kept)
 
 
@@ -340,50 +350,40 @@ def check_anchors(s: LayerSchedule) -> None:
         _fail("anchor_ptr", f"rise from 0 to {len(start)} groups", ptr[:8].tolist())
     if len(s.anchor_axis) != len(ptr) - 1:
         _fail("anchor_axis", f"have one entry for each of {len(ptr) - 1} patterns", len(s.anchor_axis))
-    bad = np.flatnonzero((s.anchor_axis != ROWS) & (s.anchor_axis != FRAMES))
-    if len(bad):
-        _fail("anchor_axis", f"be {ROWS} (rows) or {FRAMES} (frames)", f"{s.anchor_axis[bad[0]]} for pattern {bad[0]}")
+    if (pattern := _first((s.anchor_axis != ROWS) & (s.anchor_axis != FRAMES))) is not None:
+        rule = f"be {ROWS} (rows) or {FRAMES} (frames)"
+        _fail("anchor_axis", rule, f"{s.anchor_axis[pattern]} for pattern {pattern}")
     if len(anchor) != len(start):
         _fail("group_anchor", f"have one entry for each of {len(start)} groups", len(anchor))
     of_frames = np.repeat(s.anchor_axis == FRAMES, np.diff(ptr))
     members = np.where(of_frames, s.grid.frames, s.grid.rows)
     stop = np.append(start[1:], 0)[: len(start)]
     stop[ptr[1:] - 1] = members[ptr[1:] - 1]
-    bad = np.flatnonzero(start[ptr[:-1]])
-    if len(bad):
-        _fail("group_start", "start at 0 in each pattern", f"{start[ptr[bad[0]]]} in pattern {bad[0]}")
-    bad = np.flatnonzero((stop <= start) | (stop > members))
-    if len(bad):
-        at = int(bad[0])
-        what = f"{members[at]} {'frames' if of_frames[at] else 'rows'}"
-        _fail("group_start", f"rise and stay below {what}", f"{start[at]}..{stop[at] - 1} for group {at}")
-    bad = np.flatnonzero(~of_frames & (start // s.grid.height != (stop - 1) // s.grid.height))
-    if len(bad):
-        at = int(bad[0])
-        _fail("group_start", f"keep a group in its frame of {s.grid.height} rows", f"rows {start[at]}..{stop[at] - 1}")
-    bad = np.flatnonzero((anchor < start) | (anchor >= stop))
-    if len(bad):
-        at = int(bad[0])
-        _fail("group_anchor", f"lie in its group {start[at]}..{stop[at] - 1}", int(anchor[at]))
+    if (pattern := _first(start[ptr[:-1]] != 0)) is not None:
+        _fail("group_start", "start at 0 in each pattern", f"{start[ptr[pattern]]} in pattern {pattern}")
+    if (group := _first((stop <= start) | (stop > members))) is not None:
+        what = f"{members[group]} {'frames' if of_frames[group] else 'rows'}"
+        _fail("group_start", f"rise and stay below {what}", f"{start[group]}..{stop[group] - 1} for group {group}")
+    if (group := _first(~of_frames & (start // s.grid.height != (stop - 1) // s.grid.height))) is not None:
+        rule = f"keep a group in its frame of {s.grid.height} rows"
+        _fail("group_start", rule, f"rows {start[group]}..{stop[group] - 1}")
+    if (group := _first((anchor < start) | (anchor >= stop))) is not None:
+        _fail("group_anchor", f"lie in its group {start[group]}..{stop[group] - 1}", int(anchor[group]))
 
     patterns = len(s.anchor_axis)
-    bad = np.flatnonzero((s.head_anchor < NO_ANCHORS) | (s.head_anchor >= patterns))
-    if len(bad):
-        _fail("head_anchor", f"be -1 or below {patterns} patterns", f"{s.head_anchor[bad[0]]} for head {bad[0]}")
-    unused = np.setdiff1d(np.arange(patterns), s.head_anchor)
-    if len(unused):  # so there are never more patterns than heads
+    if (head := _first((s.head_anchor < NO_ANCHORS) | (s.head_anchor >= patterns))) is not None:
+        _fail("head_anchor", f"be -1 or below {patterns} patterns", f"{s.head_anchor[head]} for head {head}")
+    if len(unused := np.setdiff1d(np.arange(patterns), s.head_anchor)):  # so there are never more patterns than heads
         _fail("head_anchor", f"name each of {patterns} patterns", f"none of pattern {unused[0]}")
 
 
 def check_heads(s: LayerSchedule, lists: int) -> None:
     """The part of `LayerSchedule.check` that is about which of the lists a head has."""
     tiles = np.diff(s.head_tile_ptr)
-    last = s.head_list.astype(np.int64) + tiles
-    bad = np.flatnonzero((s.head_list != DENSE) & ((s.head_list < 0) | (last > lists)))
-    if len(bad):
-        at = int(bad[0])
-        rule = f"leave {tiles[at]} lists of {lists} for the head's tiles"
-        _fail("head_list", rule, f"{s.head_list[at]} for head {at}")
+    beyond = s.head_list.astype(np.int64) + tiles > lists
+    if (head := _first((s.head_list != DENSE) & ((s.head_list < 0) | beyond))) is not None:
+        rule = f"leave {tiles[head]} lists of {lists} for the head's tiles"
+        _fail("head_list", rule, f"{s.head_list[head]} for head {head}")
 
 
 def check_order(s: LayerSchedule) -> None:
@@ -391,10 +391,9 @@ def check_order(s: LayerSchedule) -> None:
     total, order = int(s.head_tile_ptr[-1]), s.tile_order
     if len(order) != total:
         _fail("tile_order", f"have one entry for each of {total} tiles", len(order))
-    bad = np.flatnonzero((order < 0) | (order >= total))
-    if len(bad):
-        _fail("tile_order", f"hold tile ids below {total}", int(order[bad[0]]))
+    if (place := _first((order < 0) | (order >= total))) is not None:
+        _fail("tile_order", f"hold tile ids below {total}", int(order[place]))
     seen = np.zeros(total, dtype=np.bool_)
     seen[order] = True
-    if not seen.all():
-        _fail("tile_order", "hold every tile once", f"none of tile {int(np.argmin(seen))}")
+    if (tile := _first(~seen)) is not None:
+        _fail("tile_order", "hold every tile once", f"none of tile {tile}")

@@ -8,34 +8,34 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, overload
+from typing import Any
 
 from calibatt.plans.encoding import (
     LIMIT_VARIABLE,
     MAX_BASES,
     EncodedLayer,
+    base_segments,
+    encode,
     finish,
     layer_bytes,
     unpack,
 )
-from calibatt.plans.errors import LimitError, PlanError, ScheduleError
-from calibatt.plans.packed import PackedLayer
-from calibatt.plans.schedule import LayerSchedule
+from calibatt.plans.errors import LimitError, PlanError, ScheduleError, SchemaError
+from calibatt.plans.schedule import LayerSchedule, check_bits
 from calibatt.plans.schema import Blocks, TokenGrid
 
 CACHE_BYTES = 1 << 27
-"""Size of each of the three caches in which `StoredLayers` keeps the layers used last."""
+"""Size of each of the two caches in which `StoredLayers` keeps the layers used last."""
 LAYERS = 128
 """All lists of a file together may need so many times what one layer may."""
 PROVE_BYTES = 1 << 30
 """Memory that threads share while they prove a file; one thread runs in any case."""
 
 
-class StoredLayers(Sequence[Sequence[LayerSchedule]]):
+class StoredLayers:
     """The schedules of a plan, decoded and proved when they are asked for; ``[segment][layer]``.
 
-    ``schedule(segment, layer)`` is the lowered form, ``packed(segment, layer)`` the packed one. The layers used last
-    are cached in both forms, and in a third as bases of other segments. All methods may be called from many threads.
+    The layers used last are cached, and bases of other segments once more. All methods may be called from many threads.
 
     Args:
         where: What errors name.
@@ -76,24 +76,53 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
                         f"segment {segment}, layer {at}: head_list must have {heads} heads, got {given}"
                     )
         mask_blocks = heads * blocks.q_blocks(grid.tokens) * blocks.k_blocks(grid.tokens)
-        packed, lowered = (max(4, int(CACHE_BYTES / (mask_blocks * size))) for size in (1 / 8, 2))
-        self._unpacked = lru_cache(maxsize=packed)(self._unpack)
-        self.packed = lru_cache(maxsize=packed)(self._packed)
-        self.schedule = lru_cache(maxsize=lowered)(self._schedule)
+        kept = max(4, 8 * CACHE_BYTES // mask_blocks)
+        self._unpacked = lru_cache(maxsize=kept)(self._unpack)
+        self.schedule = lru_cache(maxsize=kept)(self._schedule)
+
+    @classmethod
+    def of(cls, schedules: Sequence[Sequence[LayerSchedule]]) -> StoredLayers:
+        """Stores schedules, ``[segment][layer]``: at least one, all of one grid, blocks and number of heads.
+
+        Raises:
+            ScheduleError: A schedule breaks a promise of `LayerSchedule`, or is of another grid or other blocks; the
+                message names segment and layer.
+            SchemaError: Segments have different numbers of layers.
+        """
+        first = schedules[0][0]
+        for segment, layers in enumerate(schedules):
+            if len(layers) != len(schedules[0]):
+                rule = f"have {len(schedules[0])} schedules, one a layer"
+                raise SchemaError(f"segment {segment} must {rule}, got {len(layers)}")
+            for layer, schedule in enumerate(layers):
+                where = f"segment {segment}, layer {layer}"
+                if (schedule.grid, schedule.blocks) != (first.grid, first.blocks):
+                    given = f"{schedule.grid}, {schedule.blocks}"
+                    raise ScheduleError(f"{where}: grid and blocks must be the first schedule's, got {given}")
+                try:
+                    schedule.check()
+                except ScheduleError as error:
+                    raise ScheduleError(f"{where}: {error}") from None
+        bases = base_segments(len(schedules))
+        encoded = [
+            [encode(layer, None if base == index else schedules[base][at]) for at, layer in enumerate(layers)]
+            for index, (base, layers) in enumerate(zip(bases, schedules, strict=True))
+        ]
+        return cls("", first.grid, first.blocks, first.heads, bases, encoded)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StoredLayers, (self.where, self.grid, self.blocks, self.heads, self.bases, self.layers)
 
-    def _unpack(self, segment: int, layer: int) -> PackedLayer:
+    def _unpack(self, segment: int, layer: int) -> LayerSchedule:
         """A layer that can serve as a base."""
         base = self.bases[segment]
         return self._unpack_from(None if base == segment else self._unpacked(base, layer), segment, layer)
 
-    def _unpack_from(self, base: PackedLayer | None, segment: int, layer: int) -> PackedLayer:
+    def _unpack_from(self, base: LayerSchedule | None, segment: int, layer: int) -> LayerSchedule:
         with self._named(segment, layer):
             return unpack(self.layers[segment][layer], base, self.grid, self.blocks, self.granted)
 
-    def _finish(self, unpacked: PackedLayer, segment: int, layer: int) -> PackedLayer:
+    def _finish(self, unpacked: LayerSchedule, segment: int, layer: int) -> LayerSchedule:
         with self._named(segment, layer):
             return finish(unpacked, len(self.layers[segment][layer].small["tile_order"]) == 0)
 
@@ -109,27 +138,24 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
                 f"{self.where}segment {segment}, layer {layer}: must fit in memory, got too little"
             ) from None
 
-    def _packed(self, segment: int, layer: int) -> PackedLayer:
-        """A layer's packed form, proved.
+    def _schedule(self, segment: int, layer: int) -> LayerSchedule:
+        """A layer, proved.
 
         Raises:
             MaskError, ScheduleError: What is stored breaks a promise; names plan, segment and layer.
         """
         return self._finish(self._unpacked(segment, layer), segment, layer)
 
-    def _schedule(self, segment: int, layer: int) -> LayerSchedule:
-        return self.packed(segment, layer).schedule()
-
     def forget(self) -> None:
         """Empties the caches of layers used last."""
-        for cached in (self._unpacked, self.packed, self.schedule):
+        for cached in (self._unpacked, self.schedule):
             cached.cache_clear()
 
-    def walk(self) -> Iterator[tuple[int, int, PackedLayer]]:
-        """Segment, layer and packed form of every layer: each is decoded once, and few are held at a time.
+    def walk(self) -> Iterator[tuple[int, int, LayerSchedule]]:
+        """Segment, layer and schedule of every layer: each is decoded once, and few are held at a time.
 
         Raises:
-            MaskError, ScheduleError: As `packed`, when the layer's turn comes.
+            MaskError, ScheduleError: As `schedule`, when the layer's turn comes.
         """
         for layer in self._every_layer():
             for segment, unpacked in self._walk(layer):
@@ -149,18 +175,18 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
     def _prove(self, layer: int) -> None:
         for segment, unpacked in self._walk(layer):
             with self._named(segment, layer):
-                unpacked.check_bits()
+                check_bits(unpacked)
 
     def _every_layer(self) -> range:
         return range(len(self.layers[0]) if self.layers else 0)
 
-    def _walk(self, layer: int) -> Iterator[tuple[int, PackedLayer]]:
+    def _walk(self, layer: int) -> Iterator[tuple[int, LayerSchedule]]:
         """Every segment of a layer before `finish`; a base comes before the segments stored as differences from it."""
         above: dict[int, list[int]] = defaultdict(list)
         for segment, base in enumerate(self.bases):
             above[base].append(segment)
 
-        def visit(segment: int, base: PackedLayer | None) -> Iterator[tuple[int, PackedLayer]]:
+        def visit(segment: int, base: LayerSchedule | None) -> Iterator[tuple[int, LayerSchedule]]:
             unpacked = self._unpack_from(base, segment, layer)
             yield segment, unpacked
             for each in above[segment]:
@@ -174,28 +200,5 @@ class StoredLayers(Sequence[Sequence[LayerSchedule]]):
     def __len__(self) -> int:
         return len(self.layers)
 
-    @overload
-    def __getitem__(self, index: int) -> Sequence[LayerSchedule]: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Sequence[LayerSchedule]]: ...
-    def __getitem__(self, index: int | slice) -> Sequence[LayerSchedule] | Sequence[Sequence[LayerSchedule]]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(len(self))[index]]
-        return _StoredSegment(self, range(len(self))[index])
-
-
-class _StoredSegment(Sequence[LayerSchedule]):
-    def __init__(self, of: StoredLayers, segment: int) -> None:
-        self._of, self._segment = of, segment
-
-    def __len__(self) -> int:
-        return len(self._of.layers[self._segment])
-
-    @overload
-    def __getitem__(self, index: int) -> LayerSchedule: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[LayerSchedule]: ...
-    def __getitem__(self, index: int | slice) -> LayerSchedule | Sequence[LayerSchedule]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(len(self))[index]]
-        return self._of.schedule(self._segment, range(len(self))[index])
+    def __getitem__(self, segment: int) -> list[LayerSchedule]:
+        return [self.schedule(segment, layer) for layer in range(len(self.layers[segment]))]

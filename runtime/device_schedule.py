@@ -23,7 +23,7 @@ class DeviceSchedule:
     """Index arrays of one schedule on one device: all that a kernel needs besides q, k and v.
 
     Args:
-        core: The schedule, on the host. If lists are packed on the device, they are packed here too until first used.
+        core: The schedule, on the host.
         device: Where the arrays are.
         tiles: int32 ``(tiles, 4)``, in execution order: head, tile within the head's packed queries, start and stop of
             its key blocks in `columns`. `stop` exceeds `start`.
@@ -137,7 +137,7 @@ class DeviceSchedule:
 
 
 def bound_to(core: LayerSchedule, device: torch.device, workspace: Workspace | None = None) -> DeviceSchedule:
-    """Puts a schedule on a device; with a workspace packed, from the packed form."""
+    """Puts a schedule on a device; with a workspace as bits."""
 
     def there(array: np.ndarray) -> torch.Tensor:
         return move(torch.from_numpy(array), device)
@@ -153,7 +153,7 @@ def bound_to(core: LayerSchedule, device: torch.device, workspace: Workspace | N
         columns = there(np.concatenate([every, core.col_idx, np.zeros(1, dtype=np.uint16)]))
         return DeviceSchedule(core, device, tiles, columns, there(heads), *map(there, expanded(runs)))
     starts, queries = core.row_ptr + np.int32(core.k_blocks), int(runs[:, 1].sum())
-    room, bits = workspace.on(device), core.packed.list_bits.copy()
+    room, bits = workspace.on(device), core.list_bits.copy()
     lists = PackedLists(there(bits), there(starts), core.k_blocks, there(runs), queries, room)
     return DeviceSchedule(core, device, tiles, room.columns, there(heads), *room.queries(queries), lists=lists)
 
@@ -179,9 +179,9 @@ def _tiles(core: LayerSchedule) -> Int32:
     listed = core.head_list[head] != DENSE
     start = np.zeros(len(head), dtype=np.int64)
     stop = np.full(len(head), core.k_blocks)
-    lists = (core.head_list[head] + tile)[listed]
-    start[listed] = core.k_blocks + core.row_ptr[lists]
-    stop[listed] = core.k_blocks + core.row_ptr[lists + 1]
+    lists, row_ptr = (core.head_list[head] + tile)[listed], core.row_ptr
+    start[listed] = core.k_blocks + row_ptr[lists]
+    stop[listed] = core.k_blocks + row_ptr[lists + 1]
     return np.stack([head, tile, start, stop], axis=1).astype(np.int32)[core.tile_order]
 
 

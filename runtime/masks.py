@@ -13,14 +13,15 @@ from torch import nn
 
 from calibatt.plans import (
     Blocks,
+    LayerSchedule,
     ModelSignature,
-    PackedLayer,
     PlanFile,
     Segment,
     StoredLayers,
     TokenGrid,
     base_segments,
     encode,
+    schedule_of,
 )
 from calibatt.runtime.adapters import Adapter, adapter_for
 from calibatt.runtime.plan import Plan
@@ -107,10 +108,10 @@ def plan_from_masks(
     )
 
 
-def _pack(masks: Any, grid: TokenGrid, blocks: Blocks, where: str) -> PackedLayer:
+def _pack(masks: Any, grid: TokenGrid, blocks: Blocks, where: str) -> LayerSchedule:
     """The schedule of one layer's masks, bool ``(heads, Q, K)``; heads with the same mask share its lists."""
     keep: Bool = masks.cpu().numpy() if isinstance(masks, torch.Tensor) else masks
     if len(empty := np.argwhere(~keep.any(axis=2))):
         head, row = empty[0].tolist()
         raise ValueError(f"masks must keep a key block in every row, got none in {where}, head {head}, row {row}")
-    return PackedLayer.of_heads(grid, blocks, [*np.packbits(keep, axis=2, bitorder="little")])
+    return schedule_of(grid, blocks, [*np.packbits(keep, axis=2, bitorder="little")])

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from calibatt.plans.packed import PackedLayer
 from calibatt.plans.schedule import LayerSchedule
 from calibatt.runtime.adapters import Place
 from calibatt.runtime.device_schedule import DeviceSchedule, move
@@ -134,11 +133,6 @@ class Share(AttentionSchedule):
     def core(self) -> LayerSchedule:
         """The schedule of this rank's heads, cut out anew."""
         return self._whole.core.select(self.divided[self._ulysses.rank])
-
-    @property
-    def packed(self) -> PackedLayer:
-        """As `core`."""
-        return self._whole.packed.select(self.divided[self._ulysses.rank])
 
     @property
     def most_lists(self) -> int:

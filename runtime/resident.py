@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid, told_precisions
-from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule, StoredSchedule
+from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, TokenGrid, told_precisions
+from calibatt.runtime.schedule import AttentionSchedule, StoredSchedule
 from calibatt.runtime.workspace import Workspace
 
 RESIDENT_BYTES = 1 << 28
@@ -75,15 +75,8 @@ class LoadedPlan(ResidentSchedules):
 
     def __init__(self, file: PlanFile) -> None:
         self.file = file
-        layers, stored = range(file.signature.layers), file.schedules
-        super().__init__(
-            [
-                [StoredSchedule(stored, segment, layer) for layer in layers]
-                if isinstance(stored, StoredLayers)
-                else [ListedSchedule(core) for core in stored[segment]]
-                for segment in range(len(file.segments))
-            ]
-        )
+        layers, segments = range(file.signature.layers), range(len(file.segments))
+        super().__init__([[StoredSchedule(file.schedules, at, layer) for layer in layers] for at in segments])
 
     @property
     def signature(self) -> ModelSignature:

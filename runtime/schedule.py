@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibatt.plans.packed import PackedLayer
 from calibatt.plans.schedule import FRAMES, Int32, LayerSchedule
 from calibatt.plans.schema import Blocks, TokenGrid
 from calibatt.plans.stored import StoredLayers
@@ -55,11 +54,6 @@ class AttentionSchedule(Outline):
         raise NotImplementedError
 
     @property
-    def packed(self) -> PackedLayer:
-        """The schedule with its lists as bits."""
-        return PackedLayer.of(self.core)
-
-    @property
     def most_lists(self) -> int:
         """Most lists that there can be, known without unpacking any."""
         raise NotImplementedError
@@ -91,8 +85,8 @@ class AttentionSchedule(Outline):
     @property
     def work(self) -> list[int]:
         """Blocks that each head computes."""
-        packed = self.packed
-        return [packed.computed_blocks(head) for head in range(packed.heads)]
+        core = self.core
+        return [core.computed_blocks(head) for head in range(core.heads)]
 
     def bind(self, device: torch.device | str) -> DeviceSchedule:
         """Index arrays of this schedule on `device`, made at the first call for that device and stored until `unbind`.
@@ -110,8 +104,7 @@ class AttentionSchedule(Outline):
         if bound is None:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(f"{self!r} must be on {device} before a CUDA graph is captured: run it once before")
-            core = self.core if self.workspace is None else self.packed.later()
-            bound = self._bound[device] = bound_to(core, device, self.workspace)
+            bound = self._bound[device] = bound_to(self.core, device, self.workspace)
         if device.type == "cuda":
             bound.use()
         return bound
@@ -137,7 +130,7 @@ class AttentionSchedule(Outline):
 
 
 class ListedSchedule(AttentionSchedule):
-    """A schedule whose lists are in memory.
+    """A schedule that is in memory.
 
     Args:
         core: The schedule.
@@ -153,7 +146,7 @@ class ListedSchedule(AttentionSchedule):
 
     @property
     def most_lists(self) -> int:
-        return len(self.core.row_ptr) - 1
+        return len(self.core.list_bits)
 
     @property
     def most_queries(self) -> int:
@@ -161,7 +154,7 @@ class ListedSchedule(AttentionSchedule):
 
 
 class StoredSchedule(AttentionSchedule):
-    """A schedule that stays packed until it is bound or asked for its lists.
+    """A schedule that is decoded when it is used.
 
     Args:
         stored: The schedules of a plan.
@@ -176,17 +169,12 @@ class StoredSchedule(AttentionSchedule):
 
     @property
     def core(self) -> LayerSchedule:
-        """The schedule, decoded and lowered anew unless it was among the last ones used.
+        """The schedule, decoded anew unless it was among the last ones used.
 
         Raises:
             PlanError: What is stored breaks a promise of FORMAT.md.
         """
         return self._stored.schedule(self._segment, self._layer)
-
-    @property
-    def packed(self) -> PackedLayer:
-        """As of `AttentionSchedule`; decoded anew unless it was among the last ones used."""
-        return self._stored.packed(self._segment, self._layer)
 
     @property
     def most_lists(self) -> int:
@@ -196,10 +184,6 @@ class StoredSchedule(AttentionSchedule):
     def most_queries(self) -> int:
         small = self._encoded.small
         return _most_queries(self.grid, small["anchor_ptr"], small["anchor_axis"])
-
-    @property
-    def density(self) -> float:
-        return self.packed.density
 
 
 def _most_queries(grid: TokenGrid, anchor_ptr: Int32, anchor_axis: Int32) -> int:

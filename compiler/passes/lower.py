@@ -9,12 +9,12 @@ import numpy as np
 
 from calibatt.compiler.ir import Groups, Job, UnitIR
 from calibatt.compiler.passes import Findings, Pass
-from calibatt.plans import NO_ANCHORS, PackedLayer
+from calibatt.plans import NO_ANCHORS, LayerSchedule, schedule_of
 
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Makes every unit's `PackedLayer`: dense heads list nothing, identical heads share lists and anchor patterns.
+    """Makes every unit's `LayerSchedule`: dense heads list nothing, identical heads share lists and anchor patterns.
 
     Requires: nothing; heads without a decision stay dense, and tiles in their natural order.
     Ensures: every schedule keeps the promises of `LayerSchedule`.
@@ -27,7 +27,7 @@ class Lower(Pass):
         return {}
 
 
-def lowered(unit: UnitIR) -> PackedLayer:
+def lowered(unit: UnitIR) -> LayerSchedule:
     """The unit's schedule."""
     patterns: dict[Groups, int] = {}
     head_anchor = [
@@ -35,7 +35,7 @@ def lowered(unit: UnitIR) -> PackedLayer:
     ]
     heads = [unit.tile_bits(head) for head in range(unit.heads)]
     in_order = np.arange(sum(map(len, heads)), dtype=np.int32)
-    return PackedLayer.of_heads(
+    return schedule_of(
         unit.grid,
         unit.blocks,
         heads,

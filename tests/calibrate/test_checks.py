@@ -16,7 +16,7 @@ from support import batched, quantised, text_after, wan
 from support.schedules import random_schedule
 from torch import Tensor, nn
 
-from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
+from calibatt.plans import Blocks, PlanFile, Segment, StoredLayers, TokenGrid
 from calibatt.runtime import Plan
 from calibatt.runtime.adapters import adapter_for
 from calibatt.tools.calibrate.checks import CheckError, check_gradients, check_model
@@ -59,7 +59,7 @@ def test_an_attached_plan_is_refused():
     signature = adapter_for(model).signature(model)
     rng = np.random.default_rng(0)
     schedules = tuple(random_schedule(rng, grid, Blocks(16, 16), signature.heads, 0.5) for _ in range(signature.layers))
-    plan = Plan(PlanFile(signature, grid, Blocks(16, 16), (Segment(0.0, 1.0, 0.5),), (schedules,)))
+    plan = Plan(PlanFile(signature, grid, Blocks(16, 16), (Segment(0.0, 1.0, 0.5),), StoredLayers.of([schedules])))
     with (
         plan.attach(model),
         pytest.raises(CheckError, match=r"without a plan, got one attached to blocks\.0\.attn1, bl"),

@@ -18,7 +18,7 @@ from support.schedules import random_schedule
 
 from calibatt.compiler.cli import command as compile_command
 from calibatt.compiler.stats import Store, StoreError, StoreWriter
-from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid, write_plan
+from calibatt.plans import Blocks, PlanFile, Segment, StoredLayers, TokenGrid, write_plan
 from calibatt.runtime import attach, load_plan
 from calibatt.runtime.adapters import adapter_for
 from calibatt.tools.calibrate.__main__ import main as calibrate
@@ -114,7 +114,9 @@ def test_evaluation_judges_latents_alone_where_nothing_can_be_decoded(tmp_path: 
     signature = adapter_for(sampler.transformer).signature(sampler.transformer)
     segments, rng = (Segment(0.0, 1.0, 0.5),), np.random.default_rng(0)
     layers = tuple(random_schedule(rng, sampler.grid, Blocks(16, 16), signature.heads, 0.5) for _ in range(2))
-    write_plan(tmp_path / "a.plan", PlanFile(signature, sampler.grid, Blocks(16, 16), segments, (layers,)))
+    write_plan(
+        tmp_path / "a.plan", PlanFile(signature, sampler.grid, Blocks(16, 16), segments, StoredLayers.of([layers]))
+    )
     (tmp_path / "prompts.txt").write_text("a dog runs across a field\n")
     options = ("--plan", tmp_path / "a.plan", "--prompts", tmp_path / "prompts.txt", "--device", "cpu")
     arguments = ("--model", "support.batched:ltx_guided", *options, "-o", tmp_path / "report")

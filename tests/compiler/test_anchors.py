@@ -114,7 +114,7 @@ def test_heads_that_repeat_take_anchors_and_the_schedule_says_so() -> None:
     assert job.findings["anchors"]["heads_with_anchors"] == len(taken)
     assert accounts[2].blocks < accounts[1].blocks
     for unit, head in taken:
-        schedule = unit.lowered.schedule()
+        schedule = unit.lowered
         schedule.check()
         starts, anchors = schedule.groups(schedule.head_anchor[head])
         groups, repeats = unit.anchors[head], unit.grid.frames if unit.anchors[head].axis == ROWS else 1

@@ -104,7 +104,7 @@ def test_every_mask_keeps_a_block_a_row() -> None:
 def test_tiles_are_ordered_head_by_head_longest_first() -> None:
     found, _ = compiled("select{target-density=0.8},anchors,schedule,lower", copies=1e-3)
     for unit in found.all:
-        schedule = unit.lowered.schedule()
+        schedule = unit.lowered
         heads = np.searchsorted(schedule.head_tile_ptr, schedule.tile_order, side="right") - 1
         assert (np.diff(heads) >= 0).all()
         for head in range(unit.heads):
@@ -117,14 +117,14 @@ def test_lowering_keeps_the_masks_and_shares_lists() -> None:
     found, _ = compiled("select{target-density=0.8},lower")
     for unit in found.all:
         for head in range(unit.heads):
-            np.testing.assert_array_equal(unit.lowered.schedule().tile_keep(head), tiles(unit, head))
+            np.testing.assert_array_equal(unit.lowered.tile_keep(head), tiles(unit, head))
             assert (unit.lowered.head_list[head] == DENSE) == bool(tiles(unit, head).all())
     unit = found.all[0]
     unit.keep[:] = pack(np.eye(5, dtype=bool))
     unit.keep[2] = pack(np.tri(5, dtype=bool))
     lists = lowered(unit)
     assert lists.head_list.tolist() == [0, 0, 5]
-    assert len(lists.schedule().col_idx) == 5 + 15
+    assert len(lists.col_idx) == 5 + 15
 
 
 def test_nothing_decided_lowers_to_dense() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.plans import frames_plan, tiny_plan, tiny_schedule
+from support.plans import BLOCKS, GRID, frames_plan, tiny_plan, tiny_schedule
 from support.schedules import all_blocks, grids, layer_schedules, random_schedule
 
 from calibatt.plans import (
@@ -23,16 +23,17 @@ from calibatt.plans import (
     ModelSignature,
     PlanFile,
     Segment,
+    StoredLayers,
     TokenGrid,
     errors,
     write_container,
     write_plan,
 )
 from calibatt.plans.encoding import base_segments, check_bases, decode, encode
-from calibatt.plans.packed import PackedLayer
 from calibatt.plans.plan import MAGIC, VERSION
-from calibatt.plans.schedule import ARRAYS
+from calibatt.plans.schedule import SMALL_ARRAYS
 
+ARRAYS = ("list_bits", *SMALL_ARRAYS)
 GOLDEN = Path(__file__).parent / "golden" / "tiny.plan"
 HEADER = (
     *("signature", "grid", "blocks", "segments", "passes", "scheduler_hint", "provenance", "predicted", "license"),
@@ -96,7 +97,6 @@ def test_finds_the_schedule_of_a_time() -> None:
     plan = tiny_plan()
     assert [plan.segment_index(at) for at in (0, 0.2, 0.37499, 0.375, 0.9, 1)] == [0, 0, 0, 1, 1, 1]
     assert plan.schedule(0.375, 1) is plan.schedules[1][1]
-    assert plan.density(1, 0) == plan.schedules[1][0].density
     for outside in (-1e-9, 1.0001, float("nan")):
         with pytest.raises(ValueError, match="time must be"):
             plan.segment_index(outside)
@@ -125,7 +125,7 @@ def plans(draw: st.DrawFn) -> PlanFile:
         grid=grid,
         blocks=blocks,
         segments=segments,
-        schedules=tuple(tuple(draw(schedule) for _ in range(layers)) for _ in segments),
+        schedules=StoredLayers.of([[draw(schedule) for _ in range(layers)] for _ in segments]),
     )
 
 
@@ -149,24 +149,27 @@ SEGMENTS: dict[str, tuple[tuple[Segment, ...], str]] = {
 @pytest.mark.parametrize("case", SEGMENTS)
 def test_segments_cover_time(case: str) -> None:
     segments, words = SEGMENTS[case]
-    schedules = tuple((tiny_schedule(1), tiny_schedule(2)) for _ in segments)
+    schedules = [[tiny_schedule(1), tiny_schedule(2)] for _ in segments] or StoredLayers("", GRID, BLOCKS, 4, (), ())
     with pytest.raises(errors.SchemaError, match=words):
         tiny_plan(segments=segments, schedules=schedules)
 
 
 def test_schedules_are_those_of_the_plan() -> None:
-    good = tiny_plan().schedules
+    good = [*tiny_plan().schedules]
     with pytest.raises(errors.SchemaError, match="schedules must be 2, one a segment, got 1"):
         tiny_plan(schedules=good[:1])
     with pytest.raises(errors.SchemaError, match="segment 1 must have 2 schedules, one a layer, got 1"):
         tiny_plan(schedules=(good[0], good[1][:1]))
-    with pytest.raises(errors.ScheduleError, match="segment 0, layer 0: grid and blocks must be the plan's"):
+    with pytest.raises(errors.ScheduleError, match="schedules must have the plan's grid and blocks"):
         tiny_plan(blocks=Blocks(16, 32))
-    with pytest.raises(errors.ScheduleError, match="segment 0, layer 0: head_list must have 3 heads, got 4"):
+    with pytest.raises(errors.ScheduleError, match="schedules must have 3 heads, got 4"):
         tiny_plan(signature=ModelSignature("T", 2, 3, 8))
     broken = replace(good[1][0], head_list=good[1][0].head_list - 2)
     with pytest.raises(errors.ScheduleError, match="segment 1, layer 0: head_list must leave"):
         tiny_plan(schedules=(good[0], (broken, good[1][1])))
+    other = random_schedule(np.random.default_rng(0), TokenGrid(1, 3, 13), BLOCKS, 4)
+    with pytest.raises(errors.ScheduleError, match="segment 0, layer 1: grid and blocks must be the first schedule's"):
+        StoredLayers.of([[good[0][0], other]])
     with pytest.raises(errors.SchemaError, match="provenance must be of type mapping, got list"):
         tiny_plan(provenance=[])
     with pytest.raises(errors.SchemaError, match="notes must be of type str, got int"):
@@ -410,18 +413,12 @@ def test_bases_are_in_the_middle_of_their_groups() -> None:
 
 
 @given(st.data())
-def test_a_layer_is_what_was_packed(data: st.DataObject) -> None:
+def test_a_layer_is_what_was_stored(data: st.DataObject) -> None:
     grid, blocks, heads = data.draw(grids(max_width=12)), data.draw(all_blocks()), data.draw(st.integers(1, 3))
     kind = layer_schedules(st.just(grid), st.just(blocks), st.just(heads), tuple(PRECISIONS))
     schedule, other = data.draw(kind), data.draw(kind)
-    packed, base = PackedLayer.of(schedule), PackedLayer.of(other)
-    packed.check()
-    assert [packed.computed_blocks(head) for head in range(heads)] == [
-        schedule.computed_blocks(head) for head in range(heads)
-    ]
-    assert packed.density == pytest.approx(schedule.density)
-    for above in (None, base):
-        found = decode(encode(packed, above), above, grid, blocks).schedule()
+    for above in (None, other):
+        found = decode(encode(schedule, above), above, grid, blocks)
         for name in ARRAYS:
             np.testing.assert_array_equal(getattr(found, name), getattr(schedule, name))
 
@@ -435,15 +432,13 @@ def test_a_walk_sees_every_layer_once_whatever_the_bases(segments: int, layers: 
     schedules = [
         [random_schedule(rng, grid, blocks, 2, 0.5, anchored_heads=(0,)) for _ in range(layers)] for _ in parts
     ]
-    plan = PlanFile(ModelSignature("Tiny", layers, 2, 8), grid, blocks, parts, schedules)
-    stored = replace(plan, schedules=plan.stored())
-    stored.prove()
-    for each in (plan, stored):
-        found = {(segment, layer): packed for segment, layer, packed in each.walk()}
-        assert len(found) == segments * layers
-        for (segment, layer), packed in found.items():
-            assert_same_schedule(packed.schedule(), schedules[segment][layer])
-            assert_same_schedule(each.packed(segment, layer).schedule(), schedules[segment][layer])
+    plan = PlanFile(ModelSignature("Tiny", layers, 2, 8), grid, blocks, parts, StoredLayers.of(schedules))
+    plan.prove()
+    found = {(segment, layer): schedule for segment, layer, schedule in plan.walk()}
+    assert len(found) == segments * layers
+    for (segment, layer), schedule in found.items():
+        assert_same_schedule(schedule, schedules[segment][layer])
+        assert_same_schedule(plan.schedules.schedule(segment, layer), schedules[segment][layer])
 
 
 def assert_same_schedule(found: LayerSchedule, expected: LayerSchedule) -> None:
@@ -469,7 +464,7 @@ def test_a_layer_of_full_size(tmp_path: Path) -> None:
     keep = rng.random((heads * 591, 591)) < rng.random((heads * 591, 1))
     keep[:, 0] = True
     none = np.zeros(0, np.int32)
-    packed = PackedLayer(
+    schedule = LayerSchedule(
         grid=grid,
         blocks=blocks,
         list_bits=np.packbits(keep, axis=1, bitorder="little"),
@@ -482,11 +477,12 @@ def test_a_layer_of_full_size(tmp_path: Path) -> None:
         tile_order=np.arange(heads * 591, dtype=np.int32),
         head_precision=np.zeros(heads, np.uint8),
     )
-    schedule = packed.schedule()
     schedule.check()
     rows, columns = np.nonzero(keep)
     np.testing.assert_array_equal(schedule.col_idx, columns)
     np.testing.assert_array_equal(np.diff(schedule.row_ptr), np.bincount(rows))
-    plan = PlanFile(ModelSignature("Wan", 1, heads, 128), grid, blocks, (Segment(0.0, 1.0, 0.5),), ((schedule,),))
+    plan = PlanFile(
+        ModelSignature("Wan", 1, heads, 128), grid, blocks, (Segment(0.0, 1.0, 0.5),), StoredLayers.of([[schedule]])
+    )
     write_plan(tmp_path / "large.plan", plan)
     assert_same(PlanFile.read(tmp_path / "large.plan"), plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,15 @@ from hypothesis import strategies as st
 from support.schedules import layer_schedules, random_schedule
 
 from calibatt.plans import (
-    BF16,
     DENSE,
     FRAMES,
     NO_ANCHORS,
     PRECISIONS,
     Blocks,
     LayerSchedule,
-    PackedLayer,
     ScheduleError,
     TokenGrid,
 )
-from calibatt.plans.schedule import ARRAYS
 
 GRID = TokenGrid(frames=2, height=3, width=13)
 BLOCKS = Blocks(16, 16)
@@ -69,7 +66,6 @@ def test_dense_is_what_the_vocabulary_says(schedule: LayerSchedule) -> None:
             if expected_source[-1] == token:
                 packed.append(token)
         assert source.tolist() == expected_source
-        assert schedule.packed_tokens(head) == len(packed)
         assert schedule.packed_queries(head).tolist() == packed
         for token in range(grid.tokens):
             tile = packed.index(expected_source[token]) // block_q
@@ -79,11 +75,13 @@ def test_dense_is_what_the_vocabulary_says(schedule: LayerSchedule) -> None:
         assert 0.0 < schedule.head_density(head) <= 1.0
 
 
-def test_heads_are_of_16_bit_unless_said_otherwise() -> None:
-    schedule = example()
-    every = {item.name: getattr(schedule, item.name) for item in fields(schedule) if item.name != "head_precision"}
-    precision = LayerSchedule(**every).head_precision
-    assert (precision.dtype, precision.tolist()) == (np.uint8, [BF16] * 4)
+@given(layer_schedules())
+def test_lists_follow_from_bits(schedule: LayerSchedule) -> None:
+    row_ptr, col_idx = schedule.row_ptr, schedule.col_idx
+    assert (row_ptr.dtype, col_idx.dtype) == (np.int32, np.uint16)
+    lists, columns = np.nonzero(np.unpackbits(schedule.list_bits, axis=1, bitorder="little"))
+    assert row_ptr.tolist() == [0, *np.bincount(lists, minlength=len(schedule.list_bits)).cumsum()]
+    assert col_idx.tolist() == columns.tolist()
 
 
 @given(st.data(), layer_schedules(heads=st.integers(1, 5), precisions=tuple(PRECISIONS)))
@@ -100,34 +98,8 @@ def test_a_selection_is_the_chosen_heads_in_the_order_asked_for(data: st.DataObj
         for mine, wanted in zip(made.dense(head), schedule.dense(original), strict=True):
             assert np.array_equal(mine, wanted)
     listed = {(first, made.tiles(head)) for head, first in enumerate(made.head_list) if first != DENSE}
-    assert len(made.row_ptr) - 1 <= sum(tiles for _, tiles in listed), "lists of nobody are left out"
+    assert len(made.list_bits) <= sum(tiles for _, tiles in listed), "lists of nobody are left out"
     assert set(made.head_anchor) - {NO_ANCHORS} == set(range(len(made.anchor_ptr) - 1))
-
-
-@given(st.data(), layer_schedules(heads=st.integers(1, 5), precisions=tuple(PRECISIONS)))
-def test_what_is_packed_is_selected_alike(data: st.DataObject, schedule: LayerSchedule) -> None:
-    packed = PackedLayer.of(schedule)
-    heads = data.draw(st.permutations(range(schedule.heads)))[: data.draw(st.integers(1, schedule.heads))]
-    check_equal(packed.select(heads), schedule.select(heads))
-
-
-def check_equal(packed: PackedLayer, expected: LayerSchedule) -> None:
-    packed.check()
-    for made in (packed.schedule(), packed.later()):
-        assert (made.grid, made.blocks) == (expected.grid, expected.blocks)
-        for name in ARRAYS:
-            assert np.array_equal(getattr(made, name), getattr(expected, name)), name
-
-
-@given(layer_schedules(heads=st.integers(1, 3)))
-def test_lists_may_be_unpacked_later(schedule: LayerSchedule) -> None:
-    later = PackedLayer.of(schedule).later()
-    heads = range(schedule.heads)
-    assert [later.computed_blocks(head) for head in heads] == [schedule.computed_blocks(head) for head in heads]
-    assert "col_idx" not in vars(later), "nobody has asked for lists"
-    later.check()
-    assert later.col_idx is later.col_idx
-    assert np.array_equal(later.select([0]).col_idx, schedule.select([0]).col_idx)
 
 
 @pytest.mark.parametrize("heads", [[], [4], [-1], [1, 1]])
@@ -145,23 +117,20 @@ def changed(name: str, **entries: Any) -> LayerSchedule:
     return replace(schedule, **{name: array})
 
 
-def wrapping() -> LayerSchedule:
-    """Differences of these pointers are all positive in 32 bits."""
-    schedule = example()
-    pointers = np.zeros(len(schedule.row_ptr), dtype=np.int32)
-    pointers[1:4] = (2**31 - 1, -2, len(schedule.col_idx))
-    return replace(schedule, row_ptr=pointers[:4])
-
-
 def without_last(name: str) -> LayerSchedule:
     schedule = example()
     return replace(schedule, **{name: getattr(schedule, name)[:-1]})
 
 
 BROKEN = {
-    "row_ptr of int64": (lambda: replace(example(), row_ptr=example().row_ptr.astype(np.int64)), "int32 array"),
-    "col_idx of int32": (lambda: replace(example(), col_idx=example().col_idx.astype(np.int32)), "uint16 array"),
-    "col_idx of two dimensions": (lambda: replace(example(), col_idx=example().col_idx[None]), "of shape (1, "),
+    "bits of int64": (
+        lambda: replace(example(), list_bits=example().list_bits.astype(np.int64)),
+        "be uint8 of (lists, 1)",
+    ),
+    "bits of one dimension": (lambda: replace(example(), list_bits=example().list_bits[:, 0]), "got uint8 of (7,)"),
+    "bits too wide": (lambda: replace(example(), list_bits=example().list_bits.repeat(2, 1)), "got uint8 of (7, 2)"),
+    "bits beyond": (lambda: changed("list_bits", _0=1 << 5), "list_bits must have zero bits from key block 5 on"),
+    "empty list": (lambda: changed("list_bits", _3=0), "list_bits must hold a block in each list, got none in 3"),
     "no heads": (lambda: replace(example(), head_list=np.zeros(0, np.int32)), "head_anchor must have one entry"),
     "head_anchor short": (lambda: without_last("head_anchor"), "one entry for each of 4 heads"),
     "precision of int32": (lambda: replace(example(), head_precision=np.zeros(4, np.int32)), "uint8 array, got int32"),
@@ -170,13 +139,6 @@ BROKEN = {
         lambda: changed("head_precision", _2=3),
         "head_precision must be one of 0 (16 bit), 1 (int8 QK), 2 (int8 QK with fp8 PV), got 3 for head 2",
     ),
-    "row_ptr empty": (lambda: replace(example(), row_ptr=np.zeros(0, np.int32)), "row_ptr must start at 0"),
-    "row_ptr from 1": (lambda: changed("row_ptr", _0=1), "row_ptr must start at 0"),
-    "row_ptr short": (lambda: without_last("row_ptr"), "row_ptr must start at 0 and end at"),
-    "row_ptr falls": (lambda: changed("row_ptr", _2=0), "row_ptr must rise by at least one block a list"),
-    "row_ptr wraps": (wrapping, "row_ptr must rise"),
-    "column beyond": (lambda: changed("col_idx", _0=5), "col_idx must be below 5 key blocks, got 5"),
-    "columns not sorted": (lambda: unsorted(), "col_idx must rise strictly within a list"),
     "anchor_ptr from 1": (lambda: changed("anchor_ptr", _0=1), "anchor_ptr must rise from 0 to 2 groups"),
     "anchor_ptr beyond": (lambda: changed("anchor_ptr", _1=3), "anchor_ptr must rise from 0 to 2 groups"),
     "anchor_axis short": (
@@ -215,13 +177,6 @@ BROKEN = {
 def frames(**starts: Any) -> LayerSchedule:
     """The example with groups of frames."""
     return replace(changed("group_start", **{"_1": 1, **starts}), anchor_axis=np.array([FRAMES], np.int32))
-
-
-def unsorted() -> LayerSchedule:
-    schedule = example()
-    first = int(np.flatnonzero(np.diff(schedule.row_ptr) > 1)[0])
-    position = int(schedule.row_ptr[first])
-    return changed("col_idx", **{f"_{position}": schedule.col_idx[position + 1]})
 
 
 @pytest.mark.parametrize("case", BROKEN)

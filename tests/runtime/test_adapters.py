@@ -11,7 +11,7 @@ import torch
 from support.masked import masked
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
+from calibatt.plans import Blocks, PlanFile, Segment, StoredLayers, TokenGrid
 from calibatt.runtime import Plan, PlanMismatchError
 from calibatt.runtime.adapters import ADAPTERS, NOT_DENSE, Adapter, UnknownModelError, adapter_for
 
@@ -100,7 +100,7 @@ def test_a_plan_runs_with_coordinates(compiled: bool) -> None:
     rng, segment = np.random.default_rng(0), Segment(0.0, 1.0, 0.5)
     schedule = random_schedule(rng, GRID, Blocks(16, 16), 2, anchored_heads=[1])
     signature = adapter_for(model).signature(model)
-    plan = Plan(PlanFile(signature, GRID, Blocks(16, 16), (segment,), ((schedule,),)))
+    plan = Plan(PlanFile(signature, GRID, Blocks(16, 16), (segment,), StoredLayers.of([[schedule]])))
     frames = (0, 1, 9), (16, 0, 1, 9), (17, 16, 0, 1, 9)  # none, one and two given images
     with masked(model, plan):
         expected = [model(**arguments(coordinates(*starts))).sample for starts in frames]

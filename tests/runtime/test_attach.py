@@ -17,8 +17,8 @@ from support.schedules import random_schedule
 
 from calibatt.plans import (
     Blocks,
+    LayerSchedule,
     ModelSignature,
-    PackedLayer,
     PlanFile,
     ScheduleError,
     Segment,
@@ -77,7 +77,7 @@ def make_plan(layers: int = 3, heads: int = HEADS, seed: int = 0, dense: bool = 
         for _ in SEGMENTS
     )
     signature = ModelSignature("WanTransformer3DModel", layers, heads, HEAD_DIM)
-    return Plan(PlanFile(signature, GRID, BLOCKS, SEGMENTS, schedules))
+    return Plan(PlanFile(signature, GRID, BLOCKS, SEGMENTS, StoredLayers.of(schedules)))
 
 
 def inputs(timestep: Any = 900, batch: int = 2, height: int = 8, seed: int = 1) -> dict[str, Any]:
@@ -399,8 +399,8 @@ def test_index_arrays_are_made_once_and_before_their_segment(monkeypatch: pytest
 
 def test_a_loaded_plan_stays_packed_until_it_is_used(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lowered = []
-    lower = PackedLayer.schedule
-    monkeypatch.setattr(PackedLayer, "schedule", lambda packed: lowered.append(packed) or lower(packed))
+    lower = LayerSchedule.col_idx.fget
+    monkeypatch.setattr(LayerSchedule, "col_idx", property(lambda core: lowered.append(core) or lower(core)))
     model, plan = make_model(), make_plan()
     expected = [masked(model, plan, timestep=at) for at in (999, 700, 100)]
     write_plan(tmp_path / "a.plan", plan.file)
@@ -439,9 +439,9 @@ def test_devices_keep_the_segments_last_used(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_plan_is_proved_when_it_is_loaded(tmp_path: Any) -> None:
-    stored = make_plan().file.stored()
+    stored = make_plan().file.schedules
     last = stored.layers[0][-1]
-    none = PackedLayer(GRID, BLOCKS, np.zeros((last.lists, 1), np.uint8), **last.small)
+    none = LayerSchedule(GRID, BLOCKS, np.zeros((last.lists, 1), np.uint8), **last.small)
     broken = [[*layers] for layers in stored.layers]
     broken[0][-1] = encode(none, None)
     layers = StoredLayers("", GRID, BLOCKS, HEADS, (0, 2, 2), broken)

@@ -13,7 +13,7 @@ import torch
 from support.schedules import random_schedule
 from torch.profiler import ProfilerActivity, profile
 
-from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
+from calibatt.plans import Blocks, PlanFile, Segment, StoredLayers, TokenGrid
 from calibatt.runtime import Plan, resident
 from calibatt.runtime.adapters import adapter_for
 from calibatt.tools.bench.trace import traced
@@ -44,7 +44,9 @@ def make_plan(model: Any) -> Plan:
         tuple(random_schedule(rng, GRID, Blocks(128, 128), HEADS, 0.3, anchored_heads=[1]) for _ in range(LAYERS))
         for _ in SEGMENTS
     ]
-    return Plan(PlanFile(adapter_for(model).signature(model), GRID, Blocks(128, 128), SEGMENTS, tuple(layers)))
+    return Plan(
+        PlanFile(adapter_for(model).signature(model), GRID, Blocks(128, 128), SEGMENTS, StoredLayers.of(layers))
+    )
 
 
 def run(model: Any, timestep: int) -> torch.Tensor:

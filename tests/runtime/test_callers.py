@@ -17,7 +17,7 @@ from support import wan
 from support.masked import masked
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid, write_plan
+from calibatt.plans import Blocks, PlanFile, Segment, StoredLayers, TokenGrid, write_plan
 from calibatt.runtime import OutsideForwardError, Plan, PlanSet, load_plan, ops
 from calibatt.runtime.adapters import adapter_for
 
@@ -33,7 +33,7 @@ def make_plan(model: Any, segments: int = THREADS, grid: TokenGrid = GRID) -> Pl
     layers = [
         tuple(random_schedule(rng, grid, Blocks(16, 16), 2, 0.3, anchored_heads=[1]) for _ in range(2)) for _ in parts
     ]
-    return Plan(PlanFile(adapter_for(model).signature(model), grid, Blocks(16, 16), parts, tuple(layers)))
+    return Plan(PlanFile(adapter_for(model).signature(model), grid, Blocks(16, 16), parts, StoredLayers.of(layers)))
 
 
 def arguments(time: int, rows: int = GRID.height) -> tuple[torch.Tensor, ...]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from support.masked import masked_attention
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, TokenGrid, write_plan
+from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid, write_plan
 from calibatt.runtime import Plan, PlanMismatchError, UnknownModelError, ops, resident
 from calibatt.runtime.comfyui import FAMILIES, OVERRIDE, ApplyPlan, ExplainPlan, PlannedOverride
 from calibatt.tools import comfyui
@@ -38,7 +38,7 @@ def plan_file(grid: TokenGrid = GRID, layers: int = LAYERS, head_dim: int = HEAD
         for _ in SEGMENTS
     )
     signature = ModelSignature("WanTransformer3DModel", layers, HEADS, head_dim)
-    return PlanFile(signature, grid, blocks, SEGMENTS, schedules)
+    return PlanFile(signature, grid, blocks, SEGMENTS, StoredLayers.of(schedules))
 
 
 def stock(q: Any, k: Any, v: Any, heads: int, mask: Any = None, **kwargs: Any) -> torch.Tensor:

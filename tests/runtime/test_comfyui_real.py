@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, TokenGrid, write_plan
+from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid, write_plan
 from calibatt.runtime import Plan, load_plan, ops
 from calibatt.runtime.comfyui import FAMILIES, ApplyPlan, ExplainPlan, PlannedOverride
 
@@ -58,7 +58,7 @@ def plan_file(family: str = "WanModel", grid: TokenGrid = GRID, layers: int = co
         for _ in SEGMENTS
     )
     signature = ModelSignature(FAMILIES[family].architecture, layers, heads, comfyui.HEAD_DIM)
-    return PlanFile(signature, grid, blocks, SEGMENTS, schedules)
+    return PlanFile(signature, grid, blocks, SEGMENTS, StoredLayers.of(schedules))
 
 
 @pytest.fixture

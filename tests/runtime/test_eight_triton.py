@@ -16,7 +16,7 @@ from support.guards import adversarial, run_guarded
 from support.interpreter import round_e4m3_rightly
 from support.schedules import random_schedule
 
-from calibatt.plans import BF16, INT8, INT8_FP8, Blocks, ModelSignature, PlanFile, Segment, TokenGrid
+from calibatt.plans import BF16, INT8, INT8_FP8, Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid
 from calibatt.runtime import eight_bits, prepass, quantise
 from calibatt.runtime.attachment import Attachment
 from calibatt.runtime.backends import UnsupportedBackendError
@@ -285,7 +285,7 @@ def test_explain_says_on_or_off_for_precisions_of_the_plan(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: sm)
     signature = ModelSignature("Model", 1, len(precisions), 64)
     layers = ((made(precisions).core,),)
-    plan = LoadedPlan(PlanFile(signature, GRID, SQUARE, (Segment(0.0, 1.0, 0.5),), layers))
+    plan = LoadedPlan(PlanFile(signature, GRID, SQUARE, (Segment(0.0, 1.0, 0.5),), StoredLayers.of(layers)))
     session = Session((plan,), None, "auto", False)
     session.backends[card, dtype] = [["torch"]]
     attachment = object.__new__(Attachment)

@@ -15,7 +15,7 @@ import torch
 from support.masked import masked
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, PlanFile, Segment
+from calibatt.plans import Blocks, PlanFile, Segment, StoredLayers
 from calibatt.runtime import Plan
 from calibatt.runtime.adapters import adapter_for
 from calibatt.tools.bench.published import MODELS, token_grid
@@ -58,7 +58,7 @@ class Wide:
         layers = [
             tuple(random_schedule(rng, grid, blocks, len(heads), **options) for _ in range(LAYERS)) for _ in SEGMENTS
         ]
-        return Plan(PlanFile(signature, grid, blocks, SEGMENTS, tuple(layers)))
+        return Plan(PlanFile(signature, grid, blocks, SEGMENTS, StoredLayers.of(layers)))
 
 
 @pytest.fixture(

@@ -9,7 +9,7 @@ import torch
 from support import judge
 from support.guards import Guards, adversarial, run_guarded
 
-from calibatt.plans import ModelSignature, PlanFile, Segment, write_plan
+from calibatt.plans import ModelSignature, PlanFile, Segment, StoredLayers, write_plan
 
 CASES = adversarial(64)
 
@@ -24,7 +24,7 @@ def test_extremes_are_plans(tmp_path: Path) -> None:
     """A file may say each of them."""
     for core, _, _ in CASES.values():
         model = ModelSignature("M", 1, core.heads, 16)
-        plan = PlanFile(model, core.grid, core.blocks, (Segment(0, 1, 0.5),), [[core]])
+        plan = PlanFile(model, core.grid, core.blocks, (Segment(0, 1, 0.5),), StoredLayers.of([[core]]))
         write_plan(path := tmp_path / "a.plan", plan)
         judge.judge(path, found := judge.first(path))
         assert isinstance(found, PlanFile)

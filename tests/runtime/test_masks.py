@@ -60,7 +60,7 @@ def test_tensors_are_masks_and_one_segment_needs_no_axis() -> None:
 def test_equal_heads_share_their_lists() -> None:
     masks = random_masks(SHAPE)
     masks[:, 2] = masks[:, 0]
-    heads = plan_from_masks(masks, GRID, BLOCKS, model=SIGNATURE).file.packed(0, 1)
+    heads = plan_from_masks(masks, GRID, BLOCKS, model=SIGNATURE).file.schedules.schedule(0, 1)
     assert heads.head_list.tolist() == [0, 5, 0]
     assert len(heads.list_bits) == 10
 

@@ -14,7 +14,7 @@ import torch._dynamo.testing
 from support.masked import masked
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
+from calibatt.plans import Blocks, PlanFile, Segment, StoredLayers, TokenGrid
 from calibatt.runtime import InterceptionLostError, Plan, PlanMismatchError, ops
 from calibatt.runtime import schedule as runtime_schedule
 from calibatt.runtime.adapters import ADAPTERS, adapter_for
@@ -373,7 +373,7 @@ def plan_for(model: Any, dense: bool, grid: TokenGrid = GRID) -> Plan:
     schedules = tuple(
         tuple(random_schedule(rng, grid, BLOCKS, HEADS, 0.4, **heads) for _ in range(LAYERS)) for _ in SEGMENTS
     )
-    return Plan(PlanFile(adapter_for(model).signature(model), grid, BLOCKS, SEGMENTS, schedules))
+    return Plan(PlanFile(adapter_for(model).signature(model), grid, BLOCKS, SEGMENTS, StoredLayers.of(schedules)))
 
 
 def run(model: Any, family: Family, time: float = 0.9, batch: int = 2, *text: int) -> torch.Tensor:

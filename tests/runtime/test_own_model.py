@@ -15,7 +15,7 @@ from support.masked import masked
 from support.schedules import random_schedule
 from torch import Tensor, nn
 
-from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, TokenGrid
+from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid
 from calibatt.runtime import Plan, UnknownModelError
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -72,7 +72,7 @@ def test_the_row_of_the_page_is_enough() -> None:
     rng = np.random.default_rng(0)
     layers = tuple(random_schedule(rng, GRID, Blocks(16, 16), HEADS, 0.4, anchored_heads=[1]) for _ in range(LAYERS))
     signature = ModelSignature("MyTransformer", LAYERS, HEADS, HEAD_DIM)
-    plan = Plan(PlanFile(signature, GRID, Blocks(16, 16), (Segment(0.0, 1.0, 0.5),), (layers,)))
+    plan = Plan(PlanFile(signature, GRID, Blocks(16, 16), (Segment(0.0, 1.0, 0.5),), StoredLayers.of([layers])))
     inputs = torch.randn(2, HEADS * HEAD_DIM, 2, 3, 8), torch.randn(2, 5, HEADS * HEAD_DIM), torch.tensor([0.5, 0.9])
     stock = model(*inputs)
     with pytest.raises(UnknownModelError, match="or come with an adapter of its own, got MyTransformer"):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from support.ranks import run_ranks
 from support.schedules import random_schedule
 
-from calibatt.plans import PRECISIONS, Blocks, ModelSignature, PlanFile, Segment, TokenGrid, write_plan
+from calibatt.plans import PRECISIONS, Blocks, ModelSignature, PlanFile, Segment, StoredLayers, TokenGrid, write_plan
 from calibatt.runtime import ParallelismError, Plan, PlanMismatchError, load_plan, resident
 from calibatt.runtime import schedule as runtime_schedule
 from calibatt.runtime.adapters import adapter_for
@@ -93,7 +93,7 @@ def plan_for(model: Any, seed: int = 0, dense: bool = False, grid: TokenGrid = G
         )
         for _ in SEGMENTS
     )
-    return Plan(PlanFile(adapter_for(model).signature(model), grid, BLOCKS, SEGMENTS, schedules))
+    return Plan(PlanFile(adapter_for(model).signature(model), grid, BLOCKS, SEGMENTS, StoredLayers.of(schedules)))
 
 
 def run(model: Any, arguments: Callable[..., dict[str, Any]] = wan_arguments, time: float = 0.9, **more: Any) -> Any:
@@ -341,12 +341,11 @@ def test_a_share_keeps_the_precision_of_its_heads(precisions: list[int], rank: i
     """And names those of all ranks, so that all choose the same backend; packed as a file's or not."""
     grid, heads = TokenGrid(2, 3, 13), len(precisions)
     core = random_schedule(np.random.default_rng(1), grid, BLOCKS, heads, 0.5, precisions=precisions)
-    plan = PlanFile(ModelSignature("M", 1, heads, 8), grid, BLOCKS, (Segment(0, 1, 0),), [[core]])
-    for whole in (ListedSchedule(core), StoredSchedule(plan.stored(), 0, 0)):
+    plan = PlanFile(ModelSignature("M", 1, heads, 8), grid, BLOCKS, (Segment(0, 1, 0),), StoredLayers.of([[core]]))
+    for whole in (ListedSchedule(core), StoredSchedule(plan.schedules, 0, 0)):
         share = Share(whole, Ulysses(None, rank, 2, uneven=True))  # type: ignore[arg-type]  # nobody is asked
         mine = share.divided[rank]
         assert share.bind("cpu").core.head_precision.tolist() == [precisions[head] for head in mine]
-        assert share.packed.head_precision.tolist() == [precisions[head] for head in mine]
         assert share.precisions == whole.precisions == set(precisions)
 
 

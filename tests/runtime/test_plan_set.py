@@ -15,7 +15,7 @@ import torch
 import torch._dynamo.testing
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid, write_plan
+from calibatt.plans import Blocks, PlanFile, Segment, StoredLayers, TokenGrid, write_plan
 from calibatt.runtime import Plan, PlanMismatchError, PlanSet, attach, load_plan, load_plans, ops
 from calibatt.runtime.adapters import adapter_for
 
@@ -42,7 +42,7 @@ def make_plan(model: Any, grid: TokenGrid, segments: int = 2, seed: int = 0) -> 
     schedules = tuple(
         tuple(random_schedule(rng, grid, blocks, HEADS, 0.2) for _ in range(signature.layers)) for _ in parts
     )
-    return Plan(PlanFile(signature, grid, blocks, parts, schedules))
+    return Plan(PlanFile(signature, grid, blocks, parts, StoredLayers.of(schedules)))
 
 
 def run(model: Any, grid: TokenGrid, timestep: int = 900) -> torch.Tensor:

@@ -156,7 +156,7 @@ def test_outputs_of_anchors_go_to_their_groups(anchors: str) -> None:
         found, found_lse = out[:, head], lse[:, head]
         if head in (1, 3):
             row_of = torch.zeros(core.grid.tokens, dtype=torch.long)
-            row_of[core.packed_queries(head)] = torch.arange(core.packed_tokens(head))
+            row_of[core.packed_queries(head)] = torch.arange(len(core.packed_queries(head)))
             row, slot = row_of[core.token_source(head)].to(DEVICE), int(eight.slots[head])
             assert torch.equal(found[:, start : start + core.grid.tokens], packed[:, slot, row])
             assert torch.equal(found_lse[:, start : start + core.grid.tokens], packed_lse[:, slot, row])

@@ -21,7 +21,7 @@ from support import quantised, wan
 from support.masked import masked
 from support.schedules import random_schedule
 
-from calibatt.plans import Blocks, PlanFile, Segment, TokenGrid
+from calibatt.plans import Blocks, PlanFile, Segment, StoredLayers, TokenGrid
 from calibatt.runtime import Plan, ops
 from calibatt.runtime.adapters import adapter_for
 
@@ -57,7 +57,7 @@ def plan_for(model: Any) -> Plan:
     rng = np.random.default_rng(0)
     segments = (Segment(0.0, 0.6, 0.3), Segment(0.6, 1.0, 0.8))
     layers = [[random_schedule(rng, GRID, BLOCKS, 2, 0.3, anchored_heads=[1]) for _ in range(LAYERS)] for _ in segments]
-    return Plan(PlanFile(adapter_for(model).signature(model), GRID, BLOCKS, segments, tuple(map(tuple, layers))))
+    return Plan(PlanFile(adapter_for(model).signature(model), GRID, BLOCKS, segments, StoredLayers.of(layers)))
 
 
 def generate(pipe: Any, guidance: float = 5.0, steps: int = STEPS) -> torch.Tensor:

@@ -21,7 +21,6 @@ from calibatt.plans import (
     Blocks,
     LayerSchedule,
     ModelSignature,
-    PackedLayer,
     PlanFile,
     Segment,
     StoredLayers,
@@ -181,8 +180,8 @@ def test_a_plan_in_720p_takes_less_than_300_mb(anchored: int) -> None:
     blocks = Blocks(128, 128)
     rng = np.random.default_rng(0)
     core = random_schedule(rng, WAN_720P, blocks, heads, 0.3, anchored_heads=range(anchored))
-    assert len(core.row_ptr) - 1 == core.head_tile_ptr[-1]
-    stored = encode(PackedLayer.of(core), None)
+    assert len(core.list_bits) == core.head_tile_ptr[-1]
+    stored = encode(core, None)
     plan = Plan(
         PlanFile(
             signature=ModelSignature("WanTransformer3DModel", layers, heads, 128),

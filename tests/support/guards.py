@@ -33,10 +33,9 @@ def adversarial(block_k: int) -> dict[str, tuple[LayerSchedule, int, int]]:
 
     def all_to(core: LayerSchedule, block: int) -> LayerSchedule:
         """The same key block in each list."""
-        lists = len(core.row_ptr) - 1
-        return replace(
-            core, row_ptr=np.arange(lists + 1, dtype=np.int32), col_idx=np.full(lists, block, dtype=np.uint16)
-        )
+        keep = np.zeros((len(core.list_bits), core.k_blocks), np.bool_)
+        keep[:, block] = True
+        return replace(core, list_bits=np.packbits(keep, axis=1, bitorder="little"))
 
     odd, rows = TokenGrid(3, 5, 23), TokenGrid(5, 60, 1)  # 345 tokens; rows of one token
     last = -(-odd.tokens // block_k) - 1

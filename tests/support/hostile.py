@@ -22,15 +22,14 @@ import numpy as np
 import zstandard
 
 from calibatt.plans import (
-    DENSE,
-    NO_ANCHORS,
     Blocks,
     Container,
-    LayerSchedule,
     ModelSignature,
     PlanFile,
     Segment,
+    StoredLayers,
     TokenGrid,
+    schedule_of,
     write_container,
     write_plan,
 )
@@ -41,21 +40,9 @@ Header, Sections = dict[str, Any], dict[str, np.ndarray]
 
 def dense_parts() -> tuple[Header, Sections]:
     """Header and sections of the smallest plan: one token, layer, head and segment."""
-    one, nothing = np.zeros(1, np.int32), np.zeros(0, np.int32)
-    schedule = LayerSchedule(
-        grid=TokenGrid(1, 1, 1),
-        blocks=Blocks(16, 16),
-        row_ptr=one,
-        col_idx=np.zeros(0, np.uint16),
-        head_list=np.array([DENSE], np.int32),
-        head_anchor=np.array([NO_ANCHORS], np.int32),
-        anchor_ptr=one,
-        anchor_axis=nothing,
-        group_start=nothing,
-        group_anchor=nothing,
-        tile_order=one,
-    )
-    plan = PlanFile(ModelSignature("M", 1, 1, 8), schedule.grid, schedule.blocks, (Segment(0, 1, 0),), [[schedule]])
+    grid, blocks = TokenGrid(1, 1, 1), Blocks(16, 16)
+    stored = StoredLayers.of([[schedule_of(grid, blocks, [np.ones((1, 1), np.uint8)])]])
+    plan = PlanFile(ModelSignature("M", 1, 1, 8), grid, blocks, (Segment(0, 1, 0),), stored)
     with tempfile.TemporaryDirectory() as folder:
         write_plan(path := Path(folder) / "dense.plan", plan)
         container = Container.open(path, magic=MAGIC, version=VERSION)

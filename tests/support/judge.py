@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from calibatt.plans import DENSE, NO_ANCHORS, PlanFile
+from calibatt.plans import DENSE, NO_ANCHORS, LayerSchedule, PlanFile
 from calibatt.plans.errors import PlanError
-from calibatt.plans.packed import PackedLayer
 from support import second_reader
 
 KNOWN = ("passes", "scheduler_hint", "provenance", "predicted", "license", "notes")
@@ -61,7 +60,7 @@ def _parts(plan: PlanFile) -> tuple[Any, Any]:
     header = {name: getattr(plan, name) for name in KNOWN}
     header |= {"model": asdict(plan.signature), "grid": asdict(plan.grid), "blocks": asdict(plan.blocks)}
     header["segments"] = [asdict(segment) for segment in plan.segments]
-    return header, [len(layers) for layers in plan.schedules]
+    return header, [len(layers) for layers in plan.schedules.layers]
 
 
 def _expected(plan: second_reader.Plan) -> tuple[Any, Any]:
@@ -77,17 +76,17 @@ def _expected(plan: second_reader.Plan) -> tuple[Any, Any]:
     return header, [len(layers) for layers in plan.segments]
 
 
-def _difference(found: PackedLayer, expected: second_reader.Layer) -> str:
+def _difference(schedule: LayerSchedule, expected: second_reader.Layer) -> str:
     """In what a layer differs, with everything that kernels index by looked at as they see it; empty: in nothing."""
-    schedule = found.schedule()
-    arrays = (schedule.row_ptr, schedule.head_list, schedule.head_anchor, schedule.tile_order)
-    if any(array.dtype != np.int32 for array in arrays) or schedule.col_idx.dtype != np.uint16:
+    row_ptr, col_idx = schedule.row_ptr, schedule.col_idx
+    arrays = (row_ptr, schedule.head_list, schedule.head_anchor, schedule.tile_order)
+    if any(array.dtype != np.int32 for array in arrays) or col_idx.dtype != np.uint16:
         return "dtypes"
     if not np.array_equal(schedule.tile_order, expected.order):
         return "tile order"
     if schedule.head_precision.tolist() != expected.precision:
         return "precision of heads"
-    if schedule.row_ptr[-1] != len(schedule.col_idx) or schedule.heads != len(expected.heads):
+    if row_ptr[-1] != len(col_idx) or schedule.heads != len(expected.heads):
         return "ends"
     for head, (mask, anchors) in enumerate(zip(expected.heads, expected.anchors, strict=True)):
         start = int(schedule.head_list[head])
@@ -95,11 +94,11 @@ def _difference(found: PackedLayer, expected: second_reader.Layer) -> str:
             if start != DENSE:
                 return f"head {head} is dense"
         else:
-            ptr = schedule.row_ptr[start : start + len(mask) + 1].astype(np.int64)
+            ptr = row_ptr[start : start + len(mask) + 1].astype(np.int64)
             tile, column = np.nonzero(mask)
             if start < 0 or not np.array_equal(ptr, ptr[0] + np.append(0, np.cumsum(mask.sum(1)))):
                 return f"lengths of head {head}"
-            if not np.array_equal(schedule.col_idx[ptr[0] : ptr[-1]], column) or ptr[-1] - ptr[0] != len(tile):
+            if not np.array_equal(col_idx[ptr[0] : ptr[-1]], column) or ptr[-1] - ptr[0] != len(tile):
                 return f"lists of head {head}"
         pattern = int(schedule.head_anchor[head])
         if (pattern == NO_ANCHORS) != (anchors is None):

@@ -21,11 +21,11 @@ from calibatt.plans import (
     ModelSignature,
     PlanFile,
     Segment,
+    StoredLayers,
     TokenGrid,
 )
 from calibatt.plans.encoding import encode
-from calibatt.plans.packed import PackedLayer
-from calibatt.plans.stored import StoredLayers
+from calibatt.plans.masks import natural_order
 from support.schedules import ANCHORS, random_schedule
 
 GRID = TokenGrid(frames=2, height=3, width=13)
@@ -37,12 +37,11 @@ def tiny_schedule(variant: int, frames: bool = False) -> LayerSchedule:
 
     With `frames`, the third head computes the second frame only, which stands for both, and two heads are of 8 bits.
     """
-    lists = [sorted({tile, (2 * tile + variant) % 5}) for tile in (0, 1, 2, 3, 4, 1, 2, 3, 4)]
+    lists = [1 << tile | 1 << (2 * tile + variant) % 5 for tile in (0, 1, 2, 3, 4, 1, 2, 3, 4)]
     return LayerSchedule(
         grid=GRID,
         blocks=BLOCKS,
-        row_ptr=np.cumsum([0, *map(len, lists)]).astype(np.int32),
-        col_idx=np.concatenate(lists).astype(np.uint16),
+        list_bits=np.array(lists, np.uint8)[:, None],
         head_list=np.array([0, DENSE, 0, 5], dtype=np.int32),
         head_anchor=np.array([NO_ANCHORS, NO_ANCHORS, 1 if frames else NO_ANCHORS, 0], dtype=np.int32),
         anchor_ptr=np.array([0, 4, 5][: 3 if frames else 2], dtype=np.int32),
@@ -64,7 +63,7 @@ def tiny_plan(**changes: Any) -> PlanFile:
         "grid": GRID,
         "blocks": BLOCKS,
         "segments": (Segment(0.0, 0.375, 0.25), Segment(0.375, 1.0, 0.75)),
-        "schedules": tuple(tuple(tiny_schedule(2 * segment + layer) for layer in (0, 1)) for segment in (1, 2)),
+        "schedules": [[tiny_schedule(2 * segment + layer) for layer in (0, 1)] for segment in (1, 2)],
         "passes": "vote{agreement=0.5},select{max-error=0.02},lower",
         "scheduler_hint": {"class": "UniPCMultistepScheduler", "flow_shift": 5.0},
         "provenance": {"samples": 3, "prompts_digest": "abcd", "versions": {"calibatt": "0.1.0"}},
@@ -78,13 +77,16 @@ def tiny_plan(**changes: Any) -> PlanFile:
     }
     if {"signature", "segments"} & set(changes):  # of other shapes
         del values["predicted"]
-    return PlanFile(**(values | changes))
+    values |= changes
+    if not isinstance(values["schedules"], StoredLayers):
+        values["schedules"] = StoredLayers.of(values["schedules"])
+    return PlanFile(**values)
 
 
 def frames_plan() -> PlanFile:
     """`tiny_plan` with anchor frames in its second segment."""
-    first, second = tiny_plan().schedules
-    return tiny_plan(schedules=(first, tuple(tiny_schedule(4 + layer, frames=True) for layer, _ in enumerate(second))))
+    first, _ = tiny_plan().schedules
+    return tiny_plan(schedules=[first, [tiny_schedule(4 + layer, frames=True) for layer in (0, 1)]])
 
 
 def random_plan(seed: int) -> PlanFile:
@@ -99,9 +101,8 @@ def random_plan(seed: int) -> PlanFile:
     for segment in range(count):  # each of the one before it, of the first of all, or of itself
         bases.append(int(rng.choice([max(segment - 1, 0), 0, segment])))
     drawn = [[_random_layer(rng, grid, blocks, heads) for _ in range(layers)] for _ in range(count)]
-    packed = [[PackedLayer.of(schedule) for schedule in each] for each in drawn]
     encoded = [
-        [encode(layer, None if base == at else packed[base][index]) for index, layer in enumerate(packed[at])]
+        [encode(layer, None if base == at else drawn[base][index]) for index, layer in enumerate(drawn[at])]
         for at, base in enumerate(bases)
     ]
     return PlanFile(
@@ -129,5 +130,4 @@ def _random_layer(rng: np.random.Generator, grid: TokenGrid, blocks: Blocks, hea
         anchored_heads=some(), anchors=ANCHORS, patterns=[None, 1][int(rng.integers(2))],
         precisions=rng.choice([BF16, BF16, INT8, INT8_FP8], heads).tolist(),
     )  # fmt: skip
-    natural = PackedLayer.of(found).natural_order
-    return found if rng.random() < 0.5 else replace(found, tile_order=natural)
+    return found if rng.random() < 0.5 else replace(found, tile_order=natural_order(found))

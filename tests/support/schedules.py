@@ -85,12 +85,11 @@ def random_schedule(
         head_list[head] = len(lists)
         keep = rng.random((tiles[head], k_blocks)) < density
         keep[np.arange(tiles[head]), rng.integers(k_blocks, size=tiles[head])] = True
-        lists += [np.flatnonzero(row) for row in keep]
+        lists += [*np.packbits(keep, axis=1, bitorder="little")]
     return LayerSchedule(
         grid=grid,
         blocks=blocks,
-        row_ptr=np.cumsum([0, *map(len, lists)]).astype(np.int32),
-        col_idx=np.concatenate([*lists, []]).astype(np.uint16),
+        list_bits=np.array(lists, np.uint8).reshape(-1, -(-k_blocks // 8)),
         head_list=head_list,
         head_anchor=head_anchor,
         anchor_ptr=np.cumsum([0, *(len(start) for _, start, _ in groups)]).astype(np.int32),

@@ -20,7 +20,16 @@ from support.sampler import CALIBRATED, TIMES, TinyVideoSampler, tiny_plan, tiny
 from support.schedules import random_schedule
 
 from calibatt.compiler.stats import Store
-from calibatt.plans import Blocks, Container, PlanFile, TokenGrid, write_container, write_plan
+from calibatt.plans import (
+    Blocks,
+    Container,
+    PlanFile,
+    StoredLayers,
+    TokenGrid,
+    schedule_of,
+    write_container,
+    write_plan,
+)
 from calibatt.plans.plan import MAGIC, VERSION
 from calibatt.runtime import ListedSchedule, Plan
 from calibatt.runtime.reference import reference_attention
@@ -32,7 +41,6 @@ from calibatt.tools.evaluate import __main__ as command
 from calibatt.tools.evaluate import effects, evaluation, metrics
 from calibatt.tools.inspect_plan.__main__ import main as inspect
 from calibatt.tools.studies import masks
-from calibatt.tools.studies.masks import schedule_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -141,8 +149,8 @@ def sabotaged(plan: PlanFile, step: int, layer: int, head: int) -> PlanFile:
     keep = np.stack([old.tile_keep(each) for each in range(old.heads)])
     far = np.arange(old.k_blocks)
     keep[head] = far == (far[:, None] + old.k_blocks // 2) % old.k_blocks
-    schedules[step][layer] = schedule_of(keep, old.grid, old.blocks)
-    return replace(plan, schedules=tuple(map(tuple, schedules)))
+    schedules[step][layer] = schedule_of(old.grid, old.blocks, [*np.packbits(keep, axis=2, bitorder="little")])
+    return replace(plan, schedules=StoredLayers.of(schedules))
 
 
 def test_a_sabotaged_head_is_found_and_named(tmp_path, plan_path, sampler):
@@ -423,7 +431,7 @@ def replace_grid(plan: PlanFile) -> PlanFile:
     heads = plan.signature.heads
     dense = random_schedule(np.random.default_rng(0), grid, plan.blocks, heads, dense_heads=range(heads))
     layers = (dense,) * plan.signature.layers
-    return replace(plan, grid=grid, schedules=(layers,) * len(plan.segments))
+    return replace(plan, grid=grid, schedules=StoredLayers.of([layers] * len(plan.segments)))
 
 
 def test_video_and_sound_lose_relative_to_their_own_sizes():

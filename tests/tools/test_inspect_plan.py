@@ -40,8 +40,10 @@ def test_json_holds_the_values() -> None:
     assert values["heads"] == kinds | {"with_anchor_frames": 2, "sharing_lists": 8}
     assert values["precisions"] == {"16 bit": 12, "int8 QK": 2, "int8 QK with fp8 PV": 2}
     assert values["layer_eight_bit"] == [[0.0, 0.0], [0.5, 0.5]]
-    assert values["layer_density"] == [[pytest.approx(plan.density(s, layer)) for layer in (0, 1)] for s in (0, 1)]
-    means = [np.mean([plan.density(segment, layer) for layer in (0, 1)]) for segment in (0, 1)]
+    assert values["layer_density"] == [
+        [pytest.approx(plan.schedules[s][layer].density) for layer in (0, 1)] for s in (0, 1)
+    ]
+    means = [np.mean([layer.density for layer in plan.schedules[segment]]) for segment in (0, 1)]
     assert values["density"] == pytest.approx((means[0] + means[1]) / 2)
     assert values["segments"][1]["start"] == 0.375
     assert values["segments"][1]["heads"] == {"dense": 2, "sparse": 2, "anchored": 4}
@@ -171,7 +173,7 @@ def test_the_heat_map_is_coloured_and_fits_a_narrow_terminal(tmp_path: Path) -> 
     assert "layer 0  " + "▒" * 30 in narrow
     assert max(len(line) for line in narrow.splitlines()) <= 60
     assert "told: soon" in narrow
-    red, green, blue = summary.colour(plan.density(0, 0))
+    red, green, blue = summary.colour(plan.schedules[0][0].density)
     assert f"48;2;{red};{green};{blue}m" in shown(plan, tmp_path / "plan", 200, colours=True)
 
 

@@ -16,8 +16,9 @@ pytest.importorskip("diffusers")
 
 from support.sampler import CALIBRATED, GRID, TIMES, TinyVideoSampler, tiny_store
 
+from calibatt.compiler.bits import pack
 from calibatt.compiler.stats import Store, window_keep
-from calibatt.plans import Blocks, TokenGrid
+from calibatt.plans import Blocks, TokenGrid, schedule_of
 from calibatt.runtime.reference import reference_attention
 from calibatt.runtime.schedule import ListedSchedule
 from calibatt.tools.calibrate import models
@@ -60,7 +61,7 @@ def test_a_mask_of_every_sample_is_executed():
     keep = random_masks(2, 3, 5, 5)
     out = masks.masked_attention(q, k, v, keep, grid, BLOCKS)
     for sample in range(2):
-        schedule = ListedSchedule(masks.schedule_of(keep[sample].numpy(), grid, BLOCKS))
+        schedule = ListedSchedule(schedule_of(grid, BLOCKS, [*pack(keep[sample].numpy())]))
         schedule.core.check()
         here = slice(sample, sample + 1)
         want, _ = reference_attention(q[here], k[here], v[here], schedule)
@@ -73,7 +74,7 @@ def test_masks_of_reordered_tokens_are_undone():
     keep = random_masks(3, 2, 2, 16, 16)
     q, k, v = qkv(1, 2, GRID)
     out = Kept(found, keep, order)(q, k, v, 1, TIMES[2])
-    schedule = ListedSchedule(masks.schedule_of(keep[2, 1].numpy(), GRID, BLOCKS))
+    schedule = ListedSchedule(schedule_of(GRID, BLOCKS, [*pack(keep[2, 1].numpy())]))
     want, _ = reference_attention(q[:, :, order], k[:, :, order], v[:, :, order], schedule)
     torch.testing.assert_close(out[:, :, order], want)
 

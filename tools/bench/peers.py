@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from calibatt.plans.schedule import DENSE
 from calibatt.runtime.schedule import AttentionSchedule
 
 DENSE_PEERS = ("sdpa-flash", "sdpa-cudnn", "flash-attention-4")
@@ -64,16 +64,7 @@ def sparse_peer(name: str, q: Tensor, k: Tensor, v: Tensor, schedule: AttentionS
 def block_lists(schedule: AttentionSchedule, device: torch.device) -> tuple[Tensor, Tensor]:
     """Kept key blocks as the peers want them: counts int32 ``(1, H, Q)`` and indices int32 ``(1, H, Q, K)``."""
     core = schedule.core
-    keep = torch.zeros(core.heads, core.q_blocks, core.k_blocks, dtype=torch.bool)
-    for head in range(core.heads):
-        first = int(core.head_list[head])
-        if first == DENSE:
-            keep[head] = True
-            continue
-        for tile in range(core.q_blocks):
-            start, stop = core.row_ptr[first + tile], core.row_ptr[first + tile + 1]
-            keep[head, tile, torch.from_numpy(core.col_idx[start:stop].astype("int64"))] = True
-    keep = keep.to(device)
+    keep = torch.from_numpy(np.stack([core.tile_keep(head) for head in range(core.heads)])).to(device)
     indices = keep.to(torch.int8).argsort(dim=-1, descending=True, stable=True).int()
     return keep.sum(-1, dtype=torch.int32)[None], indices[None].contiguous()
 

@@ -3,46 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from calibatt.plans import NO_ANCHORS, ROWS, Blocks, LayerSchedule, TokenGrid
+from calibatt.plans import ROWS, Blocks, LayerSchedule, TokenGrid, longest_first
 from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule
 
-Ints = npt.NDArray[Any]
 GROUP = 3
 """Rows, or frames, of an anchor group in the anchored cases."""
-
-
-def plain_core(
-    grid: TokenGrid, blocks: Blocks, lengths: Ints, columns: Ints, head_list: Ints, tile_order: Ints
-) -> LayerSchedule:
-    """A schedule without anchors.
-
-    Args:
-        grid: The token sequence.
-        blocks: Block sizes.
-        lengths: Of every list.
-        columns: All lists, one after the other.
-        head_list: Each head's first list, or `plans.DENSE`.
-        tile_order: In which order tiles are taken.
-    """
-    nothing = np.zeros(0, np.int32)
-    return LayerSchedule(
-        grid=grid,
-        blocks=blocks,
-        row_ptr=np.append(0, lengths.cumsum()).astype(np.int32),
-        col_idx=columns.astype(np.uint16),
-        head_list=head_list.astype(np.int32),
-        head_anchor=np.full(len(head_list), NO_ANCHORS, np.int32),
-        anchor_ptr=np.zeros(1, np.int32),
-        anchor_axis=nothing,
-        group_start=nothing,
-        group_anchor=nothing,
-        tile_order=tile_order.astype(np.int32),
-    )
 
 
 def structured_schedule(
@@ -60,18 +28,27 @@ def structured_schedule(
     """
     rng = np.random.default_rng(seed)
     tiles, columns = blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens)
-    lists = []
-    for _ in range(heads):
+    keep = np.zeros((heads, tiles, columns), np.bool_)
+    for head in range(heads):
         total = rng.standard_normal((tiles + neighbours, columns), dtype=np.float32).cumsum(axis=0)
         ranking = (total[neighbours:] - total[:-neighbours]).argsort(axis=1)
         spread = 0.2 * (density < 1)
         kept = density * columns * rng.uniform(1 - spread, 1 + spread, tiles)
-        lists += [
-            np.sort(row[-n:]) for row, n in zip(ranking, np.clip(kept.round(), 1, columns).astype(int), strict=True)
-        ]
-    lengths = np.array([len(each) for each in lists])
-    order = np.lexsort((-lengths, np.repeat(np.arange(heads), tiles)))
-    core = plain_core(grid, blocks, lengths, np.concatenate(lists), np.arange(heads) * tiles, order)
+        most = np.clip(kept.round(), 1, columns).astype(int)
+        np.put_along_axis(keep[head], ranking, np.arange(columns) >= columns - most[:, None], axis=1)
+    core = LayerSchedule(
+        grid=grid,
+        blocks=blocks,
+        list_bits=np.packbits(keep.reshape(-1, columns), axis=1, bitorder="little"),
+        head_list=np.arange(heads, dtype=np.int32) * tiles,
+        head_anchor=np.full(heads, -1, dtype=np.int32),
+        anchor_ptr=np.zeros(1, dtype=np.int32),
+        anchor_axis=np.zeros(0, dtype=np.int32),
+        group_start=np.zeros(0, dtype=np.int32),
+        group_anchor=np.zeros(0, dtype=np.int32),
+        tile_order=longest_first([*keep.sum(2)]),
+        head_precision=np.zeros(heads, np.uint8),
+    )
     core.check()
     return ListedSchedule(core)
 
@@ -95,26 +72,20 @@ def anchored_schedule(schedule: AttentionSchedule, axis: int) -> AttentionSchedu
     size = grid.width if axis == ROWS else grid.height * grid.width
     last = np.append(starts[1:], grid.tokens // size) - 1
     anchors = np.minimum(starts + 1, last)
-    packed = len(anchors) * size
     token = (anchors[:, None] * size + np.arange(size)).reshape(-1)
     source = token[:: blocks.block_q] // blocks.block_q
-    lists = [
-        core.col_idx[core.row_ptr[core.head_list[head] + tile] : core.row_ptr[core.head_list[head] + tile + 1]]
-        for head in range(heads)
-        for tile in source
-    ]
-    lengths, tiles = np.array([len(each) for each in lists]), blocks.q_blocks(packed)
+    bits = [core.list_bits[core.head_list[head] + source] for head in range(heads)]
+    tiles = len(source)
     made = replace(
         core,
-        row_ptr=np.append(0, lengths.cumsum()).astype(np.int32),
-        col_idx=np.concatenate(lists),
+        list_bits=np.concatenate(bits),
         head_list=np.arange(heads, dtype=np.int32) * tiles,
         head_anchor=np.zeros(heads, np.int32),
         anchor_ptr=np.array([0, len(anchors)], np.int32),
         anchor_axis=np.array([axis], np.int32),
         group_start=starts.astype(np.int32),
         group_anchor=anchors.astype(np.int32),
-        tile_order=np.lexsort((-lengths, np.repeat(np.arange(heads), tiles))).astype(np.int32),
+        tile_order=longest_first([np.bitwise_count(each).sum(1, dtype=np.int64) for each in bits]),
     )
     made.check()
     return ListedSchedule(made)

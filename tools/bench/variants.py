@@ -124,7 +124,7 @@ def plan_shaped(
     made: list[EncodedLayer] = []
     for seed in range(min(masks, signature.layers)):
         schedule = structured_schedule(grid, blocks, signature.heads, density, seed=seed)
-        made.append(encode(in_precision(schedule, precision).packed, None))
+        made.append(encode(in_precision(schedule, precision).core, None))
     # The next segment has the masks of the one before, one layer on: other lists at equal cost.
     stored = [[made[(layer + at) % len(made)] for layer in range(signature.layers)] for at in range(steps)]
     even = [1 - step / steps for step in range(steps)]

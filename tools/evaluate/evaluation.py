@@ -14,7 +14,7 @@ import torch
 
 from calibatt.plans import PlanError, PlanFile
 from calibatt.plans.files import whole_file, write_text
-from calibatt.plans.schedule import ARRAYS
+from calibatt.plans.schedule import SMALL_ARRAYS
 from calibatt.runtime import Plan
 from calibatt.runtime.adapters import adapter_for
 from calibatt.tools.calibrate.calibration import sampling_name
@@ -70,7 +70,7 @@ def schedules_digest(plan: PlanFile) -> str:
     state.update(repr((plan.signature, plan.grid, plan.blocks, plan.segments)).encode())
     for layers in plan.schedules:
         for schedule in layers:
-            for name in ARRAYS:
+            for name in ("list_bits", *SMALL_ARRAYS):
                 state.update(np.ascontiguousarray(getattr(schedule, name)).tobytes() + b"|")
     return state.hexdigest()
 

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from calibatt.plans import NO_ANCHORS, PackedLayer, PlanFile
+from calibatt.plans import NO_ANCHORS, LayerSchedule, PlanFile
 from calibatt.plans.errors import legible
 from calibatt.plans.readable import words
 
@@ -47,7 +47,7 @@ def _segments(one: PlanFile, other: PlanFile) -> list[dict[str, Any]]:
     apart = np.zeros(len(times), int)
     for layer in range(one.signature.layers):  # neighbouring segments of a layer are decoded together
         for index, time in enumerate(times):
-            first, last = one.packed(index, layer), other.packed(other.segment_index(time), layer)
+            first, last = one.schedules.schedule(index, layer), other.schedule(time, layer)
             densities[index] += first.density, last.density
             pairs = [_head(first, last, head) for head in range(first.heads)]
             apart[index] += pairs.count(None)
@@ -66,7 +66,7 @@ def _segments(one: PlanFile, other: PlanFile) -> list[dict[str, Any]]:
     ]
 
 
-def _head(one: PackedLayer, other: PackedLayer, head: int) -> tuple[int, int] | None:
+def _head(one: LayerSchedule, other: LayerSchedule, head: int) -> tuple[int, int] | None:
     """How many blocks both compute, and how many at least one does; None if their anchors differ."""
     if _anchors(one, head) != _anchors(other, head):
         return None
@@ -79,13 +79,12 @@ def _head(one: PackedLayer, other: PackedLayer, head: int) -> tuple[int, int] | 
     return common, sum(counts) - common
 
 
-def _anchors(layer: PackedLayer, head: int) -> tuple[int, list[int]] | None:
+def _anchors(layer: LayerSchedule, head: int) -> tuple[int, list[int]] | None:
     """Axis and anchors of a head; None if it computes every query."""
     pattern = int(layer.head_anchor[head])
     if pattern == NO_ANCHORS:
         return None
-    part = slice(int(layer.anchor_ptr[pattern]), int(layer.anchor_ptr[pattern + 1]))
-    return int(layer.anchor_axis[pattern]), layer.group_anchor[part].tolist()
+    return int(layer.anchor_axis[pattern]), layer.groups(pattern)[1].tolist()
 
 
 def _told_apart(one: Any, other: Any) -> list[str]:

@@ -26,7 +26,7 @@ from rich.progress import track
 
 from calibatt.compiler.language import DEFAULT_PASSES
 from calibatt.compiler.stats import Store
-from calibatt.plans import PlanFile, StoredLayers
+from calibatt.plans import PlanFile
 from calibatt.plans.files import write_text
 from calibatt.tools.bench.options import count_option, output_option
 from calibatt.tools.bench.record import typed
@@ -74,7 +74,6 @@ def lower_all(path: Path) -> dict:
     """
     plan = PlanFile.read(path)
     stored = plan.schedules
-    assert isinstance(stored, StoredLayers)
     units = [(segment, layer) for segment in reversed(range(len(plan.segments))) for layer in range(len(stored[0]))]
     found = {}
     for name, kept in (("run", True), ("alone", False)):
@@ -85,7 +84,7 @@ def lower_all(path: Path) -> dict:
                 if not kept:
                     stored.forget()
                 start = time.perf_counter()
-                stored.packed(*unit).schedule()
+                stored.schedule(*unit).col_idx  # noqa: B018  # unpacks the lists
                 least[index] = min(least[index], 1e3 * (time.perf_counter() - start))
         found |= {
             f"{name}_ms_median": round(float(np.median(least)), 1),

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from calibatt.plans import DENSE, Blocks, LayerSchedule, TokenGrid
+from calibatt.compiler.bits import pack
+from calibatt.compiler.ir import full_bits
+from calibatt.plans import Blocks, LayerSchedule, TokenGrid, schedule_of
 from calibatt.runtime.backends import load_backend
 from calibatt.runtime.device_schedule import DeviceSchedule
 from calibatt.runtime.schedule import ListedSchedule
-from calibatt.tools.bench.schedules import plain_core
 
 KERNEL_DTYPE = torch.float16
 """On a GPU, queries, keys and values are rounded to it: normalised values keep 11 bits, and the kernel adds in fp32."""
 
 
-def schedule_of(keep: np.ndarray, grid: TokenGrid, blocks: Blocks) -> LayerSchedule:
-    """The schedule that executes a mask, bool ``(H, Q, K)`` with a block in every row."""
-    heads, q_blocks, _ = keep.shape
-    tiles = np.arange(heads * q_blocks)
-    return plain_core(grid, blocks, keep.sum(2).reshape(-1), np.nonzero(keep)[2], tiles[::q_blocks], tiles)
-
-
 @lru_cache(maxsize=16)
 def _dense_core(heads: int, grid: TokenGrid, blocks: Blocks) -> LayerSchedule:
     """What a kernel reads of a core: grid and blocks; its lists are those of dense heads."""
-    nothing, tiles = np.zeros(0, np.int64), np.arange(heads * blocks.q_blocks(grid.tokens))
-    return plain_core(grid, blocks, nothing, nothing, np.full(heads, DENSE), tiles)
+    return schedule_of(grid, blocks, [full_bits(blocks.q_blocks(grid.tokens), blocks.k_blocks(grid.tokens))] * heads)
 
 
 def bind_mask(keep: Tensor, grid: TokenGrid, blocks: Blocks) -> DeviceSchedule:
@@ -41,7 +33,7 @@ def bind_mask(keep: Tensor, grid: TokenGrid, blocks: Blocks) -> DeviceSchedule:
         blocks: Block sizes.
     """
     if keep.device.type != "cuda":
-        return ListedSchedule(schedule_of(keep.numpy(), grid, blocks)).bind("cpu")
+        return ListedSchedule(schedule_of(grid, blocks, [*pack(keep.numpy())])).bind("cpu")
     heads, q_blocks, k_blocks = keep.shape
     device, rows = keep.device, heads * q_blocks
     kept_first = keep.byte().argsort(dim=2, descending=True, stable=True).to(torch.int16).flatten()
