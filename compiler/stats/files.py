@@ -6,9 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-from calibatt.compiler.stats.errors import ManifestError, SampleError, StoreError
+from calibatt.compiler.stats.errors import ManifestError, SampleError, StoreError, UnitError
 from calibatt.compiler.stats.manifest import Manifest
-from calibatt.plans.files import MANIFEST, store_around, sync_folder, write_text
+from calibatt.plans.files import MANIFEST, UNITS, store_around, sync_folder, write_text
 
 SAMPLINGS, PROGRESS = "samplings", "progress"
 SUFFIX = ".sampling"
@@ -30,6 +30,21 @@ def check_name(name: str) -> str:
 
 def unit_name(time_index: int, layer: int) -> str:
     return f"t{time_index:03d}_l{layer:03d}.unit"
+
+
+def unit_path(folder: Path, manifest: Manifest, time_index: int, layer: int) -> Path:
+    """The file of a unit in the folder of a store.
+
+    Raises:
+        UnitError: There is no such time or layer.
+    """
+    for what, value, count in (
+        ("time_index", time_index, len(manifest.times)),
+        ("layer", layer, manifest.model.layers),
+    ):
+        if type(value) is not int or not 0 <= value < count:
+            raise UnitError(f"{what} of a unit must be an integer from 0 to {count - 1}, got {value!r}")
+    return folder / UNITS / unit_name(time_index, layer)
 
 
 def places(manifest: Manifest) -> list[tuple[int, int]]:

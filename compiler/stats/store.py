@@ -30,11 +30,11 @@ from calibatt.compiler.stats.files import (
     places,
     read_manifest,
     unit_name,
+    unit_path,
 )
 from calibatt.compiler.stats.manifest import Manifest
 from calibatt.compiler.stats.sampling import Float64, SamplingTables, read_header, read_sampling
 from calibatt.compiler.stats.unit import Unit, combined, read_unit
-from calibatt.compiler.stats.writer import check_place
 from calibatt.plans.files import MANIFEST, UNITS
 
 
@@ -158,12 +158,10 @@ class Store:
             DuplicateSample: Two stores hold one sampling.
             OSError: A file cannot be read.
         """
-        check_place(self.manifest, time_index, layer)
-        place = {"time_index": time_index, "layer": layer}
         units = []
         for folder, names in self._folders.items():
-            path = folder / UNITS / unit_name(time_index, layer)
-            units.append(read_unit(path, self.manifest, place))
+            path = unit_path(folder, self.manifest, time_index, layer)
+            units.append(read_unit(path, self.manifest, (time_index, layer)))
             if missing := [name for name in names if name not in units[-1].samplings]:
                 raise UnitError(f"{path}: the unit must hold every finished sampling, got none of {', '.join(missing)}")
         if len(units) == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -19,6 +19,8 @@ from calibatt.plans.errors import PlanError
 
 MAGIC = b"CALIBSTA"
 VERSION = (2, 0)
+Place = tuple[int, int]
+"""Time index and layer of a unit."""
 CODED = ("effect", "error")
 """Arrays stored as codes, with a peak for each head."""
 SMALL = ("row_effect", "frame_effect", "row_difference")
@@ -200,14 +202,14 @@ def unit_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def write_unit(path: str | PathLike[str], unit: Unit, manifest: Manifest, place: Mapping[str, object]) -> int:
+def write_unit(path: str | PathLike[str], unit: Unit, manifest: Manifest, place: Place) -> int:
     """Writes one unit file, whole or not at all.
 
     Args:
         path: The file.
         unit: The arrays; checked against the manifest.
         manifest: The store's manifest.
-        place: ``time_index`` and ``layer``; a reader proves that it found the file where it belongs.
+        place: Its time index and layer; a reader proves that it found the file where it belongs.
 
     Returns:
         Bytes written.
@@ -221,12 +223,11 @@ def write_unit(path: str | PathLike[str], unit: Unit, manifest: Manifest, place:
     except UnitError as error:
         raise UnitError(f"{path}: {error}") from None
     sections = {name: getattr(unit, name) for name in unit_shapes(manifest)}
-    header = {**place, "manifest": manifest.digest, "samplings": list(unit.samplings)}
-    header["vote_samples"] = unit.vote_samples
+    header = _identity(manifest, place) | {"samplings": list(unit.samplings), "vote_samples": unit.vote_samples}
     return write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections, crc=True)
 
 
-def read_samplings(path: str | PathLike[str], manifest: Manifest, place: Mapping[str, object]) -> tuple[str, ...]:
+def read_samplings(path: str | PathLike[str], manifest: Manifest, place: Place) -> tuple[str, ...]:
     """Names of the samplings that a unit file holds; only the header is read.
 
     Raises:
@@ -236,7 +237,7 @@ def read_samplings(path: str | PathLike[str], manifest: Manifest, place: Mapping
     return _open(path, manifest, place)[1]
 
 
-def read_unit(path: str | PathLike[str], manifest: Manifest, place: Mapping[str, object]) -> Unit:
+def read_unit(path: str | PathLike[str], manifest: Manifest, place: Place) -> Unit:
     """Reads and proves one unit file; the arrays are read-only views of the mapped file.
 
     Raises:
@@ -258,14 +259,17 @@ def read_unit(path: str | PathLike[str], manifest: Manifest, place: Mapping[str,
     return unit
 
 
-def _open(
-    path: str | PathLike[str], manifest: Manifest, place: Mapping[str, object]
-) -> tuple[Container, tuple[str, ...]]:
+def _identity(manifest: Manifest, place: Place) -> dict[str, Any]:
+    """What the header of a unit says whatever was measured."""
+    return {"time_index": place[0], "layer": place[1], "manifest": manifest.digest}
+
+
+def _open(path: str | PathLike[str], manifest: Manifest, place: Place) -> tuple[Container, tuple[str, ...]]:
     try:
         file = Container.open(path, magic=MAGIC, version=VERSION, crc=True)
     except PlanError as error:
         raise UnitError(str(error)) from None
-    expected = {**place, "manifest": manifest.digest}
+    expected = _identity(manifest, place)
     given = {key: value for key, value in file.header.items() if key not in ("samplings", "vote_samples")}
     if given != expected or len(file.header) != len(expected) + 2:
         rule = f"be {expected} with samplings and vote_samples"

@@ -27,6 +27,7 @@ from calibatt.compiler.stats.files import (
     read_manifest,
     sweep,
     unit_name,
+    unit_path,
     write_whole,
 )
 from calibatt.compiler.stats.manifest import Manifest
@@ -126,7 +127,7 @@ class StoreWriter:
             UnitError: No such time or layer, or a damaged file.
         """
         path = self._unit_path(time_index, layer)
-        return read_samplings(path, self.manifest, _place(time_index, layer)) if path.exists() else ()
+        return read_samplings(path, self.manifest, (time_index, layer)) if path.exists() else ()
 
     def read_unit(self, time_index: int, layer: int) -> Unit | None:
         """A unit as it is now; None where there is none yet.
@@ -135,7 +136,7 @@ class StoreWriter:
             UnitError: No such time or layer, or a damaged file.
         """
         path = self._unit_path(time_index, layer)
-        return read_unit(path, self.manifest, _place(time_index, layer)) if path.exists() else None
+        return read_unit(path, self.manifest, (time_index, layer)) if path.exists() else None
 
     def add(self, time_index: int, layer: int, measured: Unit) -> None:
         """Adds what one sampling measured (`Unit.of`) to a unit; does nothing if the unit holds the sampling already.
@@ -160,7 +161,7 @@ class StoreWriter:
             if before is not None and name in before.samplings:
                 return
             unit = measured if before is None else combined([before, measured])
-            self._write(path, unit, _place(time_index, layer))
+            self._write(path, unit, (time_index, layer))
 
     def finish(self, name: str, tables: SamplingTables, meta: Mapping[str, Any]) -> Path:
         """Makes a sampling count, once every unit holds it.
@@ -205,7 +206,7 @@ class StoreWriter:
             with self._alone(path):
                 unit = self.read_unit(*place)
                 if unit is not None and not unit.closed:
-                    self._write(path, reclosed(unit), _place(*place))
+                    self._write(path, reclosed(unit), place)
                     count += 1
             on_unit()
         return count
@@ -246,35 +247,16 @@ class StoreWriter:
         finally:
             os.close(lock)
 
-    def _write(self, path: Path, unit: Unit, place: Mapping[str, object]) -> None:
+    def _write(self, path: Path, unit: Unit, place: tuple[int, int]) -> None:
         write_unit(path, unit, self.manifest, place)
         sync_folder(path.parent)
 
     def _unit_path(self, time_index: int, layer: int) -> Path:
-        return self.path / UNITS / unit_name(*check_place(self.manifest, time_index, layer))
+        return unit_path(self.path, self.manifest, time_index, layer)
 
     def _check_open(self) -> None:
         if self._lock < 0:
             raise StoreBusy(f"{self.path} must be open for writing, got a closed writer")
-
-
-def check_place(manifest: Manifest, time_index: int, layer: int) -> tuple[int, int]:
-    """Time index and layer of a unit.
-
-    Raises:
-        UnitError: There is no such one.
-    """
-    for what, value, count in (
-        ("time_index", time_index, len(manifest.times)),
-        ("layer", layer, manifest.model.layers),
-    ):
-        if type(value) is not int or not 0 <= value < count:
-            raise UnitError(f"{what} of a unit must be an integer from 0 to {count - 1}, got {value!r}")
-    return time_index, layer
-
-
-def _place(time_index: int, layer: int) -> dict[str, object]:
-    return {"time_index": time_index, "layer": layer}
 
 
 def _check_same(folder: Path, manifest: Manifest, what: str) -> None:

@@ -205,7 +205,7 @@ def test_what_was_not_announced():
 
 def test_a_unit_refused(tmp_path):
     one = unit(V, "a")
-    place = {"time_index": 0, "layer": 1}
+    place = (0, 1)
     for changes, message in (
         ({"samplings": ()}, "samplings must be at least one, all different, got"),
         ({"error": one.error.astype(np.uint8)}, "error must be of effect's dtype uint16, got uint8"),
@@ -218,7 +218,7 @@ def test_a_unit_refused(tmp_path):
     for each in dataclasses.fields(Unit):
         np.testing.assert_array_equal(getattr(found, each.name), getattr(one, each.name))
     with pytest.raises(UnitError, match=r"the header must be .*'layer': 0.*, got .*'layer': 1"):
-        read_unit(tmp_path / "u", V, {"time_index": 0, "layer": 0})
+        read_unit(tmp_path / "u", V, (0, 0))
     with pytest.raises(UnitError, match="the header must be"):
         read_unit(tmp_path / "u", M, place)
     data = bytearray((tmp_path / "u").read_bytes())

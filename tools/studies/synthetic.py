@@ -206,7 +206,7 @@ class Synthetic:
             for layer in range(model.layers):
                 for at in range(times):
                     unit, price[at, layer] = self.unit(at, layer, names)
-                    write_unit(path / UNITS / unit_name(at, layer), unit, manifest, {"time_index": at, "layer": layer})
+                    write_unit(path / UNITS / unit_name(at, layer), unit, manifest, (at, layer))
                     done()
             for index, name in enumerate(names):
                 level = 1e-5 * 100.0 ** np.array(manifest.times) * np.exp(rng.normal(0, 0.3))
