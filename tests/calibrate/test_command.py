@@ -157,3 +157,17 @@ def test_no_store_in_a_store(tmp_path: Path, prompts: Path) -> None:
         assert done.exit_code == 2
         assert f"{place} must not be in a store of statistics, got {(tmp_path / 'stats').resolve()}" in done.stderr
         assert not (tmp_path / "stats" / place).exists()
+
+
+def test_prompts_of_an_editor_that_marks_utf_8(tmp_path: Path) -> None:
+    (path := tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa boat\r\na lake\r\n")
+    assert work.read_prompts(path) == ["a boat", "a lake"]
+
+
+def test_a_device_is_one_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [work.pick_device(name) for name in ("auto", "cpu", "cuda", "cuda:1")] == ["cuda", "cpu", "cuda", "cuda:1"]
+    for other in ("cuda:2", "meta"):
+        with pytest.raises(ValueError, match=f"--device must be a device of this machine, got '{other}'"):
+            work.pick_device(other)

@@ -129,14 +129,14 @@ def spread(size: int, count: int) -> list[int]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Reads one prompt a line; empty lines are skipped.
+    """Reads one prompt a line; empty lines are skipped, and so is the mark of UTF-8 that some editors write.
 
     Raises:
         ValueError: The file is not UTF-8 or has no prompt.
         OSError: It cannot be read.
     """
     try:
-        prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8, got {error}") from None
     if not prompts:
@@ -194,9 +194,10 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(device).type
+        named = torch.device(device)
     except RuntimeError:
         raise ValueError(f"--device must be auto, cpu or cuda, got {device!r}") from None
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+    count = {"cpu": 1, "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}.get(named.type, 0)
+    if (named.index or 0) >= count:
         raise ValueError(f"--device must be a device of this machine, got {device!r}")
     return device
