@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,18 +28,7 @@ class PlanMismatchError(PlanError):
     """A plan is not for this model or this forward; the message lists all differences, or what the row needs."""
 
 
-class Place(Protocol):
-    """A self-attention, its name and the transformer block around it: `Site`, `intercept.InterceptedSite`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def attention(self) -> nn.Module: ...
-    @property
-    def block(self) -> nn.Module: ...
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
     """One self-attention of a model.
 

@@ -11,6 +11,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,31 +68,32 @@ class _Forwards(threading.local):
         self.here = _Forward()
 
 
-class InterceptedSite:
+@dataclass(frozen=True, eq=False)
+class InterceptedSite(Site):
     """The place of a call, as `attend` gets it.
 
-    Eager code reads `layer`. Code that `torch.compile` traces reads `index` instead, the same number as an int64 ``()``
-    tensor on the CPU: a Python number would be compiled in, one graph a layer.
+    Eager code reads `layer`. Code that `torch.compile` traces reads `index` instead: a Python number would be compiled
+    in, one graph a layer.
+
+    Args:
+        index: `layer` as an int64 ``()`` tensor on the CPU.
+        original: The function that the model itself calls.
+        heads_first: Whether it takes ``(B, H, N, D)``.
     """
 
-    def __init__(self, site: Site, stock: Callable[..., torch.Tensor], heads_first: bool) -> None:
-        self.layer = site.layer
-        self.index = torch.tensor(site.layer, device="cpu")
-        self.name = site.name
-        self.attention = site.attention
-        self.block = site.block
-        self._stock = stock
-        self._heads_first = heads_first
+    index: torch.Tensor
+    original: Callable[..., torch.Tensor]
+    heads_first: bool
 
     def stock(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """What the model itself would have computed from q, k, v; all ``(B, N, H, D)``."""
-        if self._heads_first:
-            return self._stock(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        if self.heads_first:
+            return self.original(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
         processor = self.attention.processor
         options = {"backend": getattr(processor, "_attention_backend", None)}
         if (config := getattr(processor, "_parallel_config", None)) is not None:
             options["parallel_config"] = config
-        return self._stock(q, k, v, **options)
+        return self.original(q, k, v, **options)
 
 
 class Interception:
@@ -224,7 +226,8 @@ class Interception:
         module, _, name = self.adapter.dispatch.rpartition(".")
         names = type(stock).__call__.__globals__
         original = getattr(names[module], name) if module else names[name]
-        processor.site = InterceptedSite(site, original, heads_first=bool(module))
+        index = torch.tensor(site.layer, device="cpu")
+        processor.site = InterceptedSite(**vars(site), index=index, original=original, heads_first=bool(module))
         processor.beneath = beneath
         return processor
 

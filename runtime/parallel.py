@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from calibatt.plans.schedule import LayerSchedule
-from calibatt.runtime.adapters import Place
+from calibatt.runtime.adapters import Site
 from calibatt.runtime.device_schedule import DeviceSchedule, move
 from calibatt.runtime.schedule import AttentionSchedule
 
@@ -121,7 +121,8 @@ class Share(AttentionSchedule):
     def __init__(self, whole: AttentionSchedule, ulysses: Ulysses) -> None:
         self._whole, self._ulysses = whole, ulysses
         heads = even_counts(whole.heads, ulysses.ranks)[ulysses.rank]
-        super().__init__(whole.grid, whole.blocks, heads, whole.precisions)
+        lists = min(whole.most_lists, heads * whole.q_blocks)
+        super().__init__(whole.grid, whole.blocks, heads, whole.precisions, lists, whole.most_queries)
         self._heads: dict[torch.device, Heads] = {}
 
     @cached_property
@@ -133,14 +134,6 @@ class Share(AttentionSchedule):
     def core(self) -> LayerSchedule:
         """The schedule of this rank's heads, cut out anew."""
         return self._whole.core.select(self.divided[self._ulysses.rank])
-
-    @property
-    def most_lists(self) -> int:
-        return min(self._whole.most_lists, self.heads * self.q_blocks)
-
-    @property
-    def most_queries(self) -> int:
-        return self._whole.most_queries
 
     def bind(self, device: torch.device | str) -> DeviceSchedule:
         """As of `AttentionSchedule`; also puts there which heads go where."""
@@ -209,7 +202,7 @@ def even_counts(count: int, ranks: int) -> list[int]:
     return [count // ranks + (rank < count % ranks) for rank in range(ranks)]
 
 
-def ulysses_of(model: nn.Module, places: Iterable[Place]) -> Ulysses | None:
+def ulysses_of(model: nn.Module, places: Iterable[Site]) -> Ulysses | None:
     """How diffusers' `enable_parallelism` has spread a model; None if it has not.
 
     Raises:

@@ -32,35 +32,36 @@ class Outline:
 
 
 class AttentionSchedule(Outline):
-    """What all heads of one layer compute in one segment; immutable. The arguments are those of `Outline`.
+    """What all heads of one layer compute in one segment; immutable.
 
     Args:
         grid: The video tokens.
         blocks: Block sizes.
         heads: How many heads.
         precisions: Precisions of the heads.
+        most_lists: Most lists that there can be, known without decoding any.
+        most_queries: Most entries that the arrays of queries can have; see `most_queries`.
     """
 
     workspace: Workspace | None = None
     """The buffer where lists are unpacked, if they are on devices as bits; None: they are there as lists."""
 
-    def __init__(self, grid: TokenGrid, blocks: Blocks, heads: int, precisions: Iterable[int]) -> None:
+    def __init__(
+        self,
+        grid: TokenGrid,
+        blocks: Blocks,
+        heads: int,
+        precisions: Iterable[int],
+        most_lists: int,
+        most_queries: int,
+    ) -> None:
         super().__init__(grid, blocks, heads, precisions)
+        self.most_lists, self.most_queries = most_lists, most_queries
         self._bound: dict[torch.device, DeviceSchedule] = {}
 
     @property
     def core(self) -> LayerSchedule:
         """The schedule of the plan file, which is trusted: `core.check()` has passed."""
-        raise NotImplementedError
-
-    @property
-    def most_lists(self) -> int:
-        """Most lists that there can be, known without unpacking any."""
-        raise NotImplementedError
-
-    @property
-    def most_queries(self) -> int:
-        """Most entries that the arrays of queries can have."""
         raise NotImplementedError
 
     @property
@@ -137,20 +138,13 @@ class ListedSchedule(AttentionSchedule):
     """
 
     def __init__(self, core: LayerSchedule) -> None:
-        super().__init__(core.grid, core.blocks, core.heads, core.head_precision.tolist())
+        queries = most_queries(core.grid, core.anchor_ptr, core.anchor_axis)
+        super().__init__(core.grid, core.blocks, core.heads, core.head_precision.tolist(), len(core.list_bits), queries)
         self._core = core
 
     @property
     def core(self) -> LayerSchedule:
         return self._core
-
-    @property
-    def most_lists(self) -> int:
-        return len(self.core.list_bits)
-
-    @property
-    def most_queries(self) -> int:
-        return _most_queries(self.grid, self.core.anchor_ptr, self.core.anchor_axis)
 
 
 class StoredSchedule(AttentionSchedule):
@@ -164,8 +158,10 @@ class StoredSchedule(AttentionSchedule):
 
     def __init__(self, stored: StoredLayers, segment: int, layer: int) -> None:
         self._stored, self._segment, self._layer = stored, segment, layer
-        self._encoded = stored.layers[segment][layer]
-        super().__init__(stored.grid, stored.blocks, stored.heads, self._encoded.small["head_precision"].tolist())
+        encoded = stored.layers[segment][layer]
+        small, lists = encoded.small, encoded.lists
+        queries = most_queries(stored.grid, small["anchor_ptr"], small["anchor_axis"])
+        super().__init__(stored.grid, stored.blocks, stored.heads, small["head_precision"].tolist(), lists, queries)
 
     @property
     def core(self) -> LayerSchedule:
@@ -176,17 +172,9 @@ class StoredSchedule(AttentionSchedule):
         """
         return self._stored.schedule(self._segment, self._layer)
 
-    @property
-    def most_lists(self) -> int:
-        return self._encoded.lists
 
-    @property
-    def most_queries(self) -> int:
-        small = self._encoded.small
-        return _most_queries(self.grid, small["anchor_ptr"], small["anchor_axis"])
-
-
-def _most_queries(grid: TokenGrid, anchor_ptr: Int32, anchor_axis: Int32) -> int:
+def most_queries(grid: TokenGrid, anchor_ptr: Int32, anchor_axis: Int32) -> int:
+    """Entries of the arrays of queries: those of all anchor patterns, then all tokens; none without patterns."""
     if len(anchor_axis) == 0:
         return 0
     rows = int(np.diff(anchor_ptr) @ np.where(anchor_axis == FRAMES, grid.height, 1))

@@ -15,11 +15,12 @@ from calibatt.runtime.adapters import (
     Adapter,
     Arguments,
     PlanMismatchError,
+    Site,
     naming_the_missing,
 )
 from calibatt.runtime.backends import UnsupportedBackendError
 from calibatt.runtime.intercept import InterceptedSite, Interception, each_sample
-from calibatt.runtime.parallel import Place, Share, Ulysses, ulysses_of
+from calibatt.runtime.parallel import Share, Ulysses, ulysses_of
 from calibatt.runtime.resident import LoadedPlan, ResidentSchedules
 from calibatt.runtime.schedule import AttentionSchedule
 from calibatt.runtime.timesteps import Timesteps
@@ -69,7 +70,7 @@ class Session:
         self.shares: dict[LoadedPlan, ResidentSchedules] = {}
         """This rank's share of each plan, if there are several ranks."""
 
-    def join(self, model: nn.Module, places: Sequence[Place]) -> None:
+    def join(self, model: nn.Module, places: Sequence[Site]) -> None:
         """Notes how the model is spread over ranks now.
 
         Raises:
