@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from hashlib import blake2b
@@ -18,7 +18,7 @@ from calibatt.compiler.ir import Job
 from calibatt.compiler.language import print_passes
 from calibatt.compiler.passes import Pass
 from calibatt.compiler.pipeline import Map, Run
-from calibatt.compiler.prediction import CUT, DENSE, Masks, Prediction, predict
+from calibatt.compiler.prediction import Masks, Prediction, predict
 from calibatt.compiler.shelf import Shelf
 from calibatt.compiler.steps import segments
 from calibatt.plans import EncodedLayer, PlanFile, StoredLayers, base_segments, encode
@@ -96,24 +96,7 @@ def _encode(shelf: Shelf, index: int, base: int) -> EncodedLayer:
 
 def predicted_snr(job: Job, done: Run) -> Prediction | str:
     """The predicted signal-to-noise of the final latent, or, as text, why it cannot be predicted."""
-    windows = {str(window): index for index, window in enumerate(job.manifest.windows)}
-    shape = (len(job.manifest.times), job.manifest.model.layers, -1)
-
-    def table(values: Iterable[Any]) -> Any:
-        return np.stack([np.asarray(each) for each in values]).reshape(shape)
-
-    copied = table(unit.copy_error for unit in done.units)
-    rounding = table(unit.precision_error for unit in done.units)
-    own = np.stack([unit.share_error for unit in done.units])
-    known = {"dense": DENSE, **windows}
-    masks = Masks(
-        kind=table([known.get(choice, CUT) for choice in unit.choice] for unit in done.units),
-        density=table(unit.density for unit in done.units),
-        error=np.maximum(table(unit.head_error for unit in done.units) - copied - rounding, 0.0),
-        copied=copied,
-        share_error=own.reshape(*shape[:2], *own.shape[1:]),
-        precision=table(unit.precision for unit in done.units),
-    )
+    masks = Masks(*map(np.stack, zip(*(unit.masks for unit in done.units), strict=True)))
     return predict(job.table, job.levels, job.manifest.shares, masks)
 
 

@@ -26,6 +26,7 @@ from calibatt.compiler.errors import CompileError, VerifyError
 from calibatt.compiler.ir import Float64, Job, UnitIR
 from calibatt.compiler.language import print_passes
 from calibatt.compiler.passes import Findings, Pass
+from calibatt.compiler.prediction import CUT, DENSE, Masks
 from calibatt.compiler.shelf import Shelf
 from calibatt.plans import PRECISIONS, ScheduleError
 
@@ -78,12 +79,7 @@ class UnitAccount:
     Args:
         kinds: Number of heads by kind.
         head_error: Predicted error of each head, copies and precision included.
-        copy_error: The part of it that is due to copies.
-        density: Density of each head's mask, before copies.
-        choice: Name of each head's mask.
-        share_error: See `UnitIR`.
-        precision: Precision of each head.
-        precision_error: The part of `head_error` that is due to it.
+        masks: The unit's part of what predicts the final latent; the first axis of each array is of heads or shares.
     """
 
     seconds: float
@@ -93,12 +89,7 @@ class UnitAccount:
     findings: Findings
     kinds: dict[str, int]
     head_error: Float64
-    copy_error: Float64
-    density: Float64
-    choice: tuple[str, ...]
-    share_error: Float64
-    precision: tuple[int, ...]
-    precision_error: Float64
+    masks: Masks
 
 
 @dataclass(frozen=True)
@@ -247,21 +238,24 @@ def _work(source: Source, job: Job, stage: Stage, shelf: Shelf, index: int, deci
 
 def _account(job: Job, unit: UnitIR, seconds: float, findings: Findings) -> UnitAccount:
     tiles, blocks = unit.computed()
-    precision = tuple(unit.precision.tolist())
+    kinds = {"dense": DENSE, **{str(window): index for index, window in enumerate(job.manifest.windows)}}
+    masks = Masks(
+        kind=np.array([kinds.get(choice, CUT) for choice in unit.choice]),
+        density=count(unit.keep, (1, 2)) / unit.dense_blocks,
+        error=np.maximum(unit.error - unit.copy_error - unit.precision_error, 0.0),
+        copied=unit.copy_error,
+        share_error=unit.share_error,
+        precision=unit.precision.astype(np.int64),
+    )
     return UnitAccount(
         seconds=seconds,
         blocks=int(blocks.sum()),
         plan_bytes=_bytes(unit, tiles, blocks),
-        predicted_ms=sum(float(job.cost(*each)) for each in zip(blocks, precision, strict=True)) * job.block_ms,
+        predicted_ms=sum(map(job.cost, blocks.tolist(), unit.precision.tolist())) * job.block_ms,
         findings=findings,
         kinds=_kinds(unit, blocks),
         head_error=unit.error,
-        copy_error=unit.copy_error,
-        density=count(unit.keep, (1, 2)) / unit.dense_blocks,
-        choice=tuple(unit.choice),
-        share_error=unit.share_error,
-        precision=precision,
-        precision_error=unit.precision_error,
+        masks=masks,
     )
 
 

@@ -23,7 +23,7 @@ LEAST_SAMPLINGS = 2
 
 
 class Masks(NamedTuple):
-    """The masks of a plan; T times, L layers, H heads, C shares of the ladder.
+    """The masks of a plan; T times, L layers, H heads, C shares of the ladder. Axes may be flattened to one.
 
     Args:
         kind: int64 ``(T, L, H)``: index of a window, `DENSE`, or `CUT` for all others.
@@ -75,7 +75,10 @@ def predict(table: Table, levels: Float64, shares: tuple[float, ...], masks: Mas
     if why := cannot_predict(table):
         return why
     samplings = [each for each in table.samplings if each.has_ladder]
-    decibels = np.array([_decibels(each, levels, shares, masks) for each in samplings])
+    times, layers, rungs, heads = samplings[0].ladder_effect.shape[1:]
+    shapes = {name: (times, layers, heads) for name in Masks._fields} | {"share_error": (times, layers, rungs, heads)}
+    shaped = Masks(**{name: np.reshape(getattr(masks, name), shape) for name, shape in shapes.items()})
+    decibels = np.array([_decibels(each, levels, shares, shaped) for each in samplings])
     error = 0.0 if np.isinf(decibels).any() else decibels.std(ddof=1) / np.sqrt(len(decibels))
     return Prediction(float(decibels.mean()), float(error), len(decibels))
 

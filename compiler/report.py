@@ -37,7 +37,7 @@ def as_json(job: Job, plan: PlanFile, run: Run, file_bytes: int) -> dict[str, An
     rows = [run.units[index * layers : (index + 1) * layers] for index in times]
     counts = job.steps.counts
     planned_ms, dense_ms = ((counts * np.sum(plan.predicted[key], 1)).tolist() for key in ("planned_ms", "dense_ms"))
-    precisions = np.array([[unit.precision for unit in units] for units in rows], np.uint8)
+    precisions = np.array([[unit.masks.precision for unit in units] for units in rows], np.uint8)
     kinds: Counter[str] = Counter()
     for unit in run.units:
         kinds.update({name: number for name, number in unit.kinds.items() if number})

@@ -121,18 +121,17 @@ class Select(Pass):
         steps = np.repeat(job.unit_steps, job.manifest.model.heads)
         cost: Float64 = np.stack([job.cost(blocks, each) for each in precisions], 1) * steps[:, None, None, None]
         heads, (things, *axes) = np.arange(len(error)), error.shape
-        shape = (len(job.manifest.times), job.manifest.model.layers, -1)
         kinds, head_blocks = np.array([mask.kind for mask in masks]), job.manifest.q_blocks * job.manifest.k_blocks
 
         def predicted(pick: Int64) -> Prediction | str:
             precision, anchored, mask = np.unravel_index(pick, axes)
             chosen = Masks(
-                kind=kinds[mask].reshape(shape),
-                density=(blocks[heads, 0, mask] / head_blocks).reshape(shape),
-                error=of_masks[heads, mask].reshape(shape),
-                copied=np.where(anchored, copied, 0.0).reshape(shape),
-                share_error=np.stack(share_errors).reshape(*shape[:2], *share_errors[0].shape),
-                precision=np.array(precisions)[precision].reshape(shape),
+                kind=kinds[mask],
+                density=blocks[heads, 0, mask] / head_blocks,
+                error=of_masks[heads, mask],
+                copied=np.where(anchored, copied, 0.0),
+                share_error=np.stack(share_errors),
+                precision=np.array(precisions)[precision],
             )
             return predict(job.table, job.levels, job.manifest.shares, chosen)
 
