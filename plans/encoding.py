@@ -87,10 +87,12 @@ def granted_bytes(file_bytes: int) -> int:
     return int(said)
 
 
-def decode(
-    stored: EncodedLayer, base: LayerSchedule | None, grid: TokenGrid, blocks: Blocks, granted: int | None = None
+def unpack(
+    stored: EncodedLayer, base: LayerSchedule | None, grid: TokenGrid, blocks: Blocks, granted: int | None
 ) -> LayerSchedule:
-    """The layer that was stored, proved.
+    """The layer that was stored, proved except for its bits, and without a tile order if the file stores none.
+
+    That is enough for a base; `finish` makes it a whole layer.
 
     Args:
         stored: What a file holds.
@@ -104,13 +106,6 @@ def decode(
         MaskError: The masks are no zstd frame, or do not hold as many lists as the file says.
         ScheduleError: A promise of `LayerSchedule` is broken.
     """
-    return finish(unpack(stored, base, grid, blocks, granted), len(stored.small["tile_order"]) == 0)
-
-
-def unpack(
-    stored: EncodedLayer, base: LayerSchedule | None, grid: TokenGrid, blocks: Blocks, granted: int | None
-) -> LayerSchedule:
-    """The layer, proved except for its bits, and without a tile order if the file stores none: enough for a base."""
     width = -(-blocks.k_blocks(grid.tokens) // 8)
     size = stored.lists * width
     outline = LayerSchedule(grid=grid, blocks=blocks, list_bits=np.zeros((0, width), np.uint8), **stored.small)
@@ -146,10 +141,12 @@ def unpack(
     return replace(layer, list_bits=np.bitwise_xor(predicted, layer.list_bits, out=predicted))
 
 
-def finish(layer: LayerSchedule, natural: bool) -> LayerSchedule:
-    """Proves the bits of an unpacked layer, and orders its tiles if the file stores the natural order."""
+def finish(layer: LayerSchedule) -> LayerSchedule:
+    """Proves the bits of an unpacked layer, and orders its tiles if the file stores no order: then it is the natural
+    one.
+    """
     check_bits(layer)
-    if not natural:
+    if len(layer.tile_order):
         return layer
     ordered = replace(layer, tile_order=natural_order(layer))
     ordered.__dict__["lengths"] = layer.lengths  # the bits are the same, and were counted already

@@ -187,15 +187,14 @@ def write_plan(path: FilePath, plan: PlanFile) -> int:
     }
     sections: dict[str, Any] = {}
     for index, layers in enumerate(plan.schedules.layers):
-        starts = np.zeros((len(layers) + 1, len(COLUMNS)), dtype=np.int64)
-        parts: list[dict[str, Any]] = [{"masks": layer.masks, **layer.small} for layer in layers]
-        for column, name in enumerate(COLUMNS):
-            if name == "lists":
-                starts[1:, column] = np.cumsum([layer.lists for layer in layers])
-                continue
-            starts[1:, column] = np.cumsum([len(part[name]) for part in parts])
+        parts = [{"masks": layer.masks, **layer.small} for layer in layers]
+        sizes = [
+            [layer.lists if name == "lists" else len(part[name]) for name in COLUMNS]
+            for layer, part in zip(layers, parts, strict=True)
+        ]
+        sections[f"{index}/layers"] = np.cumsum([[0] * len(COLUMNS), *sizes], axis=0, dtype=np.int64)
+        for name in parts[0]:
             sections[f"{index}/{name}"] = np.concatenate([part[name] for part in parts])
-        sections[f"{index}/layers"] = starts
     return write_container(path, magic=MAGIC, version=VERSION, header=header, sections=sections)
 
 

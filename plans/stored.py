@@ -111,7 +111,7 @@ class StoredLayers:
         return cls("", first.grid, first.blocks, first.heads, bases, encoded)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StoredLayers, (self.where, self.grid, self.blocks, self.heads, self.bases, self.layers)
+        return StoredLayers, (self.where, self.grid, self.blocks, self.heads, self.bases, self.layers, self.granted)
 
     def _unpack(self, segment: int, layer: int) -> LayerSchedule:
         """A layer that can serve as a base."""
@@ -124,7 +124,7 @@ class StoredLayers:
 
     def _finish(self, unpacked: LayerSchedule, segment: int, layer: int) -> LayerSchedule:
         with self._named(segment, layer):
-            return finish(unpacked, len(self.layers[segment][layer].small["tile_order"]) == 0)
+            return finish(unpacked)
 
     @contextmanager
     def _named(self, segment: int, layer: int) -> Iterator[None]:

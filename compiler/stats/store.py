@@ -73,25 +73,23 @@ class Table:
         return mean
 
 
+@dataclass(frozen=True, eq=False)
 class Store:
-    """Finished samplings of one manifest; use `Store.open`."""
+    """Finished samplings of one manifest; use `Store.open`.
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        folders: dict[Path, tuple[str, ...]],
-        meta: dict[str, Any],
-        unfinished: tuple[str, ...],
-        digests: tuple[str, ...],
-    ) -> None:
-        """Use `Store.open`."""
-        self.manifest = manifest
-        self.meta: dict[str, dict[str, Any]] = meta
-        """Meta data of each finished sampling, by name."""
-        self.unfinished = unfinished
-        """Names of samplings in progress; units may hold them already, in part."""
-        self._folders = folders
-        self._digests = digests
+    Args:
+        manifest: What the store holds.
+        folders: The folders with finished samplings, and the names of these.
+        meta: Meta data of each finished sampling, by name.
+        unfinished: Names of samplings in progress; units may hold them already, in part.
+        digests: Of the samplings' files.
+    """
+
+    manifest: Manifest
+    folders: dict[Path, tuple[str, ...]]
+    meta: dict[str, dict[str, Any]]
+    unfinished: tuple[str, ...]
+    digests: tuple[str, ...]
 
     @classmethod
     def open(cls, paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Store:
@@ -159,7 +157,7 @@ class Store:
             OSError: A file cannot be read.
         """
         units = []
-        for folder, names in self._folders.items():
+        for folder, names in self.folders.items():
             path = unit_path(folder, self.manifest, time_index, layer)
             units.append(read_unit(path, self.manifest, (time_index, layer)))
             if missing := [name for name in names if name not in units[-1].samplings]:
@@ -178,22 +176,22 @@ class Store:
             SampleError: A file is damaged, or its arrays break a rule.
             OSError: A file cannot be read.
         """
-        owner = {name: folder for folder, names in self._folders.items() for name in names}
+        owner = {name: folder for folder, names in self.folders.items() for name in names}
         paths = [owner[name] / SAMPLINGS / (name + SUFFIX) for name in self.samplings]
         pairs = zip(paths, self.samplings, strict=True)
         return Table(tuple(read_sampling(path, name, self.manifest) for path, name in pairs))
 
     def __eq__(self, other: object) -> bool:
         """Whether both stores read the same files."""
-        return isinstance(other, Store) and (self._folders, self._digests) == (other._folders, other._digests)
+        return isinstance(other, Store) and (self.folders, self.digests) == (other.folders, other.digests)
 
     def __hash__(self) -> int:
-        return hash((tuple(self._folders), self._digests))
+        return hash((tuple(self.folders), self.digests))
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all units and samplings."""
-        parts = [folder / part for folder in self._folders for part in (UNITS, SAMPLINGS)]
+        parts = [folder / part for folder in self.folders for part in (UNITS, SAMPLINGS)]
         return sum(path.stat().st_size for part in parts for path in entries(part))
 
 

@@ -376,12 +376,12 @@ def test_an_overflow_in_half_precision_is_scaled_away(small: Any, monkeypatch: p
     arguments, drawn, truth = small
     model = wan.transformer(1).to(torch.float16)
     halves = {key: x.half() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in arguments.items()}
-    monkeypatch.setattr(gradients, "HALF_RANGE", (17, 6, 4))
+    monkeypatch.setattr(gradients, "HALF_EXPONENT", 17)
     calls: list[AttentionCall] = []
     assert by_block(model, halves, drawn, calls).error(truth) < 0.01
     assert [call.layer for call in calls] == [1, 0]
     assert all(call.scale < 2.0**15 and torch.stack(call.grads).isfinite().all() for call in calls)
-    monkeypatch.setattr(gradients, "HALF_RANGE", (60, 6, 4))
+    monkeypatch.setattr(gradients, "HALF_EXPONENT", 60)
     with pytest.raises(
         ChainError, match=r"gradients in fp16 must be finite, got an overflow at a scale of 2\^\d+; use"
     ):
@@ -393,6 +393,6 @@ def test_a_scale_of_one_is_watched_too(small: Any, monkeypatch: pytest.MonkeyPat
     model = wan.transformer(1).to(torch.float16)
     halves = {key: x.half() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in arguments.items()}
     large = [[x * 2.0**15 / max(float(y.abs().max()) for y in some) for x in some] for some in drawn]
-    monkeypatch.setattr(gradients, "HALF_RANGE", (16, 6, 4))  # 2 ** 15 has the exponent 16: a scale of 1
+    monkeypatch.setattr(gradients, "HALF_EXPONENT", 16)  # 2 ** 15 has the exponent 16: a scale of 1
     found = by_block(model, halves, large)
     assert found.error(whole(wan.transformer(1), arguments, large)) < 0.01

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -29,7 +30,7 @@ from calibatt.plans import (
     write_container,
     write_plan,
 )
-from calibatt.plans.encoding import base_segments, check_bases, decode, encode
+from calibatt.plans.encoding import base_segments, check_bases, encode, finish, unpack
 from calibatt.plans.plan import MAGIC, VERSION
 from calibatt.plans.schedule import SMALL_ARRAYS
 
@@ -418,7 +419,7 @@ def test_a_layer_is_what_was_stored(data: st.DataObject) -> None:
     kind = layer_schedules(st.just(grid), st.just(blocks), st.just(heads), tuple(PRECISIONS))
     schedule, other = data.draw(kind), data.draw(kind)
     for above in (None, other):
-        found = decode(encode(schedule, above), above, grid, blocks)
+        found = finish(unpack(encode(schedule, above), above, grid, blocks, None))
         for name in ARRAYS:
             np.testing.assert_array_equal(getattr(found, name), getattr(schedule, name))
 
@@ -444,6 +445,11 @@ def test_a_walk_sees_every_layer_once_whatever_the_bases(segments: int, layers: 
 def assert_same_schedule(found: LayerSchedule, expected: LayerSchedule) -> None:
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+def test_a_copy_of_a_plan_grants_no_more_memory() -> None:
+    stored = PlanFile.read(GOLDEN).schedules
+    assert pickle.loads(pickle.dumps(stored)).granted == stored.granted is not None
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:

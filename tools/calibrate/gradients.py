@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,8 @@ from calibatt.tools.calibrate.chain import Chain, ChainError, Cotangents, Given,
 
 LARGE_BYTES = 1 << 20
 """Inputs of blocks of at least this size are moved to the CPU; smaller ones stay."""
-HALF_RANGE = 5, 6, 4
-"""For fp16: gradients are scaled to at most 2 ** 5, after an overflow to 2 ** 6 less; how many times at most."""
+HALF_EXPONENT, HALF_STEP, HALF_TRIES = 5, 6, 4
+"""For fp16: gradients are scaled to at most 2 ** 5, after an overflow to 2 ** 6 less; so many times at most."""
 
 
 LEAST_REST = 1e-3
@@ -109,15 +110,15 @@ class Transformer:
         cotangents = [[x.to(device, torch.float32) for x in some] for some in cotangents]
         largest = max(float(x.abs().max()) for some in cotangents for x in some)
         half = any(x.dtype == torch.float16 for x in floating([*self.model.parameters(), given.flat]))
-        exponent = HALF_RANGE[0] - math.frexp(largest)[1] if half and largest else 0
+        exponent = HALF_EXPONENT - math.frexp(largest)[1] if half and largest else 0
         done: set[tuple[int, int]] = set()
-        for _ in range(HALF_RANGE[2]):
+        for _ in range(HALF_TRIES):
             scale = 2.0**exponent
             try:
                 scaled = [[x * scale for x in some] for some in cotangents]
                 gradients = self._pull(given, scaled, scale, half, on_attention, done)
             except OverflowInHalf:
-                exponent -= HALF_RANGE[1]
+                exponent -= HALF_STEP
                 continue
             return [[x.float() / scale for x in some] for some in gradients]
         raise ChainError(f"gradients in fp16 must be finite, got an overflow at a scale of 2^{exponent}; use bfloat16")
@@ -148,8 +149,8 @@ class Transformer:
                         raise OverflowInHalf
                     raise ChainError(f"the gradient of self-attention {layer} must be finite, got NaN or infinity")
                 for sample in range(len(q)):
-                    at = layer, sum(key[0] == layer for key in handed_on)
-                    handed_on.append(at)
+                    at = layer, handed_on[layer]
+                    handed_on[layer] += 1
                     if at in done:
                         continue
                     tensors = (x[sample] for x in (q, k, v, out))
@@ -162,7 +163,8 @@ class Transformer:
                     done.add(at)
             self._calls.clear()
 
-        handed_on: list[tuple[int, int]] = []
+        handed_on: Counter[int] = Counter()
+        """By layer, how many calls have been given."""
         with (
             _frozen(self.model),
             self._blocks_as_links(chain, hand_on, given.call(self._video), listening=on_attention is not None),
