@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calibatt.plans import Blocks, ModelSignature, PlanFile, Segment, TokenGrid, told_precisions
+from calibatt.plans import PlanFile, told_precisions
 from calibatt.runtime.schedule import AttentionSchedule, StoredSchedule
 from calibatt.runtime.workspace import Workspace
 
@@ -74,25 +74,10 @@ class LoadedPlan(ResidentSchedules):
     """
 
     def __init__(self, file: PlanFile) -> None:
-        self.file = file
+        self.file, self.signature, self.grid = file, file.signature, file.grid
+        self.blocks, self.segments = file.blocks, file.segments
         layers, segments = range(file.signature.layers), range(len(file.segments))
         super().__init__([[StoredSchedule(file.schedules, at, layer) for layer in layers] for at in segments])
-
-    @property
-    def signature(self) -> ModelSignature:
-        return self.file.signature
-
-    @property
-    def grid(self) -> TokenGrid:
-        return self.file.grid
-
-    @property
-    def blocks(self) -> Blocks:
-        return self.file.blocks
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        return self.file.segments
 
     def schedule(self, time: float, layer: int) -> AttentionSchedule:
         """What a layer executes at a denoising time; the same object for all times of a segment.
