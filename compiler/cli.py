@@ -38,35 +38,31 @@ NAME = "calibatt-compile"
 BUDGETS = ("target_density", "target_db")
 
 
-def with_budget(text: str, budget: dict[str, float | None], precision: str | None = None) -> tuple[Pass, ...]:
+def with_options(text: str, **options: Any) -> tuple[Pass, ...]:
     """The passes of a pass string, with the budget and precision of the command line given to every `select`.
 
     Args:
         text: The pass string.
-        budget: Budgets by name, of `BUDGETS`; at most one is not None.
-        precision: Precision of every `Select`; None: as the text says.
+        options: Fields of `Select`: at most one of `BUDGETS`, and ``precision``; None: as the text says.
 
     Raises:
-        PassSyntaxError: Several budgets are given, one is given here and in the text, or there is no `select`; the same
-            for the precision.
+        PassSyntaxError: Two budgets are given, or one, or a precision, is given here and in the text, or there is no
+            `select`.
         CompileError: The pass string or an option is wrong.
     """
     passes, spaceless = parse_passes(text), text.replace(" ", "")
-    given = {name: value for name, value in budget.items() if value is not None}
-    options = [f"--{name.replace('_', '-')}" for name in budget]
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     selects = any(isinstance(each, Select) for each in passes)
-    if precision is not None and ("precision=" in spaceless or not selects):
-        rule = "be given in --passes or on the command line, and to a select"
-        raise PassSyntaxError(f"--precision must {rule}, got it with {text!r}")
-    if len(given) > 1:
-        raise PassSyntaxError(f"a budget must be one of {', '.join(options)}, got {len(given)} of them")
-    if given and any(f"{name[2:]}=" in spaceless for name in options):
-        raise PassSyntaxError("a budget must be given in --passes or on the command line, got both")
-    if given and not selects:
-        raise PassSyntaxError(f"a budget must have a select in --passes, got {text!r}")
-    changes: dict[str, Any] = {} if precision is None else {"precision": precision}
-    changes |= {**dict.fromkeys(BUDGETS), **given} if given else {}
-    return tuple(replace(each, **changes) if isinstance(each, Select) else each for each in passes)
+    for name in given:
+        same = [each.replace("_", "-") for each in (BUDGETS if name in BUDGETS else (name,))]
+        if not selects or any(f"{each}=" in spaceless for each in same):
+            rule = f"{' or '.join(same)} must be given in --passes or on the command line, and to a select"
+            raise PassSyntaxError(f"{rule}, got --{name.replace('_', '-')} with {text!r}")
+    if len(given.keys() & set(BUDGETS)) > 1:
+        raise PassSyntaxError("a budget must be one of --target-density and --target-db, got both")
+    if given.keys() & set(BUDGETS):
+        given = dict.fromkeys(BUDGETS) | given
+    return tuple(replace(each, **given) if isinstance(each, Select) else each for each in passes)
 
 
 EPILOG = """\b
@@ -156,7 +152,7 @@ def command(
     the same bytes; the passes are stored in the plan.
     """
     _check_targets(output, report_path, force)
-    passes = with_budget(text, dict(zip(BUDGETS, (target_density, target_db), strict=True)), precision)
+    passes = with_options(text, target_density=target_density, target_db=target_db, precision=precision)
     require_lowered(passes)
     store = Store.open(stats_dirs)
     source = StatisticsSource(store)
