@@ -15,14 +15,14 @@ LEAST_PLAIN = 1e-4
 def number(value: float, digits: int = 3) -> str:
     """So many significant digits, thousands apart.
 
-    >>> number(75_600), number(5.1534), number(0.00396)
-    ('75,600', '5.15', '0.00396')
+    >>> number(75_600), number(5.1534), number(0.00396), number(9.996)
+    ('75,600', '5.15', '0.00396', '10.0')
     """
     if not math.isfinite(value):
         return str(value)
     if value == round(value):
         return f"{value:,.0f}"
-    power = math.floor(math.log10(abs(value)))
+    power = int(f"{value:.{digits - 1}e}".split("e")[1])  # of the rounded number
     if abs(value) < LEAST_PLAIN:
         return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(digits - 1 - power, 0)}f}"
@@ -52,11 +52,11 @@ def snr(squared_error: float) -> str:
 def size(size_bytes: float) -> str:
     """Bytes.
 
-    >>> size(768), size(83_968)
-    ('768 B', '84.0 kB')
+    >>> size(768), size(83_968), size(999_999)
+    ('768 B', '84.0 kB', '1.0 MB')
     """
     for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000 or unit == "GB":
+        if round(size_bytes, 1) < 1000 or unit == "GB":
             break
         size_bytes /= 1000
     return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
