@@ -42,7 +42,7 @@ def write_store(path: Path, *meta: dict[str, Any]) -> Path:
 def executed(plan: PlanFile, times: tuple[float, ...] = SAMPLING) -> float:
     """Mean density over the steps of a sampling."""
     layers = range(plan.signature.layers)
-    return float(np.mean([[plan.density(plan.segment_index(now), layer) for layer in layers] for now in times]))
+    return float(np.mean([[plan.schedule(now, layer).density for layer in layers] for now in times]))
 
 
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.7])

@@ -67,7 +67,7 @@ def test_means_are_over_the_steps_of_the_sampling(tmp_path: Path) -> None:
     plan = tiny_plan(scheduler_hint={"times": [1.0, 0.75, 0.375, 0.25]})
     write_plan(tmp_path / "plan", plan)
     values = json.loads(inspect(tmp_path / "plan", "--json").output)
-    means = [np.mean([plan.density(segment, layer) for layer in (0, 1)]) for segment in (0, 1)]
+    means = [np.mean([layer.density for layer in plan.schedules[segment]]) for segment in (0, 1)]
     assert [each["steps"] for each in values["segments"]] == [1, 3]
     assert values["density"] == pytest.approx((means[0] + 3 * means[1]) / 4)
     assert means[0] != means[1]
