@@ -79,6 +79,22 @@ class UnitMeans:
     row_difference: Float32 | None = None
 
 
+class MenuTable(NamedTuple):
+    """What the masks of a `menu.Menu` compute and lose in each head of a unit; M masks.
+
+    Args:
+        parts: The parts of the menu.
+        blocks: int64 ``(H, M)``: blocks that each mask computes.
+        error: float64 ``(H, M)``: its error.
+        packed: By head, where it has anchors: the blocks of each mask with them, int64 ``(M,)``.
+    """
+
+    parts: str
+    blocks: Int64
+    error: Float64
+    packed: dict[int, Int64]
+
+
 @dataclass(eq=False)
 class UnitIR:
     """One layer at one recorded time, from statistics to schedule. Every head is dense until a pass decides otherwise.
@@ -98,8 +114,7 @@ class UnitIR:
         packed: By head, where it has anchors: the packed mask ``(tiles, ceil(K / 8))`` of its tiles.
         copy_error: float64 ``(H,)``, the part of `error` that is due to copies, as of the last `anchors`.
         precision: uint8 ``(H,)``, one of `plans.PRECISIONS` for each head.
-        menu: Blocks and errors of the masks that `select` offers, with a key; see `menu.Menu`.
-        packed_menu: By head, where it has anchors: blocks of each mask of the menu with them.
+        menu: The masks that the last `select` offered; None before the first.
         tile_order: int32, see `LayerSchedule`; set by `schedule`.
         lowered: Set by `lower`.
     """
@@ -118,8 +133,7 @@ class UnitIR:
     packed: dict[int, Bits] = field(default_factory=dict)
     copy_error: Float64 = field(init=False)
     precision: npt.NDArray[np.uint8] = field(init=False)
-    menu: Any = None
-    packed_menu: dict[int, Int64] = field(default_factory=dict)
+    menu: MenuTable | None = None
     tile_order: npt.NDArray[np.int32] | None = None
     lowered: LayerSchedule | None = None
 

@@ -9,7 +9,17 @@ import numpy as np
 
 from calibatt.compiler.bits import Bits, count, pack, unpack
 from calibatt.compiler.error_model import CODES, at_shares, cuts
-from calibatt.compiler.ir import Float64, Groups, Int64, Job, UnitIR, full_bits, over_sources, packed_bits, tile_sources
+from calibatt.compiler.ir import (
+    Groups,
+    Int64,
+    Job,
+    MenuTable,
+    UnitIR,
+    full_bits,
+    over_sources,
+    packed_bits,
+    tile_sources,
+)
 from calibatt.compiler.prediction import CUT, DENSE
 from calibatt.compiler.stats import Window, window_keep
 from calibatt.plans import Blocks, TokenGrid
@@ -57,7 +67,7 @@ class Menu:
     """
 
     def __init__(self, job: Job, parts: str) -> None:
-        self.key = parts
+        self.parts = parts
         self.shares = job.manifest.shares
         self.windows = job.manifest.windows if "windows" in parts else ()
         self.cuts = np.arange(0, CODES, CUT_STEP) if "cuts" in parts else np.zeros(0, np.int64)
@@ -67,8 +77,8 @@ class Menu:
             *(Mask("cut", CUT, below) for below in self.cuts.tolist()),
         ]
 
-    def table(self, unit: UnitIR) -> tuple[Int64, Float64]:
-        """Blocks int64 and errors float64, both ``(H, masks)``; also sets the unit's `share_error`."""
+    def table(self, unit: UnitIR) -> MenuTable:
+        """The table of a unit, as if no head had anchors; also sets the unit's `share_error`."""
         required = [np.flatnonzero(unpack(bits, unit.k_blocks)) for bits in unit.required]
         places, starts = np.concatenate(required), np.cumsum([0, *map(len, required[:-1])])
         blocks, error = [np.full(unit.heads, unit.dense_blocks)], [np.zeros(unit.heads)]
@@ -83,7 +93,7 @@ class Menu:
             unit.share_error = np.stack([at_shares(*both, *shares) for both in zip(numbers, losses, strict=True)], 1)
             blocks.extend(numbers.T[self.cuts])
             error.extend(losses.T[self.cuts])
-        return np.stack(blocks, 1).astype(np.int64), np.stack(error, 1)
+        return MenuTable(self.parts, np.stack(blocks, 1).astype(np.int64), np.stack(error, 1), {})
 
     def packed_blocks(self, unit: UnitIR, head: int, groups: Groups) -> Int64:
         """int64 ``(masks,)``: blocks that each mask computes if the head computes its anchors only."""

@@ -73,7 +73,7 @@ class Anchors(Pass):
                 if offer.gain > 0 and (head not in best or offer.gain > best[head].gain):
                     best[head] = offer
         for head, offer in best.items():
-            unit.anchors[head], unit.packed[head], unit.packed_menu[head] = offer.groups, offer.packed, offer.blocks
+            unit.anchors[head], unit.packed[head], market.table.packed[head] = offer.groups, offer.packed, offer.blocks
             unit.copy_error[head], unit.error[head] = offer.copied, offer.error
             keep[head], unit.choice[head] = offer.keep, offer.choice
             counts["of_frames"] += offer.groups.axis == FRAMES
@@ -130,8 +130,8 @@ class Market:
         self.unit = unit
         self.block_price = multiplier * job.block_ms * job.block_costs(unit.precision)
         _, self.blocks = unit.computed()
-        key, self.menu_blocks, self.menu_error = unit.menu
-        self.menu = Menu(job, key)
+        assert unit.menu is not None
+        self.table, self.menu = unit.menu, Menu(job, unit.menu.parts)
 
     def groups(self, axis: int, errors: Float64, most: int) -> Iterator[tuple[int, Groups]]:
         """Heads for which anchors on this axis seem cheaper than computing every token, each with its best groups.
@@ -145,8 +145,8 @@ class Market:
         added = group_errors(errors, most)
         partitions = best_groups(added, self.blocks * self.block_price / members)
         share = np.array([len(starts) / members for starts, _ in partitions])
-        cost = (share * self.block_price)[:, None] * self.menu_blocks + self.menu_error
-        chosen = np.take_along_axis(self.menu_blocks, cost.argmin(1)[:, None], 1)[:, 0]
+        cost = (share * self.block_price)[:, None] * self.table.blocks + self.table.error
+        chosen = np.take_along_axis(self.table.blocks, cost.argmin(1)[:, None], 1)[:, 0]
         blocks = np.where(share < 1, chosen, self.blocks)
         partitions = best_groups(added, blocks * self.block_price / members)
         for head, (starts, anchors) in enumerate(partitions):
@@ -158,17 +158,17 @@ class Market:
         unit = self.unit
         price = self.block_price[head]
         before = self.blocks[head] * price + float(unit.error[head])
-        table = self.menu.packed_blocks(unit, head, groups)
-        cost = table * price + self.menu_error[head]
-        at = int(np.where(table <= self.blocks[head], cost, np.inf).argmin())
+        packed_blocks = self.menu.packed_blocks(unit, head, groups)
+        cost = packed_blocks * price + self.table.error[head]
+        at = int(np.where(packed_blocks <= self.blocks[head], cost, np.inf).argmin())
         mask = self.menu.masks[at]
         keep = self.menu.bits(mask, unit, head)
         packed = packed_bits(keep, unit.grid, unit.blocks, groups)
         computed = int(count(packed, (0, 1)))
-        error = float(self.menu_error[head, at]) + copied + float(unit.precision_error[head])
+        error = float(self.table.error[head, at]) + copied + float(unit.precision_error[head])
         after = computed * price + error
         gain = float(before - after) if computed <= self.blocks[head] else -1.0
-        return Offer(gain, groups, copied, error, mask.name, keep, packed, table)
+        return Offer(gain, groups, copied, error, mask.name, keep, packed, packed_blocks)
 
 
 def group_errors(member_error: Float64, most_members: int) -> Float64:

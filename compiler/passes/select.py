@@ -98,18 +98,16 @@ class Select(Pass):
 
     def survey(self, job: Job, unit: UnitIR) -> Survey:
         menu = Menu(job, self.menu)
-        if unit.menu is None or unit.menu[0] != menu.key:
-            unit.menu = (menu.key, *menu.table(unit))
-            unit.packed_menu = {}
-        _, every, error = unit.menu
-        blocks = np.stack([every, every], 1).astype(np.int32)
+        if unit.menu is None or unit.menu.parts != menu.parts:
+            unit.menu = menu.table(unit)
+        blocks = np.stack([unit.menu.blocks] * 2, 1).astype(np.int32)
         copied = np.full(unit.heads, np.inf)
         for head, groups in enumerate(unit.anchors):
             if groups is not None:
-                packed = unit.packed_menu.get(head)
+                packed = unit.menu.packed.get(head)
                 blocks[head, 1] = menu.packed_blocks(unit, head, groups) if packed is None else packed
                 copied[head] = unit.copy_error[head]
-        return Survey(blocks, error, copied, unit.means.precision_error.T, unit.share_error)
+        return Survey(blocks, unit.menu.error, copied, unit.means.precision_error.T, unit.share_error)
 
     def decide(self, job: Job, surveys: Sequence[Survey]) -> Sequence[list[Candidate]]:
         masks = Menu(job, self.menu).masks

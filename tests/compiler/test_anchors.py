@@ -142,7 +142,7 @@ def test_what_copies_cost_is_the_sum_over_what_is_copied() -> None:
             errors = (old.means.row_error if rows else old.means.frame_error)[head]
             added = sum(errors[at, d + radius - (d > 0)] for at, d in enumerate(offset.tolist()) if d)
             assert new.copy_error[head] == pytest.approx(added)
-            assert np.isclose(old.menu[2][head], new.error[head] - added, rtol=1e-9, atol=1e-12).any()
+            assert np.isclose(old.menu.error[head], new.error[head] - added, rtol=1e-9, atol=1e-12).any()
             blocks = int(mask(old, head).sum()) - int(tiles(new, head).sum())
             worth = before.multiplier * blocks * DEVICE.block_ms(old.blocks, 8)
             assert new.error[head] - old.error[head] <= worth * (1 + 1e-9)
@@ -154,7 +154,7 @@ def test_what_copies_cost_is_the_sum_over_what_is_copied() -> None:
 def test_what_each_mask_computes_with_anchors_is_counted_without_making_it(axis: int, seed: int) -> None:
     job = anything_chosen()
     unit, rng = job.all[0], np.random.default_rng(seed)
-    menu, head = Menu(job, unit.menu[0]), int(rng.integers(unit.heads))
+    menu, head = Menu(job, unit.menu.parts), int(rng.integers(unit.heads))
     check_packed_blocks(menu, unit, head, random_anchors(rng, axis, unit.grid))
 
 
@@ -174,8 +174,8 @@ def test_anchors_that_would_compute_more_blocks_save_nothing() -> None:
     assert unpack(packed, 5).shape == (4, 5)
     assert unpack(packed, 5).sum() == 20 > keep.sum()
     unit.keep, unit.error = np.repeat(pack(keep)[None], unit.heads, 0), np.zeros(unit.heads)
-    unit.menu[2][:] = 1e9
-    unit.menu[2][:, 0] = 0
+    unit.menu.error[:] = 1e9
+    unit.menu.error[:, 0] = 0
     market = Market(job, unit, 1.0)
     assert market.offer(0, apart, 0.0).gain < 0
     assert market.offer(0, Groups(ROWS, (0,), (5,)), 0.0).gain > 0

@@ -23,7 +23,7 @@ class MemoryShelf:
     def unit(self, index: int) -> UnitIR:
         unit = copy.copy(self.units[index])
         unit.anchors, unit.packed, unit.choice = list(unit.anchors), dict(unit.packed), list(unit.choice)
-        unit.packed_menu = dict(unit.packed_menu)
+        unit.menu = unit.menu and unit.menu._replace(packed=dict(unit.menu.packed))
         return unit
 
     def put(self, index: int, unit: UnitIR) -> None:
