@@ -128,7 +128,7 @@ def test_an_image_for_each_prompt(tmp_path: Path) -> None:
 
 def test_help_says_what_is_measured_what_it_costs_and_how_to_get_cheaper() -> None:
     told = " ".join(CliRunner().invoke(command.main, ["--help"]).output.split())
-    costs = "as long as generating it seven times", "Fewer lose quality"
+    costs = "as long as generating it seven times", "which loses quality"
     for part in (*costs, "--dry-run", "How to get cheaper", "Run it again to continue"):
         assert part in told
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from calibatt.plans import ROWS, Blocks, LayerSchedule, TokenGrid, longest_first
+from calibatt.plans import NO_ANCHORS, ROWS, Blocks, LayerSchedule, TokenGrid, longest_first
 from calibatt.runtime.schedule import AttentionSchedule, ListedSchedule
 
 GROUP = 3
@@ -41,7 +41,7 @@ def structured_schedule(
         blocks=blocks,
         list_bits=np.packbits(keep.reshape(-1, columns), axis=1, bitorder="little"),
         head_list=np.arange(heads, dtype=np.int32) * tiles,
-        head_anchor=np.full(heads, -1, dtype=np.int32),
+        head_anchor=np.full(heads, NO_ANCHORS, dtype=np.int32),
         anchor_ptr=np.zeros(1, dtype=np.int32),
         anchor_axis=np.zeros(0, dtype=np.int32),
         group_start=np.zeros(0, dtype=np.int32),
