@@ -69,7 +69,8 @@ def steps_of(recorded: Sequence[float], measured: Sequence[float], wanted: int |
     Args:
         recorded: The times of the store, ascending.
         measured: `measured_times` of it.
-        wanted: How many steps; their times are interpolated between those that were measured.
+        wanted: How many steps, along the same schedule (`_along`). Those of an expert that hands over to another go on
+            below its range there, all into its lowest segment.
 
     Raises:
         CompileError: The measured times are not known, or so few steps leave a recorded time without one.
@@ -81,15 +82,35 @@ def steps_of(recorded: Sequence[float], measured: Sequence[float], wanted: int |
         return Steps(np.ones(len(recorded), np.int64))
     times = tuple(measured)
     if wanted is not None and wanted != len(times):
-        steps = len(measured)
-        ends = int(steps > 1 and measured[-1] < (measured[-2] - measured[-1]) / 2)  # 1: the last step is at 0 itself
-        known, at = np.arange(steps + 1) / (steps - ends), np.arange(wanted) / max(wanted - ends, 1)
-        times = tuple(np.interp(at, known, [*measured, 0.0]).tolist())
+        times = _along(times, wanted)
     counts = np.bincount(_segment_of(recorded, times), minlength=len(recorded))
     if not counts.all():
         rule = "be enough that every recorded time stands for one (calibrate at those steps, or with fewer --times)"
         raise CompileError(f"--steps must {rule}, got {wanted}, none at time {recorded[int(counts.argmin())]:.3f}")
     return Steps(counts, times)
+
+
+def _along(measured: Sequence[float], wanted: int) -> tuple[float, ...]:
+    """Times of another number of steps.
+
+    Where a share l of the steps is left, schedules of flow matching with a shift s have the odds s l / (1 - l) of their
+    time: the logarithm of s is interpolated, so that such schedules are met exactly.
+    """
+    steps, most = len(measured), measured[0]
+    ends = int(steps > 1 and measured[-1] < (measured[-2] - measured[-1]) / 2)  # 1: the last step is at 0 itself
+    left, share = 1 - np.arange(steps) / max(steps - ends, 1), np.array(measured) / most
+    inside = (left > 0) & (left < 1) & (share > 0) & (share < 1)
+    shift = _log_odds(share[inside]) - _log_odds(left[inside]) if inside.any() else np.zeros(1)
+    at = 1 - np.arange(wanted) / max(wanted - ends, 1)
+    odds = _log_odds(at) + np.interp(at, left[inside][::-1] if inside.any() else np.ones(1), shift[::-1])
+    return tuple((most / (1 + np.exp(-odds))).tolist())
+
+
+def _log_odds(share: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Of shares from 0 to 1, whose ends are taken just inside."""
+    inner = share.clip(1e-12, 1 - 1e-12)
+    odds: npt.NDArray[np.float64] = np.log(inner / (1 - inner))
+    return odds
 
 
 def of_segments(table: Table, recorded: Sequence[float], measured: Sequence[float]) -> Table:

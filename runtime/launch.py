@@ -167,7 +167,7 @@ class _Launch:
     """One of `Launches`."""
 
     def __init__(self, call: Call) -> None:
-        compiled = call.launch()
+        self._compiled = compiled = call.launch()  # Triton 3.9 unloads a kernel that nobody holds
         self._raw = _raw_launch(compiled, call.grid)
         self._arguments: list[Any] = []
         self._moving: list[tuple[int, int, int, _TensorMaps | None]] = []
@@ -284,7 +284,7 @@ class _TensorMaps(dict[int, Any]):
         self._facts = facts
 
     def __missing__(self, address: int) -> Any:
-        if len(self) == MOST_MAPS:
+        if len(self) >= MOST_MAPS:
             self.clear()
         utils = driver.active.utils
         fill = utils.fill_tma_descriptor_tiled if hasattr(utils, "launch") else utils.fill_tma_descriptor
@@ -325,7 +325,7 @@ def _raw_launch(compiled: Any, grid: tuple[int, int, int]) -> Callable[[int, lis
 
 def keep(made: dict[Any, Any], key: Any, value: Any, most: int) -> None:
     """Caches a value; if there are too many, the others are dropped."""
-    if len(made) == most:
+    if len(made) >= most:  # several threads may add at once
         made.clear()
     made[key] = value
 

@@ -26,7 +26,8 @@ class MergeHeads(Pass):
     Ensures: the kept set only grows, that of a pair over all times by at most `max_growth`.
 
     Args:
-        max_growth: Most blocks added to a pair, relative to those both have over all times.
+        max_growth: Most blocks added to a pair, relative to those both have over all recorded times, each of which
+            counts once, however many steps of a sampling it stands for.
 
     Raises:
         PassError: The option is out of range, or tiles are ordered already.

@@ -73,10 +73,10 @@ def test_another_number_of_steps_can_be_asked_for(tmp_path: Path) -> None:
     assert "got 2, none at time 0.200" in refused.stderr
 
 
-@given(st.integers(10, 60), st.integers(2, 60), st.floats(1, 12), st.booleans())
-def test_interpolated_steps_are_those_of_the_scheduler(measured: int, wanted: int, shift: float, ends: bool) -> None:
-    """Of flow matching with a shift, whose last step is at 0 or one before it: from ten measured steps on, a segment is
-    off by a step at most. Straight lines between fewer miss more: with four, up to 6 of 60.
+@given(st.integers(3, 60), st.integers(2, 60), st.floats(1, 12), st.booleans())
+def test_another_number_of_steps_is_the_schedulers(measured: int, wanted: int, shift: float, ends: bool) -> None:
+    """Of flow matching with a shift, whose last step is near 0 or one before it: at most one step is on the other side
+    of a border of segments.
     """
 
     def schedule(steps: int) -> tuple[float, ...]:
@@ -87,7 +87,7 @@ def test_interpolated_steps_are_those_of_the_scheduler(measured: int, wanted: in
     starts = [part.start for part in segments(recorded)]
     counts = np.bincount(np.searchsorted(starts, schedule(wanted), "right") - 1, minlength=len(recorded))
     if counts.all() and wanted > 2 * len(recorded):
-        assert np.abs(steps_of(recorded, schedule(measured), wanted).counts - counts).max() <= 1
+        assert np.abs(np.cumsum(steps_of(recorded, schedule(measured), wanted).counts - counts)).max() <= 1
 
 
 @given(st.lists(st.integers(0, 1000).map(lambda now: now / 1000), min_size=1, max_size=12, unique=True), st.data())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -42,3 +44,33 @@ def test_counters_are_of_a_stream_and_grow(monkeypatch: pytest.MonkeyPatch) -> N
     assert launch._counters(few, 7) is grown
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert launch._counters(few, 7) is not grown  # a graph has its own
+
+
+def test_launches_keep_the_kernels_that_they_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.9 unloads a kernel that is freed, as its cache does where two threads compile one at once."""
+
+    class Compiled:
+        metadata = None
+
+    class Kernel:
+        arg_names = ()
+
+        def __getitem__(self, grid: tuple[int, int, int]) -> type[Compiled]:
+            return Compiled
+
+    alive = WeakSet()
+
+    def raw_launch(compiled: Compiled, grid: tuple[int, int, int]) -> None:
+        alive.add(compiled)
+
+    monkeypatch.setattr(launch, "_raw_launch", raw_launch)
+    launches = launch.Launches([launch.Call(Kernel(), (1, 1, 1), {})])
+    gc.collect()
+    assert len(alive) == 1
+    del launches
+
+
+def test_a_cache_that_threads_overfilled_is_emptied() -> None:
+    made = {key: key for key in range(5)}
+    launch.keep(made, "new", 0, 4)
+    assert made == {"new": 0}

@@ -269,7 +269,7 @@ def plan_facts(path: Path) -> dict[str, Any]:
     return {
         "plan_gb": path.stat().st_size / GB,
         "segments": len(plan.segments),
-        "density": float(heads_of(plan).densities.mean()),
+        "density": float(np.average(heads_of(plan).densities.mean((1, 2)), weights=plan.steps)),
         "predicted_latent_db": plan.predicted.get("latent_db"),
     }
 
