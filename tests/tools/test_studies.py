@@ -21,6 +21,7 @@ from calibatt.tools.demo_model import sampler as demo_sampler
 from calibatt.tools.demo_model import world
 from calibatt.tools.demo_model.model import CONFIG, DemoModel
 from calibatt.tools.demo_model.world import Clip
+from calibatt.tools.evaluate import harness
 from calibatt.tools.studies import defaults, robustness, sizes, stores
 from calibatt.tools.studies.defaults import Defaults
 from calibatt.tools.studies.judgements import Judgements, cell, mean_and_error
@@ -255,6 +256,11 @@ def test_a_cell_says_what_differs():
 def test_counts_of_a_store_are_those_of_its_samplings(tmp_path):
     store = tiny_store(tmp_path / "stats", (*CALIBRATED[:2], (CALIBRATED[0][0], 77)))
     assert stores.sampling_counts(store) == {"prompts": 2, "samplings": 3, "vectors": [4]}
+
+
+def test_a_told_command_has_no_folders(monkeypatch):
+    monkeypatch.setattr("sys.argv", "x --stats small=/home/me/small --plans /home/me/kept -o a/b.json".split())
+    assert harness.typed("sizes") == "sizes --stats small=small --plans kept -o a/b.json"
 
 
 def published(name: str) -> list[dict]:

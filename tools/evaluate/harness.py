@@ -29,7 +29,13 @@ CHUNK_SCORES = 1 << 24
 
 def typed(command: str) -> str:
     """The command with the arguments of this process; absolute paths are cut to names, since folders are private."""
-    return " ".join([command, *(Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:])])
+    return " ".join([command, *map(_without_folders, sys.argv[1:])])
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command without the folders of an absolute path, also of one after ``NAME=``."""
+    name, equals, path = word.rpartition("=")
+    return f"{name}{equals}{Path(path).name}" if Path(path).is_absolute() else word
 
 
 def about(command: str, sampler: Sampler | nn.Module) -> dict[str, str]:
