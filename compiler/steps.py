@@ -96,13 +96,13 @@ def _along(measured: Sequence[float], wanted: int) -> tuple[float, ...]:
     Where a share l of the steps is left, schedules of flow matching with a shift s have the odds s l / (1 - l) of their
     time: the logarithm of s is interpolated, so that such schedules are met exactly.
     """
-    steps, most = len(measured), measured[0]
+    steps, most = len(measured), max(measured[0], np.finfo(np.float64).tiny)
     ends = int(steps > 1 and measured[-1] < (measured[-2] - measured[-1]) / 2)  # 1: the last step is at 0 itself
     left, share = 1 - np.arange(steps) / max(steps - ends, 1), np.array(measured) / most
     inside = (left > 0) & (left < 1) & (share > 0) & (share < 1)
-    shift = _log_odds(share[inside]) - _log_odds(left[inside]) if inside.any() else np.zeros(1)
+    left, share = (left[inside], share[inside]) if inside.any() else (np.full(1, 0.5), np.full(1, 0.5))  # no shift
     at = 1 - np.arange(wanted) / max(wanted - ends, 1)
-    odds = _log_odds(at) + np.interp(at, left[inside][::-1] if inside.any() else np.ones(1), shift[::-1])
+    odds = _log_odds(at) + np.interp(at, left[::-1], (_log_odds(share) - _log_odds(left))[::-1])
     return tuple((most / (1 + np.exp(-odds))).tolist())
 
 

@@ -73,6 +73,11 @@ def test_another_number_of_steps_can_be_asked_for(tmp_path: Path) -> None:
     assert "got 2, none at time 0.200" in refused.stderr
 
 
+def test_one_step_says_nothing_of_a_shift() -> None:
+    assert steps_of([0.8], [0.8], 4).times == pytest.approx((0.8, 0.6, 0.4, 0.2))
+    assert steps_of([0.0], [0.0], 3).counts.tolist() == [3]
+
+
 @given(st.integers(3, 60), st.integers(2, 60), st.floats(1, 12), st.booleans())
 def test_another_number_of_steps_is_the_schedulers(measured: int, wanted: int, shift: float, ends: bool) -> None:
     """Of flow matching with a shift, whose last step is near 0 or one before it: at most one step is on the other side
