@@ -46,6 +46,17 @@ def test_a_kernel_that_computes_something_else_is_not_timed() -> None:
     assert missing["flash-attention-4"] == "it must compute what others do, got an output that is 0.050 off"
 
 
+def test_a_wrong_kernel_ends_the_command_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = dataclasses.replace(kernel.CPU_SIZES[0], grid=TokenGrid(2, 8, 16), densities=(1.0,))
+    monkeypatch.setattr(kernel, "CPU_SIZES", (size,))
+    dense = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(kernel, "attend", lambda q, k, v, *_: 2 * dense(q, k, v))
+    result = CliRunner().invoke(main, ["kernel", "--device", "cpu", "--rounds", "1", "-o", str(tmp_path / "a.json")])
+    assert result.exit_code == 1, result.output
+    assert "not measured: torch: it must compute what others do, got an output that is 1.000 off" in result.output
+    assert [row["backend"] for row in json.loads((tmp_path / "a.json").read_text())["measurements"]] == ["sdpa-flash"]
+
+
 def test_the_host_does_not_wait_between_the_untimed_run_and_the_timed_one(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
 
